@@ -1,0 +1,14 @@
+"""Ground floor: one folder per operation; tensors in, tensors out.
+
+Each operation is a torch.library op whose backend PyTorch chooses by device; its truth stands next door in
+`reference.py`.
+"""
+
+from .activation import GPT_OSS, Activation
+from .grouped_ffn import grouped_ffn
+from .grouped_linear import grouped_linear
+from .plan import Plan, plan
+from .routing import Routing
+from .topk import topk
+
+__all__ = ["GPT_OSS", "Activation", "Plan", "Routing", "grouped_ffn", "grouped_linear", "plan", "topk"]

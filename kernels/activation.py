@@ -1,0 +1,106 @@
+"""The activations between an expert's two projections, as data: what every backend must be able to say.
+
+    gated    a = clampU(u) shifted by `up_shift`, times phi(clampG(g))
+    ungated  a = phi(h)
+
+with phi one of KINDS. `limit` clamps the gate from above and the up projection from both sides (gpt-oss, DeepSeek-V4);
+`clamp_after` clamps phi(g) in place of g (Step-3). Everything is computed in fp32 (fp64 for fp64 input).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """phi and its surroundings. `alpha` is the sigmoid's slope in silu: g * sigmoid(alpha * g); 1.702 in gpt-oss."""
+
+    kind: str = "silu"
+    gated: bool = True
+    alpha: float = 1.0
+    limit: float = math.inf
+    up_shift: float = 0.0
+    clamp_after: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"activation: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not self.limit > 0:
+            raise ValueError(f"activation: limit must be positive, got {self.limit}")
+        if not self.gated and (self.limit != math.inf or self.up_shift != 0.0):
+            raise ValueError("activation: limit and up_shift belong to gated experts, got them with gated=False")
+
+    @property
+    def params(self) -> list[float]:
+        """The numbers that travel through an operator's schema: [alpha, limit, up_shift, clamp_after]."""
+        return [self.alpha, self.limit, self.up_shift, float(self.clamp_after)]
+
+    @classmethod
+    def from_params(cls, kind: str, gated: bool, params: list[float]) -> Activation:
+        return cls(kind, gated, params[0], params[1], params[2], bool(params[3]))
+
+    def phi(self, g: Tensor) -> Tensor:
+        """phi(g), elementwise, differentiable."""
+        if self.kind == "silu":
+            return g * torch.sigmoid(self.alpha * g)
+        if self.kind == "gelu":
+            return F.gelu(g)
+        if self.kind == "gelu_tanh":
+            return F.gelu(g, approximate="tanh")
+        if self.kind == "relu":
+            return F.relu(g)
+        if self.kind == "relu2":
+            return F.relu(g).square()
+        return g
+
+    def __call__(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """gate [..., F] and up [..., F] (None when ungated) -> [..., F], in the dtype given; plain torch, the truth."""
+        if not self.gated:
+            return self.phi(gate)
+        assert up is not None
+        if self.limit != math.inf:
+            up = up.clamp(-self.limit, self.limit)
+            if not self.clamp_after:
+                gate = gate.clamp(max=self.limit)
+        a = self.phi(gate)
+        if self.limit != math.inf and self.clamp_after:
+            a = a.clamp(max=self.limit)
+        return a * (up + self.up_shift if self.up_shift else up)
+
+
+# gpt-oss: clamp at 7, slope 1.702, and (up + 1)
+GPT_OSS = Activation("silu", alpha=1.702, limit=7.0, up_shift=1.0)
+
+_NAMES = {
+    "silu": Activation("silu"),
+    "swish": Activation("silu"),
+    "gelu": Activation("gelu"),
+    "gelu_tanh": Activation("gelu_tanh"),
+    "gelu_pytorch_tanh": Activation("gelu_tanh"),
+    "quick_gelu": Activation("silu", alpha=1.702),
+    "relu": Activation("relu"),
+    "relu2": Activation("relu2"),
+    "gpt_oss": GPT_OSS,
+}
+
+
+def as_activation(activation: str | Activation, gated: bool = True) -> Activation:
+    """An Activation from its name, or the object itself. Raises ValueError with the names there are."""
+    if isinstance(activation, Activation):
+        return activation
+    if activation not in _NAMES:
+        raise ValueError(f"activation must be one of {', '.join(_NAMES)} or an Activation, got {activation!r}")
+    found = _NAMES[activation]
+    if gated:
+        return found
+    if found is GPT_OSS:
+        raise ValueError("activation: 'gpt_oss' is gated, got gated=False")
+    return Activation(found.kind, gated=False, alpha=found.alpha)

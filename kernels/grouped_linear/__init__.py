@@ -1,0 +1,1 @@
+def grouped_linear(*a, **k): raise NotImplementedError

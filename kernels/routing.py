@@ -1,0 +1,61 @@
+"""What a router says: which experts each token goes to, and with what weight.
+
+The legend of letters, used everywhere in the library:
+
+    T tokens            K experts per token      E experts          D hidden size
+    F expert intermediate size                   R rows on this rank
+    N (row, k) pairs    S slots                  L layers
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The choice of a router for T tokens, K experts each, out of `num_experts`.
+
+    `expert_ids` int32 [T, K]: -1 means no expert; an id >= num_experts (the sentinel of expert-parallel transformers)
+    counts as no expert too. `weights` [T, K] floating point, differentiable. `counts` int32 [E] or None: tokens per
+    expert. `scores` fp32 [T, E] or None: what the router computed before the choice, differentiable, for the losses.
+    """
+
+    expert_ids: Tensor
+    weights: Tensor
+    num_experts: int
+    counts: Tensor | None = None
+    scores: Tensor | None = None
+
+    @classmethod
+    def from_topk(cls, expert_ids: Tensor, weights: Tensor, num_experts: int) -> Routing:
+        """A Routing from any router's top-k: ids [T, K] of any integer type and weights [T, K].
+
+        Raises ValueError where the shapes differ or are not [T, K], or `num_experts` is not positive; TypeError where
+        the ids are not integers or the weights not floating point.
+        """
+        if expert_ids.dim() != 2 or expert_ids.shape != weights.shape:
+            raise ValueError(
+                "Routing: expert_ids and weights must both be [T, K], got "
+                f"{tuple(expert_ids.shape)} and {tuple(weights.shape)}"
+            )
+        if expert_ids.dtype.is_floating_point or expert_ids.dtype.is_complex or expert_ids.dtype == torch.bool:
+            raise TypeError(f"Routing: expert_ids must be integers, got {expert_ids.dtype}")
+        if not weights.dtype.is_floating_point:
+            raise TypeError(f"Routing: weights must be floating point, got {weights.dtype}")
+        if num_experts < 1:
+            raise ValueError(f"Routing: num_experts must be at least 1, got {num_experts}")
+        return cls(expert_ids.to(torch.int32), weights, num_experts)
+
+    def detach(self) -> Routing:
+        """The same choice without its graph: for traces, plots and losses that must not hold the step's memory."""
+        return Routing(
+            self.expert_ids.detach(),
+            self.weights.detach(),
+            self.num_experts,
+            None if self.counts is None else self.counts.detach(),
+            None if self.scores is None else self.scores.detach(),
+        )

@@ -1,0 +1,1 @@
+def topk(*a, **k): raise NotImplementedError
