@@ -1,0 +1,78 @@
+"""What every test shares: one tolerance table, one comparison, fixed seeds, and the rule for GPU tests."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+# Largest allowed error, relative to the largest magnitude expected. One table for the whole suite: a test that
+# needs more says by how much (`scale=`) and why.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def pytest_configure(config):
+    # The tests' shapes are tiny: more threads only wait for each other.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tolerance():
+    """tolerance(dtype) -> largest allowed error, relative to the largest magnitude expected."""
+    return TOLERANCE.__getitem__
+
+
+def _assert_close(actual, expected, dtype=None, scale: float = 1.0, name: str = "tensor") -> None:
+    assert tuple(actual.shape) == tuple(expected.shape), (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
+    dtype = dtype or max((actual.dtype, expected.dtype), key=TOLERANCE.__getitem__)
+    a, e = actual.detach().double().cpu(), expected.detach().double().cpu()
+    finite, what = e.isfinite(), f"{name} {tuple(a.shape)} {str(dtype)[6:]}"
+    broken = int((finite & ~a.isfinite()).sum())
+    assert not broken, f"{what}: {broken} of {a.numel()} elements are NaN or Inf where a number is expected"
+    odd = int((~finite & (a != e) & ~(a.isnan() & e.isnan())).sum())
+    assert not odd, f"{what}: {odd} of {a.numel()} elements should be the NaN or Inf expected and are not"
+    if not int(finite.sum()):
+        return
+    error, size = (a - e)[finite].abs().max().item(), e[finite].abs().max().item()
+    allowed = scale * TOLERANCE[dtype] * size
+    if error > allowed:
+        where = torch.where(finite, (a - e).abs(), 0.0).argmax().item()
+        at = tuple(int(i) for i in np.unravel_index(where, a.shape))
+        raise AssertionError(
+            f"{what}: largest error {error:.3g} at {at} (got {a[at]:.6g}, expected {e[at]:.6g}), "
+            f"relative {error / size if size else float('inf'):.3g}, allowed {scale * TOLERANCE[dtype]:.3g}"
+        )
+
+
+@pytest.fixture(scope="session")
+def assert_close():
+    """assert_close(actual, expected, dtype=None, scale=1.0, name="tensor").
+
+    The largest error must be within `scale` * tolerance(dtype) of the largest finite magnitude of `expected`;
+    NaN and Inf are allowed only where expected has them. `dtype` is by default the coarser of the two. An empty tensor
+    passes if the shapes agree; where expected is all zero, so must actual be.
+    """
+    return _assert_close
