@@ -1,0 +1,126 @@
+"""headgate.record: the trace is what the routers chose, and the model is left as it was."""
+
+import numpy as np
+import pytest
+import torch
+from headgate.moe.record import record
+from torch import nn
+
+
+def olmoe(**changes):
+    transformers = pytest.importorskip("transformers")
+    shape = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32,
+        "pad_token_id": None,
+        "eos_token_id": None,
+    }
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**shape | changes))
+
+
+def ids(rows=2, length=7, seed=0):
+    return torch.randint(0, 32, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hooks(model):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def test_the_trace_is_what_the_routers_chose():
+    model = olmoe()
+    batches = [ids(2, 7), ids(1, 5, seed=1)]
+    trace = record(model, batches, weights=True)
+    assert trace.expert_ids.shape == (3, 19, 2)
+    assert trace.num_experts == 6
+    assert trace.sequence.tolist() == [0] * 7 + [1] * 7 + [2] * 5
+    assert trace.layer_names == tuple(f"model.layers.{i}.mlp.experts" for i in range(3))
+    with torch.no_grad():
+        logits = [model(input_ids=b, output_router_logits=True).router_logits for b in batches]
+    for layer in range(3):
+        scores = torch.cat([one[layer] for one in logits]).softmax(-1)
+        weight, chosen = scores.topk(2, dim=-1)
+        np.testing.assert_array_equal(trace.expert_ids[layer], chosen.numpy())
+        np.testing.assert_allclose(trace.weights[layer], weight.numpy(), atol=1e-3)
+
+
+def test_padding_is_left_out_and_max_tokens_cuts():
+    model = olmoe()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    batch = {"input_ids": ids(2, 5), "attention_mask": mask}
+    assert record(model, [batch]).sequence.tolist() == [0] * 3 + [1] * 5
+    assert record(model, iter([batch] * 50), max_tokens=10).sequence.tolist() == [0] * 3 + [1] * 5 + [2] * 2
+
+
+def test_the_model_is_left_as_it_was_even_after_an_error():
+    model = olmoe().train()
+    model.model.layers[1].eval()
+    modes = [m.training for m in model.modules()]
+    before = hooks(model)
+
+    def batches():
+        yield ids()
+        raise RuntimeError("the disk is gone")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        record(model, batches())
+    assert [m.training for m in model.modules()] == modes
+    assert hooks(model) == before
+    record(model, [ids()])
+    assert [m.training for m in model.modules()] == modes
+    assert hooks(model) == before
+
+
+class Experts(nn.Module):
+    """The boundary with ids given from outside, to see sentinels and layers that differ."""
+
+    def __init__(self, chosen, num_experts):
+        super().__init__()
+        self.chosen, self.num_experts = chosen, num_experts
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return hidden_states
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers, repeat=1):
+        super().__init__()
+        self.layers, self.repeat = nn.ModuleList(layers), repeat
+
+    def forward(self, input_ids):
+        x = torch.zeros(input_ids.numel(), 4)
+        for layer in [*self.layers] * self.repeat:
+            layer(x, top_k_weights=torch.ones(layer.chosen.shape), top_k_index=layer.chosen)
+
+
+def test_layers_of_different_sizes_and_ids_that_mean_none():
+    model = Stack(Experts(torch.tensor([[3, 1], [4, -1]]), 4), Experts(torch.tensor([[299], [7]]), 300))
+    trace = record(model, [ids(1, 2)], weights=True)
+    assert trace.expert_ids.dtype == np.uint16
+    none = trace.none
+    assert trace.expert_ids.tolist() == [[[3, 1], [none, none]], [[299, none], [7, none]]]
+    assert trace.weights.tolist() == [[[1, 1], [0, 0]], [[1, 0], [1, 0]]]
+    assert trace.experts_of_layer.tolist() == [4, 300]
+
+
+def test_what_cannot_be_recorded_is_refused():
+    fine = Experts(torch.zeros(2, 1, dtype=torch.long), 4)
+    with pytest.raises(ValueError, match="must have MoE layers, got a Linear"):
+        record(nn.Linear(2, 2), [])
+    with pytest.raises(ValueError, match="at least one token"):
+        record(Stack(fine), [])
+    with pytest.raises(ValueError, match=r"second run of layers\.0"):
+        record(Stack(fine, repeat=2), [ids(1, 2)])
+    with pytest.raises(ValueError, match="must see the batch's tokens, got 2"):
+        record(Stack(fine), [ids(1, 3)])
+    with pytest.raises(ValueError, match=r"input_ids must be a tensor \[B, S\], got \(3,\)"):
+        record(Stack(fine), [torch.zeros(3, dtype=torch.long)])
+    with pytest.raises(TypeError, match="must be a tensor of input ids or a dict"):
+        record(Stack(fine), ["def main():"])
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        record(Stack(fine), [], max_tokens=0)
