@@ -1,0 +1,59 @@
+# `make demo` and `make test` set everything up by themselves: a virtual environment in VENV, at the versions of
+# constraints.txt. Nothing is installed again until pyproject.toml or constraints.txt changes.
+#
+#   make demo      the tour on real text (under 4 minutes on 2 cores)     make test    the test suite
+#   make bench     speed beside whatever rivals are installed             make lint    ruff: rules and format
+#   make wheel     the wheel, in DIST                                     make types   mypy
+#
+# PYTHON      a Python >= 3.11 to build the environment from (found by itself)
+# VENV        where the environment lives                   DIST        where the wheel goes
+# TORCH_ARGS  more arguments for installing torch, such as an --index-url with builds without CUDA
+# ARGS        more arguments for pytest, `headgate demo` or `headgate bench`
+
+VENV ?= .venv
+DIST ?= dist
+TORCH_ARGS ?=
+ARGS ?=
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup demo test bench lint types wheel clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+# torch first and at its exact version: resolving it beside everything else may fetch several builds to compare.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: needs a Python >= 3.11 with venv and ensurepip (on Debian: python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/headgate demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/headgate bench moe $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy wants a folder of the package's name above the package: a link serves, whatever the checkout is called.
+types: $(STAMP)
+	@mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/headgate
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p headgate
+
+wheel: $(STAMP)
+	$(PIP) wheel --no-deps -w $(DIST) .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
