@@ -21,7 +21,8 @@ class Routing:
 
     `expert_ids` int32 [T, K]: -1 means no expert; an id >= num_experts (the sentinel of expert-parallel transformers)
     counts as no expert too. `weights` [T, K] floating point, differentiable. `counts` int32 [E] or None: tokens per
-    expert. `scores` fp32 [T, E] or None: what the router computed before the choice, differentiable, for the losses.
+    expert. `scores` fp32 [T, E] or None: what the router computed before the choice, differentiable, for the losses;
+    `logits` [T, E] or None: what it computed them from.
     """
 
     expert_ids: Tensor
@@ -29,6 +30,7 @@ class Routing:
     num_experts: int
     counts: Tensor | None = None
     scores: Tensor | None = None
+    logits: Tensor | None = None
 
     @classmethod
     def from_topk(cls, expert_ids: Tensor, weights: Tensor, num_experts: int) -> Routing:
@@ -58,4 +60,5 @@ class Routing:
             self.num_experts,
             None if self.counts is None else self.counts.detach(),
             None if self.scores is None else self.scores.detach(),
+            None if self.logits is None else self.logits.detach(),
         )
