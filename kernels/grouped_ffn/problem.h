@@ -1,0 +1,150 @@
+// What a call of grouped_ffn is about: the arguments as Python hands them over, and the plan made of them.
+#pragma once
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "activation.h"
+#include "gemm.h"
+
+namespace hg {
+
+// One flat array of 64-bit integers (addresses, sizes, strides in elements), in this order; see native.py.
+struct Args {
+  int64_t dtype, threads;
+  int64_t R, K, E, D, F, O;  // rows, experts per row, experts, input, intermediate and output size
+  int64_t kind, gated, interleaved;
+  const float* params;       // alpha, limit, up_shift, clamp_after
+  const int32_t* ids;        // [R, K]
+  const float* weights;      // [R, K]
+  const void* rows;
+  int64_t rows_r;
+  const void* w1;            // gate and up, or gate alone where wu is given
+  int64_t w1_e, w1_r, w1_c;  // strides: expert, output row, input column
+  const void* wu;
+  int64_t wu_e, wu_r, wu_c;
+  const void* w2;
+  int64_t w2_e, w2_r, w2_c;
+  const void *b1, *b2;       // [E, W], [E, O], contiguous, or null
+  void *y, *h;               // forward: [R, O]; [R*K, W] or null
+  const void* grad;          // backward, and all below; null = not asked for
+  int64_t grad_r;
+  void* dx;                  // [R, D]
+  float* ds;                 // [R, K]
+  void* dw1;                 // contiguous as w1's logical shape
+  int64_t dw1_e, dw1_r, dw1_c;
+  void* dwu;
+  int64_t dwu_e, dwu_r, dwu_c;
+  void* dw2;
+  int64_t dw2_e, dw2_r, dw2_c;
+  void *db1, *db2;
+};
+
+// Large fresh memory in huge pages: a page fault per 2 MiB, not per 4 KiB.
+inline void want_huge_pages(void* p, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t huge = uintptr_t(1) << 21, lo = (uintptr_t(p) + huge - 1) & ~(huge - 1), hi = (uintptr_t(p) + bytes) & ~(huge - 1);
+  if (hi > lo) madvise((void*)lo, hi - lo, MADV_HUGEPAGE);
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
+// Scratch memory; throws std::bad_alloc.
+template <class U>
+class Scratch {
+  std::unique_ptr<void, void (*)(void*)> held{nullptr, std::free};
+
+ public:
+  explicit Scratch(size_t n) {
+    size_t bytes = (n * sizeof(U) + 63) & ~size_t(63);
+    if (!bytes) return;
+    held.reset(std::aligned_alloc(bytes >= (4u << 20) ? (2u << 20) : 64, bytes >= (4u << 20) ? (bytes + (2u << 20) - 1) & ~size_t((2u << 20) - 1) : bytes));
+    if (!held) throw std::bad_alloc();
+    if (bytes >= (4u << 20)) want_huge_pages(held.get(), bytes);
+  }
+  U* get() const { return (U*)held.get(); }
+};
+
+// Pairs by expert: a counting sort, stable. See Plan in plan/__init__.py.
+struct Order {
+  std::vector<int32_t> pair_of_row, row_of_pair, offsets;
+  bool good = true;  // false: an id below -1
+
+  Order(const int32_t* ids, int64_t pairs, int64_t experts) : pair_of_row(pairs), row_of_pair(pairs), offsets(experts + 2) {
+    for (int64_t p = 0; p < pairs; ++p) {
+      good &= ids[p] >= -1;
+      ++offsets[bin(ids[p], experts) + 1];
+    }
+    for (int64_t e = 0; e <= experts; ++e) offsets[e + 1] += offsets[e];
+    std::vector<int32_t> next(offsets.begin(), offsets.end() - 1);
+    for (int64_t p = 0; p < pairs; ++p) {
+      int32_t at = next[bin(ids[p], experts)]++;
+      pair_of_row[at] = int32_t(p);
+      row_of_pair[p] = at;
+    }
+  }
+  static int64_t bin(int32_t id, int64_t experts) { return id < 0 || id >= experts ? experts : id; }
+};
+
+// A run of an expert's rows, worked on by one thread: `n` rows from row `m0` of expert `e`.
+struct Block {
+  int e, m0, n;
+};
+
+template <class T>
+struct Problem {
+  static constexpr int PACK = Form<T>::M::PACK, PARTS = Form<T>::PARTS;
+  const Args& a;
+  Activation act;
+  Order order;
+  const int D, F, O, K, W, threads;
+  const bool gated, pair_of_tensors;
+
+  explicit Problem(const Args& args)
+      : a(args),
+        act{int(args.kind), bool(args.gated), args.params[0], args.params[1], args.params[2], args.params[3] != 0},
+        order(args.ids, args.R * args.K, args.E),
+        D(args.D), F(args.F), O(args.O), K(args.K), W(args.gated ? 2 * F : F), threads(args.threads),
+        gated(args.gated), pair_of_tensors(args.wu) {}
+
+  int count(int e) const { return order.offsets[e + 1] - order.offsets[e]; }
+  int live() const { return order.offsets[a.E]; }
+  const int32_t* pairs(int e) const { return order.pair_of_row.data() + order.offsets[e]; }
+
+  // The stored row of gate f and of up f (one order for weights, biases, h and their gradients).
+  int gate_row(int f) const { return gated && a.interleaved ? 2 * f : f; }
+  int up_row(int f) const { return a.interleaved ? 2 * f + 1 : F + f; }
+
+  const T* w1_row(int e, int f2) const {
+    if (pair_of_tensors && f2 >= F) return (const T*)a.wu + e * a.wu_e + (f2 - F) * a.wu_r;
+    return (const T*)a.w1 + e * a.w1_e + f2 * a.w1_r;
+  }
+  int64_t w1_r(int f2) const { return pair_of_tensors && f2 >= F ? a.wu_r : a.w1_r; }
+  int64_t w1_c(int f2) const { return pair_of_tensors && f2 >= F ? a.wu_c : a.w1_c; }
+  const T* w2_row(int e, int o) const { return (const T*)a.w2 + e * a.w2_e + o * a.w2_r; }
+
+  float scale(int32_t pair) const { return a.weights[pair]; }
+
+  // An expert's rows in blocks of at most `most`, evenly cut, each a multiple of LANES but the last.
+  std::vector<Block> blocks(int first, int last, int most) const {
+    std::vector<Block> out;
+    for (int e = first; e < last; ++e) {
+      int m = count(e), pieces = (m + most - 1) / most;
+      if (!m) continue;
+      int size = ((m + pieces - 1) / pieces + LANES - 1) / LANES * LANES;
+      for (int m0 = 0; m0 < m; m0 += size) out.push_back({e, m0, std::min(size, m - m0)});
+    }
+    return out;
+  }
+  // Rows of one task: many enough that a pass over the weights pays, few enough that every thread has several tasks.
+  int block_rows() const {
+    int fair = (live() + 3 * threads - 1) / (3 * threads);
+    return std::clamp((fair + LANES - 1) / LANES * LANES, 3 * LANES, 24 * LANES);
+  }
+};
+
+}  // namespace hg

@@ -1,0 +1,137 @@
+"""The C++ forms of the CPU operations: compiled at first use with the machine's own compiler, cached, loaded by ctypes.
+
+No torch header is needed, so a build takes seconds, and one build serves every torch version. The library is linked
+against the OpenMP runtime that torch has loaded: two runtimes would fight over the same cores. Where no compiler is
+found, or the build fails, `library()` is None, the plain torch forms serve, and `status()` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+_SOURCES = ["grouped_ffn/on_cpu.cpp"]
+_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Which CPU form runs: `form` is "native" or "plain", `why` one sentence, `path` of the built library if any."""
+
+    form: str
+    why: str
+    path: str | None = None
+
+
+def status() -> Status:
+    """What serves CPU operations on this machine; builds the library if that has not been tried yet."""
+    return _load()[1]
+
+
+def available() -> bool:
+    return _load()[0] is not None
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where the plain forms serve. HEADGATE_CPU=plain asks for the plain forms."""
+    return None if os.environ.get("HEADGATE_CPU") == "plain" else _load()[0]
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, Status]:
+    lib, state = _build()
+    if lib is None:
+        warnings.warn(f"headgate: CPU operations run in plain torch, which is slower: {state.why}", stacklevel=2)
+    return lib, state
+
+
+def _build() -> tuple[ctypes.CDLL | None, Status]:
+    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+    if compiler is None:
+        return None, Status("plain", "no C++ compiler found (set CXX, or install g++ or clang++)")
+    if sys.platform != "linux":
+        return None, Status("plain", f"the C++ form is built on Linux only, this is {sys.platform}")
+    if torch.backends.openmp.is_available() is False:
+        return None, Status("plain", "this torch was built without OpenMP")
+    flags = [*_FLAGS, "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"]
+    try:
+        key = _key(compiler, flags)
+        target = _cache_dir() / f"headgate-{key}.so"
+        if not target.exists():
+            _compile(compiler, flags, target)
+        lib = ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return None, Status("plain", f"building the C++ form with {compiler} failed: {detail.strip()[:500]}")
+    return lib, Status("native", f"C++ compiled by {compiler} for this CPU ({_isa()})", str(target))
+
+
+def _key(compiler: str, flags: list[str]) -> str:
+    """Names a build: sources, flags, the compiler's version and what `native` means to it on this CPU."""
+    digest = hashlib.sha256()
+    for path in sorted([*_HERE.glob("*.h"), *_HERE.glob("*/*.h"), *(_HERE / s for s in _SOURCES)]):
+        digest.update(path.read_bytes())
+    # what the compiler makes of `native` here: a cache on a shared home directory serves several kinds of machine
+    seen = subprocess.run(
+        [compiler, *flags[:1], *flags[-1:], "-dM", "-E", "-x", "c++", "-"],
+        input="", capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    digest.update(seen.stdout.encode())
+    digest.update(" ".join([compiler, *flags]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cache_dir() -> Path:
+    root = os.environ.get("HEADGATE_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "headgate"
+    )
+    for candidate in (Path(root), Path(tempfile.gettempdir()) / f"headgate-{os.getuid()}"):
+        try:
+            candidate.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            continue
+        # code is loaded from here: a directory that others may write to is not one to trust
+        if os.access(candidate, os.W_OK) and candidate.stat().st_uid == os.getuid():
+            return candidate
+    raise OSError(f"no directory of this user's to keep the build in (tried {root}); set HEADGATE_CACHE")
+
+
+def _compile(compiler: str, flags: list[str], target: Path) -> None:
+    """Builds beside the target and renames, so that processes starting together never see half a library."""
+    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        sources = [str(_HERE / s) for s in _SOURCES]
+        subprocess.run(
+            [compiler, *flags, f"-I{_HERE}", *sources, "-o", name],
+            capture_output=True, text=True, check=True, timeout=300,
+        )  # fmt: skip
+        os.replace(name, target)
+    finally:
+        if os.path.exists(name):
+            os.unlink(name)
+
+
+def _isa() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def serves(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The library, if it multiplies this dtype; fp64 stays with plain torch."""
+    return library() if dtype in DTYPES else None
