@@ -76,3 +76,16 @@ def assert_close():
     passes if the shapes agree; where expected is all zero, so must actual be.
     """
     return _assert_close
+
+
+@pytest.fixture(params=["plain", "native"])
+def cpu_form(request, monkeypatch) -> str:
+    """Runs the test on each CPU form of the operations: plain torch, and the compiled one where it can be had."""
+    if request.param == "plain":
+        monkeypatch.setenv("HEADGATE_CPU", "plain")
+        return "plain"
+    monkeypatch.delenv("HEADGATE_CPU", raising=False)
+    native = pytest.importorskip("headgate.kernels.native", reason="this version has no compiled CPU form")
+    if not native.available():
+        pytest.skip("no compiled CPU form on this machine: no C++ compiler, or a processor without AVX2")
+    return "native"
