@@ -1,0 +1,135 @@
+"""The one adapter for every experts module that uses transformers' experts interface.
+
+It is called as transformers calls its own implementations, reads the module's flags and parameters by attribute at call
+time (a PEFT adapter makes them computed tensors, expert parallelism makes them local ones) and keeps no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.activation import Activation
+from ...kernels.grouped_ffn import grouped_ffn
+from ...kernels.grouped_linear import grouped_linear
+from ...kernels.plan import Plan, plan
+from ...kernels.routing import Routing
+from .counting import mark
+from .gate import activation_of
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+def experts_forward(
+    module: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor | None = None,
+    top_k_weights: Tensor | None = None,
+    *,
+    router_indices: Tensor | None = None,
+    routing_weights: Tensor | None = None,
+) -> Tensor:
+    """(hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D], in the dtype of hidden_states.
+
+    The rows take the weights' dtype, as in transformers' grouped_mm; ids >= E (off-rank experts) count as none. The
+    last two names are gpt-oss's for the same arguments.
+    """
+    ids = router_indices if top_k_index is None else top_k_index
+    weights = routing_weights if top_k_weights is None else top_k_weights
+    if ids is None or weights is None:
+        raise TypeError("experts: top_k_index and top_k_weights must both be given, got one or none of them")
+    mark(module)
+    m: Any = module
+    gated, biased, transposed, interleaved, normed = flags(module)
+    w1, w2 = m.gate_up_proj if gated else m.up_proj, m.down_proj
+    b1 = b2 = None
+    if biased:
+        b1, b2 = m.gate_up_proj_bias if gated else m.up_proj_bias, m.down_proj_bias
+    rows = as_rows(hidden_states, w1)
+    routing = Routing.from_topk(ids, weights, w2.shape[0])
+    activation = None if normed else activation_of(module, gated, interleaved)
+    if activation is not None:
+        y = grouped_ffn(
+            rows, routing, w1, w2, b_gate_up=b1, b_down=b2, activation=activation,
+            gated=gated, transposed=transposed, interleaved=interleaved,
+        )  # fmt: skip
+    else:
+        gate = m._apply_gate if gated else m.act_fn
+        norm = m.post_expert_norm if normed else None
+        y = own_gate_forward(rows, routing, (w1, b1), (w2, b2), gate, transposed, norm)
+    return y.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+
+def flags(module: nn.Module) -> tuple[bool, bool, bool, bool, bool]:
+    """(gated, biased, transposed, interleaved, normed) as `use_experts_implementation` marks them, or its defaults."""
+    return (
+        getattr(module, "has_gate", True),
+        getattr(module, "has_bias", False),
+        getattr(module, "is_transposed", False),
+        getattr(module, "has_gate", True) and not getattr(module, "is_concatenated", True),
+        getattr(module, "has_post_expert_norm", False),
+    )
+
+
+def as_rows(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    """hidden_states [..., D] as rows [R, D] in the dtype of `weight`, or as they are where autocast will decide."""
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(weight.dtype)
+
+
+def own_gate_forward(
+    rows: Tensor,
+    routing: Routing,
+    first: tuple[Tensor, Tensor | None],
+    second: tuple[Tensor, Tensor | None],
+    gate: Callable[[Tensor], Tensor],
+    transposed: bool,
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The same with a module's own gate, and norm of each expert's output, around two grouped matmuls: [R, D]."""
+    order = plan(routing.expert_ids, routing.num_experts)
+    x = rows[(order.pair_of_row // routing.expert_ids.shape[1]).long()]
+    h = grouped_linear(x, order.offsets, *first, transposed=transposed)
+    y = grouped_linear(gate(h).to(h.dtype), order.offsets, *second, transposed=transposed)
+    return combine(y if norm is None else norm(y), routing.weights, order)
+
+
+def combine(y: Tensor, weights: Tensor, order: Plan) -> Tensor:
+    """Rows y [T*K, D] in expert order and weights [T, K] -> weighted sums [T, D], added up in fp32."""
+    live = torch.arange(y.shape[0], device=y.device) < order.offsets[-1]
+    scale = weights.reshape(-1)[order.pair_of_row.long()].masked_fill(~live, 0)
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    weighted = (y * scale[:, None])[order.row_of_pair.long()]
+    return weighted.view(*weights.shape, y.shape[1]).sum(1, dtype=wide).to(y.dtype)
+
+
+def is_decorated(module: nn.Module) -> bool:
+    """Whether the module carries the marks of transformers' `use_experts_implementation`."""
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    return all(hasattr(module, name) for name in (*_MARKS, first, "down_proj"))
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why an experts module cannot be taken, or None."""
+    m: Any = module
+    for name in ("gate_up_proj" if flags(module)[0] else "up_proj", "down_proj"):
+        w = getattr(m, name)
+        if w.dim() != 3 or w.dtype not in FLOATS:
+            return f"{name} must be floating point [E, ., .], got {tuple(w.shape)} {w.dtype}"
+    return None
+
+
+def prepare(module: nn.Module) -> str:
+    """Asks for the activation ahead of the first call, so that a warning comes with the swap; says what will run."""
+    gated, _biased, _transposed, interleaved, normed = flags(module)
+    return describe(None if normed else activation_of(module, gated, interleaved))
+
+
+def describe(activation: Activation | None) -> str:
+    if activation is None:
+        return "own gate between two grouped matmuls"
+    return f"{'gated ' if activation.gated else ''}{activation.kind}, fused"

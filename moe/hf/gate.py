@@ -1,0 +1,123 @@
+"""Which activation a module's experts really use, found by asking the module.
+
+Configurations lie about it (gpt-oss says `silu` and means a clamped one with a slope and a shift), so the module's own
+gate is evaluated on a grid and compared with every form that `Activation` can say. What agrees everywhere is run by the
+fused operation; anything else (a softcap, dropout, learned slopes, hooks) keeps its own code.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.activation import KINDS, Activation
+
+# Attributes whose names hold one of these words may be a limit or a slope: `limit`, `swiglu_limit`, `swiglu_alpha`, ...
+_WORDS = ("limit", "alpha", "clamp", "clip", "slope", "beta")
+_GRID = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 12.0, 40.0, 300.0, 1e4)
+_CACHE = "_headgate_gate"
+
+
+def identify(
+    function: Callable[[Tensor, Tensor], Tensor], gated: bool, numbers: Iterable[float] = ()
+) -> Activation | None:
+    """The Activation that equals `function` (gate [n], up [n]) -> [n] on a grid in fp32, or None.
+
+    Ungated functions get the same first argument and ignore the second. `numbers` are candidates for limit and slope.
+    """
+    numbers = sorted({float(n) for n in numbers if 0 < n < math.inf})
+    points = sorted({*_GRID, *(f * n for n in numbers for f in (0.5, 0.99, 1.0, 1.01, 2.0))})
+    points = [-p for p in points if p] + points
+    gate, up = torch.tensor(list(product(points, points)), dtype=torch.float32, device="cpu").unbind(1)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            wanted = function(gate, up)
+        if not isinstance(wanted, Tensor) or wanted.shape != gate.shape or wanted.device != gate.device:
+            return None
+    except Exception:  # whatever a stranger's function raises outside its model: it keeps its own code
+        return None
+    allowed = 1e-6 * (1 + gate.abs()) * ((1 + up.abs()) if gated else 1) + 2e-6 * wanted.abs()
+    for form in _forms(gated, numbers):
+        got = form(gate, up) if gated else form(gate)
+        if bool(((got - wanted).abs() <= allowed).all()):
+            return form
+    return None
+
+
+def _forms(gated: bool, numbers: list[float]) -> Iterator[Activation]:
+    """Every form there is, plain ones first."""
+    alphas = {"silu": (1.0, 1.702, *numbers)}
+    if not gated:
+        yield from (Activation(kind, False, alpha) for kind in KINDS for alpha in alphas.get(kind, (1.0,)))
+        return
+    for limit, shift, kind in product((math.inf, *numbers), (0.0, 1.0), KINDS):
+        for alpha in alphas.get(kind, (1.0,)):
+            for after in (False, True) if limit < math.inf else (False,):
+                yield Activation(kind, True, alpha, limit, shift, after)
+
+
+def hooked(module: Any) -> bool:
+    """Whether somebody listens to this module's calls, so that its work must go through it."""
+    return isinstance(module, nn.Module) and bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def learns(module: Any) -> bool:
+    return isinstance(module, nn.Module) and next(module.parameters(), None) is not None
+
+
+@torch._dynamo.assume_constant_result
+def activation_of(module: nn.Module, gated: bool, interleaved: bool, function: str = "act_fn") -> Activation | None:
+    """The Activation of an experts module, or None where its own gate must run; says the latter once.
+
+    The gate is `module._apply_gate` (transformers' contract) where there is one and `gated`, else `module.<function>`
+    on the gate times up. The answer is kept on the module beside what it was read from (the functions, every number
+    among the attributes), and found anew when one of these has changed.
+    """
+    act = getattr(module, function, None)
+    apply_gate = getattr(module, "_apply_gate", None) if gated else None
+    state = {k: v for k, v in vars(module).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    own = (getattr(apply_gate, "__func__", apply_gate), act, gated, interleaved, state)
+    listened = hooked(act)
+    kept = vars(module).get(_CACHE)
+    if kept is not None and kept[0] == own and kept[1] == listened:
+        return kept[2]
+    numbers = [v for k, v in state.items() if any(word in k for word in _WORDS)]
+    found = None
+    if not listened and not learns(act):
+        found = identify(_caller(apply_gate, act, gated, interleaved), gated, numbers)
+    if found is None:
+        warnings.warn(
+            f"headgate: {type(module).__name__} has an activation of its own ({_describe(act, apply_gate)}); its "
+            "experts run as two grouped matmuls around it, which is slower than the fused operation",
+            stacklevel=3,
+        )
+    vars(module)[_CACHE] = (own, listened, found)
+    return found
+
+
+def _caller(apply_gate, act, gated: bool, interleaved: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    if not gated:
+        return lambda gate, _up: act(gate)
+    if apply_gate is None:
+        return lambda gate, up: act(gate) * up
+    if interleaved:
+        return lambda gate, up: apply_gate(torch.stack([gate, up], -1).flatten()[None])[0]
+    return lambda gate, up: apply_gate(torch.cat([gate, up])[None])[0]
+
+
+def _describe(act: Any, apply_gate: Any) -> str:
+    if act is not None:
+        return getattr(act, "__name__", type(act).__name__)
+    return getattr(apply_gate, "__name__", type(apply_gate).__name__)
+
+
+def forget_gate(module: nn.Module) -> None:
+    vars(module).pop(_CACHE, None)

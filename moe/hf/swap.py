@@ -1,0 +1,150 @@
+"""replace and restore: Headgate's forward on the experts of somebody else's model, and their own back.
+
+A swap sets one attribute, `forward`, on each experts module. Class, parameters, hooks and state_dict keys stay, so that
+whatever knows the model (PEFT, save_pretrained, output_router_logits) goes on knowing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .counting import counter, forget
+from .gate import forget_gate
+from .report import Report
+from .table import Adapter, adapter_of, looks_like_experts
+
+_SWAP = "_headgate_swap"
+
+
+@dataclass(eq=False)
+class _Swap:
+    """What a swapped module remembers: the forward put there and where it stands in for which (None: the class's)."""
+
+    forward: Callable[..., Any]
+    slot: str
+    before: Callable[..., Any] | None
+
+
+def replace(model: nn.Module) -> Report:
+    """Lets every MoE experts block of a transformers model run through Headgate, in place, weights shared.
+
+    The boundary is transformers' own, (hidden_states, top_k_index, top_k_weights) -> hidden_states: the model keeps its
+    routers, its losses and its parameters under their names. The activation is found by evaluating each module's own
+    gate; where no fused form equals it, the module's gate runs between two grouped matmuls, with a warning.
+
+    Returns a Report: `replaced`, `skipped` (name -> reason), `calls`. Raises ValueError for a model without MoE blocks
+    or already swapped, TypeError for something that is no module. If a block fails, all are restored first.
+
+    >>> report = headgate.replace(model)
+    >>> print(report)
+    Headgate runs 16 of 16 MoE blocks of OlmoeForCausalLM, none skipped, 0 calls so far
+      16 x OlmoeExperts: gated silu, fused
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if _SWAP in vars(module):
+            raise ValueError(
+                f"replace: model must not be swapped already, got one whose {name or 'root'} is; "
+                "headgate.restore(model) undoes it"
+            )
+    found, skipped = _survey(model)
+    if not found and not skipped:
+        raise ValueError(f"replace: model must hold MoE experts, got a {type(model).__name__} without any")
+    report = Report(type(model).__name__, skipped=skipped)
+    try:
+        for name, module, adapter in found:
+            how = adapter.prepare(module)
+            _put(module, adapter)
+            if not adapter.helper:
+                report.add(name, f"{type(module).__name__}: {how}", counter(module))
+    except BaseException:
+        for _name, module, _adapter in found:
+            _take_back(module)
+        raise
+    return report
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Gives every swapped module of `model` its own forward back; returns their names.
+
+    Raises ValueError for a model that is not swapped, or where somebody has put another forward over Headgate's since:
+    nothing is changed then.
+    """
+    swapped = [(name, module) for name, module in model.named_modules() if _SWAP in vars(module)]
+    if not swapped:
+        raise ValueError(
+            f"restore: model must be swapped by headgate.replace, got a {type(model).__name__} that is not"
+        )
+    for name, module in swapped:
+        if _slot_of(module) is None:
+            raise ValueError(
+                f"restore: the forward of {name or 'the model'} must be the one that headgate.replace put there, got "
+                f"{vars(module).get('forward')!r}; undo that first"
+            )
+    for _name, module in swapped:
+        _take_back(module)
+    return [name for name, _module in swapped]
+
+
+def _survey(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Adapter]], dict[str, str]]:
+    found: list[tuple[str, nn.Module, Adapter]] = []
+    skipped: dict[str, str] = {}
+    unknown: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        adapter = adapter_of(module)
+        if adapter is None:
+            if looks_like_experts(module):
+                unknown.append((name, module))
+            continue
+        why = adapter.refusal(module) or _foreign(module)
+        if why is None:
+            found.append((name, module, adapter))
+        else:
+            skipped[name] = why
+    known = [*(name for name, _, _ in found), *skipped]
+    for name, module in unknown:
+        inside = name + "." if name else ""
+        if not any(k.startswith(inside) or name.startswith(f"{k}.") for k in known):
+            skipped[name] = f"{type(module).__name__} is not called at transformers' experts boundary"
+    return found, skipped
+
+
+def _foreign(module: nn.Module) -> str | None:
+    """Why a module whose forward somebody else has set on the instance is left alone."""
+    own = vars(module).get("forward")
+    if own is None or "_old_forward" in vars(module):  # accelerate's hooks call _old_forward: that one is swapped
+        return None
+    name = getattr(own, "__qualname__", type(own).__name__)
+    return f"its forward is set by {name}; headgate.hf.register() and set_experts_implementation run inside it"
+
+
+def _put(module: nn.Module, adapter: Adapter) -> None:
+    slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    forward = partial(adapter.forward, module)
+    vars(module)[_SWAP] = _Swap(forward, slot, vars(module).get(slot))
+    vars(module)[slot] = forward
+
+
+def _slot_of(module: nn.Module) -> str | None:
+    """Where Headgate's forward is now: hooks of accelerate set after the swap have moved it."""
+    ours = vars(module)[_SWAP].forward
+    return next((slot for slot in ("forward", "_old_forward") if vars(module).get(slot) is ours), None)
+
+
+def _take_back(module: nn.Module) -> None:
+    if _SWAP in vars(module):
+        slot, swap = _slot_of(module), vars(module).pop(_SWAP)
+        if slot is not None:
+            vars(module).pop(slot)
+            if swap.slot == slot and swap.before is not None:
+                vars(module)[slot] = swap.before
+            elif slot == "_old_forward":
+                vars(module)[slot] = type(module).forward.__get__(module)
+    forget(module)
+    forget_gate(module)
