@@ -1,6 +1,7 @@
-// grouped_ffn on CPU: forward.
+// grouped_ffn on CPU: how the work is cut into tasks for the threads.
 #include <omp.h>
 
+#include "backward.h"
 #include "stages.h"
 
 namespace hg {
@@ -85,6 +86,90 @@ Status forward(const Args& args) {
   return OK;
 }
 
+// An expert that got no row has no gradient.
+template <class T>
+void clear_gradients(const Problem<T>& p, int e) {
+  auto clear = [&](void* base, int64_t expert, int64_t n) {
+    if (base) std::memset((T*)base + e * expert, 0, n * sizeof(T));
+  };
+  clear(p.a.dw1, p.a.dw1_e, int64_t(p.pair_of_tensors ? p.F : p.W) * p.D);
+  clear(p.a.dwu, p.a.dwu_e, int64_t(p.F) * p.D);
+  clear(p.a.dw2, p.a.dw2_e, int64_t(p.O) * p.F);
+  clear(p.a.db1, p.W, p.W);
+  clear(p.a.db2, p.O, p.O);
+}
+
+// Experts are taken in waves whose dH and A fit the cache: first the blocks of rows, then the weight gradients.
+template <class T>
+Status backward(const Args& args) {
+  Problem<T> p(args);
+  if (!p.order.good) return BAD_ID;
+  const int E = int(args.E), most = p.block_rows(), PO = words<T>(p.O), W = p.W;
+  const bool weights = args.dw1 || args.dwu || args.dw2 || args.db1 || args.db2;
+  const Width<T> width(p);
+  for (auto [at, n] : {std::pair(args.dw1, int64_t(W) * p.D), {args.dwu, int64_t(p.F) * p.D}, {args.dw2, int64_t(p.O) * p.F}})
+    if (at) want_huge_pages(at, size_t(E) * n * sizeof(T));
+  if (args.ds) std::fill_n(args.ds, args.R * p.K, 0.f);
+
+  std::vector<int> waves{0};
+  std::vector<size_t> kept_at(E);
+  size_t kept = 0, kept_most = 0, most_rows = 0;
+  const size_t budget = (12u << 20) / sizeof(float);
+  for (int e = 0, tasks = 0; e < E; ++e) {
+    if (kept >= budget && tasks >= 4 * p.threads) waves.push_back(e), kept = 0, tasks = 0;
+    kept_at[e] = kept;
+    kept += Kept<T>::floats(p.count(e), W, p.F);
+    tasks += (p.count(e) + most - 1) / most;
+    kept_most = std::max(kept_most, kept);
+    most_rows = std::max<size_t>(most_rows, p.count(e));
+  }
+  waves.push_back(E);
+
+  // columns of a weight gradient per task: their panel over all rows of the expert stays in the second-level cache
+  const int unit = NVMAX * LANES;
+  const int most_words = std::max(1, words<T>(int(most_rows)) * Form<T>::PARTS);
+  const int cut = std::clamp(int((512 << 10) / 4 / most_words) / unit, 2, 21) * unit;
+  const size_t gp = panel_floats<T>(most / LANES, PO), dp = panel_floats<T>(most / LANES, width.P),
+               pack = tiles_floats<T>(std::max(PO, width.P)),
+               columns = panel_floats<T>((cut + LANES - 1) / LANES, words<T>(int(most_rows)));
+  const size_t each = std::max(gp + dp + pack, columns);
+  Scratch<float> scratch(each * p.threads), held(kept_most);
+  Scratch<T> dx(args.dx ? size_t(p.live()) * p.D : 0);
+
+  struct Cut { int e; bool down; int c0, n; };
+  for (size_t w = 0; w + 1 < waves.size(); ++w) {
+    const auto blocks = p.blocks(waves[w], waves[w + 1], most);
+    std::vector<Cut> cuts;
+    for (int e = waves[w]; e < waves[w + 1]; ++e) {
+      if (!p.count(e)) { cuts.push_back({e, false, 0, 0}); continue; }
+      if (args.dw2) for (int c = 0; c < p.O; c += cut) cuts.push_back({e, true, c, std::min(cut, p.O - c)});
+      if (args.dw1 || args.dwu) for (int c = 0; c < p.D; c += cut) cuts.push_back({e, false, c, std::min(cut, p.D - c)});
+      if (args.db1 || args.db2) cuts.push_back({e, false, 0, 0});
+    }
+    if (!weights) cuts.clear();
+#pragma omp parallel num_threads(p.threads)
+    {
+      float* mine = scratch.get() + each * omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+      for (size_t i = 0; i < blocks.size(); ++i)
+        input_gradients(p, blocks[i], Kept<T>(held.get() + kept_at[blocks[i].e], p.count(blocks[i].e), W), dx.get(), mine,
+                        mine + gp, mine + gp + dp);
+#pragma omp for schedule(dynamic, 1)
+      for (size_t i = 0; i < cuts.size(); ++i) {
+        const Cut& c = cuts[i];
+        const Kept<T> k(held.get() + kept_at[c.e], p.count(c.e), W);
+        if (c.n) weight_gradients(p, c.e, k, c.down, c.c0, c.n, mine);
+        else if (p.count(c.e)) bias_gradients(p, c.e, k);
+        else clear_gradients(p, c.e);
+      }
+    }
+  }
+  if (args.dx)
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+    for (int64_t t = 0; t < args.R; ++t) sum_rows(p, dx.get(), p.D, (T*)args.dx, t, t + 1);
+  return OK;
+}
+
 template <template <class> class Run>
 int by_type(const Args& args) {
   try {
@@ -100,7 +185,10 @@ int by_type(const Args& args) {
 }
 template <class T>
 struct Forward { static int run(const Args& a) { return forward<T>(a); } };
+template <class T>
+struct Backward { static int run(const Args& a) { return backward<T>(a); } };
 
 }  // namespace hg
 
 extern "C" int hg_grouped_ffn_forward(const hg::Args* args) { return hg::by_type<hg::Forward>(*args); }
+extern "C" int hg_grouped_ffn_backward(const hg::Args* args) { return hg::by_type<hg::Backward>(*args); }

@@ -1,0 +1,222 @@
+// The backward products of grouped_ffn. For an expert's rows (lanes), with G the output's gradient and s the router's weight:
+//
+//     dA' = G W2,  ds = <dA', A>,  dH = s dA' act'(H),  dX = dH W1       per block of rows: input_gradients
+//     dW1 = dH^T X,  dW2 = G^T (s A)                                     per cut of columns: weight_gradients
+//
+// dH and s A pass from the first to the second through scratch, a row per intermediate column (Kept).
+#pragma once
+#include "stages.h"
+
+namespace hg {
+
+// dH^T [W][rows] and (s A)^T [F][rows] of one expert as tiles want them: words along the rows, part by part.
+template <class T>
+struct Kept {
+  using S = typename Form<T>::S;
+  float *dh, *sa;
+  int P;  // words along the rows
+  static size_t floats(int M, int W, int F) { return size_t(words<T>(M)) * (W + F) * Form<T>::PARTS; }
+  Kept(float* at, int M, int W) : dh(at), sa(at + size_t(words<T>(M)) * W * Form<T>::PARTS), P(words<T>(M)) {}
+  // LANES values of row r (of `rows`) from place m on
+  HG_INLINE void put(float* to, int rows, int r, int m, vf x) const {
+    const int left = P * Form<T>::M::PACK - m;
+    for (int part = 0; part < Form<T>::PARTS; ++part) {
+      S* line = (S*)(to + (size_t(part) * rows + r) * P);
+#ifdef HG_BF16_DOT
+      if constexpr (Form<T>::PARTS == 2) { store(line + m, part_of(x, part), left); continue; }
+#endif
+      store(line + m, x, left);
+    }
+  }
+};
+
+// How the contraction over the W stored rows of W1 is cut into words: gate then up, each padded, or one run.
+template <class T>
+struct Width {
+  int runs, len, P;  // runs of `len` stored rows; words in all
+  explicit Width(const Problem<T>& p) {
+    runs = p.gated && !p.a.interleaved ? 2 : 1;
+    len = p.W / runs;
+    P = runs * words<T>(len);
+  }
+};
+
+// dX rows for one block (null dx: not asked for), ds, and the block's part of Kept.
+template <class T>
+void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T* dx, float* gp, float* dp, float* pack) {
+  constexpr int PACK = Form<T>::M::PACK, PARTS = Form<T>::PARTS;
+  const int e = b.e, n = b.n, M = p.count(e), PO = words<T>(p.O);
+  const Width<T> width(p);
+  const int32_t* pair = p.pairs(e) + b.m0;
+  const T* h = (const T*)p.a.h + int64_t(p.order.offsets[e]) * p.W;
+  pack_rows<T>(gp, n, p.O, [&](int m) { return (const T*)p.a.grad + int64_t(pair[m] / p.K) * p.a.grad_r; });
+  std::vector<float> s((n + LANES - 1) / LANES * LANES), ds(s.size());
+  for (int m = 0; m < n; ++m) s[m] = p.scale(pair[m]);
+  for (int f = 0; f < p.F; f += CHUNK) {
+    const int here = std::min(CHUNK, p.F - f);
+    Tile tile[TILES];
+    const int tiles = make_tiles<T>(tile, here, p.a.w2_r, p.a.w2_c, p.O, true, pack,
+                                    [&](int i) { return p.w2_row(e, 0) + std::min(f + i, p.F - 1) * p.a.w2_c; });
+    for_chunk<T>(tile, tiles, gp, n, PO,
+        [&](auto& c, int lane0, int t) {
+          constexpr int NV = sizeof(c[0]) / sizeof(vf);
+          for (int v = 0; v < NV; ++v) {
+            const int lane = lane0 + v * LANES, m = b.m0 + lane, left = n - lane;
+            const vf sv = *(const vf_u*)(s.data() + lane);
+            vf sum = *(const vf_u*)(ds.data() + lane), dg[MR], du[MR];
+            for (int i = 0; i < MR; ++i) {
+              const int col = f + t * MR + i;
+              dg[i] = du[i] = vf{};
+              if (col >= p.F) continue;
+              const vf g = load(h + int64_t(p.gate_row(col)) * M + m, left);
+              const vf u = p.gated ? load(h + int64_t(p.up_row(col)) * M + m, left) : vf{};
+              const vf a = p.act.backward(g, u, c[i][v] * sv, dg[i], du[i]);
+              sum = sum + c[i][v] * a;
+              kept.put(kept.sa, p.F, col, m, a * sv);
+              kept.put(kept.dh, p.W, p.gate_row(col), m, dg[i]);
+              if (p.gated) kept.put(kept.dh, p.W, p.up_row(col), m, du[i]);
+            }
+            *(vf_u*)(ds.data() + lane) = sum;
+            if (!dx) continue;
+            float* out = dp + panel_floats<T>(lane0 / LANES, width.P) + v * LANES;
+            auto word = [&](int at, vf x, vf y) {
+              for (int part = 0; part < PARTS; ++part)
+                *(vf_u*)(out + (size_t(part) * width.P + at) * NV * LANES) = make_words<typename Form<T>::M>(x, y, part);
+            };
+            const int first = f + t * MR;
+            if (p.gated && p.a.interleaved) {
+              for (int i = 0; i < MR && first + i < p.F; ++i) {
+                if (PACK == 2) word(first + i, dg[i], du[i]);
+                else word(2 * (first + i), dg[i], vf{}), word(2 * (first + i) + 1, du[i], vf{});
+              }
+            } else {
+              for (int i = 0; i < MR && first + i < p.F; i += PACK) {
+                const int at = (first + i) / PACK, next = PACK == 2 ? i + 1 : i;
+                word(at, dg[i], dg[next]);
+                if (p.gated) word(words<T>(p.F) + at, du[i], du[next]);
+              }
+            }
+          }
+        },
+        [](int, int) {});
+  }
+  if (p.a.ds) {
+    const T* b2 = p.a.b2 ? (const T*)p.a.b2 + int64_t(e) * p.O : nullptr;
+    for (int m = 0; m < n; ++m) {
+      const T* g = (const T*)p.a.grad + int64_t(pair[m] / p.K) * p.a.grad_r;
+      vf dot{};
+      for (int o = 0; b2 && o < p.O; o += LANES) dot = dot + load(g + o, p.O - o) * load(b2 + o, p.O - o);
+      p.a.ds[pair[m]] = ds[m] + sum(dot);
+    }
+  }
+  if (!dx) return;
+  Turn turn;
+  for (int d = 0; d < p.D; d += CHUNK) {
+    const int here = std::min(CHUNK, p.D - d);
+    const bool one_run = width.runs == 1 || (!p.pair_of_tensors && width.len % PACK == 0);
+    Tile tile[TILES];
+    int tiles = 0;
+    if (one_run) {
+      tiles = make_tiles<T>(tile, here, p.w1_r(0), p.w1_c(0), p.W, true, pack,
+                            [&](int i) { return p.w1_row(e, 0) + std::min(d + i, p.D - 1) * p.w1_c(0); });
+    } else {  // gate and up apart: pack each run, then lay the tiles over both
+      const size_t part = size_t(width.P) * MR, each = part * PARTS;
+      Source<T> source[TILES];
+      tiles = (here + MR - 1) / MR;
+      for (int r = 0; r < width.runs; ++r) {
+        const int f2 = r * width.len;
+        for (int t = 0; t < tiles; ++t)
+          for (int i = 0; i < MR; ++i)
+            source[t].row[i] = p.w1_row(e, f2) + std::min(d + t * MR + i, p.D - 1) * p.w1_c(f2);
+        const int whole = p.w1_c(f2) == 1 ? here / MR : 0;
+        float* to = pack + size_t(r) * words<T>(width.len) * MR;
+        if (whole) pack_tiles(to, source, whole, p.w1_r(f2), width.len, true, each, part);
+        if (whole < tiles) pack_tiles(to + whole * each, source + whole, tiles - whole, p.w1_r(f2), width.len, false, each, part);
+      }
+      for (int t = 0; t < tiles; ++t) tile[t].packed = pack + t * each, tile[t].part_stride = part;
+    }
+    for_chunk<T>(tile, tiles, dp, n, width.P, [&](auto& c, int, int t) { turn.put(c, t); },
+        [&](int lane0, int nv) {
+          turn.take(nv, n - lane0, here, [&](int lane, int r, vf x) {
+            store(dx + (int64_t(p.order.offsets[e]) + b.m0 + lane0 + lane) * p.D + d + r, x, here - r);
+          });
+        });
+  }
+}
+
+// out(row, lane) = sum over an expert's rows of kept(row, m) * column(lane, m), for `rows` kept rows; out has strides
+// (r, c) in elements and one of them is 1.
+template <class T>
+void kept_product(const float* kept, int all_rows, int row0, int rows, int P, const float* panels, int c0, int n, T* out,
+                  int64_t r, int64_t c) {
+  Turn turn;
+  for (int f = 0; f < rows; f += CHUNK) {
+    const int here = std::min(CHUNK, rows - f), tiles = (here + MR - 1) / MR;
+    Tile tile[TILES];
+    for (int t = 0; t < tiles; ++t) {
+      for (int i = 0; i < MR; ++i) tile[t].row[i] = kept + size_t(row0 + std::min(f + t * MR + i, rows - 1)) * P;
+      tile[t].packed = nullptr;
+      tile[t].part_stride = size_t(all_rows) * P;
+    }
+    for_chunk<T>(tile, tiles, panels, n, P,
+        [&](auto& x, int lane0, int t) {
+          if (c != 1) return turn.put(x, t);
+          constexpr int NV = sizeof(x[0]) / sizeof(vf);
+          for (int i = 0; i < MR && t * MR + i < here; ++i)
+            for (int v = 0; v < NV; ++v)
+              store(out + (f + t * MR + i) * r + c0 + lane0 + v * LANES, x[i][v], n - lane0 - v * LANES);
+        },
+        [&](int lane0, int nv) {
+          if (c != 1)
+            turn.take(nv, n - lane0, here, [&](int lane, int row, vf x) {
+              store(out + (c0 + lane0 + lane) * c + f + row, x, here - row);
+            });
+        });
+  }
+}
+
+// dW1 for input columns c0 .. c0+n (or, with `down`, dW2 for outputs c0 .. c0+n) of expert e.
+template <class T>
+void weight_gradients(const Problem<T>& p, int e, const Kept<T>& kept, bool down, int c0, int n, float* panels) {
+  const int M = p.count(e);
+  const int32_t* pair = p.pairs(e);
+  const T* base = (const T*)(down ? p.a.grad : p.a.rows);
+  const int64_t stride = down ? p.a.grad_r : p.a.rows_r;
+  pack_columns<T>(panels, c0, n, M, [&](int m) { return base + int64_t(pair[m] / p.K) * stride; });
+  if (down) {
+    kept_product(kept.sa, p.F, 0, p.F, kept.P, panels, c0, n, (T*)p.a.dw2 + e * p.a.dw2_e, p.a.dw2_c, p.a.dw2_r);
+    return;
+  }
+  const int in_first = p.pair_of_tensors ? p.F : p.W;
+  if (p.a.dw1)
+    kept_product(kept.dh, p.W, 0, in_first, kept.P, panels, c0, n, (T*)p.a.dw1 + e * p.a.dw1_e, p.a.dw1_r, p.a.dw1_c);
+  if (p.a.dwu)
+    kept_product(kept.dh, p.W, p.F, p.F, kept.P, panels, c0, n, (T*)p.a.dwu + e * p.a.dwu_e, p.a.dwu_r, p.a.dwu_c);
+}
+
+// db1 = sum over rows of dH; db2 = sum over rows of s G
+template <class T>
+void bias_gradients(const Problem<T>& p, int e, const Kept<T>& kept) {
+  using S = typename Form<T>::S;
+  const int M = p.count(e);
+  if (T* db1 = (T*)p.a.db1)
+    for (int f = 0; f < p.W; ++f) {
+      vf x{};
+      for (int part = 0; part < Form<T>::PARTS; ++part) {
+        const S* line = (const S*)(kept.dh + (size_t(part) * p.W + f) * kept.P);
+        for (int m = 0; m < M; m += LANES) x = x + load(line + m, M - m);
+      }
+      from_float(sum(x), db1[int64_t(e) * p.W + f]);
+    }
+  if (T* db2 = (T*)p.a.db2)
+    for (int o = 0; o < p.O; o += LANES) {
+      vf x{};
+      for (int m = 0; m < M; ++m) {
+        const int32_t pair = p.pairs(e)[m];
+        x = x + p.scale(pair) * load((const T*)p.a.grad + int64_t(pair / p.K) * p.a.grad_r + o, p.O - o);
+      }
+      store(db2 + int64_t(e) * p.O + o, x, p.O - o);
+    }
+}
+
+}  // namespace hg
