@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-
 from headgate.kernels.topk import SCORES, topk, topk_reference
 
 FORMS = [
-    dict(score="softmax"),
-    dict(score="softmax", renormalize=True, scale=2.5),
-    dict(score="softmax", groups=4, topk_groups=2, group_score="max", scale=16.0),
-    dict(score="topk_softmax", scale=0.5),
-    dict(score="sigmoid", renormalize=True, scale=2.5, groups=4, topk_groups=2),
-    dict(score="sqrtsoftplus", renormalize=True),
+    {"score": "softmax"},
+    {"score": "softmax", "renormalize": True, "scale": 2.5},
+    {"score": "softmax", "groups": 4, "topk_groups": 2, "group_score": "max", "scale": 16.0},
+    {"score": "topk_softmax", "scale": 0.5},
+    {"score": "sigmoid", "renormalize": True, "scale": 2.5, "groups": 4, "topk_groups": 2},
+    {"score": "sqrtsoftplus", "renormalize": True},
 ]
 SHAPES = [(0, 8, 2), (1, 8, 1), (7, 8, 4), (33, 64, 8), (5, 1024, 32), (40, 256, 32)]
 
@@ -130,7 +129,21 @@ def test_layout_of_the_logits_does_not_matter():
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())))
 def test_is_a_well_formed_operator(form):
-    full = dict(score="softmax", groups=1, topk_groups=1, group_score="top2", renormalize=False, scale=1.0) | form
+    full = {
+        "score": "softmax",
+        "groups": 1,
+        "topk_groups": 1,
+        "group_score": "top2",
+        "renormalize": False,
+        "scale": 1.0,
+    } | form
+        "score": "softmax",
+        "groups": 1,
+        "topk_groups": 1,
+        "group_score": "top2",
+        "renormalize": False,
+        "scale": 1.0,
+    } | form
     for bias in (None, torch.randn(8)):
         args = (torch.randn(5, 8, requires_grad=True), 2, bias, *full.values())
         torch.library.opcheck(torch.ops.headgate.topk.default, args)
@@ -167,27 +180,27 @@ def test_large_finite_logits_are_not_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(k=0), "top_k must be between 1 and the number of experts"),
-        (dict(k=9), r"top_k must be between 1 and the number of experts \(8\), got 9"),
-        (dict(score="softplus"), "score must be one of softmax, .* got 'softplus'"),
-        (dict(groups=3), r"groups must divide the number of experts \(8\), got 3"),
-        (dict(groups=2, topk_groups=3), "topk_groups must be between 1 and groups"),
-        (dict(groups=4, topk_groups=1, k=3), "must leave at least top_k = 3 experts, got 1 groups of 2"),
-        (dict(groups=4, topk_groups=2, group_score="mean"), "group_score must be 'top2' or 'max'"),
-        (dict(groups=8, topk_groups=4), "must have groups of at least 2 experts"),
-        (dict(scale=0.0), "scale must be positive and finite"),
-        (dict(scale=float("nan")), "scale must be positive and finite"),
-        (dict(bias=torch.zeros(7)), r"bias must be \[E\] = \(8,\), got \(7,\)"),
-        (dict(logits=torch.zeros(2, 3, 8)), r"logits must be \[T, E\], got \(2, 3, 8\)"),
+        ({"k": 0}, "top_k must be between 1 and the number of experts"),
+        ({"k": 9}, r"top_k must be between 1 and the number of experts \(8\), got 9"),
+        ({"score": "softplus"}, "score must be one of softmax, .* got 'softplus'"),
+        ({"groups": 3}, r"groups must divide the number of experts \(8\), got 3"),
+        ({"groups": 2, "topk_groups": 3}, "topk_groups must be between 1 and groups"),
+        ({"groups": 4, "topk_groups": 1, "k": 3}, "must leave at least top_k = 3 experts, got 1 groups of 2"),
+        ({"groups": 4, "topk_groups": 2, "group_score": "mean"}, "group_score must be 'top2' or 'max'"),
+        ({"groups": 8, "topk_groups": 4}, "must have groups of at least 2 experts"),
+        ({"scale": 0.0}, "scale must be positive and finite"),
+        ({"scale": float("nan")}, "scale must be positive and finite"),
+        ({"bias": torch.zeros(7)}, r"bias must be \[E\] = \(8,\), got \(7,\)"),
+        ({"logits": torch.zeros(2, 3, 8)}, r"logits must be \[T, E\], got \(2, 3, 8\)"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_bad_arguments_are_named(change, message):
-    args = dict(logits=torch.zeros(4, 8), k=2) | change
-    with pytest.raises(ValueError, match="topk: .*" + message):
+    args = {"logits": torch.zeros(4, 8), "k": 2} | change
+    with pytest.raises(ValueError, match=r"topk: .*" + message):
         topk(args.pop("logits"), args.pop("k"), **args)
 
 
 def test_integer_logits_are_refused():
-    with pytest.raises(TypeError, match="topk: logits must be floating point, got torch.int64"):
+    with pytest.raises(TypeError, match=r"topk: logits must be floating point, got torch\.int64"):
         topk(torch.zeros(4, 8, dtype=torch.long), 2)

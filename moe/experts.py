@@ -1,0 +1,87 @@
+"""The experts of a layer: their weights, and the last three steps of a token's path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch.local import Local
+from ..dispatch.protocol import Dispatcher
+from ..kernels.activation import Activation, as_activation
+from ..kernels.grouped_ffn import grouped_ffn
+from ..kernels.routing import Routing
+
+
+class Experts(nn.Module):
+    """E feed-forward networks, D -> F -> D, each for the tokens routed to it: (x [T, D], routing) -> y [T, D].
+
+        y[t] = sum_k weights[t, k] * W_down_e act(W_gate_up_e x[t]),    e = expert_ids[t, k]
+
+    Weights, as transformers stores them: `w_gate_up` [E, 2F, D] (gate rows first; [E, F, D] when not gated) and
+    `w_down` [E, D, F]; with `bias` also `b_gate_up` [E, 2F] or [E, F] and `b_down` [E, D]. `activation` is a name, or
+    an Activation, which says itself whether it is gated. `dispatcher` brings each row to the rank of its experts and
+    back; None: this rank holds them all.
+
+    >>> experts = Experts(num_experts=4, hidden_size=16, intermediate_size=32)
+    >>> routing = Routing.from_topk(torch.tensor([[0, 3], [1, -1]]), torch.tensor([[0.7, 0.3], [1.0, 0.0]]), 4)
+    >>> experts(torch.randn(2, 16), routing).shape
+    torch.Size([2, 16])
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str | Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        dispatcher: Dispatcher | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"Experts: {name} must be at least 1, got {size}")
+        self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.activation = as_activation(activation, gated)
+        self.dispatcher = Local() if dispatcher is None else dispatcher
+
+        def new(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        width = 2 * intermediate_size if self.activation.gated else intermediate_size
+        self.w_gate_up, self.w_down = new(width, hidden_size), new(hidden_size, intermediate_size)
+        self.b_gate_up, self.b_down = (new(width), new(hidden_size)) if bias else (None, None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform weights within 1 / sqrt(inputs), as nn.Linear; biases zero."""
+        for w in (self.w_gate_up, self.w_down):
+            nn.init.uniform_(w, -(w.shape[2] ** -0.5), w.shape[2] ** -0.5)
+        for b in (self.b_gate_up, self.b_down):
+            if b is not None:
+                nn.init.zeros_(b)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        rows, local, ticket = self.dispatcher.dispatch(x, routing)
+        y = grouped_ffn(
+            rows,
+            local,
+            self.w_gate_up,
+            self.w_down,
+            b_gate_up=self.b_gate_up,
+            b_down=self.b_down,
+            activation=self.activation,
+        )
+        return self.dispatcher.combine(y, ticket)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, activation={self.activation.kind!r}, "
+            f"gated={self.activation.gated}, bias={self.b_down is not None}, dispatcher={self.dispatcher}"
+        )

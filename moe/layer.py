@@ -1,0 +1,188 @@
+"""MoE: a router, its experts, and an optional shared expert, in place of a transformer's feed-forward block."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..dispatch.protocol import Dispatcher
+from ..kernels.activation import Activation
+from ..kernels.routing import Routing
+from .experts import Experts
+from .losses import attach_loss, load_balancing_loss, z_loss
+from .routers import ROUTERS
+
+SCOPES = ("batch", "sequence", "global")
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token goes to: y = FFN(x), or sigmoid(gate(x)) FFN(x) with `gate` (Qwen2-MoE).
+
+    It is one expert of the same operation, whose routing is known beforehand and whose weight is 1 or the gate.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, gate: bool = False, **form: Any) -> None:
+        super().__init__()
+        self.ffn = Experts(1, hidden_size, intermediate_size, **form)
+        where = {name: form.get(name) for name in ("device", "dtype")}
+        self.gate = nn.Linear(hidden_size, 1, bias=False, **where) if gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device)
+        weights = torch.ones_like(ids, dtype=x.dtype) if self.gate is None else self.gate(x).sigmoid()
+        return self.ffn(x, Routing(ids, weights, 1))
+
+
+class MoE(nn.Module):
+    """Mixture of experts: x [..., D] -> y [..., D], each token through K = `top_k` of E = `num_experts` experts.
+
+    `router`: a name in ROUTERS ("softmax", "sigmoid"), made with `router_options` (see SoftmaxRouter, SigmoidRouter), or
+    a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see Experts. With
+    `shared_intermediate_size` > 0 every token also passes a shared expert of that size, weighted by a sigmoid gate if
+    `shared_gate`.
+
+    While training, `load_balancing_coef` times the load-balancing loss and `z_loss_coef` times the z-loss run backward
+    with y: the training loop does not change. `load_balancing_scope`: "batch" (all tokens of a call), "sequence" (x
+    [B, S, D]: each sequence for itself) or "global" (all ranks of `load_balancing_group`). Where the main loss is
+    multiplied (gradient accumulation by 1/n, a loss scale in fp16), set `aux_scale`, a number or a 0-d tensor, to the
+    same. `aux_losses` holds the last training forward's losses, detached and before their coefficients, for reading:
+    "load_balancing" always, "z_loss" where it has a coefficient.
+
+    `last_routing` is the Routing of the last forward, detached and without logits (None before the first).
+
+    Raises ValueError / TypeError naming argument, rule and value; on CPU also where the router's scores are not finite.
+
+    >>> layer = MoE(hidden_size=64, intermediate_size=32, num_experts=8, top_k=2, load_balancing_coef=0.01)
+    >>> y = layer(torch.randn(2, 10, 64))
+    >>> y.shape, layer.last_routing.counts.sum(), sorted(layer.aux_losses)
+    (torch.Size([2, 10, 64]), tensor(40), ['load_balancing'])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        router: str | nn.Module = "softmax",
+        router_options: dict[str, Any] | None = None,
+        activation: str | Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        shared_intermediate_size: int = 0,
+        shared_gate: bool = False,
+        dispatcher: Dispatcher | None = None,
+        load_balancing_coef: float = 0.0,
+        load_balancing_scope: str = "batch",
+        load_balancing_group: dist.ProcessGroup | None = None,
+        z_loss_coef: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check(num_experts, top_k, shared_intermediate_size, shared_gate, load_balancing_coef, z_loss_coef)
+        _check_scope(load_balancing_scope, load_balancing_group)
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        form: dict[str, Any] = {
+            "activation": activation,
+            "gated": gated,
+            "bias": bias,
+            "device": device,
+            "dtype": dtype,
+        }
+        self.experts = Experts(num_experts, hidden_size, intermediate_size, dispatcher=dispatcher, **form)
+        self.router = _router(router, router_options, hidden_size, num_experts, top_k, device, dtype)
+        self.shared = (
+            SharedExpert(hidden_size, shared_intermediate_size, gate=shared_gate, **form)
+            if shared_intermediate_size
+            else None
+        )
+        self.load_balancing_coef, self.z_loss_coef = load_balancing_coef, z_loss_coef
+        self.load_balancing_scope, self.load_balancing_group = load_balancing_scope, load_balancing_group
+        self.aux_scale: float | Tensor = 1.0
+        self.aux_losses: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"MoE: x must be [..., {self.hidden_size}], got {tuple(x.shape)}")
+        tokens = x.reshape(-1, self.hidden_size)
+        routing = self.router(tokens)
+        if not isinstance(routing, Routing):
+            raise TypeError(f"MoE: router must return a Routing, got {type(routing).__name__}")
+        y = self.experts(tokens, routing)
+        if self.shared is not None:
+            y = y + self.shared(tokens)
+        if self.training and routing.scores is not None:
+            y = self._with_losses(y, routing, sequences=math.prod(x.shape[:-2]))
+        seen = routing.detach()
+        self._last = (seen.expert_ids, seen.weights, seen.counts, seen.scores)
+        return y.reshape(x.shape)
+
+    @property
+    def last_routing(self) -> Routing | None:
+        """The Routing of the last forward, detached, without logits; None before the first."""
+        if self._last is None:
+            return None
+        ids, weights, counts, scores = self._last
+        return Routing(ids, weights, self.num_experts, counts, scores)
+
+    def _with_losses(self, y: Tensor, routing: Routing, sequences: int) -> Tensor:
+        """y with this step's losses attached to its backward pass; notes their values in `aux_losses`."""
+        balance = load_balancing_loss(
+            routing if self.load_balancing_coef else routing.detach(),
+            sequences=max(sequences, 1) if self.load_balancing_scope == "sequence" else 1,
+            group=self.load_balancing_group,
+        )
+        losses, total = {"load_balancing": balance}, self.load_balancing_coef * balance
+        if self.z_loss_coef:
+            losses["z_loss"] = z_loss(routing)
+            total = total + self.z_loss_coef * losses["z_loss"]
+        self.aux_losses = {name: loss.detach() for name, loss in losses.items()}
+        return attach_loss(y, total * self.aux_scale) if total.requires_grad else y
+
+    def extra_repr(self) -> str:
+        return f"load_balancing_coef={self.load_balancing_coef}, z_loss_coef={self.z_loss_coef}"
+
+
+def _router(router, options, hidden_size: int, num_experts: int, top_k: int, device, dtype) -> nn.Module:
+    if isinstance(router, str):
+        if router not in ROUTERS:
+            raise ValueError(f"MoE: router must be one of {', '.join(ROUTERS)} or a module, got {router!r}")
+        return ROUTERS[router](hidden_size, num_experts, top_k, device=device, dtype=dtype, **(options or {}))
+    if not isinstance(router, nn.Module):
+        raise TypeError(f"MoE: router must be a name or a module, got {type(router).__name__}")
+    if options:
+        raise ValueError(f"MoE: router_options must come with a router's name, got them with a {type(router).__name__}")
+    for name, here in (("num_experts", num_experts), ("top_k", top_k)):
+        there = getattr(router, name, here)
+        if there != here:
+            raise ValueError(f"MoE: router's {name} must be the layer's ({here}), got {there}")
+    return router
+
+
+def _check(num_experts, top_k, shared_intermediate_size, shared_gate, load_balancing_coef, z_loss_coef) -> None:
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"MoE: top_k must be between 1 and num_experts ({num_experts}), got {top_k}")
+    if shared_intermediate_size < 0:
+        raise ValueError(f"MoE: shared_intermediate_size must not be negative, got {shared_intermediate_size}")
+    if shared_gate and not shared_intermediate_size:
+        raise ValueError("MoE: shared_gate must come with shared_intermediate_size > 0, got 0")
+    for name, coef in (("load_balancing_coef", load_balancing_coef), ("z_loss_coef", z_loss_coef)):
+        if not (coef >= 0 and math.isfinite(coef)):
+            raise ValueError(f"MoE: {name} must be finite and not negative, got {coef}")
+
+
+def _check_scope(scope: str, group: dist.ProcessGroup | None) -> None:
+    if scope not in SCOPES:
+        raise ValueError(f"MoE: load_balancing_scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    if (scope == "global") != (group is not None):
+        raise ValueError(
+            "MoE: load_balancing_group must be given with load_balancing_scope='global' and only then, "
+            f"got scope {scope!r} and group {group}"
+        )

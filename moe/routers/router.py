@@ -1,0 +1,60 @@
+"""What every learned router has: a gate, whose logits are fp32 whatever the model's dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.routing import Routing
+
+
+class Router(nn.Module):
+    """Abstract: x [T, D] -> Routing of T tokens, K = `top_k` of E = `num_experts` experts each.
+
+    A router of your own need not inherit from this: any nn.Module that takes x [T, D] and returns a Routing serves.
+
+    `weight` [E, D] and the optional `gate_bias` [E] give the logits. `jitter` j multiplies the router's input (not the
+    experts') by uniform noise from [1 - j, 1 + j] while training (Fedus et al., Switch Transformers, 2021).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        gate_bias: bool = False,
+        jitter: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= jitter < 1.0:
+            raise ValueError(f"{type(self).__name__}: jitter must be in [0, 1), got {jitter}")
+        self.hidden_size, self.num_experts, self.top_k, self.jitter = hidden_size, num_experts, top_k, jitter
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.gate_bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if gate_bias else None
+        Router.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """Uniform weights within 1 / sqrt(D), as nn.Linear; bias zero."""
+        nn.init.uniform_(self.weight, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+        if self.gate_bias is not None:
+            nn.init.zeros_(self.gate_bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """fp32 [T, E] (fp64 for fp64 x) of x [T, D]: cast up before the product, so that half types keep their ties
+        apart, and untouched by autocast."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(wide)
+            if self.jitter and self.training:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            return F.linear(x, self.weight.to(wide), None if self.gate_bias is None else self.gate_bias.to(wide))
+
+    def forward(self, x: Tensor) -> Routing:
+        raise NotImplementedError(f"{type(self).__name__} is abstract: give it a forward(x) that returns a Routing")
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"

@@ -1,0 +1,119 @@
+"""The sigmoid router of DeepSeek-V3 and its descendants, balanced by a bias instead of a loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...kernels.routing import Routing
+from ...kernels.topk import check_choice, topk
+from .router import Router
+
+
+class SigmoidRouter(Router):
+    """Sigmoid scores; the choice, and nothing else, is made on score + `expert_bias`; weights normalised and scaled.
+
+    Source: DeepSeek-V3 technical report (2024), section 2.1.2; Wang et al., auxiliary-loss-free load balancing (2024).
+
+    `groups`, `topk_groups`, `group_score` limit the choice as in `topk` (DeepSeek-V3: 8 groups, 4 chosen, "top2").
+    `score` "sigmoid", or "sqrtsoftplus" (DeepSeek-V4). `bias_rate` is the step of `update_bias`. `gate_bias`, `jitter`:
+    see Router.
+
+    `expert_bias` fp32 [E] is a buffer, saved with the model, that stays fp32 when the model is cast: its steps are
+    smaller than bf16 can tell apart. `load` int32 [E] or None adds up the counts of the training forwards since the
+    last `update_bias`, so that it works over accumulated micro-steps: call it once after each optimizer step.
+
+    >>> router = SigmoidRouter(hidden_size=16, num_experts=8, top_k=2, groups=4, topk_groups=2, scale=2.5)
+    >>> for micro_step in range(4): routing = router(torch.randn(32, 16))
+    >>> router.update_bias(); router.expert_bias.abs().max()
+    tensor(0.0010)
+    """
+
+    expert_bias: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        score: str = "sigmoid",
+        renormalize: bool = True,
+        scale: float = 1.0,
+        groups: int = 1,
+        topk_groups: int = 1,
+        group_score: str = "top2",
+        bias_rate: float = 1e-3,
+        gate_bias: bool = False,
+        jitter: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if score not in ("sigmoid", "sqrtsoftplus"):
+            raise ValueError(f"SigmoidRouter: score must be 'sigmoid' or 'sqrtsoftplus', got {score!r}")
+        if not bias_rate >= 0:
+            raise ValueError(f"SigmoidRouter: bias_rate must not be negative, got {bias_rate}")
+        check_choice(num_experts, top_k, score, groups, topk_groups, group_score, scale, who="SigmoidRouter")
+        super().__init__(
+            hidden_size, num_experts, top_k, gate_bias=gate_bias, jitter=jitter, device=device, dtype=dtype
+        )
+        self.score, self.renormalize, self.scale, self.bias_rate = score, renormalize, scale, bias_rate
+        self.groups, self.topk_groups, self.group_score = groups, topk_groups, group_score
+        self.register_buffer("expert_bias", torch.zeros(num_experts, device=device, dtype=torch.float32))
+        self.load: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.expert_bias.zero_()
+        self.load = None
+
+    def forward(self, x: Tensor) -> Routing:
+        routing = topk(
+            self.logits(x),
+            self.top_k,
+            score=self.score,
+            bias=self.expert_bias,
+            groups=self.groups,
+            topk_groups=self.topk_groups,
+            group_score=self.group_score,
+            renormalize=self.renormalize,
+            scale=self.scale,
+        )
+        if self.training:
+            assert routing.counts is not None
+            self.load = routing.counts if self.load is None else self.load + routing.counts
+        return routing
+
+    @torch.no_grad()
+    def update_bias(self, counts: Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:
+        """One step of expert_bias_e += bias_rate * sign(mean load - load of e); no gradient is involved.
+
+        `counts` [..., E] is added up over its leading axes; None takes `load`. `group` adds the counts of its ranks, so
+        that all of them take the same step. Only the sign of the error counts, so that forwards seen twice (gradient
+        checkpointing) change nothing. `load` starts again from nothing.
+
+        Raises ValueError where `counts` does not end in [E], or is None and no training forward was seen.
+        """
+        counts = self.load if counts is None else counts
+        if counts is None:
+            raise ValueError(
+                "SigmoidRouter.update_bias: counts must be given when no training forward was seen, got None"
+            )
+        if counts.dim() == 0 or counts.shape[-1] != self.num_experts:
+            raise ValueError(
+                f"SigmoidRouter.update_bias: counts must be [..., {self.num_experts}], got {tuple(counts.shape)}"
+            )
+        load = counts.detach().reshape(-1, self.num_experts).sum(0, dtype=torch.float64).to(self.expert_bias.device)
+        if group is not None:
+            dist.all_reduce(load, group=group)
+        self.expert_bias += self.bias_rate * (load.mean() - load).sign()
+        self.load = None
+
+    def _apply(self, fn, recurse=True):
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        if self.expert_bias.dtype != torch.float32:
+            self.expert_bias = before.to(self.expert_bias.device)
+        self.load = None
+        return self
