@@ -55,7 +55,8 @@ class Experts(nn.Module):
 
         width = 2 * intermediate_size if self.activation.gated else intermediate_size
         self.w_gate_up, self.w_down = new(width, hidden_size), new(hidden_size, intermediate_size)
-        self.b_gate_up, self.b_down = (new(width), new(hidden_size)) if bias else (None, None)
+        self.b_gate_up = new(width) if bias else None
+        self.b_down = new(hidden_size) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

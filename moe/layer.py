@@ -40,8 +40,8 @@ class SharedExpert(nn.Module):
 class MoE(nn.Module):
     """Mixture of experts: x [..., D] -> y [..., D], each token through K = `top_k` of E = `num_experts` experts.
 
-    `router`: a name in ROUTERS ("softmax", "sigmoid"), made with `router_options` (see SoftmaxRouter, SigmoidRouter), or
-    a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see Experts. With
+    `router`: a name in ROUTERS ("softmax", "sigmoid"), made with `router_options` (see SoftmaxRouter, SigmoidRouter),
+    or a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see Experts. With
     `shared_intermediate_size` > 0 every token also passes a shared expert of that size, weighted by a sigmoid gate if
     `shared_gate`.
 
@@ -53,6 +53,9 @@ class MoE(nn.Module):
     "load_balancing" always, "z_loss" where it has a coefficient.
 
     `last_routing` is the Routing of the last forward, detached and without logits (None before the first).
+
+    Compiles with fullgraph=True. A layer inside torch.utils.checkpoint inside torch.compile writes `last_routing` where
+    Dynamo allows it only with torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True.
 
     Raises ValueError / TypeError naming argument, rule and value; on CPU also where the router's scores are not finite.
 
@@ -88,15 +91,10 @@ class MoE(nn.Module):
         _check(num_experts, top_k, shared_intermediate_size, shared_gate, load_balancing_coef, z_loss_coef)
         _check_scope(load_balancing_scope, load_balancing_group)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
-        form: dict[str, Any] = {
-            "activation": activation,
-            "gated": gated,
-            "bias": bias,
-            "device": device,
-            "dtype": dtype,
-        }
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        form: dict[str, Any] = {"activation": activation, "gated": gated, "bias": bias, **where}
+        self.router = _router(router, router_options, hidden_size, num_experts, top_k, **where)
         self.experts = Experts(num_experts, hidden_size, intermediate_size, dispatcher=dispatcher, **form)
-        self.router = _router(router, router_options, hidden_size, num_experts, top_k, device, dtype)
         self.shared = (
             SharedExpert(hidden_size, shared_intermediate_size, gate=shared_gate, **form)
             if shared_intermediate_size

@@ -14,14 +14,15 @@ _EPS = 1e-20
 def load_balancing_loss(routing: Routing, *, sequences: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:
     """E * sum_e f_e P_e: f_e = tokens that chose e / T, P_e = mean score of e. fp32 scalar; K where load is even.
 
-    Source: Lepikhin et al., GShard (2020); Fedus et al., Switch Transformers (2021), equations 4-6. For softmax scores it
-    equals transformers' `load_balancing_loss_func`. Scores that do not sum to one (sigmoid) are divided by their sum
+    Source: Lepikhin et al., GShard (2020); Fedus et al., Switch Transformers (2021), equations 4-6. For softmax scores
+    it equals transformers' `load_balancing_loss_func`. Scores that do not sum to one (sigmoid) are divided by their sum
     (DeepSeek-V3, equation 19). The gradient goes through P alone: counts have none.
 
-    `sequences` S > 1: the tokens are S sequences of T / S; each has its own loss, and the mean is returned (DeepSeek-V2,
-    2024). `group`: f is taken over the tokens of all ranks of the group, so that a batch is balanced as a whole and not
-    rank by rank (Qiu et al., Demons in the detail, 2025); P stays this rank's, and the average of the ranks' gradients is
-    that of the whole batch. One all-reduce of E + 1 numbers.
+    `sequences` S > 1: the tokens are S sequences of T / S; each has its own loss, and the mean is returned
+    (DeepSeek-V3, equation 17). `group`: f is taken over the tokens of all ranks of the group, so that a batch is
+    balanced as a whole and not rank by rank (Qiu et al., Demons in the Detail, 2025); P stays this rank's, and the
+    average of the ranks' gradients is that of the whole batch where they have as many tokens each. One all-reduce of
+    E + 1 numbers.
 
     Raises ValueError where routing has no scores, `sequences` does not divide T, or comes together with `group`.
     """

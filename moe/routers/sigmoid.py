@@ -97,9 +97,7 @@ class SigmoidRouter(Router):
         """
         counts = self.load if counts is None else counts
         if counts is None:
-            raise ValueError(
-                "SigmoidRouter.update_bias: counts must be given when no training forward was seen, got None"
-            )
+            raise ValueError("SigmoidRouter.update_bias: counts must be given before any training forward, got None")
         if counts.dim() == 0 or counts.shape[-1] != self.num_experts:
             raise ValueError(
                 f"SigmoidRouter.update_bias: counts must be [..., {self.num_experts}], got {tuple(counts.shape)}"

@@ -15,8 +15,8 @@ ORDERS = {"softmax_topk": "softmax", "topk_softmax": "topk_softmax"}
 class SoftmaxRouter(Router):
     """Softmax over the experts' logits and the K best of them, in either order.
 
-    `order` "softmax_topk" takes the probabilities of the K best, divided by their sum if `renormalize` (Mixtral, Qwen3);
-    "topk_softmax" takes the softmax of the K best logits, which sums to one by itself (gpt-oss, GraniteMoE). `scale`
+    `order` "softmax_topk" takes the probabilities of the K best, divided by their sum if `renormalize` (Mixtral,
+    Qwen3); "topk_softmax" takes the softmax of the K best logits, which sums to one by itself (gpt-oss, GraniteMoE). `scale`
     multiplies the weights. `groups`, `topk_groups`, `group_score` limit the choice as in `topk` (DeepSeek-V2: "max").
     `gate_bias` adds a learned bias to the logits (gpt-oss). `jitter`: see Router.
 

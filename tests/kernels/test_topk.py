@@ -137,13 +137,6 @@ def test_is_a_well_formed_operator(form):
         "renormalize": False,
         "scale": 1.0,
     } | form
-        "score": "softmax",
-        "groups": 1,
-        "topk_groups": 1,
-        "group_score": "top2",
-        "renormalize": False,
-        "scale": 1.0,
-    } | form
     for bias in (None, torch.randn(8)):
         args = (torch.randn(5, 8, requires_grad=True), 2, bias, *full.values())
         torch.library.opcheck(torch.ops.headgate.topk.default, args)
