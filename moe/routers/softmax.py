@@ -16,8 +16,9 @@ class SoftmaxRouter(Router):
     """Softmax over the experts' logits and the K best of them, in either order.
 
     `order` "softmax_topk" takes the probabilities of the K best, divided by their sum if `renormalize` (Mixtral,
-    Qwen3); "topk_softmax" takes the softmax of the K best logits, which sums to one by itself (gpt-oss, GraniteMoE). `scale`
-    multiplies the weights. `groups`, `topk_groups`, `group_score` limit the choice as in `topk` (DeepSeek-V2: "max").
+    Qwen3); "topk_softmax" takes the softmax of the K best logits, which sums to one by itself (gpt-oss, GraniteMoE).
+    `scale` multiplies the weights. `groups`, `topk_groups`, `group_score` limit the choice as in `topk` (DeepSeek-V2:
+    "max").
     `gate_bias` adds a learned bias to the logits (gpt-oss). `jitter`: see Router.
 
     >>> SoftmaxRouter(hidden_size=16, num_experts=8, top_k=2, renormalize=True)(torch.randn(5, 16)).weights.shape

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from headgate.kernels.topk import SCORES, topk, topk_reference
 
 FORMS = [

@@ -1,0 +1,221 @@
+"""Routers: one contract for all in ROUTERS, equality with transformers' own, and the bias that balances."""
+
+import copy
+from importlib import import_module
+
+import pytest
+import torch
+import transformers
+
+from headgate.kernels.routing import Routing
+from headgate.moe.routers import ROUTERS, Router, SigmoidRouter, SoftmaxRouter
+
+
+@pytest.fixture(params=ROUTERS)
+def make(request):
+    return ROUTERS[request.param]
+
+
+class TestContract:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize(("tokens", "experts", "k"), [(0, 8, 2), (1, 1, 1), (33, 8, 3), (5, 6, 6)])
+    def test_gives_a_whole_routing(self, make, tokens, experts, k, dtype):
+        routing = make(20, experts, k, dtype=dtype)(torch.randn(tokens, 20, dtype=dtype))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert isinstance(routing, Routing)
+        assert routing.num_experts == experts
+        assert (routing.expert_ids.shape, routing.expert_ids.dtype) == ((tokens, k), torch.int32)
+        assert (routing.weights.shape, routing.weights.dtype) == ((tokens, k), wide)
+        assert (routing.scores.shape, routing.scores.dtype) == ((tokens, experts), wide)
+        assert (routing.counts.shape, routing.counts.dtype) == ((experts,), torch.int32)
+        assert routing.logits.dtype == wide
+        assert torch.equal(routing.counts, torch.bincount(routing.expert_ids.flatten(), minlength=experts).int())
+        assert all(len(set(row.tolist())) == k for row in routing.expert_ids)
+
+    def test_scores_stay_fp32_under_autocast(self, make, assert_close):
+        router, x = make(20, 8, 2), torch.randn(5, 20)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = router(x)
+        assert_close(inside.scores, router(x).scores)
+
+    def test_gradients_reach_gate_and_input(self, make):
+        router, x = make(20, 8, 2, gate_bias=True), torch.randn(5, 20, requires_grad=True)
+        router(x).weights[:, 0].sum().backward()
+        for tensor in (x, router.weight, router.gate_bias):
+            assert tensor.grad.abs().sum() > 0
+
+    def test_jitter_only_while_training(self, make):
+        router, x = make(20, 8, 2, jitter=0.5), torch.randn(5, 20)
+        assert not torch.equal(router(x).scores, router(x).scores)
+        router.eval()
+        assert torch.equal(router(x).scores, router(x).scores)
+
+    def test_state_and_copies_round_trip(self, make):
+        router, x = make(20, 8, 2), torch.randn(9, 20)
+        router(x)
+        other = make(20, 8, 2)
+        other.load_state_dict(router.state_dict())
+        for twin in (other, copy.deepcopy(router)):
+            assert torch.equal(twin(x).weights, router(x).weights)
+
+    def test_built_on_meta_then_filled(self, make):
+        router = make(20, 8, 2, device="meta").to_empty(device="cpu")
+        router.reset_parameters()
+        assert router(torch.randn(3, 20)).weights.isfinite().all()
+
+    def test_compiles_whole(self, make, assert_close):
+        router, x = make(20, 8, 2), torch.randn(9, 20)
+        routing = router(x)
+        ids, weights = torch.compile(
+            lambda x: (router(x).expert_ids, router(x).weights), fullgraph=True, backend="aot_eager"
+        )(x)
+        assert torch.equal(ids, routing.expert_ids)
+        assert_close(weights, routing.weights)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"top_k": 9}, r"top_k must be between 1 and the number of experts \(8\), got 9"),
+            ({"jitter": 1.0}, r"jitter must be in \[0, 1\), got 1\.0"),
+            ({"groups": 3}, "groups must divide the number of experts"),
+            ({"scale": -1.0}, r"scale must be positive and finite, got -1\.0"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, make, change, message):
+        with pytest.raises(ValueError, match=f"{make.__name__}: {message}"):
+            make(**{"hidden_size": 20, "num_experts": 8, "top_k": 2} | change)
+
+    def test_non_finite_scores_are_refused(self, make):
+        x = torch.randn(5, 20)
+        x[2, 3] = float("nan")
+        with pytest.raises(ValueError, match=r"scores.* must be finite, got nan for token 2"):
+            make(20, 8, 2)(x)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="order must be one of softmax_topk, topk_softmax, got 'x'"):
+        SoftmaxRouter(20, 8, 2, order="x")
+    with pytest.raises(ValueError, match="score must be 'sigmoid' or 'sqrtsoftplus', got 'softmax'"):
+        SigmoidRouter(20, 8, 2, score="softmax")
+    with pytest.raises(NotImplementedError, match="abstract"):
+        Router(20, 8, 2)(torch.randn(1, 20))
+
+
+def _theirs(family, router_class, **config):
+    settings = getattr(transformers, router_class.split("TopK")[0].split("Topk")[0] + "Config")(
+        hidden_size=20, **config
+    )
+    return getattr(import_module(f"transformers.models.{family}.modeling_{family}"), router_class)(settings)
+
+
+FAMILIES = {
+    "mixtral": (
+        ("mixtral", "MixtralTopKRouter", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+        lambda: SoftmaxRouter(20, 8, 2, renormalize=True),
+    ),
+    "qwen3_moe": (
+        ("qwen3_moe", "Qwen3MoeTopKRouter", {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False}),
+        lambda: SoftmaxRouter(20, 8, 3),
+    ),
+    "qwen3_moe, normalised": (
+        ("qwen3_moe", "Qwen3MoeTopKRouter", {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+        lambda: SoftmaxRouter(20, 8, 3, renormalize=True),
+    ),
+    "granitemoe": (
+        ("granitemoe", "GraniteMoeTopKRouter", {"num_local_experts": 8, "num_experts_per_tok": 3}),
+        lambda: SoftmaxRouter(20, 8, 3, order="topk_softmax"),
+    ),
+    "gpt_oss": (
+        ("gpt_oss", "GptOssTopKRouter", {"num_local_experts": 8, "num_experts_per_tok": 3}),
+        lambda: SoftmaxRouter(20, 8, 3, order="topk_softmax", gate_bias=True),
+    ),
+    "deepseek_v3": (
+        (
+            "deepseek_v3",
+            "DeepseekV3TopkRouter",
+            {"n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2},
+        ),
+        lambda: SigmoidRouter(20, 16, 4, groups=4, topk_groups=2, scale=2.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers_own_router(family, assert_close):
+    theirs, ours = FAMILIES[family]
+    theirs, ours = _theirs(theirs[0], theirs[1], **theirs[2]), ours()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_()
+        ours.weight.copy_(theirs.weight)
+        if ours.gate_bias is not None:
+            ours.gate_bias.copy_(theirs.bias)
+        if isinstance(ours, SigmoidRouter):
+            theirs.e_score_correction_bias.normal_(std=0.3)
+            ours.expert_bias.copy_(theirs.e_score_correction_bias)
+    x, x2 = (torch.randn(33, 20, generator=torch.Generator().manual_seed(3)).requires_grad_() for _ in range(2))
+    logits, weights, ids = theirs(x)
+    routing = ours(x2)
+    order, order2 = ids.sort(1)[1], routing.expert_ids.long().sort(1)[1]  # they don't all sort by score
+    assert torch.equal(ids.gather(1, order), routing.expert_ids.long().gather(1, order2))
+    assert_close(routing.weights.gather(1, order2), weights.gather(1, order))
+    assert_close(routing.logits, logits)
+    grad = torch.randn(33, ids.shape[1])
+    (weights.gather(1, order) * grad).sum().backward()
+    (routing.weights.gather(1, order2) * grad).sum().backward()
+    assert_close(x2.grad, x.grad)
+    assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+class TestBias:
+    def test_levels_a_skewed_load(self):
+        router = SigmoidRouter(16, 8, 2)
+        with torch.no_grad():
+            router.weight[:2] += 0.5
+        x = torch.randn(512, 16) + 0.5  # two experts are everybody's favourites
+        before = router(x).counts.float()
+        for router.bias_rate in [0.02] * 100 + [0.002] * 100 + [0.0002] * 50:
+            router(x)
+            router.update_bias()
+        after = router(x).counts.float()
+        assert before.max() > 2.5 * before.mean()
+        assert after.max() < 1.1 * after.mean()
+        assert after.min() > 0.9 * after.mean()
+
+    def test_steps_by_the_sign_of_the_load_error(self):
+        router = SigmoidRouter(16, 4, 2, bias_rate=0.5)
+        router.update_bias(torch.tensor([5, 3, 0, 4]))  # mean 3
+        assert router.expert_bias.tolist() == [-0.5, 0.0, 0.5, -0.5]
+        assert not router.expert_bias.requires_grad
+
+    def test_adds_up_micro_steps(self):
+        router = SigmoidRouter(16, 8, 2)
+        twin = copy.deepcopy(router)
+        xs = [torch.randn(n, 16) for n in (3, 50, 7)]
+        counts = torch.stack([router(x).counts for x in xs])
+        router.eval()(torch.randn(100, 16))  # not a training step
+        assert torch.equal(router.load, counts.sum(0))
+        router.update_bias()
+        twin.update_bias(counts)
+        assert torch.equal(router.expert_bias, twin.expert_bias)
+        assert router.expert_bias.abs().max() > 0
+        assert router.load is None
+
+    def test_stays_fp32_and_exact_when_the_model_is_cast(self):
+        router = SigmoidRouter(16, 4, 2, bias_rate=0.001)
+        router.expert_bias.fill_(1.0)
+        router.update_bias(torch.tensor([5, 3, 0, 4]))
+        exact = router.expert_bias.clone()
+        router.to(torch.bfloat16)
+        assert router.weight.dtype == torch.bfloat16
+        assert torch.equal(router.expert_bias, exact)
+        router.update_bias(torch.tensor([5, 3, 0, 4]))
+        assert torch.equal(router.expert_bias, exact + 0.001 * torch.tensor([-1.0, 0.0, 1.0, -1.0]))
+
+    def test_bad_counts_are_named(self):
+        router = SigmoidRouter(16, 4, 2)
+        with pytest.raises(ValueError, match="counts must be given before any training forward, got None"):
+            router.update_bias()
+        with pytest.raises(ValueError, match=r"counts must be \[\.\.\., 4\], got \(3,\)"):
+            router.update_bias(torch.zeros(3))
+        assert router.expert_bias.eq(0).all()
