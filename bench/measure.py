@@ -1,0 +1,80 @@
+"""Timing: one after another in turn (A B C A B C ...), so that what disturbs the machine disturbs all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass
+class Contestant:
+    """`run(call)` is timed, `after()` is not. A sample is the mean over `calls` consecutive calls."""
+
+    run: Callable[[int], object]
+    after: Callable[[], None] = lambda: None
+    calls: int = 1  # calls timed as one sample
+    rotate: int = 1  # else: how many different calls the samples take turns over
+    samples_s: list[float] = field(default_factory=list)
+    note: str = ""
+
+    def summary(self) -> dict[str, object]:
+        s = self.samples_s
+        out: dict[str, object] = {"median_s": statistics.median(s), "min_s": min(s), "max_s": max(s), "samples_s": s}
+        return out | ({"note": self.note} if self.note else {})
+
+
+def sample(who: Contestant, turn: int, clock: str = "wall", device: str = "cpu") -> float:
+    """Seconds per call of one sample."""
+    first = 0 if who.calls > 1 else turn % who.rotate
+    if device.startswith("cuda"):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for i in range(who.calls):
+            who.run(first + i)
+        end.record()
+        end.synchronize()
+        seconds = start.elapsed_time(end) / 1e3
+    else:
+        now = CLOCKS[clock]
+        begin = now()
+        for i in range(who.calls):
+            who.run(first + i)
+        seconds = now() - begin
+    who.after()
+    return seconds / who.calls
+
+
+def interleave(
+    contestants: Mapping[str, Contestant],
+    first_s: Mapping[str, float],
+    budget_s: float,
+    clock: str = "wall",
+    device: str = "cpu",
+    rounds: tuple[int, int] = (3, 40),
+) -> int:
+    """Fills every contestant's samples and returns the number of rounds.
+
+    `first_s`: seconds per call of each one's warm-up, from which the rounds are chosen so that the whole takes about
+    `budget_s`. One that would take a tenth of the budget for each sample gets as many as half the budget holds, one to
+    three; one that takes more than the budget keeps its warm-up as its one sample.
+    """
+    cost = {name: first_s[name] * who.calls for name, who in contestants.items()}
+    turns_of = {n: max(1, min(rounds[0], int(budget_s / 2 / c))) for n, c in cost.items() if c > budget_s / 10}
+    total = sum(c for n, c in cost.items() if n not in turns_of)
+    turns = max(rounds[0], min(rounds[1], int(budget_s / total) if total else rounds[0]))
+    for name, who in contestants.items():
+        if cost[name] > budget_s:
+            turns_of[name] = 0
+            who.samples_s.append(first_s[name])
+            who.note = "one sample, its first call"
+    for turn in range(turns):
+        for name, who in contestants.items():
+            if turn < turns_of.get(name, turns):
+                who.samples_s.append(sample(who, turn, clock, device))
+    return turns

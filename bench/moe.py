@@ -1,0 +1,184 @@
+"""`headgate bench moe`: Headgate's expert layer beside everything else that computes it, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .case import Bench, GiB, Settings
+from .figures import PEAKS, run_figures
+from .hardware import describe
+from .report import case_lines, figure_lines, legend, machine_lines
+from .rivals import ABOUT, IMPLEMENTATIONS
+from .shapes import DTYPES, PASSES, SHAPES, UNSCALED, Case
+
+TOKENS = (1, 16, 256, 2048, 8192)
+RIVALS = tuple(n for n in IMPLEMENTATIONS if n not in ("headgate", "plain"))
+EXAMPLE = """examples:
+  headgate bench moe --figures                          the figures Headgate sets itself, about five minutes
+  headgate bench moe --quick                            a first look, about a minute
+  headgate bench moe --shapes qwen3 --tokens 1 16 --dtypes bf16 --passes forward --json out.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `headgate bench moe`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLE
+    add = parser.add_argument
+    add("--figures", action="store_true", help="measure the project's table of figures and nothing else")
+    add("--quick", action="store_true", help="two shapes, up to 256 tokens, bf16, two seconds a case")
+    add("--shapes", nargs="+", choices=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)} (default: all)")
+    add("--unscaled", action="store_true", help="the models' own sizes, where memory allows")
+    add(
+        "--tokens",
+        nargs="+",
+        type=_positive,
+        metavar="T",
+        help=f"tokens per call (default: {' '.join(map(str, TOKENS))})",
+    )
+    add("--dtypes", nargs="+", choices=list(DTYPES), metavar="DTYPE", help="of fp32, bf16, fp16 (default: fp32 bf16)")
+    add("--passes", nargs="+", choices=PASSES, metavar="PASS", help="of forward, train (default: both)")
+    add("--rivals", nargs="*", choices=[*RIVALS, "plain"], metavar="RIVAL", help=f"of {', '.join([*RIVALS, 'plain'])}")
+    add("--threads", type=_positive, metavar="N", help="threads for everybody (default: torch's choice)")
+    add("--budget", type=float, metavar="S", help="seconds of sampling per case (default: 10; 2 with --quick)")
+    add("--limit", type=float, default=20.0, metavar="S", help="skip what would take longer per call (default: 20)")
+    add("--memory-limit", type=float, default=4.0, metavar="GiB", help="skip what would need more memory (default: 4)")
+    add("--no-peak", action="store_true", help="leave out the peak memory of training (a process for each)")
+    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's own time, with --threads 1 only")
+    add("--json", metavar="FILE", help="write everything, all samples included, to FILE; - for standard output")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """The cases asked for, by shape and dtype first, so that weights are made once for each."""
+    quick = args.quick
+    names = args.shapes or (["qwen3", "mixtral"] if quick else list(SHAPES))
+    tokens = args.tokens or ([1, 16, 256] if quick else list(TOKENS))
+    dtypes = args.dtypes or (["bf16"] if quick else ["fp32", "bf16"])
+    shapes = [(UNSCALED if args.unscaled else SHAPES)[n] for n in names]
+    product = itertools.product(shapes, dtypes, tokens, args.passes or PASSES)
+    return [Case(shape, t, dtype, kind) for shape, dtype, t, kind in product]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints, writes; 0, or 1 where Headgate's own numbers were refused or nothing could be written, 2 for
+    options that do not go together. Ctrl-C keeps what was measured."""
+    problem = _refuse(args)
+    if problem:
+        print(f"headgate bench moe: {problem}", file=sys.stderr)
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    text = sys.stderr if args.json == "-" else sys.stdout
+
+    def show(lines: list[str]) -> None:
+        print("\n".join(lines), "\n", sep="", file=text, flush=True)
+
+    report: dict[str, Any] = {"version": 1, "machine": describe(args.device), "settings": _plain(args), "cases": []}
+    show([*machine_lines(report["machine"]), "", *legend()])
+    began = time.monotonic()
+    interrupted = False
+    try:
+        _measure(args, report, show)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\ninterrupted; what was measured is kept", file=sys.stderr)
+    report["seconds"] = time.monotonic() - began
+    if "figures" in report:
+        show(figure_lines(report["figures"]))
+    if args.json:
+        _write(args.json, report)
+    wrong = [c for c in report["cases"] if "refused" in c["implementations"].get("headgate", {})]
+    return 1 if wrong or interrupted else 0
+
+
+def _measure(args: argparse.Namespace, report: dict[str, Any], show) -> None:
+    budget = args.budget or (2.0 if args.quick else 6.0 if args.figures else 10.0)
+    settings = Settings(
+        rivals=RIVALS if args.rivals is None else tuple(args.rivals),
+        bounds=("matmuls", "read") if args.figures else ("matmuls", "dense", "read"),
+        budget_s=budget,
+        limit_s=args.limit,
+        memory_bytes=int(args.memory_limit * GiB),
+        device=args.device,
+        clock=args.clock,
+        peaks=() if args.no_peak or args.quick else PEAKS,
+    )
+    bench = Bench(settings, _progress)
+    if args.figures:
+        report["figures"] = run_figures(bench, lambda result: show(case_lines(result)), report["cases"])
+        return
+    todo = cases(args)
+    scaling = {c.shape.name: c.shape.scaling for c in todo}
+    show([f"  {name:<11} {said}" for name, said in scaling.items()])
+    for n, case in enumerate(todo):
+        bench.say = lambda what, n=n: _progress(f"[{n + 1}/{len(todo)}] {what}")  # type: ignore[misc]
+        result = bench.run(case)
+        report["cases"].append(result)
+        _progress("")
+        show(case_lines(result))
+
+
+def _progress(what: str) -> None:
+    """One line that overwrites itself; nothing where nobody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what[:110]}", end="", file=sys.stderr, flush=True)
+
+
+def _refuse(args: argparse.Namespace) -> str | None:
+    """Why these options cannot be served, before anything is measured."""
+    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
+        return f"--clock cpu must come with --threads 1 on the CPU, got --threads {args.threads} --device {args.device}"
+    if args.budget is not None and not args.budget > 0:
+        return f"--budget must be positive, got {args.budget}"
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        return f"--device must be cpu, or cuda where torch sees a GPU, got {args.device}"
+    rivals = RIVALS if args.rivals is None else args.rivals
+    if any("transformers" in ABOUT[name] for name in rivals):
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            return "eager, batched_mm and grouped_mm need transformers (pip install 'headgate[hf]'); or --rivals sorted"
+    if args.json and args.json != "-":
+        folder = Path(args.json).resolve().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            return f"--json must name a file in a folder that can be written to, got {args.json}"
+    return None
+
+
+def _plain(args: argparse.Namespace) -> dict[str, Any]:
+    kept = {f.strip("-").replace("-", "_") for f in (
+        "figures", "quick", "shapes", "unscaled", "tokens", "dtypes", "passes", "rivals", "threads", "budget", "limit",
+        "memory_limit", "no_peak", "device", "clock",
+    )}  # fmt: skip
+    return {k: v for k, v in vars(args).items() if k in kept}
+
+
+def _write(where: str, report: Mapping[str, Any]) -> None:
+    text = json.dumps(report, indent=1) + "\n"
+    if where == "-":
+        sys.stdout.write(text)
+        return
+    target = Path(where)
+    # beside the target and renamed: nobody finds half a file
+    with tempfile.NamedTemporaryFile("w", dir=target.resolve().parent, delete=False, suffix=".tmp") as f:
+        f.write(text)
+    os.replace(f.name, target)
