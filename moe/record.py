@@ -167,8 +167,8 @@ def _moe_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_boundary(module: nn.Module) -> bool:
     """Whether the module is called as transformers calls its experts: (hidden_states, top_k_index, top_k_weights)."""
-    parameters = list(inspect.signature(module.forward).parameters)
-    return parameters[:3] == ["hidden_states", "top_k_index", "top_k_weights"]
+    parameters = list(inspect.signature(type(module).forward).parameters)  # the class's: a swap sets the instance's
+    return parameters[1:4] == ["hidden_states", "top_k_index", "top_k_weights"]
 
 
 def _num_experts(module: nn.Module) -> int:

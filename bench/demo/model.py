@@ -1,0 +1,120 @@
+"""The model: transformers' OLMoE at a small size, on bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ...moe.hf import replace, restore
+from .text import VOCABULARY
+from .tour import Shape
+
+RIVALS = ("eager", "grouped_mm")  # transformers' implementations; its batched_mm copies each token's experts: too much
+
+
+def build(shape: Shape, seed: int) -> nn.Module:
+    """An untrained OlmoeForCausalLM in fp32 with random weights; the same for the same seed."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    config = OlmoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        norm_topk_prob=True,
+        max_position_embeddings=2 * shape.length,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+        pad_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return OlmoeForCausalLM(config)
+
+
+def tokenizer():
+    """A transformers tokenizer whose ids are the bytes, so that the saved folder is whole."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()
+    bytewise = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(VOCABULARY)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, clean_up_tokenization_spaces=False)
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """Parameters in all, and those that one token meets."""
+    config = model.config
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    return total, total - experts + experts * config.num_experts_per_tok // config.num_experts
+
+
+@contextmanager
+def implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Runs the experts of an unswapped model by transformers' `name`, or by Headgate's swap for "headgate"."""
+    if name == "headgate":
+        replace(model)
+        try:
+            yield
+        finally:
+            restore(model)
+    else:
+        before = model.config._experts_implementation
+        model.set_experts_implementation(name)
+        try:
+            yield
+        finally:
+            model.set_experts_implementation(before)
+
+
+def losses(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """(what is minimised: cross-entropy and balancing loss, the cross-entropy in nats per byte)."""
+    out = model(input_ids=batch, labels=batch)
+    aux = getattr(out, "aux_loss", None)
+    if aux is None or not torch.is_tensor(aux):
+        return out.loss, out.loss
+    return out.loss, out.loss.detach() - model.config.router_aux_loss_coef * aux.detach()
+
+
+@torch.no_grad()
+def cross_entropy(model: nn.Module, batches: list[Tensor]) -> float:
+    """Mean nats per byte over batches; the model's training mode is kept."""
+    training = model.training
+    model.eval()
+    total = sum(float(losses(model, batch)[1]) * len(batch) for batch in batches)
+    model.train(training)
+    return total / sum(map(len, batches))
+
+
+@torch.no_grad()
+def generate(model: nn.Module, prompt: bytes, count: int, seed: int, temperature: float = 0.7) -> bytes:
+    """`count` bytes after the prompt, by transformers' own generate."""
+    training = model.training
+    model.eval()
+    ids = torch.tensor([list(prompt)])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_k=0 if temperature > 0 else None,
+            pad_token_id=0,
+            use_cache=True,
+        )
+    model.train(training)
+    return bytes(out[0].tolist())
