@@ -61,6 +61,34 @@ class Activation:
             return F.relu(g).square()
         return g
 
+    def phi_slope(self, g: Tensor) -> Tensor:
+        """phi'(g), elementwise."""
+        if self.kind == "silu":
+            s = torch.sigmoid(self.alpha * g)
+            return s * (1 + self.alpha * g * (1 - s))
+        if self.kind in ("gelu", "gelu_tanh"):
+            approximate = "tanh" if self.kind == "gelu_tanh" else "none"
+            return torch.ops.aten.gelu_backward(torch.ones_like(g), g, approximate=approximate)
+        if self.kind == "relu":
+            return (g > 0).to(g.dtype)
+        if self.kind == "relu2":
+            return 2 * F.relu(g)
+        return torch.ones_like(g)
+
+    def backward(self, grad: Tensor, gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The gradients of gate (and up) for `grad`, that of the result; all [..., F]. What autograd would say."""
+        if not self.gated:
+            return (grad * self.phi_slope(gate),)
+        assert up is not None
+        if self.limit == math.inf:
+            return grad * (up + self.up_shift) * self.phi_slope(gate), grad * self.phi(gate)
+        inside, up = (up.abs() <= self.limit), up.clamp(-self.limit, self.limit) + self.up_shift
+        if self.clamp_after:
+            a = self.phi(gate)
+            return grad * up * self.phi_slope(gate) * (a <= self.limit), grad * a.clamp(max=self.limit) * inside
+        held = gate.clamp(max=self.limit)
+        return grad * up * self.phi_slope(held) * (gate <= self.limit), grad * self.phi(held) * inside
+
     def __call__(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
         """gate [..., F] and up [..., F] (None when ungated) -> [..., F], in the dtype given; plain torch, the truth."""
         if not self.gated:

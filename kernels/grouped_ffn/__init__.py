@@ -59,7 +59,6 @@ def _backward(ctx, grad_y, _grad_h):
     if grad_y is None:
         return (None,) * 14
     *tensors, h = ctx.saved_tensors
-    rows, _ids, weights, w_gate_up, w_up, w_down, b1, b2 = tensors
     g = ctx.needs_input_grad
     needs = [g[0], g[2], g[3], g[4], g[5], g[6], g[7]]
     out = torch.ops.headgate.grouped_ffn_backward(grad_y, *tensors, h, *ctx.form, needs)
@@ -67,7 +66,16 @@ def _backward(ctx, grad_y, _grad_h):
     return d[0], None, d[1], d[2], d[3], d[4], d[5], d[6], *(None,) * 6
 
 
+def _second_backward(ctx, *_grads):
+    raise NotImplementedError("grouped_ffn: second derivatives are not offered")
+
+
 torch.library.register_autograd("headgate::grouped_ffn", _backward, setup_context=_setup_context)
+torch.library.register_autograd("headgate::grouped_ffn_backward", _second_backward)
+
+
+def _under_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def grouped_ffn(
@@ -96,7 +104,7 @@ def grouped_ffn(
 
     For backward only rows, the pre-activation (R*K*2F elements) and the routing are kept; the activation is recomputed
     and the router-weight gradient is <dA', A>, so the experts' outputs need not be (Guo et al., SonicMoE, 2025).
-    Under autocast the inputs are cast to autocast's dtype first. Double backward is not offered.
+    Under autocast the inputs are cast to autocast's dtype first. Second derivatives raise NotImplementedError.
 
     Cost: 6*N*D*F FLOPs forward, 12*N*D*F backward, N = live pairs.
     Raises ValueError / TypeError naming argument, rule and value; IndexError for an expert id below -1 (CPU).
@@ -109,7 +117,7 @@ def grouped_ffn(
     w1, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
     _check(rows, routing, w1, w_up, w_down, b_gate_up, b_down, act, transposed, interleaved)
     tensors = [rows, routing.expert_ids, routing.weights, w1, w_up, w_down, b_gate_up, b_down]
-    if torch.is_autocast_enabled(rows.device.type):
+    if _under_autocast(rows.device):
         to = torch.get_autocast_dtype(rows.device.type)
         tensors = [t.to(to) if i not in (1, 2) and t is not None else t for i, t in enumerate(tensors)]
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -148,13 +156,13 @@ def _check(rows, routing, w1, w_up, w_down, b1, b2, act, transposed, interleaved
             )
     if routing.num_experts != experts:
         raise ValueError(
-            f"grouped_ffn: routing.num_experts must equal the experts of w_down, got {routing.num_experts} and {experts}"
+            f"grouped_ffn: routing.num_experts must equal w_down's experts, got {routing.num_experts} and {experts}"
         )
     d_out = w_down.shape[2] if transposed else w_down.shape[1]
     for name, b, size in (("b_gate_up", b1, width), ("b_down", b2, d_out)):
         if b is not None and tuple(b.shape) != (experts, size):
             raise ValueError(f"grouped_ffn: {name} must be {(experts, size)}, got {tuple(b.shape)}")
-    autocast = torch.is_autocast_enabled(rows.device.type)
+    autocast = _under_autocast(rows.device)
     for name, w in (("w_gate_up", w1), ("w_up", w_up), ("w_down", w_down), ("b_gate_up", b1), ("b_down", b2)):
         if w is not None and w.device != rows.device:
             raise ValueError(f"grouped_ffn: {name} must be on the device of rows, got {w.device} and {rows.device}")

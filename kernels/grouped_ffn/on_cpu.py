@@ -54,9 +54,8 @@ def backward(
             needs,
         )
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    none = rows.new_empty(0)
     out = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else none
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else rows.new_empty(0)
         for t, need in zip((rows, weights, w1, w_up, w2, b1, b2), needs, strict=True)
     ]
     dx, ds, d1, du, d2, db1, db2 = out
@@ -93,8 +92,10 @@ class _Call:
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         ids, weights = ids.to(torch.int32).contiguous(), weights.to(torch.float32).contiguous()
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
+        if w_up is not None and w_up.stride()[1:] != w1.stride()[1:]:  # a tile reads rows of both
+            w1, w_up = w1.contiguous(), w_up.contiguous()
         numbers = (ctypes.c_float * 4)(*params)
-        self.held = (rows, ids, weights, b1, b2, numbers)
+        self.held = (rows, ids, weights, w1, w_up, b1, b2, numbers)
         f, o = _sizes(w2, transposed)
         self.args = [
             native.DTYPES[rows.dtype],

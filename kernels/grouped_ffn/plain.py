@@ -30,6 +30,12 @@ def _split(h: Tensor, act: Activation, interleaved: bool) -> tuple[Tensor, ...]:
     return (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
 
 
+def _join(parts: tuple[Tensor, ...], interleaved: bool) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(parts, 2).flatten(1) if interleaved else torch.cat(parts, 1)
+
+
 def _live(expert_ids: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     if expert_ids.numel() and int(expert_ids.min()) < -1:
         raise IndexError(f"grouped_ffn: expert_ids must be at least -1 (no expert), got {int(expert_ids.min())}")
@@ -76,11 +82,10 @@ def backward(
     pair, offsets = _live(expert_ids, w2.shape[0])
     scale = weights.reshape(-1).to(wide)
     want_x, want_s, want_1, want_up, want_2, want_b1, want_b2 = needs
-    none = rows.new_empty(0)
-    dx = torch.zeros(rows.shape, dtype=wide) if want_x else none
-    ds = torch.zeros(weights.numel(), dtype=wide) if want_s else none
+    dx = torch.zeros(rows.shape, dtype=wide) if want_x else rows.new_empty(0)
+    ds = torch.zeros(weights.numel(), dtype=wide) if want_s else rows.new_empty(0)
     d1, du, d2, db1, db2 = (
-        torch.zeros(t.shape, dtype=t.dtype) if t is not None and w else none
+        torch.zeros(t.shape, dtype=t.dtype) if t is not None and w else rows.new_empty(0)
         for t, w in ((w1, want_1), (w_up, want_up), (w2, want_2), (b1, want_b1), (b2, want_b2))
     )
     for e in range(w2.shape[0]):
@@ -91,20 +96,19 @@ def backward(
         t = p // k
         s = scale[p, None]
         g = grad[t]
-        with torch.enable_grad():
-            h = h_all[lo:hi].to(wide).requires_grad_()
-            a = act(*_split(h, act, interleaved))
+        parts = _split(h_all[lo:hi].to(wide), act, interleaved)
+        a = act(*parts)
         da = (g @ down[e].T).to(wide)
         if want_s:
             ds[p] = (da * a).sum(1)
             if b2 is not None:
                 ds[p] += (g.to(wide) * b2[e].to(wide)).sum(1)
         if want_2:
-            sa = (a.detach() * s).to(dtype)
+            sa = (a * s).to(dtype)
             torch.mm(*((sa.T, g) if transposed else (g.T, sa)), out=d2[e])
         if want_b2:
             db2[e] = (g.to(wide) * s).sum(0)
-        dh = torch.autograd.grad(a, h, da * s)[0]
+        dh = _join(act.backward(da * s, *parts), interleaved)
         if want_b1:
             db1[e] = dh.sum(0)
         dhs = [dh.to(dtype)] if w_up is None else list(dh.to(dtype).chunk(2, dim=1))
@@ -116,8 +120,8 @@ def backward(
                 if want:
                     torch.mm(*((x.T, d) if transposed else (d.T, x)), out=dw[e])
     return (
-        dx.to(dtype) if want_x else none,
-        ds.reshape(weights.shape).to(weights.dtype) if want_s else none,
+        dx.to(dtype),
+        ds.reshape(weights.shape).to(weights.dtype) if want_s else ds,
         d1,
         du,
         d2,

@@ -146,9 +146,11 @@ def strided(t: torch.Tensor, how: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=name)
 @pytest.mark.parametrize("how", ["every other element", "transposed view", "slice of a larger tensor"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("which", ["rows", "weights", "w_gate_up", "w_up", "w_down", "biases", "all"])
-def test_any_strides(problem, check, which, how, dtype):
-    p = problem(R=9, D=20, F=11, E=3, dtype=dtype, pair=which == "w_up", bias=which in ("biases", "all"))
+def test_any_strides(problem, check, which, transposed, how, dtype):
+    few = dict(R=9, D=20, F=11, E=3, dtype=dtype, transposed=transposed)
+    p = problem(**few, pair=which == "w_up", bias=which in ("biases", "all"))
     for n, t in p.tensors.items():
         if which in (n, "all") or (which == "biases" and n.startswith("b_")):
             p.tensors[n] = strided(t, how)

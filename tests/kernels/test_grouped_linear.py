@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from headgate.kernels import grouped_linear
 from headgate.kernels.grouped_linear import grouped_linear_reference
 
