@@ -121,7 +121,7 @@ def topk(
     _check(logits, k, score, bias, groups, topk_groups, group_score, scale)
     bias = None if bias is None else bias.detach()
     weights, scores, ids, counts = torch.ops.headgate.topk(
-        logits, k, bias, score, groups, topk_groups, group_score, renormalize, float(scale)
+        logits, k, bias, score, groups, topk_groups, group_score, renormalize, scale
     )
     return Routing(ids, weights, logits.shape[1], counts, scores, logits)
 
@@ -158,5 +158,5 @@ def check_choice(
         raise ValueError(f"{who}: group_score must be 'top2' or 'max', got {group_score!r}")
     if topk_groups < groups and group_score == "top2" and experts // groups < 2:
         raise ValueError(f"{who}: group_score 'top2' must have groups of at least 2 experts, got groups of 1")
-    if not (scale > 0 and math.isfinite(scale)):
+    if not 0 < scale < math.inf:
         raise ValueError(f"{who}: scale must be positive and finite, got {scale}")

@@ -30,6 +30,8 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"{type(self).__name__}: hidden_size must be at least 1, got {hidden_size}")
         if not 0.0 <= jitter < 1.0:
             raise ValueError(f"{type(self).__name__}: jitter must be in [0, 1), got {jitter}")
         self.hidden_size, self.num_experts, self.top_k, self.jitter = hidden_size, num_experts, top_k, jitter
