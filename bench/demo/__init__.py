@@ -102,7 +102,6 @@ def _about(tour: Tour, seconds: float) -> dict:
 
 def save_model(tour: Tour, folder: Path) -> None:
     """The model as transformers saves it, with a tokenizer whose ids are bytes."""
-    assert tour.model is not None
     tour.model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
 

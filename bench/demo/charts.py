@@ -70,11 +70,13 @@ def loss(train: list[float], held_out: list[list[float]], baselines: dict[str, f
 
     body = []
     for tick in np.arange(np.ceil(low), high + 0.01, 1):
-        body.append(f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" class="grid"/>')
+        body.append(f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" class="rule"/>')
         body.append(_text(left - 8, y(tick) + 4, f"{tick:.0f}", "soft", "end"))
+    step, last = held_out[-1]
     for name, value in baselines.items():
         body.append(f'<line x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="dash"/>')
-        body.append(_text(width - right + 8, y(value) + 4, f"{name} {value:.2f}", "soft"))
+        free = abs(y(value) - y(last)) > 14 or x(step) < width - right - 120  # else the last point's label is there
+        body.append(_text(width - right + 8, y(value) + (4 if free else -8), f"{name} {value:.2f}", "soft"))
     for step in _ticks(steps):
         body.append(_text(x(step), height - bottom + 20, f"{step:,}", "soft", "middle"))
     body.append(_text((left + width - right) / 2, height - 4, "steps", "soft", "middle"))
@@ -83,11 +85,10 @@ def loss(train: list[float], held_out: list[list[float]], baselines: dict[str, f
         body.append(f'<polyline points="{points}" class="line"/>')
     held = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in held_out)
     body.append(f'<polyline points="{held}" class="held"/>')
-    for step, value in held_out:
-        tip = f"step {step:.0f}: {value:.2f} bits per byte on held-out text"
-        body.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="4.5" class="dot"><title>{tip}</title></circle>')
-    step, value = held_out[-1]
-    body.append(_text(x(step) + 9, y(value) + 4, f"held-out {value:.2f}", "strong"))
+    for at, value in held_out:
+        tip = f"step {at:.0f}: {value:.2f} bits per byte on held-out text"
+        body.append(f'<circle cx="{x(at):.1f}" cy="{y(value):.1f}" r="4.5" class="dot"><title>{tip}</title></circle>')
+    body.append(_text(x(step) + 9, y(last) + 4, f"held-out {last:.2f}", "strong"))
     return _figure("bits per byte: training text (line), held-out text (dots)", width, height, "".join(body), wide=True)
 
 
@@ -101,7 +102,7 @@ def _ticks(steps: int) -> list[int]:
 def heat_map(values: NDArray, rows: str, columns: str, top: float, unit: str) -> str:
     """Cells [rows, columns], from nothing to `top` and more in one hue; for few rows and many columns."""
     count, wide = values.shape
-    left, width = 64, 860
+    left, width = 64.0, 860.0
     cell = (width - left) / wide
     tall = min(26.0, max(cell, 14.0))
     body = []
@@ -116,7 +117,7 @@ def heat_map(values: NDArray, rows: str, columns: str, top: float, unit: str) ->
         body.append(_text(left + (j + 0.5) * cell, count * tall + 16, str(j), "soft", "middle"))
     body.append(_text(left, height - 8, columns, "soft"))
     body.append(_legend(width - 8, height - 20, top, unit))
-    return _figure(f"load of every expert, {unit}", width, int(height), "".join(body), wide=True)
+    return _figure(f"load of every expert, {unit}", int(width), int(height), "".join(body), wide=True)
 
 
 def matrix(values: NDArray, rows: str, columns: str, top: float) -> str:
@@ -163,7 +164,7 @@ def dumbbells(rows: Sequence[tuple[str, float, float]], before: str, after: str)
 
     body = []
     for share in np.arange(0, most + 0.001, 0.1 if most <= 0.6 else 0.2):
-        body.append(f'<line x1="{x(share):.1f}" x2="{x(share):.1f}" y1="{top - 8}" y2="{height - 24}" class="grid"/>')
+        body.append(f'<line x1="{x(share):.1f}" x2="{x(share):.1f}" y1="{top - 8}" y2="{height - 24}" class="rule"/>')
         body.append(_text(x(share), height - 8, f"{share:.0%}", "soft", "middle"))
     body.append(f'<circle cx="{left + 6}" cy="10" r="5" class="quiet"/>' + _text(left + 16, 14, before, "soft"))
     body.append(f'<circle cx="{left + 106}" cy="10" r="5" class="accent"/>' + _text(left + 116, 14, after, "soft"))

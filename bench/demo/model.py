@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...moe.hf import replace, restore
 from .text import VOCABULARY
-from .tour import Shape
+from .tour import Model, Shape
 
 RIVALS = ("eager", "grouped_mm")  # transformers' implementations; its batched_mm copies each token's experts: too much
 
 
-def build(shape: Shape, seed: int) -> nn.Module:
+def build(shape: Shape, seed: int) -> Model:
     """An untrained OlmoeForCausalLM in fp32 with random weights; the same for the same seed."""
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -53,7 +53,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bytewise, clean_up_tokenization_spaces=False)
 
 
-def parameters(model: nn.Module) -> tuple[int, int]:
+def parameters(model: Model) -> tuple[int, int]:
     """Parameters in all, and those that one token meets."""
     config = model.config
     total = sum(p.numel() for p in model.parameters())
@@ -62,7 +62,7 @@ def parameters(model: nn.Module) -> tuple[int, int]:
 
 
 @contextmanager
-def implementation(model: nn.Module, name: str) -> Iterator[None]:
+def implementation(model: Model, name: str) -> Iterator[None]:
     """Runs the experts of an unswapped model by transformers' `name`, or by Headgate's swap for "headgate"."""
     if name == "headgate":
         replace(model)
@@ -79,7 +79,7 @@ def implementation(model: nn.Module, name: str) -> Iterator[None]:
             model.set_experts_implementation(before)
 
 
-def losses(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+def losses(model: Model, batch: Tensor) -> tuple[Tensor, Tensor]:
     """(what is minimised: cross-entropy and balancing loss, the cross-entropy in nats per byte)."""
     out = model(input_ids=batch, labels=batch)
     aux = getattr(out, "aux_loss", None)
@@ -89,7 +89,7 @@ def losses(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def cross_entropy(model: nn.Module, batches: list[Tensor]) -> float:
+def cross_entropy(model: Model, batches: list[Tensor]) -> float:
     """Mean nats per byte over batches; the model's training mode is kept."""
     training = model.training
     model.eval()
@@ -99,7 +99,7 @@ def cross_entropy(model: nn.Module, batches: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def generate(model: nn.Module, prompt: bytes, count: int, seed: int, temperature: float = 0.7) -> bytes:
+def generate(model: Model, prompt: bytes, count: int, seed: int, temperature: float = 0.7) -> bytes:
     """`count` bytes after the prompt, by transformers' own generate."""
     training = model.training
     model.eval()

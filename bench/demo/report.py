@@ -39,9 +39,10 @@ svg { width:100%; height:auto; display:block; overflow:visible; }
 text { font-size:13px; fill:var(--ink); font-variant-numeric:tabular-nums; }
 text.soft { fill:var(--soft); font-size:12px; } text.strong { font-weight:650; }
 .accent { fill:var(--accent); } .quiet { fill:var(--quiet); } .cell { fill:var(--accent); }
-line.grid { stroke:var(--rule); stroke-width:1; display:inline; } line.dash { stroke:var(--soft); stroke-dasharray:4 5; }
+line.rule { stroke:var(--rule); stroke-width:1; } line.dash { stroke:var(--soft); stroke-dasharray:4 5; }
 .link { stroke:var(--quiet); stroke-width:3; } .line { fill:none; stroke:var(--accent); stroke-width:1.5; opacity:.75; }
-.held { fill:none; stroke:var(--warm); stroke-width:2; } .dot { fill:var(--warm); stroke:var(--card); stroke-width:1.5; }
+.held { fill:none; stroke:var(--warm); stroke-width:2; }
+.dot { fill:var(--warm); stroke:var(--card); stroke-width:1.5; }
 .scroll { overflow-x:auto; } table { border-collapse:collapse; font-size:15px; font-variant-numeric:tabular-nums; }
 th { text-align:left; color:var(--soft); font-weight:500; font-size:13.5px; }
 th,td { padding:6px 26px 6px 0; border-bottom:1px solid var(--rule); }

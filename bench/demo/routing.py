@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +20,6 @@ LETTERS = 6
 
 
 def run(tour: Tour) -> None:
-    assert tour.model is not None
     options = tour.options
     batches = tour.corpus.held_out_batches(options.rows, options.shape.length, BATCHES)
     trace = tour.trace = record(tour.model, batches, weights=True)
@@ -36,12 +37,12 @@ def run(tour: Tour) -> None:
     _say(tour, trace, load, pairs, specialists)
 
 
-def _specialists(trace: Trace, text: NDArray[np.integer]) -> list[dict]:
+def _specialists(trace: Trace, text: NDArray[np.integer]) -> list[dict[str, Any]]:
     """The experts whose tokens tell the most about the byte they are: largest Kullback-Leibler divergence, in bits, of
     the bytes that an expert sees from the bytes of the text, one expert per layer at first, experts of 1 % or more of
     their fair share only."""
     overall = np.bincount(text, minlength=VOCABULARY) / len(text)
-    found = []
+    found: list[dict[str, Any]] = []
     for layer, ids in enumerate(trace.expert_ids):
         byte_of = np.broadcast_to(text[:, None], ids.shape)
         live = ids != trace.none

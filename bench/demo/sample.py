@@ -11,7 +11,6 @@ LENGTH = 240
 
 
 def run(tour: Tour) -> None:
-    assert tour.model is not None
     prompt = PROMPT if tour.options.text is None else bytes(tour.corpus.held_out[:48])
     text = generate(tour.model, prompt, min(LENGTH, tour.options.shape.length), tour.options.seed)
     tour.metrics["sample"] = {

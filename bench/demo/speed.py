@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import charts, html
 from .model import RIVALS, generate, implementation, losses
-from .tour import Tour
+from .tour import Model, Tour
 from .train import Optimizer
 
 CONTENDERS = (*RIVALS, "headgate")
@@ -26,7 +26,6 @@ WORK = {
 
 
 def run(tour: Tour) -> None:
-    assert tour.model is not None
     model = tour.model
     tour.screen.say(f"  {torch.get_num_threads()} threads, float32, medians of alternating rounds")
     batch = next(tour.corpus.batches(tour.options.rows, tour.options.shape.length, tour.options.seed))
@@ -49,7 +48,7 @@ def run(tour: Tour) -> None:
     tour.screen.table(_table(tour.metrics["speed"]))
 
 
-def _measure(tour: Tour, model: nn.Module, batch: Tensor) -> dict[str, dict[str, list[float]]]:
+def _measure(tour: Tour, model: Model, batch: Tensor) -> dict[str, dict[str, list[float]]]:
     """seconds[work][contender]: one entry per round; the first round, which warms up, is left out."""
     optimizer = Optimizer(model, rate=0.0)
     prompt = bytes(batch[0, :32].tolist())
@@ -91,7 +90,7 @@ def _time(do: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _kept_for_backward(model: nn.Module, batch: Tensor, name: str) -> tuple[int, int]:
+def _kept_for_backward(model: Model, batch: Tensor, name: str) -> tuple[int, int]:
     """Bytes that a forward pass keeps for backward: in all, and what the experts add.
 
     Each storage counts once, whole, for the first that saves it; parameters do not count.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...moe.hf import replace, restore
 from . import html
 from .model import RIVALS, build, implementation, parameters
-from .tour import Tour
+from .tour import Model, Tour
 
 WINDOWS = 2  # of held-out text: gradients of every parameter make this as expensive as a training step
 
@@ -61,7 +61,7 @@ def run(tour: Tour) -> None:
         screen.say(f"  {ours.choices_moved} of {ours.choices:,} expert choices fell the other way (near ties)")
 
 
-def _one_pass(model: nn.Module, batch: Tensor, name: str) -> dict[str, Tensor]:
+def _one_pass(model: Model, batch: Tensor, name: str) -> dict[str, Tensor]:
     """Logits, the experts chosen, and every gradient, of one forward and backward pass."""
     with implementation(model, name):
         model.zero_grad()

@@ -77,7 +77,9 @@ def _from_file(path: Path) -> Corpus:
 
 def _from_library() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
-    train, held_out, size = [], [], 0
+    train: list[bytes] = []
+    held_out: list[bytes] = []
+    size = 0
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if LEFT_OUT & set(name.parts):

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ...placement.trace import Trace
 from .screen import Screen
 from .text import Corpus
+
+Model = Any  # a transformers model, whose attributes are its own
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Tour:
     screen: Screen
     corpus: Corpus
     metrics: dict[str, Any] = field(default_factory=dict)
-    model: nn.Module | None = None
+    model: Model = None  # until it is built
     trace: Trace | None = None
     interrupted: str | None = None  # the chapter in which Ctrl-C came
 

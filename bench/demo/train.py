@@ -13,7 +13,7 @@ from ...moe.hf import replace
 from . import charts, html
 from .model import cross_entropy, losses
 from .text import baselines
-from .tour import Tour
+from .tour import Model, Tour
 
 CLIP = 1.0
 CHECKS = 8  # looks at held-out text along the way
@@ -23,7 +23,7 @@ FEWEST, MOST = 100, 400
 class Optimizer:
     """AdamW with clipped gradients; `step` moves the weights and clears the gradients."""
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
+    def __init__(self, model: Model, rate: float) -> None:
         self.weights = list(model.parameters())
         self.adam = torch.optim.AdamW(self.weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
@@ -53,7 +53,6 @@ def choose_steps(tour: Tour) -> int:
 
 
 def run(tour: Tour) -> None:
-    assert tour.model is not None
     options, model = tour.options, tour.model
     replace(model)
     steps = choose_steps(tour)
@@ -75,7 +74,7 @@ def run(tour: Tour) -> None:
     _say(tour, found)
 
 
-def _loop(tour: Tour, model: nn.Module, held_out: list, found: dict) -> None:
+def _loop(tour: Tour, model: Model, held_out: list, found: dict) -> None:
     options, steps = tour.options, found["steps"]
     optimizer = Optimizer(model, rate=0.0)
     batches = tour.corpus.batches(options.rows, options.shape.length, options.seed)
@@ -129,6 +128,7 @@ def section(tour: Tour) -> str:
         f"{done} of {found['steps']} steps of {found['tokens_per_step']:,} bytes each, from {tour.corpus.source}. "
         f"On files that it never saw the model needs <b>{last:.2f} bits per byte</b> (perplexity {2**last:.1f}); "
         f"knowing nothing costs {found['bits_per_byte_of']['uniform']:.2f}, knowing how frequent each byte is "
-        f"{found['bits_per_byte_of']['unigram']:.2f}, knowing the byte before {found['bits_per_byte_of']['bigram']:.2f}."
+        f"{found['bits_per_byte_of']['unigram']:.2f}, knowing the byte before it "
+        f"{found['bits_per_byte_of']['bigram']:.2f}."
     )
     return html.prose(words) + charts.loss(found["train"], found["held_out"], found["bits_per_byte_of"], found["steps"])
