@@ -21,7 +21,7 @@ def dbrx_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, 
     m: Any = module
     w1, v1, w2 = (w.view(m.num_experts, m.ffn_hidden_size, m.hidden_size) for w in (m.mlp.w1, m.mlp.v1, m.mlp.w2))
     rows, routing = as_rows(hidden_states, w1), Routing.from_topk(top_k_index, top_k_weights, m.num_experts)
-    activation = activation_of(m.mlp, True, False, "activation_fn")
+    activation = activation_of(m.mlp, True, function="activation_fn")
     if activation is not None:
         y = grouped_ffn(rows, routing, (w1, v1), w2.transpose(1, 2), activation=activation)
     else:
@@ -35,4 +35,4 @@ def dbrx_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, 
 
 def prepare(module: nn.Module) -> str:
     m: Any = module
-    return f"flat weights, {describe(activation_of(m.mlp, True, False, 'activation_fn'))}"
+    return f"flat weights, {describe(activation_of(m.mlp, True, function='activation_fn'))}"

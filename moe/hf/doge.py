@@ -16,7 +16,7 @@ from .gate import activation_of, hooked
 def doge_forward(module: nn.Module, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """DogeCDMoE: hidden_states [B, S, D] -> (output [B, S, D], router logits [2, B*S, keys])."""
     m: Any = module
-    activation = activation_of(module, False, False)
+    activation = activation_of(module, False)
     if activation is None or not (_plain(m.down_embed) and _plain(m.up_embed)):
         return type(module).forward(module, hidden_states, **kwargs)
     mark(module)
@@ -51,5 +51,5 @@ def _plain(embedding: nn.Module) -> bool:
 
 
 def prepare(module: nn.Module) -> str:
-    activation = activation_of(module, False, False)
+    activation = activation_of(module, False)
     return "rank-1 experts, " + ("own block" if activation is None else f"{activation.kind}, fused")

@@ -51,7 +51,7 @@ def experts_forward(
         b1, b2 = m.gate_up_proj_bias if gated else m.up_proj_bias, m.down_proj_bias
     rows = as_rows(hidden_states, w1)
     routing = Routing.from_topk(ids, weights, w2.shape[0])
-    activation = None if normed else activation_of(module, gated, interleaved)
+    activation = activation_of(module, gated, interleaved, normed)
     if activation is not None:
         y = grouped_ffn(
             rows, routing, w1, w2, b_gate_up=b1, b_down=b2, activation=activation,
@@ -126,7 +126,7 @@ def refusal(module: nn.Module) -> str | None:
 def prepare(module: nn.Module) -> str:
     """Asks for the activation ahead of the first call, so that a warning comes with the swap; says what will run."""
     gated, _biased, _transposed, interleaved, normed = flags(module)
-    return describe(None if normed else activation_of(module, gated, interleaved))
+    return describe(activation_of(module, gated, interleaved, normed))
 
 
 def describe(activation: Activation | None) -> str:

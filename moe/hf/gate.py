@@ -8,6 +8,7 @@ fused operation; anything else (a softcap, dropout, learned slopes, hooks) keeps
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
@@ -36,9 +37,11 @@ def identify(
     points = [-p for p in points if p] + points
     gate, up = torch.tensor(list(product(points, points)), dtype=torch.float32, device="cpu").unbind(1)
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             wanted = function(gate, up)
         if not isinstance(wanted, Tensor) or wanted.shape != gate.shape or wanted.device != gate.device:
+            return None
+        if wanted.requires_grad:  # by something learned: the inputs ask for no gradient
             return None
     except Exception:  # whatever a stranger's function raises outside its model: it keeps its own code
         return None
@@ -69,37 +72,54 @@ def hooked(module: Any) -> bool:
     )
 
 
-def learns(module: Any) -> bool:
-    return isinstance(module, nn.Module) and next(module.parameters(), None) is not None
+def _holds_tensors(module: Any) -> bool:
+    """Whether the activation has parameters or buffers: a learned form may equal a plain one only today."""
+    return isinstance(module, nn.Module) and any(True for _ in (*module.parameters(), *module.buffers()))
+
+
+def _strange_tensors(module: nn.Module) -> bool:
+    """Whether a module with a gate of its own holds tensors besides its projections, which that gate may read."""
+    own = {*module._parameters, *module._buffers}
+    return any(not re.fullmatch(r"(gate_up|up|down)_proj(_bias|_scale_inv|_activation_scale)?", name) for name in own)
+
+
+def _numbers(thing: Any) -> dict[str, float]:
+    state = vars(thing) if isinstance(thing, nn.Module) else {}
+    return {k: v for k, v in state.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 @torch._dynamo.assume_constant_result
-def activation_of(module: nn.Module, gated: bool, interleaved: bool, function: str = "act_fn") -> Activation | None:
+def activation_of(
+    module: nn.Module, gated: bool, interleaved: bool = False, normed: bool = False, function: str = "act_fn"
+) -> Activation | None:
     """The Activation of an experts module, or None where its own gate must run; says the latter once.
 
     The gate is `module._apply_gate` (transformers' contract) where there is one and `gated`, else `module.<function>`
-    on the gate times up. The answer is kept on the module beside what it was read from (the functions, every number
-    among the attributes), and found anew when one of these has changed.
+    on the gate times up. `normed`: each expert's output is normalised before it is weighted, which no fused form does.
+    The answer is kept on the module beside what it was read from (the functions, every number among the attributes),
+    and found anew when one of these has changed. A compiled graph keeps the answer it was traced with.
     """
     act = getattr(module, function, None)
     apply_gate = getattr(module, "_apply_gate", None) if gated else None
-    state = {k: v for k, v in vars(module).items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    own = (getattr(apply_gate, "__func__", apply_gate), act, gated, interleaved, state)
-    listened = hooked(act)
+    own_gate = getattr(apply_gate, "__func__", apply_gate)
+    source = (own_gate, act, gated, interleaved, normed, hooked(act), _numbers(module), _numbers(act))
     kept = vars(module).get(_CACHE)
-    if kept is not None and kept[0] == own and kept[1] == listened:
-        return kept[2]
-    numbers = [v for k, v in state.items() if any(word in k for word in _WORDS)]
+    if kept is not None and kept[0] == source:
+        return kept[1]
+    own = "a norm after each expert" if normed else _name(own_gate if act is None else act)
     found = None
-    if not listened and not learns(act):
-        found = identify(_caller(apply_gate, act, gated, interleaved), gated, numbers)
+    default = own_gate is None or own_gate.__name__ == "_default_apply_gate"
+    if not (normed or hooked(act) or _holds_tensors(act) or (not default and _strange_tensors(module))):
+        numbers = {**_numbers(act), **_numbers(module)}
+        hints = [n for name, n in numbers.items() if any(word in name for word in _WORDS)]
+        found = identify(_caller(apply_gate, act, gated, interleaved), gated, hints)
     if found is None:
         warnings.warn(
-            f"headgate: {type(module).__name__} has an activation of its own ({_describe(act, apply_gate)}); its "
-            "experts run as two grouped matmuls around it, which is slower than the fused operation",
+            f"headgate: {type(module).__name__} has something of its own between its matmuls ({own}); its experts run "
+            "as two grouped matmuls around it, which is slower than the fused operation",
             stacklevel=3,
         )
-    vars(module)[_CACHE] = (own, listened, found)
+    vars(module)[_CACHE] = (source, found)
     return found
 
 
@@ -113,10 +133,8 @@ def _caller(apply_gate, act, gated: bool, interleaved: bool) -> Callable[[Tensor
     return lambda gate, up: apply_gate(torch.cat([gate, up])[None])[0]
 
 
-def _describe(act: Any, apply_gate: Any) -> str:
-    if act is not None:
-        return getattr(act, "__name__", type(act).__name__)
-    return getattr(apply_gate, "__name__", type(apply_gate).__name__)
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def forget_gate(module: nn.Module) -> None:

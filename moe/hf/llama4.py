@@ -40,7 +40,7 @@ def experts_forward(
     tokens, top_k = top_k_index.shape
     pairs = (hidden_states[:, None] * top_k_weights[:, :, None]).reshape(tokens * top_k, -1)
     routing = Routing.from_topk(top_k_index.reshape(-1, 1), top_k_weights.new_ones(tokens * top_k, 1), w2.shape[0])
-    rows, activation = as_rows(pairs, w1), activation_of(module, True, False)
+    rows, activation = as_rows(pairs, w1), activation_of(module, True)
     if activation is not None:
         y = grouped_ffn(rows, routing, w1, w2, activation=activation, transposed=True)
     else:
@@ -59,4 +59,4 @@ def split_gate(act):
 
 
 def prepare(module: nn.Module) -> str:
-    return f"weights on the input, {describe(activation_of(module, True, False))}"
+    return f"weights on the input, {describe(activation_of(module, True))}"

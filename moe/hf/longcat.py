@@ -28,7 +28,7 @@ def longcat_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     w1, w2 = m.gate_up_proj, m.down_proj
     w1 = w1 if w1.shape[0] == routed else w1[:routed]
     rows, routing = as_rows(hidden_states, w1), Routing.from_topk(top_k_index, top_k_weights, routed)
-    activation = activation_of(module, True, False)
+    activation = activation_of(module, True)
     if activation is not None:
         y = grouped_ffn(rows, routing, w1, w2, activation=activation)
     else:
@@ -37,4 +37,4 @@ def longcat_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 
 
 def prepare(module: nn.Module) -> str:
-    return f"identity experts, {describe(activation_of(module, True, False))}"
+    return f"identity experts, {describe(activation_of(module, True))}"

@@ -147,4 +147,5 @@ def _take_back(module: nn.Module) -> None:
             elif slot == "_old_forward":
                 vars(module)[slot] = type(module).forward.__get__(module)
     forget(module)
-    forget_gate(module)
+    for part in module.modules():  # DBRX keeps its activation one module further in
+        forget_gate(part)

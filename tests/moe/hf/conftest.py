@@ -1,7 +1,8 @@
 """Every MoE family of the installed transformers, found in its sources and built small.
 
-A family is a model folder whose modeling file has a class under `@use_experts_implementation`, one that our table names,
-or one called ...Experts. No list of families is kept: a new one is built by the same rules and fails here until it works.
+A family is a model folder whose modeling file has a class under `@use_experts_implementation`, one that our table
+names, or one called ...Experts. No list of families is kept: a new one is built by the same rules and fails here until
+it works.
 """
 
 from __future__ import annotations
@@ -23,51 +24,29 @@ transformers.logging.set_verbosity_error()
 from headgate.moe.hf.table import ADAPTERS, adapter_of  # noqa: E402
 
 # What a configuration is shrunk to, wherever it has a field of that name.
-SMALL = {
-    **dict.fromkeys(("hidden_size", "d_model", "embed_dim"), 32),
-    **dict.fromkeys(
-        "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim moe_intermediate_size expert_ffn_hidden_size "
-        "ffn_hidden_size shared_expert_intermediate_size moe_shared_expert_intermediate_size moe_hidden_size "
-        "shared_experts_intermediate_size shared_intermediate_size intermediate_size_mlp router_hidden_size "
-        "dense_intermediate_size q_lora_rank index_head_dim".split(),
-        16,
-    ),
-    **dict.fromkeys(
-        "num_hidden_layers num_layers n_layers encoder_layers decoder_layers num_decoder_layers".split(), 2
-    ),
-    **dict.fromkeys(
-        "num_attention_heads n_heads num_heads encoder_attention_heads decoder_attention_heads linear_num_heads "
-        "linear_num_value_heads index_n_heads index_topk indexer_n_heads index_kpool".split(),
-        4,
-    ),
-    **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts moe_experts".split(), 8),
-    **dict.fromkeys(
-        "head_dim d_kv kv_channels kv_lora_rank o_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim hc_lowrank "
-        "linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head mamba_n_heads chunk_size "
-        "mamba_num_heads mamba_head_dim mamba_chunk_size ssm_state_size sliding_window indexer_head_dim indexer_budget "
-        "hidden_size_per_layer_input".split(),
-        8,
-    ),
-    **dict.fromkeys(
-        "num_key_value_heads linear_num_key_heads num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k "
-        "top_k_experts n_group num_expert_group n_groups mamba_expand indexer_compress_ratio".split(),
-        2,
-    ),
-    **dict.fromkeys(
-        "topk_group mamba_n_groups n_shared_experts expert_layer_period indexer_kv_heads "
-        "eos_token_id bos_token_id".split(),
-        1,
-    ),
-    **dict.fromkeys("pad_token_id expert_layer_offset num_dense_layers first_k_dense_replace".split(), 0),
-    **dict.fromkeys(
-        "dropout attention_dropout dropout_rate encoder_layerdrop decoder_layerdrop moe_token_dropout "
-        "router_jitter_noise hidden_dropout_prob attention_probs_dropout_prob".split(),
-        0.0,
-    ),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "max_position_embeddings"), 64),
-    "mlp_layer_types": ["sparse", "sparse"],
-    "qk_head_dim": 16,
+_SIZES = {
+    64: "vocab_size vocab_size_per_layer_input max_position_embeddings",
+    32: "hidden_size d_model embed_dim",
+    16: """intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim moe_intermediate_size q_lora_rank
+           expert_ffn_hidden_size ffn_hidden_size shared_expert_intermediate_size moe_hidden_size index_head_dim
+           moe_shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size
+           intermediate_size_mlp router_hidden_size dense_intermediate_size qk_head_dim""",
+    8: """head_dim d_kv kv_channels kv_lora_rank o_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim hc_lowrank
+          linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head mamba_n_heads chunk_size
+          mamba_num_heads mamba_head_dim mamba_chunk_size ssm_state_size sliding_window indexer_head_dim indexer_budget
+          hidden_size_per_layer_input num_experts num_local_experts n_routed_experts moe_num_experts moe_experts""",
+    4: """num_attention_heads n_heads num_heads encoder_attention_heads decoder_attention_heads linear_num_heads
+          linear_num_value_heads index_n_heads index_topk indexer_n_heads index_kpool""",
+    2: """num_hidden_layers num_layers n_layers encoder_layers decoder_layers num_decoder_layers num_key_value_heads
+          linear_num_key_heads num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts n_group
+          num_expert_group n_groups mamba_expand indexer_compress_ratio""",
+    1: """topk_group mamba_n_groups n_shared_experts expert_layer_period indexer_kv_heads eos_token_id bos_token_id""",
+    0: "pad_token_id expert_layer_offset num_dense_layers first_k_dense_replace",
 }
+_OFF = """dropout attention_dropout dropout_rate encoder_layerdrop decoder_layerdrop moe_token_dropout
+          router_jitter_noise hidden_dropout_prob attention_probs_dropout_prob"""
+SMALL = {name: size for size, names in _SIZES.items() for name in names.split()}
+SMALL |= {**dict.fromkeys(_OFF.split(), 0.0), "mlp_layer_types": ["sparse", "sparse"]}
 _MIXED = ["linear_attention", "full_attention"]
 # What the names do not say: which layers are sparse or of which kind, and switches that are off by default.
 SPECIAL = {
