@@ -4,11 +4,16 @@ Each operation is a torch.library op whose backend PyTorch chooses by device; it
 `reference.py`.
 """
 
-from .activation import GPT_OSS, Activation
-from .grouped_ffn import grouped_ffn
-from .grouped_linear import grouped_linear
-from .plan import Plan, plan
-from .routing import Routing
-from .topk import topk
+if __name__ == "kernels":  # found by its bare name: somebody looks for Hugging Face's package
+    from .aside import stand_aside
+
+    stand_aside()
+else:
+    from .activation import GPT_OSS, Activation
+    from .grouped_ffn import grouped_ffn
+    from .grouped_linear import grouped_linear
+    from .plan import Plan, plan
+    from .routing import Routing
+    from .topk import topk
 
 __all__ = ["GPT_OSS", "Activation", "Plan", "Routing", "grouped_ffn", "grouped_linear", "plan", "topk"]

@@ -281,6 +281,26 @@ void pack_tiles(float* dst, const Source<T>* s, int tiles, size_t step, int len,
   constexpr int PACK = Form<T>::M::PACK, PARTS = Form<T>::PARTS;
   const int P = words<T>(len);
 #ifdef HG_AVX512
+#ifdef HG_BF16_DOT
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (side_by_side && tiles == 4 && s[3].row[4] == s[0].row[0] + 28 && s[0].row[4] == s[0].row[0] + 4) {
+      // 32 neighbours: one cache line of each of the two elements of a word
+      for (int p = 0; p < P; ++p) {
+        const T* at = s[0].row[0] + size_t(p) * PACK * step;
+        __m512i a = _mm512_loadu_si512(at), b = p * PACK + 1 < len ? _mm512_loadu_si512(at + step) : _mm512_setzero_si512();
+        __m512i lo = _mm512_unpacklo_epi16(a, b), hi = _mm512_unpackhi_epi16(a, b);
+        float* out = dst + size_t(p) * MR;
+        auto put = [&](auto t) {
+          _mm_storeu_si128((__m128i*)(out + t() * tile_stride), _mm512_extracti32x4_epi32(lo, t()));
+          _mm_storeu_si128((__m128i*)(out + t() * tile_stride + 4), _mm512_extracti32x4_epi32(hi, t()));
+        };
+        put(std::integral_constant<int, 0>()), put(std::integral_constant<int, 1>());
+        put(std::integral_constant<int, 2>()), put(std::integral_constant<int, 3>());
+      }
+      return;
+    }
+  }
+#endif
   if (side_by_side) {  // down the contraction, all tiles of a chunk at once: their elements share cache lines
     for (int part = 0; part < PARTS; ++part)
       for (int p = 0; p < P; ++p)
@@ -339,36 +359,41 @@ HG_INLINE void multiply(vf (&c)[MR][NV], const float* const (&row)[MR], const fl
   }
 }
 
-template <class T, int NV>
-HG_INLINE void tile_product(vf (&c)[MR][NV], const Tile& a, const float* panel, int P) {
-  using M = typename Form<T>::M;
+// c = tile times panel. A function of its own, whose sums are local: only so do all of them stay in registers.
+template <class T, int NV, bool PACKED>
+__attribute__((noinline)) void tile_product(vf (&c)[MR][NV], const Tile& a, const float* panel, int P) {
   constexpr int segments = Form<T>::PARTS == 2 ? 3 : 1;
+  vf sums[MR][NV] = {};
+  for (int s = 0; s < segments; ++s) {
+    const size_t of_a = s == 2 ? a.part_stride : 0;
+    const float* row[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) row[i] = PACKED ? nullptr : a.row[i] + of_a;
+    multiply<typename Form<T>::M, NV, PACKED>(sums, row, PACKED ? a.packed + of_a : nullptr,
+                                              panel + (s == 1 ? size_t(P) * NV * LANES : 0), P);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < NV; ++v) c[i][v] = vf{};
-  for (int s = 0; s < segments; ++s) {
-    const size_t of_a = s == 2 ? a.part_stride : 0;
-    const float* b = panel + (s == 1 ? size_t(P) * NV * LANES : 0);
-    if (a.packed) {
-      multiply<M, NV, true>(c, a.row, a.packed + of_a, b, P);
-    } else {
-      const float* row[MR];
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) row[i] = a.row[i] + of_a;
-      multiply<M, NV, false>(c, row, nullptr, b, P);
-    }
-  }
+    for (int v = 0; v < NV; ++v) c[i][v] = sums[i][v];
 }
 
-// epilogue(c, first lane) for every panel over `lanes` lanes
+template <class T, int NV, class Epilogue>
+HG_INLINE void one_panel(const Tile& a, const float* panel, int P, int lane0, Epilogue&& epilogue) {
+  vf c[MR][NV];
+  if (a.packed) tile_product<T, NV, true>(c, a, panel, P);
+  else tile_product<T, NV, false>(c, a, panel, P);
+  epilogue(c, lane0);
+}
+
+// epilogue(c, first lane) for the panel of nv vectors that starts at vector v0
 template <class T, class Epilogue>
 HG_INLINE void for_panel(const Tile& a, const float* panels, int v0, int nv, int P, Epilogue&& epilogue) {
   const float* panel = panels + panel_floats<T>(v0, P);
   switch (nv) {
-    case 1: { vf c[MR][1]; tile_product<T, 1>(c, a, panel, P); epilogue(c, v0 * LANES); break; }
-    case 2: { vf c[MR][2]; tile_product<T, 2>(c, a, panel, P); epilogue(c, v0 * LANES); break; }
-    default: { vf c[MR][3]; tile_product<T, 3>(c, a, panel, P); epilogue(c, v0 * LANES); }
+    case 1: return one_panel<T, 1>(a, panel, P, v0 * LANES, epilogue);
+    case 2: return one_panel<T, 2>(a, panel, P, v0 * LANES, epilogue);
+    default: return one_panel<T, 3>(a, panel, P, v0 * LANES, epilogue);
   }
 }
 

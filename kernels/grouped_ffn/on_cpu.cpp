@@ -3,8 +3,11 @@
 
 #include "backward.h"
 #include "stages.h"
+#include "thin.h"
 
 namespace hg {
+
+constexpr int CUT = 128;  // rows of weights in a task when rows of tokens are few
 
 enum Status { OK = 0, BAD_ID = 1, NO_MEMORY = 2, BAD_DTYPE = 3 };
 
@@ -34,39 +37,64 @@ void forward_blocks(const Problem<T>& p, T* out) {
 // Few rows: reading the weights is the work, so the tasks are cuts of the weights, one product after the other.
 template <class T>
 void forward_slices(const Problem<T>& p, T* out) {
+  using X = typename Thin<T>::X;
   const int PD = words<T>(p.D), PF = words<T>(p.F);
   const auto blocks = p.blocks(0, p.a.E, 1 << 30);
-  std::vector<size_t> xp_at(blocks.size() + 1), ap_at(blocks.size() + 1);
+  const bool thin_ok = thin_serves(p);
+  auto thin = [&](const Block& b) { return thin_ok && b.n <= THIN; };
+  // where each expert's inputs and activations lie: rows for the thin ones, panels for the others (in floats)
+  std::vector<size_t> x_at(blocks.size() + 1), a_at(blocks.size() + 1);
   for (size_t i = 0; i < blocks.size(); ++i) {
-    int vectors = (blocks[i].n + LANES - 1) / LANES;
-    xp_at[i + 1] = xp_at[i] + panel_floats<T>(vectors, PD);
-    ap_at[i + 1] = ap_at[i] + panel_floats<T>(vectors, PF);
+    const int n = blocks[i].n, vectors = (n + LANES - 1) / LANES;
+    const bool copy = !std::is_same_v<T, X>;  // rows already of type X are read where they are
+    x_at[i + 1] = x_at[i] + (thin(blocks[i]) ? (copy ? size_t(n) * p.D : 0) : panel_floats<T>(vectors, PD));
+    a_at[i + 1] = a_at[i] + (thin(blocks[i]) ? size_t(n) * p.F : panel_floats<T>(vectors, PF));
   }
   const size_t pack = tiles_floats<T>(std::max(PD, PF));
-  Scratch<float> xp(xp_at.back()), ap(ap_at.back()), packs(pack * p.threads);
-  const int unit = 64;
-  const int f_cuts = (p.F + unit - 1) / unit, o_cuts = (p.O + unit - 1) / unit;
+  Scratch<float> xs(x_at.back()), as(a_at.back()), packs(pack * p.threads);
+  auto row = [&](const Block& b, int m) {
+    return (const T*)p.a.rows + int64_t(p.pairs(b.e)[m] / p.K) * p.a.rows_r;
+  };
+  const int cuts_f = (p.F + CUT - 1) / CUT, cuts_o = (p.O + CUT - 1) / CUT;
 #pragma omp parallel num_threads(p.threads)
   {
     float* mine = packs.get() + pack * omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < blocks.size(); ++i) {
-      const int32_t* pair = p.pairs(blocks[i].e);
-      pack_rows<T>(xp.get() + xp_at[i], blocks[i].n, p.D,
-                   [&](int m) { return (const T*)p.a.rows + int64_t(pair[m] / p.K) * p.a.rows_r; });
+      const Block& b = blocks[i];
+      float* to = xs.get() + x_at[i];
+      if (!thin(b)) pack_rows<T>(to, b.n, p.D, [&](int m) { return row(b, m); });
+      else if (!std::is_same_v<T, X>)
+        for (int m = 0; m < b.n; ++m)
+          for (int d = 0; d < p.D; d += LANES) store(to + size_t(m) * p.D + d, load(row(b, m) + d, p.D - d), p.D - d);
     }
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < blocks.size() * f_cuts; ++i) {
-      const Block b = blocks[i / f_cuts];
-      const int f = int(i % f_cuts) * unit;
+    for (size_t i = 0; i < blocks.size() * cuts_f; ++i) {
+      const Block& b = blocks[i / cuts_f];
+      const int f0 = int(i % cuts_f) * CUT, f1 = std::min(f0 + CUT, p.F);
+      float *x = xs.get() + x_at[i / cuts_f], *a = as.get() + a_at[i / cuts_f];
       T* h = p.a.h ? (T*)p.a.h + int64_t(p.order.offsets[b.e]) * p.W : nullptr;
-      up_product(p, b.e, 0, b.n, f, std::min(f + unit, p.F), xp.get() + xp_at[i / f_cuts], ap.get() + ap_at[i / f_cuts], h, mine);
+      if (thin(b)) {
+        const X* rows[THIN];
+        for (int m = 0; m < b.n; ++m)
+          rows[m] = std::is_same_v<T, X> ? (const X*)row(b, m) : (const X*)(x + size_t(m) * p.D);
+        thin_up(p, b.e, f0, f1, rows, (X*)a, h);
+      } else {
+        up_product(p, b.e, 0, b.n, f0, f1, x, a, h, mine);
+      }
     }
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < blocks.size() * o_cuts; ++i) {
-      const Block b = blocks[i / o_cuts];
-      const int o = int(i % o_cuts) * unit;
-      down_product(p, b.e, 0, b.n, o, std::min(o + unit, p.O), ap.get() + ap_at[i / o_cuts], out, mine);
+    for (size_t i = 0; i < blocks.size() * cuts_o; ++i) {
+      const Block& b = blocks[i / cuts_o];
+      const int o0 = int(i % cuts_o) * CUT, o1 = std::min(o0 + CUT, p.O);
+      float* a = as.get() + a_at[i / cuts_o];
+      if (thin(b)) {
+        const X* rows[THIN];
+        for (int m = 0; m < b.n; ++m) rows[m] = (const X*)a + size_t(m) * p.F;
+        thin_down(p, b.e, o0, o1, rows, out);
+      } else {
+        down_product(p, b.e, 0, b.n, o0, o1, a, out, mine);
+      }
     }
   }
 }

@@ -1,0 +1,206 @@
+// Products with few rows (decoding): every weight is used a few times, so reading the weights once, in place, at the
+// memory's rate is all there is to do. Lanes run along the weights as they lie in memory:
+//
+//     rows side by side along the contraction   dot products, summed across the lanes at the end
+//     rows side by side along the output        multiples of input elements added up, a lane an output
+#pragma once
+#include "problem.h"
+
+namespace hg {
+
+constexpr int THIN = 12;  // rows up to which this beats panels; measured at D = 1024
+
+// bf16 is multiplied in pairs where the CPU can; everything else as floats.
+template <class T>
+struct Thin {
+#ifdef HG_BF16_DOT
+  static constexpr bool PAIR = std::is_same_v<T, bf16>;
+#else
+  static constexpr bool PAIR = false;
+#endif
+  using X = std::conditional_t<PAIR, bf16, float>;
+  static constexpr int STEP = PAIR ? 2 * LANES : LANES;
+  template <class U>
+  static HG_INLINE vf get(const U* p, int n) {
+#ifdef HG_BF16_DOT
+    if constexpr (PAIR) return (vf)_mm512_maskz_loadu_epi16(mask32(n), p);
+#endif
+    return load(p, n);
+  }
+  static HG_INLINE vf add(vf sum, vf w, vf x) {
+#ifdef HG_BF16_DOT
+    if constexpr (PAIR) return Pair::dot(sum, w, x);
+#endif
+    return w * x + sum;
+  }
+};
+
+// Rows are read two at a time, but the memory is asked for in the order in which it lies: a single stream, AHEAD bytes
+// early. (Letting the hardware guess from several short streams reads at half the rate.)
+constexpr int AHEAD = 8192;
+HG_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// out[i * stride + m] = <row i, x[m]> for two rows `r` apart (or one) and M inputs
+template <class T, int M>
+__attribute__((noinline)) void dot_rows(const T* w, int64_t r, int rows, int len, const typename Thin<T>::X* const* x,
+                                        float* out, int stride) {
+  using H = Thin<T>;
+  constexpr int U = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums enough to hide the latency of an addition
+  vf a[U][M] = {}, b[U][M] = {};
+  const T *w0 = w, *w1 = rows > 1 ? w + r : w;
+  const char* next = (const char*)w + AHEAD;
+  int p = 0;
+  for (; p + U * H::STEP <= len; p += U * H::STEP)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u, next += 128) {
+      const int at = p + u * H::STEP;
+      prefetch(next);
+      prefetch(next + 64);
+      const vf x0 = H::get(w0 + at, H::STEP), x1 = H::get(w1 + at, H::STEP);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const vf in = H::get(x[m] + at, H::STEP);
+        a[u][m] = H::add(a[u][m], x0, in);
+        b[u][m] = H::add(b[u][m], x1, in);
+      }
+    }
+  for (; p < len; p += H::STEP) {
+    const vf x0 = H::get(w0 + p, len - p), x1 = H::get(w1 + p, len - p);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const vf in = H::get(x[m] + p, len - p);
+      a[0][m] = H::add(a[0][m], x0, in);
+      b[0][m] = H::add(b[0][m], x1, in);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int u = 1; u < U; ++u) a[0][m] = a[0][m] + a[u][m], b[0][m] = b[0][m] + b[u][m];
+    out[m] = sum(a[0][m]);
+    if (rows > 1) out[stride + m] = sum(b[0][m]);
+  }
+}
+
+template <class T, int M>
+void dot_all(const T* w, int64_t r, int rows, int len, const typename Thin<T>::X* const* x, float* out, int stride) {
+  for (int i = 0; i < rows; i += 2) dot_rows<T, M>(w + i * r, r, rows - i, len, x, out + i * stride, stride);
+}
+
+// The same with outputs side by side (element (row i, input p) at w + i + p * c).
+template <class T, int M>
+__attribute__((noinline)) void sum_columns(const T* w, int64_t c, int rows, int len, const typename Thin<T>::X* const* x,
+                                           float* out, int stride) {
+  using H = Thin<T>;
+  constexpr int NV = M <= 2 ? 8 : 4;  // vectors of outputs at a time
+  constexpr int WIDE = NV * LANES;
+  for (int i = 0; i < rows; i += WIDE) {
+    vf sum[M][NV] = {};
+    const int left = rows - i;
+    for (int p = 0; p < len; p += H::PAIR ? 2 : 1) {
+      const T *a = w + i + p * c, *b = p + 1 < len ? a + c : nullptr;
+      for (int v = 0; v < NV; v += 2) prefetch(a + 16 * c + v * LANES);
+      vf xs[M];
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        if constexpr (H::PAIR) {
+          uint32_t word = x[m][p].bits | (b ? uint32_t(x[m][p + 1].bits) << 16 : 0);
+          float f;
+          std::memcpy(&f, &word, 4);
+          xs[m] = splat(f);
+        } else {
+          xs[m] = splat(x[m][p]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        vf ws;
+        if constexpr (H::PAIR) ws = column_words<T>(a + v * LANES, b ? b + v * LANES : nullptr, left - v * LANES, 0);
+        else ws = load(a + v * LANES, left - v * LANES);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) sum[m][v] = H::add(sum[m][v], ws, xs[m]);
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < NV; ++v)
+        for (int l = 0; l < LANES && v * LANES + l < left; ++l) out[(i + v * LANES + l) * stride + m] = sum[m][v][l];
+  }
+}
+
+template <class T, int M>
+void thin_inputs(const T* w, int64_t r, int64_t c, int rows, int len, const typename Thin<T>::X* const* x, float* out, int stride) {
+  if (c == 1) return dot_all<T, M>(w, r, rows, len, x, out, stride);
+  constexpr int half = M > 4 ? M / 2 : M;  // more would not fit the registers
+  sum_columns<T, half>(w, c, rows, len, x, out, stride);
+  if constexpr (half < M) sum_columns<T, M - half>(w, c, rows, len, x + half, out + half, stride);
+}
+
+// out[i * M + m] = <row i, x[m]>, i < rows: a weight matrix with strides r (rows) and c (contraction), one of them 1.
+template <class T>
+void thin_product(const T* w, int64_t r, int64_t c, int rows, int len, const typename Thin<T>::X* const* x, int M, float* out) {
+  using Product = void (*)(const T*, int64_t, int64_t, int, int, const typename Thin<T>::X* const*, float*, int);
+  static constexpr Product product[] = {thin_inputs<T, 1>, thin_inputs<T, 2>, thin_inputs<T, 3>, thin_inputs<T, 4>,
+                                        thin_inputs<T, 5>, thin_inputs<T, 6>, thin_inputs<T, 7>, thin_inputs<T, 8>};
+  if (M <= 8) return product[M - 1](w, r, c, rows, len, x, out, M);
+  // two passes, over cuts of the weights small enough for the second to read them from the cache
+  const int cut = std::max(8, int(16384 / sizeof(T)) / std::max(1, len) & ~7), half = M / 2;
+  for (int i = 0; i < rows; i += cut) {
+    const int n = std::min(cut, rows - i);
+    product[half - 1](w + i * r, r, c, n, len, x, out + i * M, M);
+    product[M - half - 1](w + i * r, r, c, n, len, x + half, out + i * M + half, M);
+  }
+}
+
+template <class T>
+bool thin_serves(const Problem<T>& p) {
+  const Args& a = p.a;
+  return (a.w1_c == 1 || a.w1_r == 1) && (!a.wu || a.wu_c == 1 || a.wu_r == 1) && (a.w2_c == 1 || a.w2_r == 1);
+}
+
+// A = act(X W1^T + b1), columns f0 .. f1 of expert e, into a [rows, F]; the pre-activation to h where kept.
+template <class T>
+void thin_up(const Problem<T>& p, int e, int f0, int f1, const typename Thin<T>::X* const* x, typename Thin<T>::X* a, T* h) {
+  const int M = p.count(e), n = f1 - f0;
+  const bool paired = p.gated && p.a.interleaved;
+  std::vector<float> buffer(size_t(p.gated ? 2 : 1) * n * M);
+  float *first = buffer.data(), *second = first + size_t(n) * M;
+  const int at = p.gate_row(f0);
+  thin_product(p.w1_row(e, at), p.w1_r(at), p.w1_c(at), paired ? 2 * n : n, p.D, x, M, first);
+  if (p.gated && !paired) thin_product(p.w1_row(e, p.F + f0), p.w1_r(p.F + f0), p.w1_c(p.F + f0), n, p.D, x, M, second);
+  const T* b1 = p.a.b1 ? (const T*)p.a.b1 + int64_t(e) * p.W : nullptr;
+  for (int i = 0; i < n; ++i)
+    for (int m = 0; m < M; ++m) {  // the pre-activations, complete, in place
+      float* g = paired ? first + (2 * i) * M + m : first + i * M + m;
+      float* u = paired ? first + (2 * i + 1) * M + m : second + i * M + m;
+      const int gr = p.gate_row(f0 + i), ur = p.up_row(f0 + i);
+      if (b1) *g += to_float(b1[gr]);
+      if (b1 && p.gated) *u += to_float(b1[ur]);
+      if (h) from_float(*g, h[int64_t(gr) * M + m]);
+      if (h && p.gated) from_float(*u, h[int64_t(ur) * M + m]);
+    }
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < n; i += LANES) {
+      vf g{}, u{};
+      for (int l = 0; l < LANES && i + l < n; ++l) {
+        g[l] = paired ? first[(2 * (i + l)) * M + m] : first[(i + l) * M + m];
+        if (p.gated) u[l] = paired ? first[(2 * (i + l) + 1) * M + m] : second[(i + l) * M + m];
+      }
+      store(a + int64_t(m) * p.F + f0 + i, p.act.forward(g, u), n - i);
+    }
+}
+
+// rows of out: scale * (A W2^T + b2), outputs o0 .. o1
+template <class T>
+void thin_down(const Problem<T>& p, int e, int o0, int o1, const typename Thin<T>::X* const* a, T* out) {
+  const int M = p.count(e), n = o1 - o0;
+  std::vector<float> buffer(size_t(n) * M);
+  thin_product(p.w2_row(e, o0), p.a.w2_r, p.a.w2_c, n, p.F, a, M, buffer.data());
+  const T* b2 = p.a.b2 ? (const T*)p.a.b2 + int64_t(e) * p.O : nullptr;
+  for (int m = 0; m < M; ++m) {
+    const float s = p.scale(p.pairs(e)[m]);
+    T* to = out + (int64_t(p.order.offsets[e]) + m) * p.O + o0;
+    for (int i = 0; i < n; ++i) from_float(s * (buffer[i * M + m] + (b2 ? to_float(b2[o0 + i]) : 0.f)), to[i]);
+  }
+}
+
+}  // namespace hg
