@@ -200,3 +200,41 @@ def build():
         return build_family(name, FAMILIES[name], **changes)
 
     return make
+
+
+@pytest.fixture
+def families_on_meta():
+    """Every family as (name, its experts classes, model without storage), built one after the other."""
+
+    def each():
+        for name, path in FAMILIES.items():
+            with torch.device("meta"):
+                yield name, experts_classes(path), build_family(name, path).model
+
+    return each
+
+
+@pytest.fixture
+def assert_same_gradients(assert_close):
+    """Parameter by parameter. Recurrent layers amplify rounding (scale); mere rounding does not count (floor)."""
+
+    def check(got: dict, want: dict) -> None:
+        floor = 1e-6 * max(g.abs().max() for g in want.values() if g is not None)
+        assert got.keys() == want.keys()
+        for name, g in want.items():
+            assert (g is None) == (got[name] is None), name
+            if g is not None and max(g.abs().max(), got[name].abs().max()) > floor:
+                assert_close(got[name], g, scale=10, name=f"d {name}")
+
+    return check
+
+
+@pytest.fixture
+def assert_same_step(assert_close, assert_same_gradients):
+    """Two (loss, gradients by name) agree."""
+
+    def check(got: tuple, want: tuple) -> None:
+        assert_close(got[0], want[0], name="loss")
+        assert_same_gradients(got[1], want[1])
+
+    return check
