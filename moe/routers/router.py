@@ -48,15 +48,40 @@ class Router(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """fp32 [T, E] (fp64 for fp64 x) of x [T, D]: cast up before the product, so that half types keep their ties
         apart, and untouched by autocast."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(wide)
-            if self.jitter and self.training:
-                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            return F.linear(x, self.weight.to(wide), None if self.gate_bias is None else self.gate_bias.to(wide))
+        if self.jitter and self.training:
+            x = x * torch.empty_like(x, dtype=_wide(x.dtype)).uniform_(1 - self.jitter, 1 + self.jitter)
+        logits = _Logits.apply(x, self.weight)
+        return logits if self.gate_bias is None else logits + self.gate_bias.to(logits.dtype)
 
     def forward(self, x: Tensor) -> Routing:
         raise NotImplementedError(f"{type(self).__name__} is abstract: give it a forward(x) that returns a Routing")
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+class _Logits(torch.autograd.Function):
+    """x W^T in fp32. It keeps x and W as they are: a plain cast and product would keep a wider copy of every row."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(_wide(x.dtype)), weight.to(_wide(x.dtype)))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            return (
+                (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None,
+                (grad.T @ x.to(grad.dtype)).to(weight.dtype) if need_weight else None,
+            )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

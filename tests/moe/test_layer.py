@@ -155,6 +155,27 @@ class TestLosses:
         assert layer.last_routing.counts.max() < 1.5 * 64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("router", ROUTER_OPTIONS)
+def test_keeps_rows_preactivation_and_routing_for_backward_and_nothing_else(router, dtype):
+    layer, x = make(router, dtype=dtype), torch.randn(33, 70, dtype=dtype, requires_grad=True)
+    own = {p.untyped_storage().data_ptr() for p in layer.state_dict(keep_vars=True).values()}
+    kept = {}
+
+    def note(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = layer(x)
+    rows, h, size = 33 * 70, 33 * 2 * 2 * 9, dtype.itemsize
+    ids_weights_scores = 4 * (33 * 2 + 33 * 2 + 33 * 5)
+    assert sum(kept.values()) == size * (rows + h) + ids_weights_scores
+    y.sum().backward()
+
+
 class TestPyTorch:
     @pytest.mark.parametrize("router", ROUTER_OPTIONS)
     def test_compiles_whole_with_its_bookkeeping(self, router, assert_close):
