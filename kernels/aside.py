@@ -13,7 +13,7 @@ from importlib.machinery import PathFinder
 
 
 def stand_aside() -> None:
-    """Puts Hugging Face's `kernels` in our place; where there is none, says a version that transformers takes for none."""
+    """Puts Hugging Face's `kernels` in our place; where there is none, gives a version too old for transformers."""
     root = os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir))
     spec = PathFinder.find_spec("kernels", [p for p in sys.path if os.path.realpath(p or os.curdir) != root])
     if spec is None or spec.loader is None:
