@@ -35,6 +35,14 @@ class Settings:
     implementations: Mapping[str, Builder] = field(default_factory=lambda: IMPLEMENTATIONS)
 
 
+class LeftOut(Exception):
+    """A case or an implementation is not measured: `kind` skipped (too much time or memory) or refused (wrong)."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind, self.reason = kind, reason
+
+
 class Bench:
     """Runs cases one after another; keeps the last weights, the reader and the outcome of the small checks."""
 
@@ -57,17 +65,21 @@ class Bench:
             "dtype": case.dtype,
             "pass": case.kind,
         }
-        need = _case_bytes(case)
-        free = available_bytes()
-        if s.device == "cpu" and free is not None and need > 0.8 * free:
-            reason = f"needs about {need / GiB:.1f} GiB, {free / GiB:.1f} GiB are free"
-            return result | {"skipped": reason, "implementations": {}, "ratios": {}, "memory": {}}
-        problem = self._problem(case)
-        contestants, first, out = self._enter(case, problem, names)
-        if contestants:
-            result["rounds"] = interleave(contestants, first, s.budget_s, s.clock, s.device)
-        out |= {name: who.summary() for name, who in contestants.items() if who.samples_s}
-        result["implementations"] = {n: out[n] for n in [*s.implementations, "matmuls", "dense", "read"] if n in out}
+        try:
+            problem = self.problem(case)
+        except LeftOut as left:
+            return result | {"skipped": left.reason, "implementations": {}, "ratios": {}, "memory": {}}
+        contestants: dict[str, Contestant] = {}
+        out: dict[str, dict[str, Any]] = {}
+        for name in self._names(case, names):
+            try:
+                contestants[name] = self.enter(case, problem, name)
+                out[name] = {}  # holds its place in the order
+            except LeftOut as left:
+                out[name] = {left.kind: left.reason}
+        result["rounds"] = interleave(contestants, s.budget_s, s.clock, s.device)
+        out |= {name: who.summary() for name, who in contestants.items()}
+        result["implementations"] = out
         result["experts_hit"] = sum(c > 0 for c in problem.counts(0))
         result["pairs"] = case.tokens * case.shape.top_k
         result["bytes_hit"] = problem.bytes_hit()
@@ -75,7 +87,11 @@ class Bench:
         result["memory"] = self._memory(case, problem, out) if case.kind == "train" else {}
         return result
 
-    def _problem(self, case: Case) -> Problem:
+    def problem(self, case: Case) -> Problem:
+        """The case's tensors. Raises LeftOut where they would not fit."""
+        need, free = _case_bytes(case), available_bytes()
+        if self.settings.device == "cpu" and free is not None and need > 0.8 * free:
+            raise LeftOut("skipped", f"needs about {need / GiB:.1f} GiB, {free / GiB:.1f} GiB are free")
         key = (case.shape, case.dtype)
         if self._weights[0] != key:
             self._weights = (None, {})  # let go of the old ones first
@@ -83,58 +99,56 @@ class Bench:
         dtype, device = DTYPES[case.dtype], self.settings.device
         return make_problem(case.shape, case.tokens, dtype, self._weights[1], device)
 
-    def _enter(
-        self, case: Case, problem: Problem, names: tuple[str, ...] | None
-    ) -> tuple[dict[str, Contestant], dict[str, float], dict[str, dict[str, Any]]]:
-        """Checks and warms up everyone: (contestants, seconds of their first sample, outcome of those left out)."""
-        s, train = self.settings, case.kind == "train"
-        contestants: dict[str, Contestant] = {}
-        first: dict[str, float] = {}
-        out: dict[str, dict[str, Any]] = {}
-        for name in ("headgate", *(s.rivals if names is None else names)):
-            self.say(f"{case}: {name}")
-            reason = self._wrong(name, case)
-            if reason:
-                out[name] = {"refused": reason}
-                continue
-            forward = s.implementations[name](problem)
-            reason = self._too_much(name, case, problem)
-            if reason:
-                out[name] = {"skipped": reason}
-                continue
-            who = _contestant(problem, forward, train)
-            try:
-                first[name] = self._first(who, problem, case)
-            except WrongNumbers as error:
-                out[name] = {"refused": str(error)}
-                continue
-            contestants[name] = who
-        for name, bound in self._bounds(problem, case).items():
+    def enter(self, case: Case, problem: Problem, name: str) -> Contestant:
+        """Checks and warms up one implementation, or builds the bound. Raises LeftOut."""
+        self.say(f"{case}: {name}")
+        s = self.settings
+        if name not in s.implementations:
+            bound = self._bound(problem, case, name)
             bound.run(0)
-            first[name] = sample(bound, 0, s.clock, s.device)
-            contestants[name] = bound
-        return contestants, first, out
+            bound.first_s = sample(bound, 0, s.clock, s.device)
+            return bound
+        reason = self._wrong(name, case)
+        if reason:
+            raise LeftOut("refused", reason)
+        reason = self._too_much(name, case, problem)
+        if reason:
+            raise LeftOut("skipped", reason)
+        who = _contestant(problem, s.implementations[name](problem), case.kind == "train")
+        try:
+            who.first_s = self._first(who, problem, case)
+        except WrongNumbers as error:
+            raise LeftOut("refused", str(error)) from error
+        return who
 
-    def _bounds(self, problem: Problem, case: Case) -> dict[str, Contestant]:
-        s, train, calls = self.settings, case.kind == "train", len(problem.routings)
-        turns = {"rotate": calls} if train else {"calls": calls}
-        made = {}
-        for name in ("matmuls", "dense"):
-            # one dense matmul says nothing where few rows make reading the weights the work
-            if name in s.bounds and not (name == "dense" and case.tokens <= 16):
-                made[name] = Contestant(Matmuls(problem, train, dense=name == "dense"), **turns)
-        if "read" in s.bounds and not train and case.tokens <= 16:
-            self._reader = self._reader or Reader(s.device)
-            made["read"] = Contestant(self._reader)
-        return made
+    def _bound(self, problem: Problem, case: Case, name: str) -> Contestant:
+        train, calls = case.kind == "train", len(problem.routings)
+        if name == "read":
+            self._reader = self._reader or Reader(self.settings.device)
+            return Contestant(self._reader)
+        matmuls = Matmuls(problem, train, dense=name == "dense")
+        return Contestant(matmuls, rotate=calls) if train else Contestant(matmuls, calls=calls)
+
+    def _names(self, case: Case, rivals: tuple[str, ...] | None) -> list[str]:
+        """Who takes part. One dense matmul says nothing where few rows make reading the weights the work, and reading
+        them is no bound where many rows share them or gradients are written."""
+        s, few = self.settings, case.tokens <= 16
+        bounds = {"matmuls": True, "dense": not few, "read": few and case.kind == "forward"}
+        return ["headgate", *(s.rivals if rivals is None else rivals), *(b for b in s.bounds if bounds[b])]
 
     def _first(self, who: Contestant, problem: Problem, case: Case) -> float:
         """The warm-up sample, its numbers checked on the case's own tensors."""
         seen: list[torch.Tensor] = []
-        watched = Contestant(lambda call: seen.append(who.run(call)), calls=1)  # type: ignore[arg-type,func-returns-value]
+
+        def keep(call: int) -> None:
+            seen.append(who.run(call))  # type: ignore[arg-type]
+
+        watched = Contestant(keep)
         seconds = sample(watched, 0, self.settings.clock, self.settings.device)
-        check_measured(problem, 0, seen[0], case.dtype, case.kind == "train")
-        who.after()
+        try:
+            check_measured(problem, 0, seen[0], case.dtype, case.kind == "train")
+        finally:
+            who.after()  # the gradients of one must not add to the next one's
         if seconds < self.settings.budget_s / 3:  # the first call also builds caches: the second is the better estimate
             seconds = min(seconds, sample(who, 0, self.settings.clock, self.settings.device))
         return seconds

@@ -37,6 +37,8 @@ class Figure:
         verdict = self._verdict(value)
         if verdict in ("PASS", "short") and self.or_share is not None and share is not None and share >= self.or_share:
             verdict = "stretch"
+        if self.value is _kept and value is not None:
+            aside = f"{result['memory']['kept_bytes']['headgate']:,} bytes"
         if value is None:
             aside = result.get("skipped") or _why_not(result)
         return {

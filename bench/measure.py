@@ -20,6 +20,7 @@ class Contestant:
     after: Callable[[], None] = lambda: None
     calls: int = 1  # calls timed as one sample
     rotate: int = 1  # else: how many different calls the samples take turns over
+    first_s: float = 0.0  # seconds per call of the warm-up
     samples_s: list[float] = field(default_factory=list)
     note: str = ""
 
@@ -52,7 +53,6 @@ def sample(who: Contestant, turn: int, clock: str = "wall", device: str = "cpu")
 
 def interleave(
     contestants: Mapping[str, Contestant],
-    first_s: Mapping[str, float],
     budget_s: float,
     clock: str = "wall",
     device: str = "cpu",
@@ -60,18 +60,18 @@ def interleave(
 ) -> int:
     """Fills every contestant's samples and returns the number of rounds.
 
-    `first_s`: seconds per call of each one's warm-up, from which the rounds are chosen so that the whole takes about
+    The rounds are chosen from each one's `first_s`, so that the whole takes about
     `budget_s`. One that would take a tenth of the budget for each sample gets as many as half the budget holds, one to
     three; one that takes more than the budget keeps its warm-up as its one sample.
     """
-    cost = {name: first_s[name] * who.calls for name, who in contestants.items()}
+    cost = {name: who.first_s * who.calls for name, who in contestants.items()}
     turns_of = {n: max(1, min(rounds[0], int(budget_s / 2 / c))) for n, c in cost.items() if c > budget_s / 10}
     total = sum(c for n, c in cost.items() if n not in turns_of)
     turns = max(rounds[0], min(rounds[1], int(budget_s / total) if total else rounds[0]))
     for name, who in contestants.items():
         if cost[name] > budget_s:
             turns_of[name] = 0
-            who.samples_s.append(first_s[name])
+            who.samples_s.append(who.first_s)
             who.note = "one sample, its first call"
     for turn in range(turns):
         for name, who in contestants.items():

@@ -43,7 +43,7 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, form, keep, *tensors):
-        y, h = plain_form.forward(*tensors, *form, keep)
+        y, h = plain_form.forward(*tensors, *form, keep)  # type: ignore[call-arg]
         ctx.save_for_backward(*tensors, h)
         ctx.form = form
         return y
@@ -52,7 +52,7 @@ class _Plain(torch.autograd.Function):
     def backward(ctx, *grads):
         *tensors, h = ctx.saved_tensors
         needs = [True, True, True, False, True, tensors[6] is not None, tensors[7] is not None]
-        out = plain_form.backward(grads[0], *tensors, h, *ctx.form, needs)
+        out = plain_form.backward(grads[0], *tensors, h, *ctx.form, needs)  # type: ignore[call-arg]
         dx, ds, d1, _, d2, db1, db2 = (o if need else None for o, need in zip(out, needs, strict=True))
         return None, None, dx, None, ds, d1, None, d2, db1, db2
 

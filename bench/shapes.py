@@ -51,7 +51,6 @@ _QWEN3 = "qwen3_moe:Qwen3MoeExperts:Qwen3MoeConfig"
 _OLMOE = "olmoe:OlmoeExperts:OlmoeConfig"
 _GPT_OSS = "gpt_oss:GptOssExperts:GptOssConfig"
 _DEEPSEEK = "deepseek_v3:DeepseekV3Experts:DeepseekV3Config"
-_OSS_FORM = {"activation": "gpt_oss", "transposed": True, "interleaved": True, "bias": True}
 
 UNSCALED = {
     s.name: s
@@ -59,7 +58,7 @@ UNSCALED = {
         Shape("mixtral", 4096, 14336, 8, 2, _MIXTRAL, "Mixtral-8x7B as it is"),
         Shape("qwen3", 2048, 768, 128, 8, _QWEN3, "Qwen3-30B-A3B as it is"),
         Shape("olmoe", 2048, 1024, 64, 8, _OLMOE, "OLMoE-1B-7B as it is"),
-        Shape("gpt-oss", 2880, 2880, 32, 4, _GPT_OSS, "gpt-oss-20b as it is", **_OSS_FORM),
+        Shape("gpt-oss", 2880, 2880, 32, 4, _GPT_OSS, "gpt-oss-20b as it is", "gpt_oss", True, True, bias=True),
         Shape("deepseek", 7168, 2048, 256, 8, _DEEPSEEK, "DeepSeek-V3 as it is"),
     )
 }
@@ -148,7 +147,7 @@ def make_parameters(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed:
     """Random expert weights under the names transformers gives them, scaled so that activations stay near one."""
     rng = torch.Generator(device=device).manual_seed(seed)
     d, f, e = shape.hidden, shape.intermediate, shape.experts
-    sizes = {"gate_up_proj": (e, 2 * f, d), "down_proj": (e, d, f)}
+    sizes: dict[str, tuple[int, ...]] = {"gate_up_proj": (e, 2 * f, d), "down_proj": (e, d, f)}
     if shape.transposed:
         sizes = {"gate_up_proj": (e, d, 2 * f), "down_proj": (e, f, d)}
     scales = {"gate_up_proj": d**-0.5, "down_proj": f**-0.5}
