@@ -52,7 +52,9 @@ types: $(STAMP)
 	@mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/headgate
 	MYPYPATH=$(VENV)/types $(BIN)/mypy -p headgate
 
+# setuptools would pack what an older build left in build/
 wheel: $(STAMP)
+	@rm -rf build
 	$(PIP) wheel --no-deps -w $(DIST) .
 
 clean:
