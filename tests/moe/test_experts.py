@@ -122,3 +122,8 @@ def test_sizes_must_be_positive(size):
 def test_unknown_activation_is_refused():
     with pytest.raises(ValueError, match=r"activation must be one of silu, .* got 'swoosh'"):
         Experts(4, 6, 5, activation="swoosh")
+
+
+def test_a_dispatcher_must_be_one():
+    with pytest.raises(TypeError, match="Experts: dispatcher must have dispatch and combine, got str"):
+        Experts(4, 6, 5, dispatcher="local")
