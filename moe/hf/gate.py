@@ -37,7 +37,7 @@ def identify(
     points = [-p for p in points if p] + points
     gate, up = torch.tensor(list(product(points, points)), dtype=torch.float32, device="cpu").unbind(1)
     try:
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
             wanted = function(gate, up)
         if not isinstance(wanted, Tensor) or wanted.shape != gate.shape or wanted.device != gate.device:
             return None
@@ -96,16 +96,17 @@ def activation_of(
 
     The gate is `module._apply_gate` (transformers' contract) where there is one and `gated`, else `module.<function>`
     on the gate times up. `normed`: each expert's output is normalised before it is weighted, which no fused form does.
-    The answer is kept on the module beside what it was read from (the functions, every number among the attributes),
-    and found anew when one of these has changed. A compiled graph keeps the answer it was traced with.
+    The answer is kept on the module beside what it was read from (the functions, every number among the attributes,
+    training or not), and found anew when one of these has changed. A compiled graph keeps the one it was traced with.
     """
     act = getattr(module, function, None)
     apply_gate = getattr(module, "_apply_gate", None) if gated else None
     own_gate = getattr(apply_gate, "__func__", apply_gate)
     source = (own_gate, act, gated, interleaved, normed, hooked(act), _numbers(module), _numbers(act))
-    kept = vars(module).get(_CACHE)
-    if kept is not None and kept[0] == source:
-        return kept[1]
+    modes = (module.training, *(m.training for m in act.modules())) if isinstance(act, nn.Module) else module.training
+    kept = vars(module).setdefault(_CACHE, {})
+    if modes in kept and kept[modes][0] == source:
+        return kept[modes][1]
     own = "a norm after each expert" if normed else _name(own_gate if act is None else act)
     found = None
     default = own_gate is None or own_gate.__name__ == "_default_apply_gate"
@@ -119,7 +120,7 @@ def activation_of(
             "as two grouped matmuls around it, which is slower than the fused operation",
             stacklevel=3,
         )
-    vars(module)[_CACHE] = (source, found)
+    kept[modes] = (source, found)
     return found
 
 

@@ -102,7 +102,8 @@ def experts_classes(path: Path) -> set[str]:
     text = path.read_text(encoding="utf-8")
     marked = re.findall(r"^@use_experts_implementation.*\n(?:@.*\n)*class (\w+)", text, re.M)
     named = [c for c in re.findall(r"^class (\w+)\(", text, re.M) if c in ADAPTERS or c.endswith("Experts")]
-    return {*marked, *(c for c in named if not c.endswith("SharedExperts"))}
+    helpers = {c for c, adapter in ADAPTERS.items() if adapter.helper}
+    return {*marked, *(c for c in named if not c.endswith("SharedExperts") and c not in helpers)}
 
 
 @dataclass
