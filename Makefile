@@ -50,7 +50,7 @@ lint: $(STAMP)
 # mypy wants a folder of the package's name above the package: a link serves, whatever the checkout is called.
 types: $(STAMP)
 	@mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/headgate
-	MYPYPATH=$(VENV)/types $(BIN)/mypy -p headgate
+	MYPYPATH=$(VENV)/types $(BIN)/mypy --cache-dir $(VENV)/.mypy_cache -p headgate
 
 # setuptools would pack what an older build left in build/
 wheel: $(STAMP)

@@ -16,7 +16,14 @@ _WHERE = {
     "grouped_ffn": "kernels.grouped_ffn",
     "Trace": "placement.trace",
 }
-_MODULES = {"hf": "moe.hf", "kernels": "kernels", "moe": "moe", "placement": "placement", "dispatch": "dispatch", "bench": "bench"}
+_MODULES = {
+    "hf": "moe.hf",
+    "kernels": "kernels",
+    "moe": "moe",
+    "placement": "placement",
+    "dispatch": "dispatch",
+    "bench": "bench",
+}
 
 __all__ = ["__version__", *_WHERE]
 

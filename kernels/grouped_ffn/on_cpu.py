@@ -78,7 +78,7 @@ def _address(t: Tensor | None) -> int:
     return t.data_ptr() if t is not None and t.numel() else 0
 
 
-def _strides(w: Tensor | None, transposed: bool) -> tuple[int, int, int]:
+def _strides(w: Tensor | None, transposed: bool) -> tuple[int, ...]:
     """Distances (expert, output row, input column) of a weight tensor, in elements."""
     if w is None:
         return 0, 0, 0

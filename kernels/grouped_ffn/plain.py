@@ -113,7 +113,8 @@ def backward(
             db1[e] = dh.sum(0)
         dhs = [dh.to(dtype)] if w_up is None else list(dh.to(dtype).chunk(2, dim=1))
         if want_x:
-            dx.index_add_(0, t, sum((d @ u[e].T).to(wide) for d, u in zip(dhs, ups, strict=True)))
+            for d, u in zip(dhs, ups, strict=True):
+                dx.index_add_(0, t, (d @ u[e].T).to(wide))
         if want_1 or want_up:
             x = rows[t]
             for d, dw, want in zip(dhs, (d1, du), (want_1, want_up), strict=False):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from headgate.moe.record import record
 from torch import nn
+
+from headgate.moe.record import record
 
 
 def olmoe(**changes):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from headgate.placement.affinity import affinity, co_activation, expert_load, imbalance, transition_counts
 from headgate.placement.trace import Trace, id_type
 
