@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.routing import Routing
 from ...moe.hf import replace, restore
+from ...moe.losses import load_balancing_loss
 from .text import VOCABULARY
 from .tour import Model, Shape
 
 RIVALS = ("eager", "grouped_mm")  # transformers' implementations; its batched_mm copies each token's experts: too much
+BALANCE = 0.02  # the weight of the load-balancing loss
 
 
 def build(shape: Shape, seed: int) -> Model:
@@ -29,8 +33,6 @@ def build(shape: Shape, seed: int) -> Model:
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
         max_position_embeddings=2 * shape.length,
-        output_router_logits=True,
-        router_aux_loss_coef=0.01,
         pad_token_id=None,
         eos_token_id=None,
         use_cache=False,
@@ -80,12 +82,26 @@ def implementation(model: Model, name: str) -> Iterator[None]:
 
 
 def losses(model: Model, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """(what is minimised: cross-entropy and balancing loss, the cross-entropy in nats per byte)."""
-    out = model(input_ids=batch, labels=batch)
-    aux = getattr(out, "aux_loss", None)
-    if aux is None or not torch.is_tensor(aux):
-        return out.loss, out.loss
-    return out.loss, out.loss.detach() - model.config.router_aux_loss_coef * aux.detach()
+    """(what is minimised, the cross-entropy in nats per byte, detached).
+
+    The balancing loss is taken layer by layer: transformers' own pools the layers, which lets each leave half of its
+    experts idle as long as the others use them.
+    """
+    out = model.model(input_ids=batch, output_router_logits=True)
+    entropy = _entropy(model, out.last_hidden_state, batch)
+    balance = torch.stack([_balance(logits, model.config.num_experts_per_tok) for logits in out.router_logits])
+    return entropy + BALANCE * balance.mean(), entropy.detach()
+
+
+def _entropy(model: Model, hidden: Tensor, batch: Tensor) -> Tensor:
+    logits = model.lm_head(hidden)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+def _balance(logits: Tensor, top_k: int) -> Tensor:
+    scores = logits.float().softmax(-1)
+    weights, ids = scores.topk(top_k)
+    return load_balancing_loss(Routing(ids.int(), weights, scores.shape[1], scores=scores))
 
 
 @torch.no_grad()
@@ -93,7 +109,7 @@ def cross_entropy(model: Model, batches: list[Tensor]) -> float:
     """Mean nats per byte over batches; the model's training mode is kept."""
     training = model.training
     model.eval()
-    total = sum(float(losses(model, batch)[1]) * len(batch) for batch in batches)
+    total = sum(float(_entropy(model, model.model(input_ids=b).last_hidden_state, b)) * len(b) for b in batches)
     model.train(training)
     return total / sum(map(len, batches))
 

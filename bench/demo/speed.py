@@ -15,7 +15,6 @@ from .tour import Model, Tour
 from .train import Optimizer
 
 CONTENDERS = (*RIVALS, "headgate")
-SECONDS = 20.0  # for all of it; at least MIN_ROUNDS
 MIN_ROUNDS, MAX_ROUNDS = 3, 7
 NEW_TOKENS = 24
 WORK = {
@@ -77,7 +76,7 @@ def _measure(tour: Tour, model: Model, batch: Tensor) -> dict[str, dict[str, lis
                     if turn:
                         seconds[name][who].append(took)
         bar.update(turn + 1, "measuring")
-        if turn >= MIN_ROUNDS and time.perf_counter() - began > SECONDS:
+        if turn >= MIN_ROUNDS and time.perf_counter() - began > tour.options.speed_seconds:
             break
     bar.close()
     model.zero_grad()

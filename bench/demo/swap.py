@@ -65,7 +65,7 @@ def _one_pass(model: Model, batch: Tensor, name: str) -> dict[str, Tensor]:
     """Logits, the experts chosen, and every gradient, of one forward and backward pass."""
     with implementation(model, name):
         model.zero_grad()
-        out = model(input_ids=batch, labels=batch)
+        out = model(input_ids=batch, labels=batch, output_router_logits=True)
         out.loss.backward()
         top_k = model.config.num_experts_per_tok
         chosen = torch.stack([scores.topk(top_k).indices.sort().values for scores in out.router_logits])

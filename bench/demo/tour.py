@@ -29,7 +29,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Options:
-    """`steps` None: as many as fit in `train_seconds`, between 100 and 400. Raises ValueError naming the rule."""
+    """`steps` None: as many as fit in `train_seconds`, between 100 and 400, and fewer where the machine slows down on
+    the way. Raises ValueError naming the rule."""
 
     text: Path | None = None
     output: Path = Path("headgate-demo")
@@ -37,6 +38,7 @@ class Options:
     seed: int = 0
     rows: int = 8
     train_seconds: float = 90.0
+    speed_seconds: float = 20.0
     learning_rate: float = 3e-3
     shape: Shape = field(default_factory=Shape)
 

@@ -16,6 +16,8 @@ from .text import baselines
 from .tour import Model, Tour
 
 CLIP = 1.0
+WARM_UP = 0.1
+PATIENCE = 1.3  # times the planned seconds: then the last steps are left out, unless --steps was given
 CHECKS = 8  # looks at held-out text along the way
 FEWEST, MOST = 100, 400
 
@@ -35,12 +37,11 @@ class Optimizer:
         self.adam.zero_grad()
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Up in a line over the first tenth, then down along a cosine to a tenth of the peak."""
-    warm = max(1, steps // 10)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+def learning_rate(done: float, peak: float) -> float:
+    """`done` in 0 .. 1: up in a line over the first tenth, then down along a cosine to a twentieth of the peak."""
+    if done < WARM_UP:
+        return peak * (0.1 + 0.9 * done / WARM_UP)
+    return peak * (0.525 + 0.475 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
 
 
 def choose_steps(tour: Tour) -> int:
@@ -79,13 +80,18 @@ def _loop(tour: Tour, model: Model, held_out: list, found: dict) -> None:
     optimizer = Optimizer(model, rate=0.0)
     batches = tour.corpus.batches(options.rows, options.shape.length, options.seed)
     bar = tour.screen.bar(steps)
+    limit = math.inf if options.steps is not None else PATIENCE * options.train_seconds
+    began = time.perf_counter()
     model.train()
     try:
         for step in range(steps):
             start = time.perf_counter()
+            done = max(step / steps, (start - began) / limit)  # so that the rate is down when the time is up
+            if done >= 1:
+                break
             loss, entropy = losses(model, next(batches))
             loss.backward()
-            optimizer.step(learning_rate(step, steps, options.learning_rate))
+            optimizer.step(learning_rate(done, options.learning_rate))
             value = bits(float(entropy))
             if not math.isfinite(value):
                 raise RuntimeError(f"demo: training diverged at step {step}; try another --seed")
@@ -107,7 +113,7 @@ def bits(nats: float) -> float:
 def _say(tour: Tour, found: dict) -> None:
     before = found["bits_per_byte_of"]
     tour.screen.say(
-        f"  {found['steps']} steps of {found['tokens_per_step']:,} bytes in {sum(found['seconds']):.0f} s, "
+        f"  {len(found['train'])} steps of {found['tokens_per_step']:,} bytes in {sum(found['seconds']):.0f} s, "
         f"{found['tokens_per_second']:,.0f} tokens/s"
     )
     tour.screen.table(
