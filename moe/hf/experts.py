@@ -21,7 +21,7 @@ from .counting import mark
 from .gate import activation_of
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_MARKS = ("has_bias", "is_transposed")  # the oldest of the decorator's flags
 
 
 def experts_forward(

@@ -19,6 +19,7 @@ from .report import Report
 from .table import Adapter, adapter_of, looks_like_experts
 
 _SWAP = "_headgate_swap"
+_Found = tuple[str, nn.Module, Adapter]
 
 
 @dataclass(eq=False)
@@ -92,8 +93,8 @@ def restore(model: nn.Module) -> list[str]:
     return [name for name, _module in swapped]
 
 
-def _survey(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Adapter]], dict[str, str]]:
-    found: list[tuple[str, nn.Module, Adapter]] = []
+def _survey(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
+    found: list[_Found] = []
     skipped: dict[str, str] = {}
     unknown: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
@@ -107,12 +108,29 @@ def _survey(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Adapter]], dic
             found.append((name, module, adapter))
         else:
             skipped[name] = why
+    found = _pair_with_blocks(found, skipped)
     known = [*(name for name, _, _ in found), *skipped]
     for name, module in unknown:
         inside = name + "." if name else ""
         if not any(k.startswith(inside) or name.startswith(f"{k}.") for k in known):
             skipped[name] = f"{type(module).__name__} is not called at transformers' experts boundary"
     return found, skipped
+
+
+def _pair_with_blocks(found: list[_Found], skipped: dict[str, str]) -> list[_Found]:
+    """Experts that need their block's forward changed too are taken with it or not at all, and so is the block."""
+    helpers = {name: module for name, module, adapter in found if adapter.helper}
+    served = set()
+    kept = []
+    for name, module, adapter in found:
+        if adapter.block is not None:
+            holder = next((n for n, m in helpers.items() if any(part is module for part in m.modules())), None)
+            if holder is None:
+                skipped[name] = f"its {adapter.block} could not be swapped with it"
+                continue
+            served.add(holder)
+        kept.append((name, module, adapter))
+    return [entry for entry in kept if not entry[2].helper or entry[0] in served]
 
 
 def _foreign(module: nn.Module) -> str | None:

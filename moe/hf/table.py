@@ -24,12 +24,14 @@ def _modules(_module: nn.Module) -> str:
 @dataclass(frozen=True)
 class Adapter:
     """`forward(module, ...)` stands in for the module's own. `refusal` says why a module cannot be taken (or None),
-    `prepare` what will run. `helper`: the forward of a block that only calls the experts another way, not counted."""
+    `prepare` what will run. `helper`: the forward of a block that only calls its experts another way, not counted.
+    `block`: the class of the helper without which these experts are not called at the boundary."""
 
     forward: Callable[..., Any]
     prepare: Callable[[nn.Module], str]
     refusal: Callable[[nn.Module], str | None] = _never
     helper: bool = False
+    block: str | None = None
 
 
 # By class, for the families outside transformers' experts interface. A subclass (a parametrised class too) is taken
@@ -38,7 +40,7 @@ ADAPTERS = {
     "DbrxExperts": Adapter(dbrx.dbrx_forward, dbrx.prepare),
     "DogeCDMoE": Adapter(doge.doge_forward, doge.prepare),
     "JetMoeParallelExperts": Adapter(jetmoe.parallel_experts_forward, jetmoe.prepare),
-    "Llama4TextExperts": Adapter(llama4.experts_forward, llama4.prepare, experts.refusal),
+    "Llama4TextExperts": Adapter(llama4.experts_forward, llama4.prepare, experts.refusal, block="Llama4TextMoe"),
     "Llama4TextMoe": Adapter(llama4.block_forward, lambda _m: "hands its experts the choice", helper=True),
     "LongcatFlashExperts": Adapter(longcat.longcat_forward, longcat.prepare),
     "NllbMoeExperts": Adapter(dicts.nllb_forward, _modules),

@@ -173,6 +173,8 @@ def _inputs(model: nn.Module) -> dict:
     inputs = {"input_ids": ids}
     if "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = torch.randint(2, 64, (2, 5))
+    if "moe_mm_token_type_ids" in takes:
+        inputs["moe_mm_token_type_ids"] = torch.randint(0, 2, (2, 7))
     if "labels" in takes:
         inputs["labels"] = inputs.get("decoder_input_ids", ids) % getattr(model, "num_labels", 64)
     return inputs

@@ -140,6 +140,17 @@ class TestRefusals:
         assert "ep_forward" in report.skipped["model.layers.0.mlp.experts"]
         assert module.forward is ep_forward
 
+    def test_experts_without_their_block_are_skipped(self, build):
+        """Llama 4's block must hand over the choice; alone, its experts would be swapped and never asked."""
+        llama4 = build("llama4")
+        block = llama4.model.model.layers[0].feed_forward
+        assert headgate.replace(block.experts).skipped == {"": "its Llama4TextMoe could not be swapped with it"}
+        block.experts.down_proj = nn.Parameter(torch.zeros(8, 16, 32).to(torch.int8), requires_grad=False)
+        report = headgate.replace(llama4.model)
+        assert report.replaced == ["model.layers.1.feed_forward.experts"]
+        assert list(report.skipped) == ["model.layers.0.feed_forward.experts"]
+        assert "forward" not in vars(block)
+
     def test_unknown_experts_are_named(self):
         class OddExperts(nn.Module):
             def __init__(self):
@@ -158,6 +169,47 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"restore: the forward of model\.layers\.1\.mlp\.experts must be"):
             headgate.restore(olmoe.model)
         assert "_headgate_swap" in vars(experts_of(olmoe.model)[0])  # nothing was changed
+
+
+class TestDictionaries:
+    """Switch and NLLB draw dropout inside their experts: the same numbers must fall on the same rows."""
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize(
+        ("name", "drops"),
+        [
+            ("switch_transformers", {"dropout_rate": 0.3, "router_jitter_noise": 0.1}),
+            ("nllb_moe", {"moe_token_dropout": 0.2, "activation_dropout": 0.3, "dropout": 0.1}),
+            ("nllb_moe", {"moe_token_dropout": 0.2, "second_expert_policy": "random"}),
+        ],
+    )
+    def test_dropout(self, build, name, drops, training, assert_same_step):
+        family = build(name, **drops)
+        family.model.train(training)
+        torch.manual_seed(5)
+        want = step(family.model, family.inputs)
+        headgate.replace(family.model)
+        torch.manual_seed(5)
+        assert_same_step(step(family.model, family.inputs), want)
+
+    def test_switch_drops_over_capacity(self, build, assert_close):
+        module = build("switch_transformers").model.encoder.block[1].layer[-1].mlp.experts
+        chosen = torch.nn.functional.one_hot(torch.tensor([0, 3, 3, 1, 7]), 8)
+        chosen[2] = 0
+        args = torch.randn(5, 32), chosen[:, None], torch.rand(5, 1)
+        want = module(*args)
+        headgate.replace(module)
+        got = module(*args)
+        assert_close(got, want)
+        assert got[2].eq(0).all()
+
+
+@pytest.mark.parametrize(("routed", "zero"), [(5, 0), (5, 3), (2, 6), (0, 4)])
+def test_longcat_zero_experts(build, zero, routed, assert_close):
+    family = build("longcat_flash", n_routed_experts=routed, zero_expert_num=zero)
+    want = step(family.model, family.inputs)[0]
+    headgate.replace(family.model)
+    assert_close(step(family.model, family.inputs)[0], want)
 
 
 class TestCopies:
