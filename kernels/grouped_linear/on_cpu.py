@@ -36,10 +36,9 @@ def backward(
     grad: Tensor, x: Tensor, offsets: Tensor, w: Tensor, b: Tensor | None, transposed: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     left = w.transpose(1, 2) if transposed else w
-    none = x.new_empty(0)
-    dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if needs[0] else none
-    dw = torch.zeros(w.shape, dtype=w.dtype, device=w.device) if needs[1] else none
-    db = torch.zeros(b.shape, dtype=b.dtype, device=b.device) if b is not None and needs[2] else none
+    dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if needs[0] else x.new_empty(0)
+    dw = torch.zeros(w.shape, dtype=w.dtype, device=w.device) if needs[1] else x.new_empty(0)
+    db = torch.zeros(b.shape, dtype=b.dtype, device=b.device) if b is not None and needs[2] else x.new_empty(0)
     for e, lo, hi in _live(offsets):
         g = grad[lo:hi]
         if needs[0]:
