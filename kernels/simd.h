@@ -43,6 +43,8 @@ HG_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x}; }
 HG_INLINE vi as_int(vf x) { return (vi)x; }
 HG_INLINE vf as_float(vi x) { return (vf)x; }
 
+HG_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
 HG_INLINE float to_float(float x) { return x; }
 HG_INLINE float to_float(bf16 x) {
   uint32_t w = uint32_t(x.bits) << 16;

@@ -50,7 +50,7 @@ void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T
   const int32_t* pair = p.pairs(e) + b.m0;
   const T* h = (const T*)p.a.h + int64_t(p.order.offsets[e]) * p.W;
   pack_rows<T>(gp, n, p.O, [&](int m) { return (const T*)p.a.grad + int64_t(pair[m] / p.K) * p.a.grad_r; });
-  std::vector<float> s((n + LANES - 1) / LANES * LANES), ds(s.size());
+  alignas(64) float s[MOST] = {}, ds[MOST] = {};
   for (int m = 0; m < n; ++m) s[m] = p.scale(pair[m]);
   for (int f = 0; f < p.F; f += CHUNK) {
     const int here = std::min(CHUNK, p.F - f);
@@ -60,10 +60,17 @@ void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T
     for_chunk<T>(tile, tiles, gp, n, PO,
         [&](auto& c, int lane0, int t) {
           constexpr int NV = sizeof(c[0]) / sizeof(vf);
+          // h comes from memory: ask for what the next tile needs before its product is formed
+          const int next_f = t + 1 < tiles ? f + (t + 1) * MR : f, next_m = b.m0 + lane0 + (t + 1 < tiles ? 0 : NV * LANES);
+          for (int i = 0; i < MR && next_f + i < p.F; ++i)
+            for (int l = 0; l < NV * LANES; l += 64 / int(sizeof(T))) {
+              prefetch(h + int64_t(p.gate_row(next_f + i)) * M + next_m + l);
+              if (p.gated) prefetch(h + int64_t(p.up_row(next_f + i)) * M + next_m + l);
+            }
           for (int v = 0; v < NV; ++v) {
             const int lane = lane0 + v * LANES, m = b.m0 + lane, left = n - lane;
-            const vf sv = *(const vf_u*)(s.data() + lane);
-            vf sum = *(const vf_u*)(ds.data() + lane), dg[MR], du[MR];
+            const vf sv = *(const vf_u*)(s + lane);
+            vf sum = *(const vf_u*)(ds + lane), dg[MR], du[MR];
             for (int i = 0; i < MR; ++i) {
               const int col = f + t * MR + i;
               dg[i] = du[i] = vf{};
@@ -76,7 +83,7 @@ void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T
               kept.put(kept.dh, p.W, p.gate_row(col), m, dg[i]);
               if (p.gated) kept.put(kept.dh, p.W, p.up_row(col), m, du[i]);
             }
-            *(vf_u*)(ds.data() + lane) = sum;
+            *(vf_u*)(ds + lane) = sum;
             if (!dx) continue;
             float* out = dp + panel_floats<T>(lane0 / LANES, width.P) + v * LANES;
             auto word = [&](int at, vf x, vf y) {

@@ -7,8 +7,6 @@
 
 namespace hg {
 
-constexpr int CUT = 128;  // rows of weights in a task when rows of tokens are few
-
 enum Status { OK = 0, BAD_ID = 1, NO_MEMORY = 2, BAD_DTYPE = 3 };
 
 // Many rows: a task takes a block of an expert's rows through both products while they are hot.
@@ -16,7 +14,7 @@ template <class T>
 void forward_blocks(const Problem<T>& p, T* out) {
   const int most = p.block_rows(), PD = words<T>(p.D), PF = words<T>(p.F);
   const auto blocks = p.blocks(0, p.a.E, most);
-  const size_t xp = panel_floats<T>(most / LANES, PD), ap = panel_floats<T>(most / LANES, PF),
+  const size_t xp = panel_floats<T>(most / LANES + 1, PD), ap = panel_floats<T>(most / LANES + 1, PF),
                pack = tiles_floats<T>(std::max(PD, PF));
   Scratch<float> scratch((xp + ap + pack) * p.threads);
 #pragma omp parallel num_threads(p.threads)
@@ -107,7 +105,7 @@ Status forward(const Args& args) {
   for (int e = 0; e < args.E; ++e) hit += p.count(e) > 0;
   if (args.h) want_huge_pages(args.h, size_t(args.R) * p.K * p.W * sizeof(T));
   Scratch<T> out(size_t(p.live()) * p.O);
-  if (p.live() < 24 * hit || (hit < 3 * p.threads && p.live() < 256 * p.threads)) forward_slices(p, out.get());
+  if (p.live() < 24 * hit || p.live() < 512) forward_slices(p, out.get());
   else forward_blocks(p, out.get());
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t t = 0; t < args.R; ++t) sum_rows(p, out.get(), p.O, (T*)args.y, t, t + 1);
@@ -142,7 +140,7 @@ Status backward(const Args& args) {
   std::vector<int> waves{0};
   std::vector<size_t> kept_at(E);
   size_t kept = 0, kept_most = 0, most_rows = 0;
-  const size_t budget = (12u << 20) / sizeof(float);
+  const size_t budget = (4u << 20) / sizeof(float);
   for (int e = 0, tasks = 0; e < E; ++e) {
     if (kept >= budget && tasks >= 4 * p.threads) waves.push_back(e), kept = 0, tasks = 0;
     kept_at[e] = kept;
@@ -157,7 +155,7 @@ Status backward(const Args& args) {
   const int unit = NVMAX * LANES;
   const int most_words = std::max(1, words<T>(int(most_rows)) * Form<T>::PARTS);
   const int cut = std::clamp(int((512 << 10) / 4 / most_words) / unit, 2, 21) * unit;
-  const size_t gp = panel_floats<T>(most / LANES, PO), dp = panel_floats<T>(most / LANES, width.P),
+  const size_t gp = panel_floats<T>(most / LANES + 1, PO), dp = panel_floats<T>(most / LANES + 1, width.P),
                pack = tiles_floats<T>(std::max(PO, width.P)),
                columns = panel_floats<T>((cut + LANES - 1) / LANES, words<T>(int(most_rows)));
   const size_t each = std::max(gp + dp + pack, columns);

@@ -90,9 +90,11 @@ struct Order {
   static int64_t bin(int32_t id, int64_t experts) { return id < 0 || id >= experts ? experts : id; }
 };
 
+constexpr int MOST = 25 * LANES;
+
 // A run of an expert's rows, worked on by one thread: `n` rows from row `m0` of expert `e`.
 struct Block {
-  int e, m0, n;
+  int e, m0, n;  // n <= MOST
 };
 
 template <class T>
@@ -129,21 +131,25 @@ struct Problem {
 
   float scale(int32_t pair) const { return a.weights[pair]; }
 
-  // An expert's rows in blocks of at most `most`, evenly cut, each a multiple of LANES but the last.
+  // An expert's rows in blocks of about `most`, evenly cut, each a multiple of LANES but the last. No cut leaves a block
+  // of one vector, which is summed in another order: results must not depend on the number of threads.
   std::vector<Block> blocks(int first, int last, int most) const {
     std::vector<Block> out;
     for (int e = first; e < last; ++e) {
       int m = count(e), pieces = (m + most - 1) / most;
       if (!m) continue;
       int size = ((m + pieces - 1) / pieces + LANES - 1) / LANES * LANES;
-      for (int m0 = 0; m0 < m; m0 += size) out.push_back({e, m0, std::min(size, m - m0)});
+      for (int m0 = 0, n; m0 < m; m0 += n) {
+        n = m - m0 <= size + LANES ? m - m0 : size;
+        out.push_back({e, m0, n});
+      }
     }
     return out;
   }
-  // Rows of one task: many enough that a pass over the weights pays, few enough that every thread has several tasks.
+  // Rows of one task, at most MOST less one vector: many enough that a pass over the weights pays, few enough that every thread has several tasks.
   int block_rows() const {
     int fair = (live() + 3 * threads - 1) / (3 * threads);
-    return std::clamp((fair + LANES - 1) / LANES * LANES, 3 * LANES, 24 * LANES);
+    return std::clamp((fair + LANES - 1) / LANES * LANES, 3 * LANES, MOST - LANES);
   }
 };
 

@@ -8,6 +8,7 @@
 
 namespace hg {
 
+constexpr int CUT = 128;  // rows of weights in a task
 constexpr int THIN = 12;  // rows up to which this beats panels; measured at D = 1024
 
 // bf16 is multiplied in pairs where the CPU can; everything else as floats.
@@ -38,7 +39,6 @@ struct Thin {
 // Rows are read two at a time, but the memory is asked for in the order in which it lies: a single stream, AHEAD bytes
 // early. (Letting the hardware guess from several short streams reads at half the rate.)
 constexpr int AHEAD = 8192;
-HG_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // out[i * stride + m] = <row i, x[m]> for two rows `r` apart (or one) and M inputs
 template <class T, int M>
@@ -162,8 +162,7 @@ template <class T>
 void thin_up(const Problem<T>& p, int e, int f0, int f1, const typename Thin<T>::X* const* x, typename Thin<T>::X* a, T* h) {
   const int M = p.count(e), n = f1 - f0;
   const bool paired = p.gated && p.a.interleaved;
-  std::vector<float> buffer(size_t(p.gated ? 2 : 1) * n * M);
-  float *first = buffer.data(), *second = first + size_t(n) * M;
+  float first[2 * CUT * THIN], *second = first + n * M;
   const int at = p.gate_row(f0);
   thin_product(p.w1_row(e, at), p.w1_r(at), p.w1_c(at), paired ? 2 * n : n, p.D, x, M, first);
   if (p.gated && !paired) thin_product(p.w1_row(e, p.F + f0), p.w1_r(p.F + f0), p.w1_c(p.F + f0), n, p.D, x, M, second);
@@ -193,8 +192,8 @@ void thin_up(const Problem<T>& p, int e, int f0, int f1, const typename Thin<T>:
 template <class T>
 void thin_down(const Problem<T>& p, int e, int o0, int o1, const typename Thin<T>::X* const* a, T* out) {
   const int M = p.count(e), n = o1 - o0;
-  std::vector<float> buffer(size_t(n) * M);
-  thin_product(p.w2_row(e, o0), p.a.w2_r, p.a.w2_c, n, p.F, a, M, buffer.data());
+  float buffer[CUT * THIN];
+  thin_product(p.w2_row(e, o0), p.a.w2_r, p.a.w2_c, n, p.F, a, M, buffer);
   const T* b2 = p.a.b2 ? (const T*)p.a.b2 + int64_t(e) * p.O : nullptr;
   for (int m = 0; m < M; ++m) {
     const float s = p.scale(p.pairs(e)[m]);
