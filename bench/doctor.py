@@ -135,9 +135,11 @@ def examine_model(path: Path) -> dict[str, Any]:
         found["ran"] = _forward(model, config)
     else:
         found["ran"] = f"not run: it needs {size / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free for it"
+    # Which gate runs is found by evaluating it, which weights without storage do not allow: then the class alone.
+    how = report.how if fits else {name: what.split(":")[0] for name, what in report.how.items()}
     calls = report.calls
     complete = found["ran"] is None and not report.skipped and all(calls.values())
-    return {**found, "replaced": report.how, "skipped": report.skipped, "calls": calls, "complete": complete}
+    return {**found, "replaced": how, "skipped": report.skipped, "calls": calls, "complete": complete}
 
 
 def _config(path: Path) -> Any:
@@ -195,13 +197,15 @@ def _model_lines(found: dict[str, Any]) -> list[str]:
     taken, left = len(found["replaced"]), len(found["skipped"])
     lines = ["", f"{found['class']} ({found['model_type']}), {found['parameters'] / 1e6:,.1f} M parameters"]
     if taken or left:
-        lines.append(f"  {taken} of {taken + left} MoE blocks run through Headgate")
+        verb = "can be swapped" if found["ran"] else "run through Headgate"
+        lines.append(f"  {taken} of {taken + left} MoE blocks {verb}")
     kinds: dict[str, list[str]] = {}
     for name, how in found["replaced"].items():
         kinds.setdefault(how, []).append(name)
     for how, names in kinds.items():
         calls = [found["calls"][name] for name in names]
-        lines.append(f"  taken    {len(names)} x {how}; {sum(calls)} calls in a pass of {TOKENS} tokens")
+        ran = "" if found["ran"] else f"; {sum(calls)} calls in a pass of {TOKENS} tokens"
+        lines.append(f"  taken    {len(names)} x {how}{ran}")
         quiet = [name for name, n in zip(names, calls, strict=True) if not n]
         if quiet and found["ran"] is None:
             lines.append(f"  never called: {', '.join(quiet)}")

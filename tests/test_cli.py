@@ -113,7 +113,8 @@ def test_doctor_swaps_without_running_what_does_not_fit(tmp_path, capsys, monkey
     monkeypatch.setattr(doctor, "_room", lambda: 1000.0)
     assert cli.main(["doctor", folder(tmp_path, transformers.OlmoeConfig(**SMALL), "OlmoeForCausalLM")]) == 1
     said = capsys.readouterr().out
-    assert "2 of 2 MoE blocks" in said
+    assert "2 of 2 MoE blocks can be swapped" in said
+    assert "fused" not in said
     assert "not run: it needs" in said
 
 

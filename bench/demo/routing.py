@@ -130,10 +130,11 @@ def _affinity_section(trace: Trace, pairs: list[dict]) -> str:
     expected = counts.sum(1, keepdims=True) * counts.sum(0, keepdims=True) / max(counts.sum(), 1)
     lift = np.divide(counts, expected, out=np.zeros_like(counts), where=expected > 0)
     words = html.prose(
-        f"Layers know of each other. Of the transitions out of an expert, the share that goes to its {best['best']} "
-        "favourite successors is far above what unrelated layers would show; tokens' paths can be foretold, so experts "
-        "can be placed together and fetched ahead of time. Where the affinity is strongest, from layer "
-        f"{layer} to {layer + 1}, the matrix shows how many times more often than by chance each pair occurs."
+        "How well does a token's expert foretell its expert in the next layer? Of the transitions out of an expert, "
+        f"{best['predicted']:.0%} go to its {best['best']} favourite successors from layer {layer} to {layer + 1}, where "
+        f"the tie is strongest; with the tokens shuffled it would be {best['shuffled']:.0%}. What can be foretold can "
+        "be placed together and fetched ahead of time. The matrix shows those two layers: how many times more often "
+        "than by chance each pair of experts occurs."
     )
     order = np.argsort(lift.argmax(1), kind="stable")
     matrix = charts.matrix(lift[order], f"expert in layer {layer}, sorted", f"expert in layer {layer + 1}", top=4.0)
