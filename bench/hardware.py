@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ _FLAGS = (
 )
 # Many times the last-level caches that such machines have, so that almost every byte comes from memory.
 READ_BYTES = 256 * 2**20
+_HUGE = 2**21
 
 
 def _isa() -> list[str]:
@@ -89,6 +92,24 @@ def available_bytes() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def touch_memory(limit: int = 4 * 2**30) -> int:
+    """Touches a quarter of the free memory, `limit` bytes at most, and gives it back; returns how much.
+
+    A virtual machine may get its memory from the host at first touch, many times slower than an ordinary page fault;
+    whoever allocates first would pay for all. Huge pages are asked for, so that the kernel keeps the blocks whole.
+    """
+    free = available_bytes()
+    size = min(limit, (free or 0) // 4) // _HUGE * _HUGE
+    if size:
+        block = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without huge pages: small ones are touched
+                block.madvise(mmap.MADV_HUGEPAGE)
+        torch.frombuffer(block, dtype=torch.int64).fill_(1)
+        block.close()
+    return size
 
 
 class Reader:

@@ -1,4 +1,4 @@
-"""Timing: one after another in turn (A B C A B C ...), so that what disturbs the machine disturbs all alike."""
+"""Timing: one after another in turn (A B C, B C A, ...), so that what disturbs the machine disturbs all alike."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ def interleave(
     """
     cost = {name: who.first_s * who.calls for name, who in contestants.items()}
     turns_of = {n: max(1, min(rounds[0], int(budget_s / 2 / c))) for n, c in cost.items() if c > budget_s / 10}
+    if not contestants:
+        return 0
     total = sum(c for n, c in cost.items() if n not in turns_of)
     turns = max(rounds[0], min(rounds[1], int(budget_s / total) if total else rounds[0]))
     for name, who in contestants.items():
@@ -73,8 +75,10 @@ def interleave(
             turns_of[name] = 0
             who.samples_s.append(who.first_s)
             who.note = "one sample, its first call"
+    everyone = list(contestants.items())
     for turn in range(turns):
-        for name, who in contestants.items():
+        first = turn % len(everyone)  # the order rotates: nobody always follows the same neighbour
+        for name, who in everyone[first:] + everyone[:first]:
             if turn < turns_of.get(name, turns):
                 who.samples_s.append(sample(who, turn, clock, device))
     return turns
