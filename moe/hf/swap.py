@@ -39,7 +39,8 @@ def replace(model: nn.Module) -> Report:
     gate; where no fused form equals it, the module's gate runs between two grouped matmuls, with a warning.
 
     Returns a Report: `replaced`, `skipped` (name -> reason), `calls`. Raises ValueError for a model without MoE blocks
-    or already swapped, TypeError for something that is no module. If a block fails, all are restored first.
+    or already swapped, TypeError for something that is no module. If a block fails, all are restored first. Copies
+    (deepcopy, torch.save) are swapped too; nn.DataParallel's replicas cannot be, DistributedDataParallel needs none.
 
     >>> report = headgate.replace(model)
     >>> print(report)

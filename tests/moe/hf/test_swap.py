@@ -171,6 +171,54 @@ class TestRefusals:
         assert "_headgate_swap" in vars(experts_of(olmoe.model)[0])  # nothing was changed
 
 
+@pytest.mark.filterwarnings("ignore:headgate")
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "nemotron_h", "step3p7", "muse_spark", "inkling2"])
+class TestBoundary:
+    """Odd calls of one experts module: three fused forms, an undecorated one, and two with matmuls around their own."""
+
+    def modules(self, build, name):
+        family = build(name)
+        swapped = family.clone()
+        path = headgate.replace(swapped).replaced[0]
+        return family.model.get_submodule(path), swapped.get_submodule(path)
+
+    def args(self, module, tokens=5):
+        width = module.down_proj.shape[2 if getattr(module, "is_transposed", False) else 1]
+        return torch.randn(tokens, width), torch.randint(0, 8, (tokens, 3)), torch.rand(tokens, 3)
+
+    def test_off_rank_experts_count_as_none(self, build, name, assert_close):
+        original, ours = self.modules(build, name)
+        x, ids, w = self.args(ours)
+        ids[0, 1] = ids[3, 0] = ids[3, 1] = ids[3, 2] = (
+            8  # what expert-parallel transformers write for other ranks' experts
+        )
+        x.requires_grad_()
+        w.requires_grad_()
+        want = original(x, ids.clamp(max=7), w.masked_fill(ids == 8, 0))
+        got = ours(x, ids, w)
+        assert_close(got, want)
+        assert got[3].eq(0).all()
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), (x, w)) for y in (got, want)), strict=True):
+            assert_close(a, b, scale=2)
+
+    def test_no_token_one_token_and_one_expert_twice(self, build, name, assert_close):
+        original, ours = self.modules(build, name)
+        x, ids, w = self.args(ours)
+        assert ours(x[:0], ids[:0], w[:0]).shape == (0, x.shape[1])
+        ids[:, 1] = ids[:, 0]
+        for part in (slice(1), slice(5)):
+            assert_close(ours(x[part], ids[part], w[part]), original(x[part], ids[part], w[part]))
+
+    def test_rows_of_any_strides_and_names_of_arguments(self, build, name, assert_close):
+        original, ours = self.modules(build, name)
+        x, ids, w = self.args(ours)
+        x = x.T.contiguous().T
+        ids = ids.T.contiguous().T.int()
+        assert_close(ours(x, top_k_weights=w, top_k_index=ids), original(x, ids.long(), w))
+        with pytest.raises(TypeError, match="experts: top_k_index and top_k_weights must both be given"):
+            ours(x, ids)
+
+
 class TestDictionaries:
     """Switch and NLLB draw dropout inside their experts: the same numbers must fall on the same rows."""
 
@@ -292,16 +340,6 @@ class TestTools:
         got = module(*args)
         assert got.dtype == want.dtype == torch.float32
         assert_close(got, want, torch.bfloat16)
-
-    def test_off_rank_experts_count_as_none(self, build, assert_close):
-        module = experts_of(build("olmoe").model)[0]
-        x, ids, w = torch.randn(5, 32), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
-        ids[0, 1] = ids[3, 0] = ids[3, 1] = 8
-        want = module(x, ids, w)
-        headgate.replace(module)
-        got = module(x, ids, w)
-        assert_close(got, want)
-        assert got[3].eq(0).all()
 
     def test_accelerate_hooks_before_and_after(self, build, assert_close):
         hooks = pytest.importorskip("accelerate.hooks")
