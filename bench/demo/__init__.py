@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import files, report, routing, sample, speed, swap, text, train
 from .model import parameters, tokenizer
-from .screen import Screen, clock
+from .screen import Screen, spoken
 from .tour import Chapter, Options, Shape, Tour
 
 __all__ = ["CHAPTERS", "Chapter", "Options", "Shape", "Tour", "run"]
@@ -80,7 +80,7 @@ def _keep(tour: Tour, chapters: list[Chapter], seconds: float) -> None:
     files.write_text(folder / files.MARK, json.dumps(tour.metrics, indent=1))
     screen.say(f"  {folder / files.MARK}: every figure")
     files.clear(folder, kept)
-    screen.say(f"\n{clock(seconds)} in all")
+    screen.say(f"\n{spoken(seconds)} in all")
 
 
 def _about(tour: Tour, seconds: float) -> dict:

@@ -49,7 +49,7 @@ def bars(title: str, values: dict[str, float], ours: str, unit: str, less_is_bet
         body.append(_text(left - 10, y + 16, name, "strong" if name == ours else "", "end"))
         body.append(_rect(left, y, max(length, 1.5), 23, style, f"{name}: {value:,.1f} {unit}", 3))
         body.append(_text(left + length + 8, y + 16, figure_number(value), "strong" if name == ours else ""))
-    head = f"{title}, {unit}: {factor:.2f}× {'less than' if less_is_better else 'as many as'} the best other"
+    head = f"{title}, {unit}: {factor:.2f}× {'less than ' if less_is_better else ''}the best other"
     return _figure(head, width, 6 + row * len(values), "".join(body))
 
 

@@ -32,6 +32,7 @@ def build(shape: Shape, seed: int) -> Model:
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
+        initializer_range=0.05,  # the default, 0.02, is made for hidden sizes ten times as large
         max_position_embeddings=2 * shape.length,
         pad_token_id=None,
         eos_token_id=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from . import speed
-from .screen import clock
+from .screen import spoken
 from .tour import Chapter, Tour
 
 CSS = """
@@ -73,7 +73,7 @@ def page(tour: Tour, chapters: list[Chapter]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>headgate demo</title><style>{CSS}</style></head><body><main>
 <h1>A mixture of experts, end to end</h1>
-<p class="lead">What <code>headgate demo</code> found on this machine in {clock(about["seconds"])} minutes: a small MoE
+<p class="lead">What <code>headgate demo</code> found on this machine in {spoken(about["seconds"])}: a small MoE
 language model, swapped, measured, trained on real text and looked into.</p>
 {_note(about)}{_tiles(tour)}
 {sections}<footer><p>{escape(about["machine"])}; {escape(versions)}; seed {about["seed"]}.</p>

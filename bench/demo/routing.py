@@ -39,8 +39,8 @@ def run(tour: Tour) -> None:
 
 def _specialists(trace: Trace, text: NDArray[np.integer]) -> list[dict[str, Any]]:
     """The experts whose tokens tell the most about the byte they are: largest Kullback-Leibler divergence, in bits, of
-    the bytes that an expert sees from the bytes of the text, one expert per layer at first, experts of 1 % or more of
-    their fair share only."""
+    the bytes that an expert sees from the bytes of the text, one expert per layer at first, experts with a quarter
+    of their fair share or more only."""
     overall = np.bincount(text, minlength=VOCABULARY) / len(text)
     found: list[dict[str, Any]] = []
     for layer, ids in enumerate(trace.expert_ids):
@@ -49,7 +49,7 @@ def _specialists(trace: Trace, text: NDArray[np.integer]) -> list[dict[str, Any]
         flat = ids[live].astype(np.int64) * VOCABULARY + byte_of[live]
         counts = np.bincount(flat, minlength=trace.num_experts * VOCABULARY).reshape(-1, VOCABULARY)
         for expert, seen in enumerate(counts):
-            if seen.sum() < 0.01 * counts.sum() / trace.num_experts or not seen.sum():
+            if seen.sum() < 0.25 * counts.sum() / trace.experts(layer) or not seen.sum():
                 continue
             share = seen / seen.sum()
             there = share > 0
@@ -131,9 +131,9 @@ def _affinity_section(trace: Trace, pairs: list[dict]) -> str:
     lift = np.divide(counts, expected, out=np.zeros_like(counts), where=expected > 0)
     words = html.prose(
         "How well does a token's expert foretell its expert in the next layer? Of the transitions out of an expert, "
-        f"{best['predicted']:.0%} go to its {best['best']} favourite successors from layer {layer} to {layer + 1}, where "
-        f"the tie is strongest; with the tokens shuffled it would be {best['shuffled']:.0%}. What can be foretold can "
-        "be placed together and fetched ahead of time. The matrix shows those two layers: how many times more often "
+        f"{best['predicted']:.0%} go to its {best['best']} favourite successors from layer {layer} to {layer + 1}, "
+        f"where the tie is strongest; with the tokens shuffled it would be {best['shuffled']:.0%}. What can be "
+        "foretold can be placed together and fetched ahead of time. The matrix shows those two layers: how many times more often "
         "than by chance each pair of experts occurs."
     )
     order = np.argsort(lift.argmax(1), kind="stable")

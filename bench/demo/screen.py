@@ -67,5 +67,11 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def spoken(seconds: float) -> str:
+    """2 min 31 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def _bold(text: str, stream: TextIO) -> str:
     return f"\x1b[1m{text}\x1b[0m" if stream.isatty() else text

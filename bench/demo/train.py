@@ -18,7 +18,7 @@ from .tour import Model, Tour
 CLIP = 1.0
 WARM_UP = 0.1
 PATIENCE = 1.3  # times the planned seconds: then the last steps are left out, unless --steps was given
-CHECKS = 8  # looks at held-out text along the way
+CHECKS = 6  # looks at held-out text along the way
 FEWEST, MOST = 100, 400
 
 
@@ -58,7 +58,7 @@ def run(tour: Tour) -> None:
     replace(model)
     steps = choose_steps(tour)
     length = options.shape.length
-    held_out = tour.corpus.held_out_batches(options.rows, length, 4)
+    held_out = tour.corpus.held_out_batches(options.rows, length, 8)
     found = tour.metrics["train"] = {
         "steps": steps,
         "tokens_per_step": options.rows * length,
@@ -68,7 +68,8 @@ def run(tour: Tour) -> None:
         "seconds": [],
     }
     _loop(tour, model, held_out, found)
-    final = cross_entropy(model, tour.corpus.held_out_batches(options.rows, length, 16))
+    final = cross_entropy(model, held_out)
+    found["held_out"].append([len(found["train"]), bits(final)])
     found["final_bits_per_byte"] = bits(final)
     found["final_perplexity_per_byte"] = math.exp(final)
     found["tokens_per_second"] = found["tokens_per_step"] / statistics.median(found["seconds"])
@@ -97,7 +98,7 @@ def _loop(tour: Tour, model: Model, held_out: list, found: dict) -> None:
                 raise RuntimeError(f"demo: training diverged at step {step}; try another --seed")
             found["seconds"].append(time.perf_counter() - start)
             found["train"].append(value)
-            if (step + 1) * CHECKS // steps > step * CHECKS // steps:
+            if step + 1 < steps and (step + 1) * CHECKS // steps > step * CHECKS // steps:
                 found["held_out"].append([step + 1, bits(cross_entropy(model, held_out))])
             rate = found["tokens_per_step"] / statistics.median(found["seconds"][-9:])
             seen = f"loss {value * math.log(2):.2f}  {value:.2f} bits/byte  held-out {found['held_out'][-1][1]:.2f}"
