@@ -133,8 +133,8 @@ def _affinity_section(trace: Trace, pairs: list[dict]) -> str:
         "How well does a token's expert foretell its expert in the next layer? Of the transitions out of an expert, "
         f"{best['predicted']:.0%} go to its {best['best']} favourite successors from layer {layer} to {layer + 1}, "
         f"where the tie is strongest; with the tokens shuffled it would be {best['shuffled']:.0%}. What can be "
-        "foretold can be placed together and fetched ahead of time. The matrix shows those two layers: how many times more often "
-        "than by chance each pair of experts occurs."
+        "foretold can be placed together and fetched ahead of time. The matrix shows those two layers: how many times "
+        "more often than by chance each pair of experts occurs."
     )
     order = np.argsort(lift.argmax(1), kind="stable")
     matrix = charts.matrix(lift[order], f"expert in layer {layer}, sorted", f"expert in layer {layer + 1}", top=4.0)
