@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
-_SOURCES = ["grouped_ffn/on_cpu.cpp"]
+_SOURCES = ["grouped_ffn/on_cpu.cpp", "plan/on_cpu.cpp"]
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -132,6 +132,17 @@ def _isa() -> str:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def serves(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The library, if it multiplies this dtype; fp64 stays with plain torch."""
-    return library() if dtype in DTYPES else None
+def serves(dtype: torch.dtype, pairs: int, experts: int) -> ctypes.CDLL | None:
+    """The library, if it is the form to multiply this dtype with; the same answer forward and backward.
+
+    fp64 stays with plain torch. So does bf16 with many rows an expert on a CPU with AMX, whose matrix units torch's
+    matmul drives and this library does not.
+    """
+    if dtype not in DTYPES or (dtype == torch.bfloat16 and pairs >= 32 * experts and _amx()):
+        return None
+    return library()
+
+
+@functools.cache
+def _amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())

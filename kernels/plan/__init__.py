@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .on_cpu import plan_on_cpu
 from .reference import plan_reference
 
 __all__ = ["Plan", "plan", "plan_reference"]
@@ -28,6 +29,7 @@ class Plan:
 
 torch.library.define("headgate::plan", "(Tensor expert_ids, int num_experts) -> (Tensor, Tensor, Tensor)")
 torch.library.impl("headgate::plan", "CompositeExplicitAutograd", plan_reference)
+torch.library.impl("headgate::plan", "cpu", plan_on_cpu)
 
 
 @torch.library.register_fake("headgate::plan")

@@ -1,0 +1,27 @@
+"""plan on CPU: a counting sort in C++, or the reference where that was not built."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import native
+from .reference import plan_reference
+
+
+def plan_on_cpu(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(pair_of_row, offsets, row_of_pair) of `expert_ids` [T, K]; see `Plan`."""
+    lib = native.library()
+    if lib is None:
+        return plan_reference(expert_ids, num_experts)
+    # wider ids may not fit 32 bits: what is out of range counts as no expert before it is cut
+    ids = expert_ids if expert_ids.dtype == torch.int32 else expert_ids.clamp(-1, num_experts).to(torch.int32)
+    ids = ids.contiguous()
+    out = [torch.empty(n, dtype=torch.int32) for n in (ids.numel(), num_experts + 1, ids.numel())]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (ids, *out)]
+    sizes = ctypes.c_int64(ids.numel()), ctypes.c_int64(num_experts)
+    if lib.hg_plan(pointers[0], *sizes, *pointers[1:]):
+        raise MemoryError("plan: no memory for the order of pairs")
+    return out[0], out[1], out[2]
