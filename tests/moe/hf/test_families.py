@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -108,3 +109,33 @@ def test_bf16_blocks_equal_the_original(family, assert_close):
             assert (g is None) == (got_grads[key] is None), key
             if g is not None:
                 assert_close(got_grads[key], g, torch.bfloat16, name=f"{name} d {key}")
+
+
+MISH = {
+    "aria": None,  # fixed in its code
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 8, "moe_top_k": 2, "ffn_act_fn": {"name": "mish"}}
+    },
+    "doge": {"hidden_act": "mish"},
+    "llama4": {"hidden_act": "mish"},
+    "longcat_flash": {"hidden_act": "mish"},
+    "nemotron_h": {"mlp_hidden_act": "mish"},
+    "step3p7": None,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:headgate")
+@pytest.mark.parametrize("name", MISH)
+def test_an_activation_that_no_fused_form_knows(build, name, assert_close, assert_same_gradients):
+    family = build(name, **(MISH[name] or {}))
+    if MISH[name] is None:
+        for module in family.model.modules():
+            if hasattr(module, "act_fn"):
+                module.act_fn = torch.nn.Mish()
+    ours = family.clone()
+    report = headgate.replace(ours)
+    assert all("own" in how for how in report.how.values())
+    (got, got_grads), (want, want_grads) = run(ours, family.inputs), run(family.model, family.inputs)
+    for key, t in want.items():
+        assert_close(got[key], t, name=key)
+    assert_same_gradients(got_grads, want_grads)
