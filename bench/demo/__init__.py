@@ -57,7 +57,7 @@ def _walk(tour: Tour, chapters: list[Chapter]) -> None:
             chapter.run(tour)
         except KeyboardInterrupt:
             tour.interrupted = chapter.name
-            tour.screen.say(f"  interrupted in the chapter {chapter.title!r}; what was done by then is kept")
+            tour.screen.say(f"  interrupted in the chapter {chapter.title!r}")
             return
 
 

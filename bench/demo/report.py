@@ -43,7 +43,8 @@ line.rule { stroke:var(--rule); stroke-width:1; } line.dash { stroke:var(--soft)
 .link { stroke:var(--quiet); stroke-width:3; } .line { fill:none; stroke:var(--accent); stroke-width:1.5; opacity:.75; }
 .held { fill:none; stroke:var(--warm); stroke-width:2; }
 .dot { fill:var(--warm); stroke:var(--card); stroke-width:1.5; }
-.scroll { overflow-x:auto; } table { border-collapse:collapse; font-size:15px; font-variant-numeric:tabular-nums; }
+.scroll, figure.wide { overflow-x:auto; } figure.wide svg { min-width:600px; }
+td { white-space:nowrap; } table { border-collapse:collapse; font-size:15px; font-variant-numeric:tabular-nums; }
 th { text-align:left; color:var(--soft); font-weight:500; font-size:13.5px; }
 th,td { padding:6px 26px 6px 0; border-bottom:1px solid var(--rule); }
 .key { display:inline-block; margin:1px 10px 1px 0; white-space:nowrap; } .key small { color:var(--soft); }

@@ -65,7 +65,7 @@ def _measure(tour: Tour, model: Model, batch: Tensor) -> dict[str, dict[str, lis
 
     work: dict[str, Callable[[], None]] = {"training_step": step, "forward": forward, "generate": write}
     seconds: dict[str, dict[str, list[float]]] = {name: {who: [] for who in CONTENDERS} for name in work}
-    bar = tour.screen.bar(MAX_ROUNDS + 1)
+    bar = tour.screen.bar(max(1, round(tour.options.speed_seconds)))  # in seconds: rounds are as long as they are
     began = time.perf_counter()
     for turn in range(MAX_ROUNDS + 1):
         order = CONTENDERS if turn % 2 else CONTENDERS[::-1]  # so that none always follows the same one
@@ -75,8 +75,9 @@ def _measure(tour: Tour, model: Model, batch: Tensor) -> dict[str, dict[str, lis
                     took = _time(do)
                     if turn:
                         seconds[name][who].append(took)
-        bar.update(turn + 1, "measuring")
-        if turn >= MIN_ROUNDS and time.perf_counter() - began > tour.options.speed_seconds:
+        spent = time.perf_counter() - began
+        bar.update(min(int(spent), bar.total), f"seconds of measuring, {turn + 1} rounds")
+        if turn >= MIN_ROUNDS and spent > tour.options.speed_seconds:
             break
     bar.close()
     model.zero_grad()

@@ -25,7 +25,7 @@ PARTS = ["metrics.json", "model", "report.html", "trace.npz"]
 @pytest.fixture
 def options(tmp_path):
     path = tmp_path / "text.py"
-    path.write_bytes(LINE * 200)
+    path.write_bytes(LINE * 400)
 
     def make(**changes):
         return demo.Options(**{
@@ -133,6 +133,17 @@ def test_ctrl_c_in_training_keeps_what_there_is(options, screen, monkeypatch):
     page = (out / "report.html").read_text()
     assert "Interrupted" in page
     assert Page(page).open == []
+
+
+def test_ctrl_c_is_status_130(options, monkeypatch, capsys):
+    from headgate import cli
+
+    monkeypatch.setattr(demo, "CHAPTERS", [_interrupting(demo.Chapter("none", "None", lambda tour: None, str))])
+    given = options()
+    assert cli.main(["demo", "--json", "--text", str(given.text), "--output", str(given.output)]) == 130
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {}
+    assert "interrupted in the chapter 'None'" in said.err
 
 
 def test_a_shorter_run_leaves_nothing_of_the_longer_one_before_it(options, screen):
