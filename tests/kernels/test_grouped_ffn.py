@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from itertools import product
 
 import pytest
@@ -244,3 +245,36 @@ def test_large_numbers_are_summed_in_fp32(problem, check, dtype):
     p.tensors["rows"] = torch.full((5, 512), 0.25, dtype=dtype)
     p.tensors["w_gate_up"] = torch.full((2, 16, 512), 1 / 64, dtype=dtype)
     check(p, grad=torch.ones(5, 512), scale=0.5)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_problems(problem, check, seed):
+    """Sizes around those of tiles and vectors, in every combination of form, layout and gradients asked for."""
+    r, before = random.Random(seed), torch.get_num_threads()
+    experts, gated = r.choice([1, 2, 3, 5, 8, 20]), r.random() < 0.8
+    pair = gated and r.random() < 0.2
+    p = problem(
+        R=r.choice([1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 65, 129, 200]),
+        D=r.choice([2, 7, 16, 31, 32, 33, 64, 96, 128, 130, 256, 300]),
+        F=r.choice([1, 3, 8, 16, 17, 32, 33, 48, 64, 100, 160]),
+        E=experts,
+        K=r.randint(1, min(experts, 8)),
+        dtype=r.choice([torch.float32, *HALF]),
+        dead=r.choice([0, 0.2, 0.8]),
+        pair=pair,
+        bias=r.random() < 0.4,
+        gated=gated,
+        transposed=r.random() < 0.5,
+        interleaved=gated and not pair and r.random() < 0.3,
+        activation=r.choice(["silu", "gelu", "gelu_tanh"]),
+    )
+    for n, t in p.tensors.items():
+        if r.random() < 0.2:
+            p.tensors[n] = strided(t, r.choice(["every other element", "transposed view", "slice of a larger tensor"]))
+    needs = tuple(n for n in p.tensors if r.random() < 0.8)
+    p = type(p)(p.tensors, p.ids, p.experts, p.form, needs)
+    try:
+        torch.set_num_threads(r.choice([1, 2, 3]))
+        check(p, grad=torch.randn_like(p.tensors["rows"]))
+    finally:
+        torch.set_num_threads(before)
