@@ -94,22 +94,21 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def touch_memory(limit: int = 4 * 2**30) -> int:
-    """Touches a quarter of the free memory, `limit` bytes at most, and gives it back; returns how much.
+def touch_memory(size: int) -> None:
+    """Touches `size` bytes of fresh memory (a quarter of the free memory at most) and gives them back.
 
-    A virtual machine may get its memory from the host at first touch, many times slower than an ordinary page fault;
-    whoever allocates first would pay for all. Huge pages are asked for, so that the kernel keeps the blocks whole.
+    A virtual machine may get its memory from the host at first touch, 30 times slower than the kernel hands out a page
+    it has, and may lose it again two seconds after it is freed. Whoever allocates next would pay. Huge pages are asked
+    for, so that the kernel keeps the blocks whole.
     """
-    free = available_bytes()
-    size = min(limit, (free or 0) // 4) // _HUGE * _HUGE
-    if size:
-        block = mmap.mmap(-1, size)
+    size = min(size, (available_bytes() or 0) // 4) // _HUGE * _HUGE
+    if size and hasattr(mmap, "MAP_PRIVATE"):
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones get no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages: small ones are touched
                 block.madvise(mmap.MADV_HUGEPAGE)
         torch.frombuffer(block, dtype=torch.int64).fill_(1)
         block.close()
-    return size
 
 
 class Reader:

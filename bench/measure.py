@@ -14,10 +14,11 @@ CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": t
 
 @dataclass
 class Contestant:
-    """`run(call)` is timed, `after()` is not. A sample is the mean over `calls` consecutive calls."""
+    """`run(call)` is timed, `before()` and `after()` are not. A sample is the mean over `calls` consecutive calls."""
 
     run: Callable[[int], object]
     after: Callable[[], None] = lambda: None
+    before: Callable[[], None] = lambda: None
     calls: int = 1  # calls timed as one sample
     rotate: int = 1  # else: how many different calls the samples take turns over
     first_s: float = 0.0  # seconds per call of the warm-up
@@ -33,6 +34,7 @@ class Contestant:
 def sample(who: Contestant, turn: int, clock: str = "wall", device: str = "cpu") -> float:
     """Seconds per call of one sample."""
     first = 0 if who.calls > 1 else turn % who.rotate
+    who.before()
     if device.startswith("cuda"):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

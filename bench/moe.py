@@ -17,7 +17,7 @@ import torch
 
 from .case import Bench, GiB, Settings
 from .figures import PEAKS, run_figures
-from .hardware import describe, touch_memory
+from .hardware import describe
 from .report import case_lines, figure_lines, legend, machine_lines
 from .rivals import ABOUT, IMPLEMENTATIONS
 from .shapes import DTYPES, PASSES, SHAPES, UNSCALED, Case
@@ -95,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {"version": 1, "machine": describe(args.device), "settings": _plain(args), "cases": []}
     show([*machine_lines(report["machine"]), "", *legend()])
     began = time.monotonic()
-    if args.device == "cpu" and not args.quick:
-        touch_memory()
     interrupted = False
     try:
         _measure(args, report, show)

@@ -14,7 +14,7 @@ from headgate.bench import memory, moe
 from headgate.bench.bounds import Matmuls
 from headgate.bench.case import Bench, Settings, _ratios
 from headgate.bench.figures import FIGURES
-from headgate.bench.measure import Contestant, interleave
+from headgate.bench.measure import Contestant, interleave, sample
 from headgate.bench.report import case_lines, figure_lines
 from headgate.bench.rivals import IMPLEMENTATIONS
 from headgate.bench.shapes import SHAPES, UNSCALED, Case, make_parameters, make_problem
@@ -169,6 +169,13 @@ def test_turns_are_taken_and_slow_ones_take_fewer():
     assert order == ["a", "b", "slow", *"ba", *"ab", *"ab", *"ab"]
     assert who["endless"].samples_s == [9.0]
     assert "first call" in who["endless"].note
+
+
+def test_before_and_after_surround_every_sample():
+    order: list[str] = []
+    who = Contestant(*(lambda *_, w=w: order.append(w) for w in ("run", "after", "before")), calls=2)
+    sample(who, 0)
+    assert order == ["before", "run", "run", "after"]
 
 
 def _run(*argv: str) -> int:
