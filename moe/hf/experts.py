@@ -120,6 +120,9 @@ def refusal(module: nn.Module) -> str | None:
         w = getattr(m, name)
         if w.dim() != 3 or w.dtype not in FLOATS:
             return f"{name} must be floating point [E, ., .], got {tuple(w.shape)} {w.dtype}"
+        # packed weights may call themselves bf16; a sharded one (DTensor) is whole again when it is called
+        if hasattr(type(w), "__tensor_flatten__") and type(w).__name__ != "DTensor":
+            return f"{name} must be a plain tensor, got a {type(w).__name__}"
     return None
 
 

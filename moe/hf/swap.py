@@ -104,7 +104,7 @@ def _survey(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
             if looks_like_experts(module):
                 unknown.append((name, module))
             continue
-        why = adapter.refusal(module) or _foreign(module)
+        why = _foreign(module) or adapter.refusal(module)
         if why is None:
             found.append((name, module, adapter))
         else:

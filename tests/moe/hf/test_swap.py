@@ -126,6 +126,15 @@ class TestRefusals:
         assert "1 of 2" in str(report)
         assert "skipped model.layers.1.mlp.experts" in str(report)
 
+    def test_packed_weights_that_call_themselves_floating_point(self, build):
+        from torch.testing._internal.two_tensor import TwoTensor
+
+        olmoe = build("olmoe")
+        odd = experts_of(olmoe.model)[0]
+        odd.down_proj = nn.Parameter(TwoTensor(odd.down_proj.data, odd.down_proj.data.clone()))
+        skipped = headgate.replace(olmoe.model).skipped
+        assert skipped == {"model.layers.0.mlp.experts": "down_proj must be a plain tensor, got a TwoTensor"}
+
     def test_a_forward_set_by_somebody_else_is_left_alone(self, build):
         """Such as the exchange of tokens that transformers' expert parallelism puts around the experts."""
         olmoe = build("olmoe")
@@ -469,6 +478,20 @@ class TestCompile:
         if way == "swap":
             assert report.compiled == [report.replaced[0]]
             assert "compiled graphs" in str(report)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_swap_after_compiling_is_seen_by_the_graph(self, build, assert_close):
+        torch._dynamo.reset()
+        olmoe = build("olmoe")
+        olmoe.model.set_experts_implementation("grouped_mm")
+        compiled = torch.compile(olmoe.model, fullgraph=True, backend="aot_eager")
+        want = compiled(**olmoe.inputs).loss
+        report = headgate.replace(olmoe.model)
+        assert report.compiled == []
+        assert_close(compiled(**olmoe.inputs).loss, want)
+        assert report.compiled == report.replaced
+        headgate.restore(olmoe.model)
+        assert_close(compiled(**olmoe.inputs).loss, want)
 
     def test_whole_model(self, build, assert_same_step):
         torch._dynamo.reset()
