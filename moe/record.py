@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..placement.trace import Trace, id_type
 
+# How transformers' experts modules name the choice of experts in (hidden_states, ids [T, K], weights [T, K]).
+_CHOICES = {("top_k_index", "top_k_weights"), ("router_indices", "routing_weights")}
+
 Batch = Tensor | Mapping[str, Tensor]
 
 
@@ -33,7 +36,9 @@ def record(
     choice. The model's training mode is restored and the hooks are removed, whatever happens.
 
     Raises ValueError where the model has no MoE layer, no batch holds a token, a layer runs twice in one pass, or sees
-    other tokens than the batch's (an encoder's, an image's); TypeError where a batch is neither tensor nor dict.
+    other tokens than the batch's (an encoder's, an image's). The few families that never say the choice at such a
+    boundary (Switch, NLLB, Llama 4, JetMoE, Doge, ViTPose) count as having no MoE layer. TypeError where a batch is
+    neither tensor nor dict.
 
     >>> trace = headgate.record(model, [tokenizer("def main():", return_tensors="pt")])
     >>> trace.expert_ids.shape                                                    # L, T, K
@@ -88,9 +93,11 @@ class _Tape:
 
             return module.register_forward_hook(after)
 
+        ids, weights = _choice_names(module)
+
         def before(_module, args, kwargs):
-            given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
-            self._hear(name, given["top_k_index"], given["top_k_weights"])
+            given = dict(zip(("hidden_states", ids, weights), args, strict=False)) | kwargs
+            self._hear(name, given[ids], given[weights])
 
         return module.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -161,14 +168,13 @@ def _stack(layers: list[list[NDArray]], fill: int) -> NDArray:
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if hasattr(module, "last_routing") or _is_boundary(module):
+        if hasattr(module, "last_routing") or _choice_names(module) in _CHOICES:
             yield name, module
 
 
-def _is_boundary(module: nn.Module) -> bool:
-    """Whether the module is called as transformers calls its experts: (hidden_states, top_k_index, top_k_weights)."""
-    parameters = list(inspect.signature(type(module).forward).parameters)  # the class's: a swap sets the instance's
-    return parameters[1:4] == ["hidden_states", "top_k_index", "top_k_weights"]
+def _choice_names(module: nn.Module) -> tuple[str, ...]:
+    """What the forward calls its second and third argument (the class's forward: a swap sets the instance's)."""
+    return tuple(inspect.signature(type(module).forward).parameters)[2:4]
 
 
 def _num_experts(module: nn.Module) -> int:

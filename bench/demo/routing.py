@@ -14,7 +14,7 @@ from . import charts, html
 from .text import VOCABULARY
 from .tour import Tour
 
-BATCHES = 8
+BATCHES = 16
 SPECIALISTS = 8
 LETTERS = 6
 

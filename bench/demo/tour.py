@@ -29,14 +29,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Options:
-    """`steps` None: as many as fit in `train_seconds`, between 100 and 400, and fewer where the machine slows down on
+    """`steps` None: as many as fit in `train_seconds`, between 100 and 600, and fewer where the machine slows down on
     the way. Raises ValueError naming the rule."""
 
     text: Path | None = None
     output: Path = Path("headgate-demo")
     steps: int | None = None
     seed: int = 0
-    rows: int = 8
+    rows: int = 4
     train_seconds: float = 90.0
     speed_seconds: float = 20.0
     learning_rate: float = 3e-3

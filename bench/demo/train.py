@@ -19,7 +19,7 @@ CLIP = 1.0
 WARM_UP = 0.1
 PATIENCE = 1.3  # times the planned seconds: then the last steps are left out, unless --steps was given
 CHECKS = 6  # looks at held-out text along the way
-FEWEST, MOST = 100, 400
+FEWEST, MOST = 100, 600
 
 
 class Optimizer:
@@ -58,7 +58,7 @@ def run(tour: Tour) -> None:
     replace(model)
     steps = choose_steps(tour)
     length = options.shape.length
-    held_out = tour.corpus.held_out_batches(options.rows, length, 8)
+    held_out = tour.corpus.held_out_batches(options.rows, length, 16)
     found = tour.metrics["train"] = {
         "steps": steps,
         "tokens_per_step": options.rows * length,

@@ -50,6 +50,46 @@ def test_the_trace_is_what_the_routers_chose():
         np.testing.assert_allclose(trace.weights[layer], weight.numpy(), atol=1e-3)
 
 
+def test_a_swapped_model_and_gpt_oss_names():
+    from headgate.moe.hf import replace
+
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+            num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=32,
+            pad_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )  # fmt: skip
+    before = record(model, [ids()])
+    replace(model)
+    after = record(model, [ids()])
+    assert before.expert_ids.shape == (2, 14, 2)
+    np.testing.assert_array_equal(before.expert_ids, after.expert_ids)
+
+
+def test_headgate_layers_are_heard_by_their_routing():
+    from headgate.moe.layer import MoE
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(32, 16)
+            self.layers = nn.ModuleList(MoE(16, 8, num_experts, top_k=2) for num_experts in (4, 6))
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    model = Model()
+    trace = record(model, [ids()], weights=True)
+    assert trace.layer_names == ("layers.0", "layers.1")
+    assert trace.experts_of_layer.tolist() == [4, 6]
+    np.testing.assert_array_equal(trace.expert_ids[1], model.layers[1].last_routing.expert_ids)
+
+
 def test_padding_is_left_out_and_max_tokens_cuts():
     model = olmoe()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
