@@ -118,6 +118,17 @@ class Family:
     def clone(self) -> nn.Module:
         return copy.deepcopy(self.model)
 
+    def experts(self) -> list[nn.Module]:
+        return [m for m in self.model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "down_proj")]
+
+    def step(self, model: nn.Module | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and gradients by name, of this model or another."""
+        model = self.model if model is None else model
+        model.zero_grad()
+        loss = model(**self.inputs).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
 
 def _model_classes(path: Path) -> list[type]:
     module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")

@@ -1,0 +1,246 @@
+"""The tools that people use on a model, on a swapped one: generate, checkpointing, hooks, LoRA, compile, and the other
+way in, as an experts implementation."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import headgate
+import headgate.hf
+
+
+class TestTools:
+    @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "llama4", "switch_transformers", "dbrx"])
+    def test_generate(self, build, name):
+        family = build(name)
+        family.model.eval()
+        ids = family.inputs["input_ids"]
+        want = family.model.generate(ids, max_new_tokens=6, do_sample=False)
+        report = headgate.replace(family.model)
+        assert torch.equal(family.model.generate(ids, max_new_tokens=6, do_sample=False), want)
+        assert max(report.calls.values()) >= 6 or name == "switch_transformers"
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing(self, build, reentrant, assert_same_step):
+        olmoe = build("olmoe")
+        want = olmoe.step()
+        olmoe.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            olmoe.model.enable_input_require_grads()
+        report = headgate.replace(olmoe.model)
+        assert_same_step(olmoe.step(), want)
+        assert set(report.calls.values()) == {2}  # once more in backward
+
+    def test_autocast(self, build, assert_close):
+        olmoe = build("olmoe")
+        with torch.autocast("cpu", torch.bfloat16):
+            want = olmoe.model(**olmoe.inputs).logits
+            headgate.replace(olmoe.model)
+            got = olmoe.model(**olmoe.inputs).logits
+        assert got.dtype == want.dtype
+        assert_close(got, want, torch.bfloat16, scale=2)
+
+    def test_rows_wider_than_the_weights(self, build, assert_close):
+        """As transformers' grouped_mm: the rows take the weights' dtype, the result the rows'."""
+        module = build("olmoe").experts()[0].bfloat16()
+        args = torch.randn(5, 32), torch.randint(0, 8, (5, 2)), torch.rand(5, 2)
+        module.config._experts_implementation = "grouped_mm"
+        want = module(*args)
+        headgate.replace(module)
+        got = module(*args)
+        assert got.dtype == want.dtype == torch.float32
+        assert_close(got, want, torch.bfloat16)
+
+    def test_accelerate_hooks_before_and_after(self, build, assert_close):
+        hooks = pytest.importorskip("accelerate.hooks")
+        heard = []
+
+        class Hook(hooks.ModelHook):
+            def pre_forward(self, module, *args, **kwargs):
+                heard.append(module)
+                return args, kwargs
+
+        olmoe = build("olmoe")
+        want = olmoe.model(**olmoe.inputs).logits
+        first, second = olmoe.experts()
+        hooks.add_hook_to_module(first, Hook())
+        report = headgate.replace(olmoe.model)
+        hooks.add_hook_to_module(second, Hook())
+        assert_close(olmoe.model(**olmoe.inputs).logits, want)
+        assert heard == [first, second]
+        assert set(report.calls.values()) == {1}
+        headgate.restore(olmoe.model)
+        assert_close(olmoe.model(**olmoe.inputs).logits, want)
+        assert heard == [first, second] * 2
+        assert set(report.calls.values()) == {1}
+        hooks.remove_hook_from_module(first)
+        hooks.remove_hook_from_module(second)
+        assert_close(olmoe.model(**olmoe.inputs).logits, want)
+
+    def test_parametrised_weights_are_read_at_each_call(self, build, assert_same_step):
+        class Double(nn.Module):
+            def forward(self, w):
+                return 2 * w
+
+        olmoe = build("olmoe")
+        headgate.replace(olmoe.model)
+        module = olmoe.experts()[0]
+        nn.utils.parametrize.register_parametrization(module, "down_proj", Double())
+        got = olmoe.step()
+        headgate.restore(olmoe.model)
+        assert_same_step(got, olmoe.step())
+
+    def test_the_swap_wins_over_the_experts_implementation(self, build):
+        olmoe = build("olmoe")
+        report = headgate.replace(olmoe.model)
+        olmoe.model.set_experts_implementation("batched_mm")
+        olmoe.model(**olmoe.inputs)
+        assert set(report.calls.values()) == {1}
+
+
+class TestPeft:
+    """LoRA on the experts' parameters and modules, put on before or after the swap: the same loss and gradients."""
+
+    TARGETS = {  # noqa: RUF012
+        "olmoe": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        "gpt_oss": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        "llama4": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        "longcat_flash": {"target_parameters": ["experts.down_proj"]},
+        "jetmoe": {"target_parameters": ["mlp.input_linear.weight"]},
+        "switch_transformers": {"target_modules": ["wi", "wo"]},
+        "doge": {"target_modules": ["down_embed", "up_embed", "q_proj"]},
+    }
+
+    @pytest.mark.parametrize("order", ["swap, then LoRA", "LoRA, then swap"])
+    @pytest.mark.parametrize("name", TARGETS)
+    @pytest.mark.filterwarnings("ignore")
+    def test_lora(self, build, name, order, assert_same_step):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, **self.TARGETS[name])
+
+        def adapted(model):
+            torch.manual_seed(3)
+            return peft.get_peft_model(model, config)
+
+        family = build(name)
+        ours = family.clone()
+        plain, _ = family.step()
+        want = family.step(adapted(family.model))
+        assert not torch.allclose(plain, want[0])
+        if order == "swap, then LoRA":
+            report = headgate.replace(ours)
+            model = adapted(ours)
+        else:
+            model = adapted(ours)
+            report = headgate.replace(model)
+        assert_same_step(family.step(model), want)
+        assert all(report.calls.values()) or name == "doge"  # whose wrapped embeddings keep the original block
+        assert "headgate" not in "".join(model.state_dict())
+
+
+class TestCompile:
+    INTERFACE = ("olmoe", "gpt_oss", "muse_spark", "inkling2", "nemotron_h")
+    OTHERS = ("llama4", "longcat_flash", "dbrx", "doge", "step3p7")
+
+    @pytest.mark.parametrize(
+        ("name", "way"),
+        [*((n, "swap") for n in INTERFACE + OTHERS), *((n, "experts implementation") for n in INTERFACE)],
+    )
+    @pytest.mark.filterwarnings("ignore")
+    def test_one_graph(self, build, name, way, assert_close):
+        """The experts alone, called for the first time inside the graph: nothing may break it, gradients included."""
+        torch._dynamo.reset()
+        family = build(name)
+        twin = family.clone()
+        report = headgate.replace(twin)
+        path = report.replaced[0].rpartition(".")[0] if name == "llama4" else report.replaced[0]
+        heard = []
+        hook = family.model.get_submodule(path).register_forward_pre_hook(
+            lambda _m, args, kwargs: heard.append((*args, *kwargs.values())), with_kwargs=True
+        )
+        family.model(**family.inputs)
+        hook.remove()
+        original = family.model.get_submodule(path)
+        args = [a.detach().requires_grad_() if a.is_floating_point() else a for a in heard[0]]
+        ours = twin.get_submodule(path)
+        if way == "experts implementation":
+            headgate.restore(twin)
+            headgate.hf.register()
+            twin.set_experts_implementation("headgate")
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+
+        def tensor(out):
+            return out[0] if isinstance(out, tuple) else out
+
+        want, got = tensor(original(*args)), tensor(compiled(*args))
+        assert_close(got, want)
+        one, two = (torch.autograd.grad(y.square().sum(), args[0]) for y in (got, want))
+        assert_close(one[0], two[0], scale=2)
+        if way == "swap":
+            assert report.compiled == [report.replaced[0]]
+            assert "compiled graphs" in str(report)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_swap_after_compiling_is_seen_by_the_graph(self, build, assert_close):
+        torch._dynamo.reset()
+        olmoe = build("olmoe")
+        olmoe.model.set_experts_implementation("grouped_mm")
+        compiled = torch.compile(olmoe.model, fullgraph=True, backend="aot_eager")
+        want = compiled(**olmoe.inputs).loss
+        report = headgate.replace(olmoe.model)
+        assert report.compiled == []
+        assert_close(compiled(**olmoe.inputs).loss, want)
+        assert report.compiled == report.replaced
+        headgate.restore(olmoe.model)
+        assert_close(compiled(**olmoe.inputs).loss, want)
+
+    def test_whole_model(self, build, assert_same_step):
+        torch._dynamo.reset()
+        olmoe = build("olmoe")
+        want = olmoe.step()
+        headgate.replace(olmoe.model)
+        compiled = torch.compile(olmoe.model, fullgraph=True, backend="aot_eager")
+        for _ in range(3):  # counting must not recompile: the limit would end the graph
+            olmoe.model.zero_grad()
+            loss = compiled(**olmoe.inputs).loss
+            loss.backward()
+        assert_same_step((loss.detach(), {n: p.grad for n, p in olmoe.model.named_parameters()}), want)
+
+
+class TestRegister:
+    @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "nemotron_h", "deepseek_v4"])
+    def test_as_experts_implementation(self, build, name, tmp_path, assert_close, assert_same_step):
+        headgate.hf.register()
+        headgate.hf.register()
+        family = build(name)
+        want = family.step()
+        family.model.save_pretrained(tmp_path)
+        family.model.set_experts_implementation("headgate")
+        assert_same_step(family.step(), want)
+        assert set(headgate.hf.calls(family.model).values()) == {1}
+        loaded = type(family.model).from_pretrained(tmp_path, experts_implementation="headgate").train()
+        assert_close(loaded(**family.inputs).loss, want[0])
+        assert set(headgate.hf.calls(loaded).values()) == {1}
+
+    def test_counts_show_a_family_that_stayed_eager(self, build):
+        headgate.hf.register()
+        llama4 = build("llama4")
+        llama4.model.set_experts_implementation("headgate")
+        llama4.model(**llama4.inputs)
+        assert headgate.hf.calls(llama4.model) == {}
+
+    def test_one_warning_for_a_gate_of_its_own(self, build):
+        headgate.hf.register()
+        inkling = build("inkling2")
+        inkling.model.set_experts_implementation("headgate")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            inkling.model(**inkling.inputs)
+            inkling.model(**inkling.inputs)
+        ours = [w for w in said if "headgate" in str(w.message)]
+        assert len(ours) == len(headgate.hf.calls(inkling.model))  # once a module; Python shows equal ones once
+        assert len({str(w.message) for w in ours}) == 1
