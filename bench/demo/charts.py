@@ -118,14 +118,14 @@ def heat_map(values: NDArray, rows: str, columns: str, top: float, unit: str) ->
     return _figure(f"load of every expert, {unit}", int(width), int(height), "".join(body), wide=True)
 
 
-def matrix(values: NDArray, rows: str, columns: str, top: float) -> str:
-    """A square of cells [rows, columns] in one hue."""
+def matrix(values: NDArray, order: Sequence[int], rows: str, columns: str, top: float) -> str:
+    """A square of cells [rows, columns] in one hue; `order`: which row comes first, second, ..."""
     size, left, up = 356.0, 26.0, 8.0
     cell = size / max(values.shape)
     body = [
-        _cell(left + j * cell, up + i * cell, cell, cell, value, top, f"row {i}, {columns} {j}: {value:.1f} × chance")
-        for i, row in enumerate(values)
-        for j, value in enumerate(row)
+        _cell(left + j * cell, up + i * cell, cell, cell, value, top, f"{row} → {j}: {value:.1f} × chance")
+        for i, row in enumerate(order)
+        for j, value in enumerate(values[row])
     ]
     turned = f'transform="rotate(-90 14 {up + size / 2:.0f})"'
     body.append(_text(14, up + size / 2, rows, "soft", "middle", turned))

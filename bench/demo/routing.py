@@ -137,7 +137,9 @@ def _affinity_section(trace: Trace, pairs: list[dict]) -> str:
         "more often than by chance each pair of experts occurs."
     )
     order = np.argsort(lift.argmax(1), kind="stable")
-    matrix = charts.matrix(lift[order], f"expert in layer {layer}, sorted", f"expert in layer {layer + 1}", top=4.0)
+    matrix = charts.matrix(
+        lift, order.tolist(), f"expert in layer {layer}, sorted", f"expert in layer {layer + 1}", top=4.0
+    )
     shares = charts.dumbbells(
         [(f"{p['layer']} → {p['layer'] + 1}", p["shuffled"], p["predicted"]) for p in pairs], "unrelated", "measured"
     )

@@ -18,7 +18,7 @@ class Screen:
         self.say(f"\n{_bold(title, self.out)}")
 
     def say(self, line: str = "") -> None:
-        print(line, file=self.out, flush=True)
+        _write(self.out, f"{line}\n")
 
     def table(self, rows: list[tuple[str, ...]]) -> None:
         """Columns of equal width, the first flush left and the others flush right."""
@@ -51,16 +51,11 @@ class Bar:
         left = spent / max(done, 1) * (self.total - done)
         full = self.WIDTH * done // self.total
         line = f"  {'█' * full}{'░' * (self.WIDTH - full)} {done}/{self.total}  {note}  {clock(left)} left"
-        self._write(f"\r{line}\x1b[K" if self.live else f"{line}\n")
+        _write(self.stream, f"\r{line}\x1b[K" if self.live else f"{line}\n")
 
     def close(self) -> None:
         if self.live:
-            self._write("\r\x1b[K")
-
-    def _write(self, text: str) -> None:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        self.stream.write(text.encode(encoding, "replace").decode(encoding))  # a terminal without block characters
-        self.stream.flush()
+            _write(self.stream, "\r\x1b[K")
 
 
 def clock(seconds: float) -> str:
@@ -71,6 +66,12 @@ def spoken(seconds: float) -> str:
     """2 min 31 s."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _write(stream: TextIO, text: str) -> None:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(text.encode(encoding, "replace").decode(encoding))  # a terminal may lack the block characters
+    stream.flush()
 
 
 def _bold(text: str, stream: TextIO) -> str:

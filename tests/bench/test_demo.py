@@ -247,7 +247,7 @@ def test_pictures_of_little_data_are_well_formed():
         charts.bars("speed", {"a": 0.5, "headgate": 3.0}, "headgate", "tokens/s"),
         charts.loss([], [[0, 8.1]], {"uniform": 8.0}, 100),
         charts.heat_map(np.zeros((1, 1)), "layer", "expert", 2.0, "x"),
-        charts.matrix(np.eye(3), "<rows>", "columns", 4.0),
+        charts.matrix(np.eye(3), [2, 0, 1], "<rows>", "columns", 4.0),
         charts.dumbbells([("0", 0.0, 0.0)], "before", "after"),
     ]
     for picture in pictures:
@@ -270,3 +270,10 @@ def test_the_bar_redraws_on_a_terminal_and_writes_ten_lines_in_a_log():
     assert "\r" not in log.getvalue()
     assert terminal.getvalue().count("\n") == 0
     assert terminal.getvalue().count("\r") == 101
+
+
+def test_a_terminal_that_knows_no_blocks_gets_question_marks():
+    raw = io.BytesIO()
+    screen = Screen(io.TextIOWrapper(raw, encoding="latin-1"))
+    screen.say("load ▁█")
+    assert raw.getvalue() == b"load ??\n"
