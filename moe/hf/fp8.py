@@ -33,7 +33,7 @@ def prepare(module: nn.Module) -> str:
     return "fp8 weights, widened expert by expert"
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _say(name: str) -> None:
     warnings.warn(
         f"headgate: {name} holds fp8 weights; they are widened to the rows' dtype one expert at a time, which saves "

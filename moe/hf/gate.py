@@ -88,7 +88,7 @@ def _numbers(thing: Any) -> dict[str, float]:
     return {k: v for k, v in state.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def activation_of(
     module: nn.Module, gated: bool, interleaved: bool = False, normed: bool = False, function: str = "act_fn"
 ) -> Activation | None:
