@@ -29,6 +29,7 @@ class _Swap:
     forward: Callable[..., Any]
     slot: str
     before: Callable[..., Any] | None
+    helper: bool
 
 
 def replace(model: nn.Module) -> Report:
@@ -73,7 +74,7 @@ def replace(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Gives every swapped module of `model` its own forward back; returns their names.
+    """Gives every swapped module of `model` its own forward back; returns the names that the Report had.
 
     Raises ValueError for a model that is not swapped, or where somebody has put another forward over Headgate's since:
     nothing is changed then.
@@ -89,9 +90,10 @@ def restore(model: nn.Module) -> list[str]:
                 f"restore: the forward of {name or 'the model'} must be the one that headgate.replace put there, got "
                 f"{vars(module).get('forward')!r}; undo that first"
             )
+    names = [name for name, module in swapped if not vars(module)[_SWAP].helper]
     for _name, module in swapped:
         _take_back(module)
-    return [name for name, _module in swapped]
+    return names
 
 
 def _survey(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
@@ -146,7 +148,7 @@ def _foreign(module: nn.Module) -> str | None:
 def _put(module: nn.Module, adapter: Adapter) -> None:
     slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
     forward = partial(adapter.forward, module)
-    vars(module)[_SWAP] = _Swap(forward, slot, vars(module).get(slot))
+    vars(module)[_SWAP] = _Swap(forward, slot, vars(module).get(slot), adapter.helper)
     vars(module)[slot] = forward
 
 

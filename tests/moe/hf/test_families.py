@@ -60,7 +60,8 @@ def test_swapped_model_equals_the_original(family, assert_close, assert_same_gra
     assert_same_gradients(got_grads, want_grads)
     assert ours.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in ours.state_dict().items())
-    headgate.restore(ours)
+    assert headgate.restore(ours) == report.replaced
+    assert not [m for m in ours.modules() if any(name.startswith("_headgate") for name in vars(m))]
     again, _ = run(ours, family.inputs)
     assert all(torch.equal(again[name], t) for name, t in want.items())
 
