@@ -16,6 +16,8 @@ from .train import Optimizer
 
 CONTENDERS = (*RIVALS, "headgate")
 MIN_ROUNDS, MAX_ROUNDS = 3, 7
+PATIENCE = 2  # times the planned seconds: then fewer than MIN_ROUNDS must do
+STEADY = 1.5  # slowest over fastest round of the same work; beyond it the machine was doing something else
 NEW_TOKENS = 24
 WORK = {
     "training_step": "training step",
@@ -40,11 +42,14 @@ def run(tour: Tour) -> None:
         "dtype": "float32",
         "tokens_per_step": batch.numel(),
         "seconds": seconds,
+        "slowest_over_fastest": _spread(seconds["training_step"]),
         "tokens_per_second": rates,
         "kept_for_backward_bytes": {name: total for name, (total, _) in kept.items()},
         "kept_by_experts_bytes": {name: inside for name, (_, inside) in kept.items()},
     }
     tour.screen.table(_table(tour.metrics["speed"]))
+    if tour.metrics["speed"]["slowest_over_fastest"] > STEADY:
+        tour.screen.say(f"  {_warning(tour.metrics['speed'])}")
 
 
 def _measure(tour: Tour, model: Model, batch: Tensor) -> dict[str, dict[str, list[float]]]:
@@ -77,7 +82,7 @@ def _measure(tour: Tour, model: Model, batch: Tensor) -> dict[str, dict[str, lis
                         seconds[name][who].append(took)
         spent = time.perf_counter() - began
         bar.update(min(int(spent), bar.total), f"seconds of measuring, {turn + 1} rounds")
-        if turn >= MIN_ROUNDS and spent > tour.options.speed_seconds:
+        if spent > tour.options.speed_seconds * (1 if turn >= MIN_ROUNDS else PATIENCE) and turn:
             break
     bar.close()
     model.zero_grad()
@@ -128,6 +133,17 @@ def _kept_for_backward(model: Model, batch: Tensor, name: str) -> tuple[int, int
     return sum(seen.values()), sum(experts.values())
 
 
+def _spread(seconds: dict[str, list[float]]) -> float:
+    return max(max(times) / min(times) for times in seconds.values())
+
+
+def _warning(found: dict) -> str:
+    return (
+        f"The same step took up to {found['slowest_over_fastest']:.1f} times as long from one round to the next: "
+        "something else is using this machine, and these speeds are not to be relied on."
+    )
+
+
 def _table(found: dict) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("tokens per second", *CONTENDERS, "headgate / best")]
     for work, rates in found["tokens_per_second"].items():
@@ -152,8 +168,13 @@ def section(tour: Tour) -> str:
     ]
     kept = {who: found["kept_by_experts_bytes"][who] / 1e6 for who in CONTENDERS}
     pictures.append(charts.bars("kept for backward by the experts", kept, "headgate", "MB", less_is_better=True))
-    return html.prose(
-        f"One model, the same weights, {found['tokens_per_step']:,} tokens a step in {found['dtype']} on "
-        f"{found['threads']} threads. The implementations took turns for {rounds} rounds; the bars are medians. "
-        "A training step is forward, backward and optimiser of the whole model, of which the experts are a part."
-    ) + html.grid(pictures)
+    note = html.prose(f"<b>{_warning(found)}</b>") if found["slowest_over_fastest"] > STEADY else ""
+    return (
+        note
+        + html.prose(
+            f"One model, the same weights, {found['tokens_per_step']:,} tokens a step in {found['dtype']} on "
+            f"{found['threads']} threads. The implementations took turns for {rounds} rounds; the bars are medians. "
+            "A training step is forward, backward and optimiser of the whole model, of which the experts are a part."
+        )
+        + html.grid(pictures)
+    )
