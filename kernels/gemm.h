@@ -4,11 +4,11 @@
 // (Single) or two neighbouring bf16 (Pair, for the AVX512_BF16 dot product). A tile has MR rows, whose words are
 // broadcast, and NV vectors of LANES columns ("lanes"), whose words lie side by side in a packed panel:
 //
-//     rows   in place: MR pointers to consecutive words            lanes   panel [part][P][NV * LANES]
-//            packed:   [part][P][MR]
+//     rows   in place: MR pointers to consecutive words            lanes   panel [P][NV * LANES]
+//            packed:   [P][MR]
 //
-// fp16 has 11 significant bits, bf16 has 8: an fp16 value is the sum of two bf16 (hi + lo), so an fp16 product is three
-// bf16 products (hi hi + hi lo + lo hi), exact to 2^-18. Those are the `parts`.
+// fp16 is multiplied as floats: exact, and faster than as pairs of bf16 (hi + lo), which takes three products where the
+// dot product instruction does two at a time.
 #pragma once
 #include "simd.h"
 
@@ -32,85 +32,57 @@ struct Pair {
 };
 #endif
 
-// How type T is multiplied: the word form M, how many parts a value is split into, and the element kept in scratch.
+// How type T is multiplied: the word form M, and the element S that intermediate results are kept in.
 template <class T>
-struct Form;
-template <>
-struct Form<float> { using M = Single; using S = float; static constexpr int PARTS = 1; static constexpr bool IN_PLACE = true; };
+struct Form { using M = Single; using S = float; };
 #ifdef HG_BF16_DOT
 template <>
-struct Form<bf16> { using M = Pair; using S = bf16; static constexpr int PARTS = 1; static constexpr bool IN_PLACE = true; };
-template <>
-struct Form<f16> { using M = Pair; using S = bf16; static constexpr int PARTS = 2; static constexpr bool IN_PLACE = false; };
-#else
-template <>
-struct Form<bf16> { using M = Single; using S = float; static constexpr int PARTS = 1; static constexpr bool IN_PLACE = false; };
-template <>
-struct Form<f16> { using M = Single; using S = float; static constexpr int PARTS = 1; static constexpr bool IN_PLACE = false; };
+struct Form<bf16> { using M = Pair; using S = bf16; };
 #endif
+// Rows can be multiplied where they are stored.
+template <class T>
+constexpr bool IN_PLACE = std::is_same_v<T, typename Form<T>::S>;
 
 template <class T>
 constexpr int words(int n) { return (n + Form<T>::M::PACK - 1) / Form<T>::M::PACK; }
 
 // ---- words out of floats -------------------------------------------------------------------------------------------
 
-#ifdef HG_BF16_DOT
-// What is left of x after rounding to bf16 (part 1), or x itself (part 0); an infinity leaves nothing.
-HG_INLINE vf part_of(vf x, int part) {
-  if (part == 0) return x;
-  vf hi = float_of_bf16(bf16_of(x));
-  __mmask16 finite = _mm512_cmp_ps_mask((__m512)(hi - hi), _mm512_setzero_ps(), _CMP_EQ_OQ);
-  return (vf)_mm512_maskz_sub_ps(finite, (__m512)x, (__m512)hi);
-}
-// words (a_i, b_i) of one part
-HG_INLINE vf pair_words(vf a, vf b, int part) {
-  __m512i lo = _mm512_cvtepu16_epi32(bf16_of(part_of(a, part))), hi = _mm512_cvtepu16_epi32(bf16_of(part_of(b, part)));
-  return (vf)_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
-}
-#endif
+// words (a_i, b_i)
 template <class M>
-HG_INLINE vf make_words(vf a, vf b, int part) {
+HG_INLINE vf make_words(vf a, vf b) {
 #ifdef HG_BF16_DOT
-  if constexpr (M::PACK == 2) return pair_words(a, b, part);
+  if constexpr (M::PACK == 2) {
+    __m512i lo = _mm512_cvtepu16_epi32(bf16_of(a)), hi = _mm512_cvtepu16_epi32(bf16_of(b));
+    return (vf)_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
+  }
 #endif
-  (void)b, (void)part;
+  (void)b;
   return a;
 }
 
 // LANES words along a row from element `at`; elements at or beyond n are zero
 template <class T>
-HG_INLINE vf row_words(const T* row, int at, int n, int part) {
-  if constexpr (Form<T>::M::PACK == 1) {
-    return load(row + at, n - at);
-  } else {
+HG_INLINE vf row_words(const T* row, int at, int n) {
 #ifdef HG_BF16_DOT
-    if constexpr (sizeof(T) == 2 && Form<T>::PARTS == 1) {
-      return (vf)_mm512_maskz_loadu_epi16(mask32(n - at), row + at);
-    } else {
-      vf a = part_of(load(row + at, n - at), part), b = part_of(load(row + at + 16, n - at - 16), part);
-      return (vf)_mm512_inserti64x4(_mm512_castsi256_si512(bf16_of(a)), bf16_of(b), 1);
-    }
+  if constexpr (Form<T>::M::PACK == 2) return (vf)_mm512_maskz_loadu_epi16(mask32(n - at), row + at);
 #endif
-  }
+  return load(row + at, n - at);
 }
 
 // LANES words across columns: word i holds (r0[i], r1[i]); r1 null = zero
 template <class T>
-HG_INLINE vf column_words(const T* r0, const T* r1, int n, int part) {
-  if constexpr (Form<T>::M::PACK == 1) {
-    return load(r0, n);
-  } else {
+HG_INLINE vf column_words(const T* r0, const T* r1, int n) {
 #ifdef HG_BF16_DOT
-    if constexpr (Form<T>::PARTS == 1) {
-      __m512i lo = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(n), r0));
-      if (!r1) return (vf)lo;
-      __m512i hi = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(n), r1));
-      return (vf)_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
-    } else {
-      return pair_words(load(r0, n), r1 ? load(r1, n) : vf{}, part);
-    }
-#endif
+  if constexpr (Form<T>::M::PACK == 2) {
+    __m512i lo = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(n), r0));
+    if (!r1) return (vf)lo;
+    __m512i hi = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(n), r1));
+    return (vf)_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
   }
+#endif
+  (void)r1;
+  return load(r0, n);
 }
 
 // LANES x LANES words, in place
@@ -161,33 +133,29 @@ struct Panels {
   }
 };
 
-template <class T>
-constexpr size_t panel_floats(int vectors, int P) { return size_t(vectors) * LANES * P * Form<T>::PARTS; }
+constexpr size_t panel_floats(int vectors, int P) { return size_t(vectors) * LANES * P; }
 
 // Lanes = rows: lane l of the panels holds row(l), its words along the row. n lanes, `len` elements each.
 template <class T, class Row>
 void pack_rows(float* dst, int n, int len, Row row) {
-  constexpr int PACK = Form<T>::M::PACK, PARTS = Form<T>::PARTS;
   const int P = words<T>(len);
   Panels panels(n);
   for (int v0 = 0, nv; v0 < panels.vectors; v0 += nv) {
     nv = panels.width(v0);
-    float* base = dst + panel_floats<T>(v0, P);
+    float* base = dst + panel_floats(v0, P);
     for (int v = 0; v < nv; ++v) {
       const T* r[LANES];
       for (int i = 0; i < LANES; ++i) {
         int lane = (v0 + v) * LANES + i;
         r[i] = lane < n ? row(lane) : nullptr;
       }
-      for (int part = 0; part < PARTS; ++part)
-        for (int p = 0; p < P; p += LANES) {
-          vf x[LANES];
-          for (int i = 0; i < LANES; ++i) x[i] = r[i] ? row_words(r[i], p * PACK, len, part) : vf{};
-          transpose(x);
-          int m = P - p < LANES ? P - p : LANES;
-          float* out = base + (size_t(part) * P + p) * nv * LANES + v * LANES;
-          for (int i = 0; i < m; ++i) *(vf_u*)(out + size_t(i) * nv * LANES) = x[i];
-        }
+      for (int p = 0; p < P; p += LANES) {
+        vf x[LANES];
+        for (int i = 0; i < LANES; ++i) x[i] = r[i] ? row_words(r[i], p * Form<T>::M::PACK, len) : vf{};
+        transpose(x);
+        float* out = base + size_t(p) * nv * LANES + v * LANES;
+        for (int i = 0; i < LANES && p + i < P; ++i) *(vf_u*)(out + size_t(i) * nv * LANES) = x[i];
+      }
     }
   }
 }
@@ -195,22 +163,21 @@ void pack_rows(float* dst, int n, int len, Row row) {
 // Lanes = columns c0 .. c0+n-1 of the rows row(0) .. row(len-1); the words run down the rows.
 template <class T, class Row>
 void pack_columns(float* dst, int c0, int n, int len, Row row) {
-  constexpr int PACK = Form<T>::M::PACK, PARTS = Form<T>::PARTS;
+  constexpr int PACK = Form<T>::M::PACK;
   const int P = words<T>(len);
   Panels panels(n);
-  for (int part = 0; part < PARTS; ++part)
-    for (int p = 0; p < P; ++p) {
-      const T* r0 = row(p * PACK) + c0;
-      const T* r1 = PACK == 2 && p * PACK + 1 < len ? row(p * PACK + 1) + c0 : nullptr;
-      for (int v0 = 0, nv; v0 < panels.vectors; v0 += nv) {
-        nv = panels.width(v0);
-        float* out = dst + panel_floats<T>(v0, P) + (size_t(part) * P + p) * nv * LANES;
-        for (int v = 0; v < nv; ++v) {
-          int c = (v0 + v) * LANES;
-          *(vf_u*)(out + v * LANES) = column_words<T>(r0 + c, r1 ? r1 + c : nullptr, n - c, part);
-        }
+  for (int p = 0; p < P; ++p) {
+    const T* r0 = row(p * PACK) + c0;
+    const T* r1 = PACK == 2 && p * PACK + 1 < len ? row(p * PACK + 1) + c0 : nullptr;
+    for (int v0 = 0, nv; v0 < panels.vectors; v0 += nv) {
+      nv = panels.width(v0);
+      float* out = dst + panel_floats(v0, P) + size_t(p) * nv * LANES;
+      for (int v = 0; v < nv; ++v) {
+        int c = (v0 + v) * LANES;
+        *(vf_u*)(out + v * LANES) = column_words<T>(r0 + c, r1 ? r1 + c : nullptr, n - c);
       }
     }
+  }
 }
 
 // ---- the row side --------------------------------------------------------------------------------------------------
@@ -219,71 +186,58 @@ void pack_columns(float* dst, int c0, int n, int len, Row row) {
 struct Tile {
   const float* row[MR];
   const float* packed;
-  size_t part_stride;  // words from one part to the next
 };
 
-// Rows of a matrix of T seen with strides (in elements): element (r, c) at row(r) + c * step.
+// The rows of one tile as they are stored: element (r, c) at row[r] + c * step.
 template <class T>
 struct Source {
   const T* row[MR];
 };
 
+// LANES words of one row whatever the distance of its elements; slow
 template <class T>
-HG_INLINE vf gather_row_words(const Source<T>& s, size_t step, int p, int len, int part, int i) {
+vf gather_words(const T* row, size_t step, int at, int n) {
   constexpr int PACK = Form<T>::M::PACK;
   vf a{}, b{};
   for (int l = 0; l < LANES; ++l) {
-    int c = (p + l) * PACK;
-    if (c < len) a[l] = to_float(s.row[i][c * step]);
-    if (PACK == 2 && c + 1 < len) b[l] = to_float(s.row[i][(c + 1) * step]);
+    const int c = at + l * PACK;
+    if (c < n) a[l] = to_float(row[c * step]);
+    if (PACK == 2 && c + 1 < n) b[l] = to_float(row[(c + 1) * step]);
   }
-  return make_words<typename Form<T>::M>(a, b, part);
+  return make_words<typename Form<T>::M>(a, b);
 }
 
 #ifdef HG_AVX512
-// MR = 8 elements, one per row, where rows 0-3 and 4-7 are neighbours in memory
+// MR = 8 words, one per row, where rows 0-3 (at a) and 4-7 (at b) are neighbours in memory; `next` is the distance to
+// the words' second elements, 0 = there is none
 template <class T>
-HG_INLINE __m256 eight(const T* a, const T* b) {
+HG_INLINE __m256 eight_words(const T* a, const T* b, size_t next) {
   if constexpr (sizeof(T) == 4) {
     return _mm256_set_m128(_mm_loadu_ps((const float*)b), _mm_loadu_ps((const float*)a));
   } else {
-    __m128i x = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)a), _mm_loadl_epi64((const __m128i*)b));
-    if constexpr (std::is_same_v<T, bf16>) return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-    else return _mm256_cvtph_ps(x);
+    auto both = [](const T* x, const T* y) {
+      return _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)x), _mm_loadl_epi64((const __m128i*)y));
+    };
+    if constexpr (std::is_same_v<T, f16>) return _mm256_cvtph_ps(both(a, b));
+    __m256i lo = _mm256_cvtepu16_epi32(both(a, b));
+    if (Form<T>::M::PACK == 1) return _mm256_castsi256_ps(_mm256_slli_epi32(lo, 16));
+    if (!next) return _mm256_castsi256_ps(lo);
+    __m256i hi = _mm256_cvtepu16_epi32(both(a + next, b + next));
+    return _mm256_castsi256_ps(_mm256_or_si256(lo, _mm256_slli_epi32(hi, 16)));
   }
-}
-template <class T>
-HG_INLINE __m256 eight_words(const Source<T>& s, size_t at, size_t step, bool second, int part) {
-  const T *a = s.row[0] + at, *b = s.row[4] + at;
-#ifdef HG_BF16_DOT
-  if constexpr (std::is_same_v<T, bf16>) {
-    __m128i x = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)a), _mm_loadl_epi64((const __m128i*)b));
-    __m256i lo = _mm256_cvtepu16_epi32(x);
-    if (!second) return _mm256_castsi256_ps(lo);
-    x = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)(a + step)), _mm_loadl_epi64((const __m128i*)(b + step)));
-    return _mm256_castsi256_ps(_mm256_or_si256(lo, _mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)));
-  } else if constexpr (std::is_same_v<T, f16>) {
-    vf u = (vf)_mm512_castps256_ps512(eight(a, b));
-    vf w = second ? (vf)_mm512_castps256_ps512(eight(a + step, b + step)) : vf{};
-    return _mm512_castps512_ps256((__m512)pair_words(u, w, part));
-  }
-#endif
-  (void)step, (void)second, (void)part;
-  return eight(a, b);
 }
 #endif
 
-// Packs `tiles` tiles of MR rows, `len` elements along the contraction, into dst[tile][part][P][MR].
-// `side_by_side`: rows 0-3 and 4-7 of every tile are neighbours in memory (only then may they be read four at a time).
+// Packs `tiles` whole tiles whose rows are neighbours in memory (0-3 and 4-7 at least): down the contraction, all tiles
+// of a chunk at once, because their elements share cache lines.
 template <class T>
-void pack_tiles(float* dst, const Source<T>* s, int tiles, size_t step, int len, bool side_by_side, size_t tile_stride,
-                size_t part_stride) {
-  constexpr int PACK = Form<T>::M::PACK, PARTS = Form<T>::PARTS;
-  const int P = words<T>(len);
+bool pack_neighbours(float* dst, const Source<T>* s, int tiles, size_t step, int len, size_t tile_stride) {
 #ifdef HG_AVX512
+  constexpr int PACK = Form<T>::M::PACK;
+  const int P = words<T>(len);
 #ifdef HG_BF16_DOT
   if constexpr (std::is_same_v<T, bf16>) {
-    if (side_by_side && tiles == 4 && s[3].row[4] == s[0].row[0] + 28 && s[0].row[4] == s[0].row[0] + 4) {
+    if (tiles == 4 && s[3].row[4] == s[0].row[0] + 28 && s[0].row[4] == s[0].row[0] + 4) {
       // 32 neighbours: one cache line of each of the two elements of a word
       for (int p = 0; p < P; ++p) {
         const T* at = s[0].row[0] + size_t(p) * PACK * step;
@@ -297,32 +251,43 @@ void pack_tiles(float* dst, const Source<T>* s, int tiles, size_t step, int len,
         put(std::integral_constant<int, 0>()), put(std::integral_constant<int, 1>());
         put(std::integral_constant<int, 2>()), put(std::integral_constant<int, 3>());
       }
-      return;
+      return true;
     }
   }
 #endif
-  if (side_by_side) {  // down the contraction, all tiles of a chunk at once: their elements share cache lines
-    for (int part = 0; part < PARTS; ++part)
-      for (int p = 0; p < P; ++p)
-        for (int t = 0; t < tiles; ++t)
-          _mm256_storeu_ps(dst + t * tile_stride + part * part_stride + size_t(p) * MR,
-                           eight_words(s[t], size_t(p) * PACK * step, step, p * PACK + 1 < len, part));
-    return;
+  for (int p = 0; p < P; ++p) {
+    const size_t at = size_t(p) * PACK * step;
+    for (int t = 0; t < tiles; ++t)
+      _mm256_storeu_ps(dst + t * tile_stride + size_t(p) * MR,
+                       eight_words(s[t].row[0] + at, s[t].row[4] + at, p * PACK + 1 < len ? step : 0));
   }
+  return true;
+#else
+  (void)dst, (void)s, (void)tiles, (void)step, (void)len, (void)tile_stride;
+  return false;
 #endif
-  for (int t = 0; t < tiles; ++t)
-    for (int part = 0; part < PARTS; ++part)
-      for (int p = 0; p < P; p += LANES) {
-        vf x[LANES];
-        for (int i = 0; i < LANES; ++i) {
-          if (i >= MR) x[i] = vf{};
-          else if (step == 1) x[i] = row_words(s[t].row[i], p * PACK, len, part);
-          else x[i] = gather_row_words(s[t], step, p, len, part, i);
-        }
-        transpose(x);
-        float* out = dst + t * tile_stride + part * part_stride + size_t(p) * MR;
-        for (int i = 0; i < LANES && p + i < P; ++i) std::memcpy(out + i * MR, &x[i], MR * 4);
+}
+
+// Packs `tiles` tiles of MR rows, `len` elements along the contraction, into dst[tile][P][MR], as many tiles at a time as
+// fill a vector.
+template <class T>
+void pack_tiles(float* dst, const Source<T>* s, int tiles, size_t step, int len, size_t tile_stride) {
+  constexpr int PACK = Form<T>::M::PACK, GROUP = LANES / MR;
+  const int P = words<T>(len);
+  for (int t0 = 0; t0 < tiles; t0 += GROUP)
+    for (int p = 0; p < P; p += LANES) {
+      vf x[LANES];
+      for (int i = 0; i < LANES; ++i) {
+        const int t = t0 + i / MR;
+        if (t >= tiles) x[i] = vf{};
+        else if (step == 1) x[i] = row_words(s[t].row[i % MR], p * PACK, len);
+        else x[i] = gather_words(s[t].row[i % MR], step, p * PACK, len);
       }
+      transpose(x);
+      for (int i = 0; i < LANES && p + i < P; ++i)
+        for (int g = 0; g < GROUP && t0 + g < tiles; ++g)
+          std::memcpy(dst + (t0 + g) * tile_stride + size_t(p + i) * MR, (const float*)&x[i] + g * MR, MR * sizeof(float));
+    }
 }
 
 // ---- the multiplication --------------------------------------------------------------------------------------------
@@ -360,18 +325,13 @@ HG_INLINE void multiply(vf (&c)[MR][NV], const float* const (&row)[MR], const fl
 }
 
 // c = tile times panel. A function of its own, whose sums are local: only so do all of them stay in registers.
-template <class T, int NV, bool PACKED>
+template <class M, int NV, bool PACKED>
 __attribute__((noinline)) void tile_product(vf (&c)[MR][NV], const Tile& a, const float* panel, int P) {
-  constexpr int segments = Form<T>::PARTS == 2 ? 3 : 1;
   vf sums[MR][NV] = {};
-  for (int s = 0; s < segments; ++s) {
-    const size_t of_a = s == 2 ? a.part_stride : 0;
-    const float* row[MR];
+  const float* row[MR];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) row[i] = PACKED ? nullptr : a.row[i] + of_a;
-    multiply<typename Form<T>::M, NV, PACKED>(sums, row, PACKED ? a.packed + of_a : nullptr,
-                                              panel + (s == 1 ? size_t(P) * NV * LANES : 0), P);
-  }
+  for (int i = 0; i < MR; ++i) row[i] = PACKED ? nullptr : a.row[i];
+  multiply<M, NV, PACKED>(sums, row, a.packed, panel, P);
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 3
@@ -381,15 +341,15 @@ __attribute__((noinline)) void tile_product(vf (&c)[MR][NV], const Tile& a, cons
 template <class T, int NV, class Epilogue>
 HG_INLINE void one_panel(const Tile& a, const float* panel, int P, int lane0, Epilogue&& epilogue) {
   vf c[MR][NV];
-  if (a.packed) tile_product<T, NV, true>(c, a, panel, P);
-  else tile_product<T, NV, false>(c, a, panel, P);
+  if (a.packed) tile_product<typename Form<T>::M, NV, true>(c, a, panel, P);
+  else tile_product<typename Form<T>::M, NV, false>(c, a, panel, P);
   epilogue(c, lane0);
 }
 
 // epilogue(c, first lane) for the panel of nv vectors that starts at vector v0
 template <class T, class Epilogue>
 HG_INLINE void for_panel(const Tile& a, const float* panels, int v0, int nv, int P, Epilogue&& epilogue) {
-  const float* panel = panels + panel_floats<T>(v0, P);
+  const float* panel = panels + panel_floats(v0, P);
   switch (nv) {
     case 1: return one_panel<T, 1>(a, panel, P, v0 * LANES, epilogue);
     case 2: return one_panel<T, 2>(a, panel, P, v0 * LANES, epilogue);

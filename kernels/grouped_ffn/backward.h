@@ -9,25 +9,17 @@
 
 namespace hg {
 
-// dH^T [W][rows] and (s A)^T [F][rows] of one expert as tiles want them: words along the rows, part by part.
+// dH^T [W][rows] and (s A)^T [F][rows] of one expert as tiles want them: words along the rows.
 template <class T>
 struct Kept {
   using S = typename Form<T>::S;
   float *dh, *sa;
   int P;  // words along the rows
-  static size_t floats(int M, int W, int F) { return size_t(words<T>(M)) * (W + F) * Form<T>::PARTS; }
-  Kept(float* at, int M, int W) : dh(at), sa(at + size_t(words<T>(M)) * W * Form<T>::PARTS), P(words<T>(M)) {}
-  // LANES values of row r (of `rows`) from place m on
-  HG_INLINE void put(float* to, int rows, int r, int m, vf x) const {
-    const int left = P * Form<T>::M::PACK - m;
-    for (int part = 0; part < Form<T>::PARTS; ++part) {
-      S* line = (S*)(to + (size_t(part) * rows + r) * P);
-#ifdef HG_BF16_DOT
-      if constexpr (Form<T>::PARTS == 2) { store(line + m, part_of(x, part), left); continue; }
-#endif
-      store(line + m, x, left);
-    }
-  }
+  static size_t floats(int M, int W, int F) { return size_t(words<T>(M)) * (W + F); }
+  Kept(float* at, int M, int W) : dh(at), sa(at + size_t(words<T>(M)) * W), P(words<T>(M)) {}
+  S* row(float* of, int r) const { return (S*)(of + size_t(r) * P); }
+  // LANES values of row r from place m on
+  HG_INLINE void put(float* of, int r, int m, vf x) const { store(row(of, r) + m, x, P * Form<T>::M::PACK - m); }
 };
 
 // How the contraction over the W stored rows of W1 is cut into words: gate then up, each padded, or one run.
@@ -44,7 +36,7 @@ struct Width {
 // dX rows for one block (null dx: not asked for), ds, and the block's part of Kept.
 template <class T>
 void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T* dx, float* gp, float* dp, float* pack) {
-  constexpr int PACK = Form<T>::M::PACK, PARTS = Form<T>::PARTS;
+  constexpr int PACK = Form<T>::M::PACK;
   const int e = b.e, n = b.n, M = p.count(e), PO = words<T>(p.O);
   const Width<T> width(p);
   const int32_t* pair = p.pairs(e) + b.m0;
@@ -79,16 +71,15 @@ void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T
               const vf u = p.gated ? load(h + int64_t(p.up_row(col)) * M + m, left) : vf{};
               const vf a = p.act.backward(g, u, c[i][v] * sv, dg[i], du[i]);
               sum = sum + c[i][v] * a;
-              kept.put(kept.sa, p.F, col, m, a * sv);
-              kept.put(kept.dh, p.W, p.gate_row(col), m, dg[i]);
-              if (p.gated) kept.put(kept.dh, p.W, p.up_row(col), m, du[i]);
+              kept.put(kept.sa, col, m, a * sv);
+              kept.put(kept.dh, p.gate_row(col), m, dg[i]);
+              if (p.gated) kept.put(kept.dh, p.up_row(col), m, du[i]);
             }
             *(vf_u*)(ds + lane) = sum;
             if (!dx) continue;
-            float* out = dp + panel_floats<T>(lane0 / LANES, width.P) + v * LANES;
+            float* out = dp + panel_floats(lane0 / LANES, width.P) + v * LANES;
             auto word = [&](int at, vf x, vf y) {
-              for (int part = 0; part < PARTS; ++part)
-                *(vf_u*)(out + (size_t(part) * width.P + at) * NV * LANES) = make_words<typename Form<T>::M>(x, y, part);
+              *(vf_u*)(out + size_t(at) * NV * LANES) = make_words<typename Form<T>::M>(x, y);
             };
             const int first = f + t * MR;
             if (p.gated && p.a.interleaved) {
@@ -127,7 +118,7 @@ void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T
       tiles = make_tiles<T>(tile, here, p.w1_r(0), p.w1_c(0), p.W, true, pack,
                             [&](int i) { return p.w1_row(e, 0) + std::min(d + i, p.D - 1) * p.w1_c(0); });
     } else {  // gate and up apart: pack each run, then lay the tiles over both
-      const size_t part = size_t(width.P) * MR, each = part * PARTS;
+      const size_t each = size_t(width.P) * MR;
       Source<T> source[TILES];
       tiles = (here + MR - 1) / MR;
       for (int r = 0; r < width.runs; ++r) {
@@ -135,12 +126,9 @@ void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T
         for (int t = 0; t < tiles; ++t)
           for (int i = 0; i < MR; ++i)
             source[t].row[i] = p.w1_row(e, f2) + std::min(d + t * MR + i, p.D - 1) * p.w1_c(f2);
-        const int whole = p.w1_c(f2) == 1 ? here / MR : 0;
-        float* to = pack + size_t(r) * words<T>(width.len) * MR;
-        if (whole) pack_tiles(to, source, whole, p.w1_r(f2), width.len, true, each, part);
-        if (whole < tiles) pack_tiles(to + whole * each, source + whole, tiles - whole, p.w1_r(f2), width.len, false, each, part);
+        pack_chunk(pack + size_t(r) * words<T>(width.len) * MR, source, here, p.w1_r(f2), p.w1_c(f2), width.len, each);
       }
-      for (int t = 0; t < tiles; ++t) tile[t].packed = pack + t * each, tile[t].part_stride = part;
+      for (int t = 0; t < tiles; ++t) tile[t].packed = pack + t * each;
     }
     for_chunk<T>(tile, tiles, dp, n, width.P, [&](auto& c, int, int t) { turn.put(c, t); },
         [&](int lane0, int nv) {
@@ -154,7 +142,7 @@ void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T
 // out(row, lane) = sum over an expert's rows of kept(row, m) * column(lane, m), for `rows` kept rows; out has strides
 // (r, c) in elements and one of them is 1.
 template <class T>
-void kept_product(const float* kept, int all_rows, int row0, int rows, int P, const float* panels, int c0, int n, T* out,
+void kept_product(const float* kept, int row0, int rows, int P, const float* panels, int c0, int n, T* out,
                   int64_t r, int64_t c) {
   Turn turn;
   for (int f = 0; f < rows; f += CHUNK) {
@@ -163,7 +151,6 @@ void kept_product(const float* kept, int all_rows, int row0, int rows, int P, co
     for (int t = 0; t < tiles; ++t) {
       for (int i = 0; i < MR; ++i) tile[t].row[i] = kept + size_t(row0 + std::min(f + t * MR + i, rows - 1)) * P;
       tile[t].packed = nullptr;
-      tile[t].part_stride = size_t(all_rows) * P;
     }
     for_chunk<T>(tile, tiles, panels, n, P,
         [&](auto& x, int lane0, int t) {
@@ -191,28 +178,24 @@ void weight_gradients(const Problem<T>& p, int e, const Kept<T>& kept, bool down
   const int64_t stride = down ? p.a.grad_r : p.a.rows_r;
   pack_columns<T>(panels, c0, n, M, [&](int m) { return base + int64_t(pair[m] / p.K) * stride; });
   if (down) {
-    kept_product(kept.sa, p.F, 0, p.F, kept.P, panels, c0, n, (T*)p.a.dw2 + e * p.a.dw2_e, p.a.dw2_c, p.a.dw2_r);
+    kept_product(kept.sa, 0, p.F, kept.P, panels, c0, n, (T*)p.a.dw2 + e * p.a.dw2_e, p.a.dw2_c, p.a.dw2_r);
     return;
   }
   const int in_first = p.pair_of_tensors ? p.F : p.W;
   if (p.a.dw1)
-    kept_product(kept.dh, p.W, 0, in_first, kept.P, panels, c0, n, (T*)p.a.dw1 + e * p.a.dw1_e, p.a.dw1_r, p.a.dw1_c);
+    kept_product(kept.dh, 0, in_first, kept.P, panels, c0, n, (T*)p.a.dw1 + e * p.a.dw1_e, p.a.dw1_r, p.a.dw1_c);
   if (p.a.dwu)
-    kept_product(kept.dh, p.W, p.F, p.F, kept.P, panels, c0, n, (T*)p.a.dwu + e * p.a.dwu_e, p.a.dwu_r, p.a.dwu_c);
+    kept_product(kept.dh, p.F, p.F, kept.P, panels, c0, n, (T*)p.a.dwu + e * p.a.dwu_e, p.a.dwu_r, p.a.dwu_c);
 }
 
 // db1 = sum over rows of dH; db2 = sum over rows of s G
 template <class T>
 void bias_gradients(const Problem<T>& p, int e, const Kept<T>& kept) {
-  using S = typename Form<T>::S;
   const int M = p.count(e);
   if (T* db1 = (T*)p.a.db1)
     for (int f = 0; f < p.W; ++f) {
       vf x{};
-      for (int part = 0; part < Form<T>::PARTS; ++part) {
-        const S* line = (const S*)(kept.dh + (size_t(part) * p.W + f) * kept.P);
-        for (int m = 0; m < M; m += LANES) x = x + load(line + m, M - m);
-      }
+      for (int m = 0; m < M; m += LANES) x = x + load(kept.row(kept.dh, f) + m, M - m);
       from_float(sum(x), db1[int64_t(e) * p.W + f]);
     }
   if (T* db2 = (T*)p.a.db2)

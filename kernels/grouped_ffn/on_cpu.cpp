@@ -14,8 +14,8 @@ template <class T>
 void forward_blocks(const Problem<T>& p, T* out) {
   const int most = p.block_rows(), PD = words<T>(p.D), PF = words<T>(p.F);
   const auto blocks = p.blocks(0, p.a.E, most);
-  const size_t xp = panel_floats<T>(most / LANES + 1, PD), ap = panel_floats<T>(most / LANES + 1, PF),
-               pack = tiles_floats<T>(std::max(PD, PF));
+  const size_t xp = panel_floats(most / LANES + 1, PD), ap = panel_floats(most / LANES + 1, PF),
+               pack = tiles_floats(std::max(PD, PF));
   Scratch<float> scratch((xp + ap + pack) * p.threads);
 #pragma omp parallel num_threads(p.threads)
   {
@@ -39,16 +39,16 @@ void forward_slices(const Problem<T>& p, T* out) {
   const int PD = words<T>(p.D), PF = words<T>(p.F);
   const auto blocks = p.blocks(0, p.a.E, 1 << 30);
   const bool thin_ok = thin_serves(p);
-  auto thin = [&](const Block& b) { return thin_ok && b.n <= THIN; };
+  auto thin = [&](const Block& b) { return thin_ok && b.n <= THIN<T>; };
   // where each expert's inputs and activations lie: rows for the thin ones, panels for the others (in floats)
   std::vector<size_t> x_at(blocks.size() + 1), a_at(blocks.size() + 1);
   for (size_t i = 0; i < blocks.size(); ++i) {
     const int n = blocks[i].n, vectors = (n + LANES - 1) / LANES;
     const bool copy = !std::is_same_v<T, X>;  // rows already of type X are read where they are
-    x_at[i + 1] = x_at[i] + (thin(blocks[i]) ? (copy ? size_t(n) * p.D : 0) : panel_floats<T>(vectors, PD));
-    a_at[i + 1] = a_at[i] + (thin(blocks[i]) ? size_t(n) * p.F : panel_floats<T>(vectors, PF));
+    x_at[i + 1] = x_at[i] + (thin(blocks[i]) ? (copy ? size_t(n) * p.D : 0) : panel_floats(vectors, PD));
+    a_at[i + 1] = a_at[i] + (thin(blocks[i]) ? size_t(n) * p.F : panel_floats(vectors, PF));
   }
-  const size_t pack = tiles_floats<T>(std::max(PD, PF));
+  const size_t pack = tiles_floats(std::max(PD, PF));
   Scratch<float> xs(x_at.back()), as(a_at.back()), packs(pack * p.threads);
   auto row = [&](const Block& b, int m) {
     return (const T*)p.a.rows + int64_t(p.pairs(b.e)[m] / p.K) * p.a.rows_r;
@@ -73,7 +73,7 @@ void forward_slices(const Problem<T>& p, T* out) {
       float *x = xs.get() + x_at[i / cuts_f], *a = as.get() + a_at[i / cuts_f];
       T* h = p.a.h ? (T*)p.a.h + int64_t(p.order.offsets[b.e]) * p.W : nullptr;
       if (thin(b)) {
-        const X* rows[THIN];
+        const X* rows[THIN<T>];
         for (int m = 0; m < b.n; ++m)
           rows[m] = std::is_same_v<T, X> ? (const X*)row(b, m) : (const X*)(x + size_t(m) * p.D);
         thin_up(p, b.e, f0, f1, rows, (X*)a, h);
@@ -87,7 +87,7 @@ void forward_slices(const Problem<T>& p, T* out) {
       const int o0 = int(i % cuts_o) * CUT, o1 = std::min(o0 + CUT, p.O);
       float* a = as.get() + a_at[i / cuts_o];
       if (thin(b)) {
-        const X* rows[THIN];
+        const X* rows[THIN<T>];
         for (int m = 0; m < b.n; ++m) rows[m] = (const X*)a + size_t(m) * p.F;
         thin_down(p, b.e, o0, o1, rows, out);
       } else {
@@ -105,7 +105,7 @@ Status forward(const Args& args) {
   for (int e = 0; e < args.E; ++e) hit += p.count(e) > 0;
   if (args.h) want_huge_pages(args.h, size_t(args.R) * p.K * p.W * sizeof(T));
   Scratch<T> out(size_t(p.live()) * p.O);
-  if (p.live() < 24 * hit || p.live() < 512) forward_slices(p, out.get());
+  if (p.live() < std::max(24, THIN<T>) * hit || p.live() < 512) forward_slices(p, out.get());
   else forward_blocks(p, out.get());
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t t = 0; t < args.R; ++t) sum_rows(p, out.get(), p.O, (T*)args.y, t, t + 1);
@@ -142,7 +142,7 @@ Status backward(const Args& args) {
   size_t kept = 0, kept_most = 0, most_rows = 0;
   const size_t budget = (4u << 20) / sizeof(float);
   for (int e = 0, tasks = 0; e < E; ++e) {
-    if (kept >= budget && tasks >= 4 * p.threads) waves.push_back(e), kept = 0, tasks = 0;
+    if (kept >= budget && tasks >= 2 * p.threads) waves.push_back(e), kept = 0, tasks = 0;
     kept_at[e] = kept;
     kept += Kept<T>::floats(p.count(e), W, p.F);
     tasks += (p.count(e) + most - 1) / most;
@@ -153,11 +153,11 @@ Status backward(const Args& args) {
 
   // columns of a weight gradient per task: their panel over all rows of the expert stays in the second-level cache
   const int unit = NVMAX * LANES;
-  const int most_words = std::max(1, words<T>(int(most_rows)) * Form<T>::PARTS);
+  const int most_words = std::max(1, words<T>(int(most_rows)));
   const int cut = std::clamp(int((512 << 10) / 4 / most_words) / unit, 2, 21) * unit;
-  const size_t gp = panel_floats<T>(most / LANES + 1, PO), dp = panel_floats<T>(most / LANES + 1, width.P),
-               pack = tiles_floats<T>(std::max(PO, width.P)),
-               columns = panel_floats<T>((cut + LANES - 1) / LANES, words<T>(int(most_rows)));
+  const size_t gp = panel_floats(most / LANES + 1, PO), dp = panel_floats(most / LANES + 1, width.P),
+               pack = tiles_floats(std::max(PO, width.P)),
+               columns = panel_floats((cut + LANES - 1) / LANES, words<T>(int(most_rows)));
   const size_t each = std::max(gp + dp + pack, columns);
   Scratch<float> scratch(each * p.threads), held(kept_most);
   Scratch<T> dx(args.dx ? size_t(p.live()) * p.D : 0);

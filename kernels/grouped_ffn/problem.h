@@ -79,7 +79,6 @@ struct Block {
 
 template <class T>
 struct Problem {
-  static constexpr int PACK = Form<T>::M::PACK, PARTS = Form<T>::PARTS;
   const Args& a;
   Activation act;
   Order order;

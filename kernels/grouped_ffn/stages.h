@@ -7,8 +7,16 @@ namespace hg {
 
 constexpr int TILES = CHUNK / MR;
 
+inline size_t tiles_floats(int P) { return size_t(CHUNK) * P; }
+
+// Packs a chunk's tiles; `r` is the distance of neighbouring rows, `step` that of neighbours along the contraction.
 template <class T>
-size_t tiles_floats(int P) { return size_t(CHUNK) * P * Form<T>::PARTS; }
+void pack_chunk(float* pack, const Source<T>* source, int rows, int64_t step, int64_t r, int len, size_t tile_stride) {
+  const int tiles = (rows + MR - 1) / MR;
+  int done = r == 1 ? rows / MR : 0;  // tiles whose rows are all there may be read several rows at a time
+  if (done && !pack_neighbours(pack, source, done, step, len, tile_stride)) done = 0;
+  if (done < tiles) pack_tiles(pack + done * tile_stride, source + done, tiles - done, step, len, tile_stride);
+}
 
 // The rows r0 .. of a chunk as tiles: in place when the words along a row lie side by side, packed into `pack` if not.
 // row(i) is the address of the chunk's i-th row (any valid row for i beyond the last), `step` the distance of
@@ -19,22 +27,15 @@ int make_tiles(Tile (&tile)[TILES], int rows, int64_t step, int64_t r, int len, 
   Source<T> source[TILES];
   for (int t = 0; t < tiles; ++t)
     for (int i = 0; i < MR; ++i) source[t].row[i] = row(t * MR + i);
-  if (Form<T>::IN_PLACE && can_be_in_place && step == 1 && len % Form<T>::M::PACK == 0) {
+  if (IN_PLACE<T> && can_be_in_place && step == 1 && len % Form<T>::M::PACK == 0) {
     for (int t = 0; t < tiles; ++t) {
       for (int i = 0; i < MR; ++i) tile[t].row[i] = (const float*)source[t].row[i];
       tile[t].packed = nullptr;
-      tile[t].part_stride = 0;
     }
     return tiles;
   }
-  const size_t part = size_t(P) * MR, each = part * Form<T>::PARTS;
-  const int whole = r == 1 ? rows / MR : 0;  // tiles whose rows are all there may be read four rows at a time
-  if (whole) pack_tiles(pack, source, whole, step, len, true, each, part);
-  if (whole < tiles) pack_tiles(pack + whole * each, source + whole, tiles - whole, step, len, false, each, part);
-  for (int t = 0; t < tiles; ++t) {
-    tile[t].packed = pack + t * each;
-    tile[t].part_stride = part;
-  }
+  pack_chunk(pack, source, rows, step, r, len, size_t(P) * MR);
+  for (int t = 0; t < tiles; ++t) tile[t].packed = pack + size_t(t) * P * MR;
   return tiles;
 }
 
@@ -92,7 +93,7 @@ struct UpTile {
 // the pre-activation goes to h (null: not kept), stored [W][rows of the expert].
 template <class T>
 void up_product(const Problem<T>& p, int e, int m0, int n, int f0, int f1, const float* xp, float* ap, T* h, float* pack) {
-  constexpr int PACK = Form<T>::M::PACK, PARTS = Form<T>::PARTS;
+  constexpr int PACK = Form<T>::M::PACK;
   const int P = words<T>(p.D), PA = words<T>(p.F), M = p.count(e);
   const UpTile<T> up(p);
   const T* b1 = p.a.b1 ? (const T*)p.a.b1 + int64_t(e) * p.W : nullptr;
@@ -127,10 +128,8 @@ void up_product(const Problem<T>& p, int e, int m0, int n, int f0, int f1, const
             for (int i = 0; i < up.per; i += PACK) {
               const int word = (f + t * up.per + i) / PACK;
               if (word >= PA) break;
-              float* out = ap + panel_floats<T>(lane0 / LANES, PA) + size_t(word) * NV * LANES + v * LANES;
-              for (int part = 0; part < PARTS; ++part)
-                *(vf_u*)(out + size_t(part) * PA * NV * LANES) =
-                    make_words<typename Form<T>::M>(act[i], PACK == 2 ? act[i + 1] : vf{}, part);
+              float* out = ap + panel_floats(lane0 / LANES, PA) + size_t(word) * NV * LANES + v * LANES;
+              *(vf_u*)out = make_words<typename Form<T>::M>(act[i], PACK == 2 ? act[i + 1] : vf{});
             }
           }
         },
