@@ -75,8 +75,8 @@ def loss(train: list[float], held_out: list[list[float]], baselines: dict[str, f
         body.append(f'<line x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="dash"/>')
         free = abs(y(value) - y(last)) > 14 or x(step) < width - right - 120  # else the last point's label is there
         body.append(_text(width - right + 8, y(value) + (4 if free else -8), f"{name} {value:.2f}", "soft"))
-    for step in _ticks(steps):
-        body.append(_text(x(step), height - bottom + 20, f"{step:,}", "soft", "middle"))
+    for tick in _ticks(steps):
+        body.append(_text(x(tick), height - bottom + 20, f"{tick:,}", "soft", "middle"))
     body.append(_text((left + width - right) / 2, height - 4, "steps", "soft", "middle"))
     if train:
         points = " ".join(f"{x(i + 1):.1f},{y(v):.1f}" for i, v in enumerate(train))

@@ -18,7 +18,7 @@ from .tour import Model, Tour
 CLIP = 1.0
 WARM_UP = 0.1
 PATIENCE = 1.3  # times the planned seconds: then the last steps are left out, unless --steps was given
-CHECKS = 6  # looks at held-out text along the way
+CHECKS = (0.04, 0.12, 0.3, 0.5, 0.75)  # of the way: looks at held-out text, besides those before and after
 FEWEST, MOST = 100, 600
 
 
@@ -81,6 +81,7 @@ def _loop(tour: Tour, model: Model, held_out: list, found: dict) -> None:
     optimizer = Optimizer(model, rate=0.0)
     batches = tour.corpus.batches(options.rows, options.shape.length, options.seed)
     bar = tour.screen.bar(steps)
+    due = list(CHECKS)
     limit = math.inf if options.steps is not None else PATIENCE * options.train_seconds
     began = time.perf_counter()
     model.train()
@@ -98,7 +99,8 @@ def _loop(tour: Tour, model: Model, held_out: list, found: dict) -> None:
                 raise RuntimeError(f"demo: training diverged at step {step}; try another --seed")
             found["seconds"].append(time.perf_counter() - start)
             found["train"].append(value)
-            if step + 1 < steps and (step + 1) * CHECKS // steps > step * CHECKS // steps:
+            if due and done >= due[0]:
+                due.pop(0)
                 found["held_out"].append([step + 1, bits(cross_entropy(model, held_out))])
             rate = found["tokens_per_step"] / statistics.median(found["seconds"][-9:])
             seen = f"loss {value * math.log(2):.2f}  {value:.2f} bits/byte  held-out {found['held_out'][-1][1]:.2f}"
@@ -114,7 +116,7 @@ def bits(nats: float) -> float:
 def _say(tour: Tour, found: dict) -> None:
     before = found["bits_per_byte_of"]
     tour.screen.say(
-        f"  {len(found['train'])} steps of {found['tokens_per_step']:,} bytes in {sum(found['seconds']):.0f} s, "
+        f"  {len(found['train'])} steps of {found['tokens_per_step']:,} bytes in {sum(found['seconds']):.0f} s, median "
         f"{found['tokens_per_second']:,.0f} tokens/s"
     )
     tour.screen.table(
@@ -138,4 +140,5 @@ def section(tour: Tour) -> str:
         f"{found['bits_per_byte_of']['unigram']:.2f}, knowing the byte before it "
         f"{found['bits_per_byte_of']['bigram']:.2f}."
     )
-    return html.prose(words) + charts.loss(found["train"], found["held_out"], found["bits_per_byte_of"], found["steps"])
+    shown = done if "final_bits_per_byte" in found else found["steps"]
+    return html.prose(words) + charts.loss(found["train"], found["held_out"], found["bits_per_byte_of"], shown)
