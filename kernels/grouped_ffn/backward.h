@@ -3,49 +3,56 @@
 //     dA' = G W2,  ds = <dA', A>,  dH = s dA' act'(H),  dX = dH W1       per block of rows: input_gradients
 //     dW1 = dH^T X,  dW2 = G^T (s A)                                     per cut of columns: weight_gradients
 //
-// dH and s A pass from the first to the second through scratch, a row per intermediate column (Kept).
+// dH and s A pass from the first to the second through scratch, a row per intermediate column (Kept). Where the
+// intermediate size is large, a pass takes a part of its columns (Part), and dX is summed over the parts.
 #pragma once
 #include "stages.h"
 
 namespace hg {
 
-// dH^T [W][rows] and (s A)^T [F][rows] of one expert as tiles want them: words along the rows.
+// Intermediate columns f0 .. f0+n, and where their stored rows lie: `runs` of `len` neighbouring rows each.
+template <class T>
+struct Part {
+  const Problem<T>& p;
+  int f0, n, runs, len;
+  Part(const Problem<T>& problem, int first, int count) : p(problem), f0(first), n(count) {
+    runs = p.gated && !p.a.interleaved ? 2 : 1;
+    len = p.gated && p.a.interleaved ? 2 * n : n;
+  }
+  int width() const { return runs * len; }               // stored rows in all
+  int words() const { return runs * hg::words<T>(len); }  // as a contraction, each run padded
+  int first_row(int run) const { return run ? p.up_row(f0) : p.gate_row(f0); }
+  // local rows of gate i and up i
+  int gate(int i) const { return p.gate_row(i); }
+  int up(int i) const { return p.a.interleaved ? 2 * i + 1 : n + i; }
+};
+
+// dH^T [width][rows] and (s A)^T [n][rows] of one expert and part, as tiles want them: words along the rows.
 template <class T>
 struct Kept {
   using S = typename Form<T>::S;
   float *dh, *sa;
   int P;  // words along the rows
-  static size_t floats(int M, int W, int F) { return size_t(words<T>(M)) * (W + F); }
-  Kept(float* at, int M, int W) : dh(at), sa(at + size_t(words<T>(M)) * W), P(words<T>(M)) {}
+  static size_t floats(int M, const Part<T>& part) { return size_t(words<T>(M)) * (part.width() + part.n); }
+  Kept(float* at, int M, const Part<T>& part) : dh(at), sa(at + size_t(words<T>(M)) * part.width()), P(words<T>(M)) {}
   S* row(float* of, int r) const { return (S*)(of + size_t(r) * P); }
   // LANES values of row r from place m on
   HG_INLINE void put(float* of, int r, int m, vf x) const { store(row(of, r) + m, x, P * Form<T>::M::PACK - m); }
 };
 
-// How the contraction over the W stored rows of W1 is cut into words: gate then up, each padded, or one run.
+// For one block and part: dX to `dx` [rows of the block, D] (null: not asked for), ds, and the block's lanes of Kept.
 template <class T>
-struct Width {
-  int runs, len, P;  // runs of `len` stored rows; words in all
-  explicit Width(const Problem<T>& p) {
-    runs = p.gated && !p.a.interleaved ? 2 : 1;
-    len = p.W / runs;
-    P = runs * words<T>(len);
-  }
-};
-
-// dX rows for one block (null dx: not asked for), ds, and the block's part of Kept.
-template <class T>
-void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T* dx, float* gp, float* dp, float* pack) {
+void input_gradients(const Part<T>& part, const Block& b, const Kept<T>& kept, float* dx, float* gp, float* dp, float* pack) {
   constexpr int PACK = Form<T>::M::PACK;
-  const int e = b.e, n = b.n, M = p.count(e), PO = words<T>(p.O);
-  const Width<T> width(p);
+  const Problem<T>& p = part.p;
+  const int e = b.e, n = b.n, M = p.count(e), PO = words<T>(p.O), PH = part.words();
   const int32_t* pair = p.pairs(e) + b.m0;
   const T* h = (const T*)p.a.h + int64_t(p.order.offsets[e]) * p.W;
   pack_rows<T>(gp, n, p.O, [&](int m) { return (const T*)p.a.grad + int64_t(pair[m] / p.K) * p.a.grad_r; });
   alignas(64) float s[MOST] = {}, ds[MOST] = {};
   for (int m = 0; m < n; ++m) s[m] = p.scale(pair[m]);
-  for (int f = 0; f < p.F; f += CHUNK) {
-    const int here = std::min(CHUNK, p.F - f);
+  for (int f = part.f0; f < part.f0 + part.n; f += CHUNK) {
+    const int here = std::min(CHUNK, part.f0 + part.n - f), last = f + here;
     Tile tile[TILES];
     const int tiles = make_tiles<T>(tile, here, p.a.w2_r, p.a.w2_c, p.O, true, pack,
                                     [&](int i) { return p.w2_row(e, 0) + std::min(f + i, p.F - 1) * p.a.w2_c; });
@@ -54,7 +61,7 @@ void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T
           constexpr int NV = sizeof(c[0]) / sizeof(vf);
           // h comes from memory: ask for what the next tile needs before its product is formed
           const int next_f = t + 1 < tiles ? f + (t + 1) * MR : f, next_m = b.m0 + lane0 + (t + 1 < tiles ? 0 : NV * LANES);
-          for (int i = 0; i < MR && next_f + i < p.F; ++i)
+          for (int i = 0; i < MR && next_f + i < last; ++i)
             for (int l = 0; l < NV * LANES; l += 64 / int(sizeof(T))) {
               prefetch(h + int64_t(p.gate_row(next_f + i)) * M + next_m + l);
               if (p.gated) prefetch(h + int64_t(p.up_row(next_f + i)) * M + next_m + l);
@@ -64,34 +71,34 @@ void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T
             const vf sv = *(const vf_u*)(s + lane);
             vf sum = *(const vf_u*)(ds + lane), dg[MR], du[MR];
             for (int i = 0; i < MR; ++i) {
-              const int col = f + t * MR + i;
+              const int col = f + t * MR + i, at = col - part.f0;
               dg[i] = du[i] = vf{};
-              if (col >= p.F) continue;
+              if (col >= last) continue;
               const vf g = load(h + int64_t(p.gate_row(col)) * M + m, left);
               const vf u = p.gated ? load(h + int64_t(p.up_row(col)) * M + m, left) : vf{};
               const vf a = p.act.backward(g, u, c[i][v] * sv, dg[i], du[i]);
               sum = sum + c[i][v] * a;
-              kept.put(kept.sa, col, m, a * sv);
-              kept.put(kept.dh, p.gate_row(col), m, dg[i]);
-              if (p.gated) kept.put(kept.dh, p.up_row(col), m, du[i]);
+              kept.put(kept.sa, at, m, a * sv);
+              kept.put(kept.dh, part.gate(at), m, dg[i]);
+              if (p.gated) kept.put(kept.dh, part.up(at), m, du[i]);
             }
             *(vf_u*)(ds + lane) = sum;
             if (!dx) continue;
-            float* out = dp + panel_floats(lane0 / LANES, width.P) + v * LANES;
+            float* out = dp + panel_floats(lane0 / LANES, PH) + v * LANES;
             auto word = [&](int at, vf x, vf y) {
               *(vf_u*)(out + size_t(at) * NV * LANES) = make_words<typename Form<T>::M>(x, y);
             };
-            const int first = f + t * MR;
+            const int first = f - part.f0 + t * MR;
             if (p.gated && p.a.interleaved) {
-              for (int i = 0; i < MR && first + i < p.F; ++i) {
+              for (int i = 0; i < MR && first + i < part.n; ++i) {
                 if (PACK == 2) word(first + i, dg[i], du[i]);
                 else word(2 * (first + i), dg[i], vf{}), word(2 * (first + i) + 1, du[i], vf{});
               }
             } else {
-              for (int i = 0; i < MR && first + i < p.F; i += PACK) {
+              for (int i = 0; i < MR && first + i < part.n; i += PACK) {
                 const int at = (first + i) / PACK, next = PACK == 2 ? i + 1 : i;
                 word(at, dg[i], dg[next]);
-                if (p.gated) word(words<T>(p.F) + at, du[i], du[next]);
+                if (p.gated) word(words<T>(part.n) + at, du[i], du[next]);
               }
             }
           }
@@ -99,41 +106,41 @@ void input_gradients(const Problem<T>& p, const Block& b, const Kept<T>& kept, T
         [](int, int) {});
   }
   if (p.a.ds) {
-    const T* b2 = p.a.b2 ? (const T*)p.a.b2 + int64_t(e) * p.O : nullptr;
+    const T* b2 = p.a.b2 && part.f0 == 0 ? (const T*)p.a.b2 + int64_t(e) * p.O : nullptr;
     for (int m = 0; m < n; ++m) {
       const T* g = (const T*)p.a.grad + int64_t(pair[m] / p.K) * p.a.grad_r;
       vf dot{};
       for (int o = 0; b2 && o < p.O; o += LANES) dot = dot + load(g + o, p.O - o) * load(b2 + o, p.O - o);
-      p.a.ds[pair[m]] = ds[m] + sum(dot);
+      p.a.ds[pair[m]] += ds[m] + sum(dot);
     }
   }
   if (!dx) return;
   Turn turn;
   for (int d = 0; d < p.D; d += CHUNK) {
     const int here = std::min(CHUNK, p.D - d);
-    const bool one_run = width.runs == 1 || (!p.pair_of_tensors && width.len % PACK == 0);
+    // gate and up may be read as one run where all of both lies together
+    const bool whole = part.runs == 2 && !p.pair_of_tensors && part.n == p.F && part.n % PACK == 0;
     Tile tile[TILES];
-    int tiles = 0;
-    if (one_run) {
-      tiles = make_tiles<T>(tile, here, p.w1_r(0), p.w1_c(0), p.W, true, pack,
-                            [&](int i) { return p.w1_row(e, 0) + std::min(d + i, p.D - 1) * p.w1_c(0); });
-    } else {  // gate and up apart: pack each run, then lay the tiles over both
-      const size_t each = size_t(width.P) * MR;
+    int tiles = (here + MR - 1) / MR;
+    if (part.runs == 1 || whole) {
+      const int row = part.first_row(0);
+      make_tiles<T>(tile, here, p.w1_r(row), p.w1_c(row), part.runs * part.len, true, pack,
+                    [&](int i) { return p.w1_row(e, row) + std::min(d + i, p.D - 1) * p.w1_c(row); });
+    } else {  // pack each run, then lay the tiles over both
       Source<T> source[TILES];
-      tiles = (here + MR - 1) / MR;
-      for (int r = 0; r < width.runs; ++r) {
-        const int f2 = r * width.len;
+      for (int run = 0; run < part.runs; ++run) {
+        const int row = part.first_row(run);
         for (int t = 0; t < tiles; ++t)
           for (int i = 0; i < MR; ++i)
-            source[t].row[i] = p.w1_row(e, f2) + std::min(d + t * MR + i, p.D - 1) * p.w1_c(f2);
-        pack_chunk(pack + size_t(r) * words<T>(width.len) * MR, source, here, p.w1_r(f2), p.w1_c(f2), width.len, each);
+            source[t].row[i] = p.w1_row(e, row) + std::min(d + t * MR + i, p.D - 1) * p.w1_c(row);
+        pack_chunk(pack + size_t(run) * words<T>(part.len) * MR, source, here, p.w1_r(row), p.w1_c(row), part.len, size_t(PH) * MR);
       }
-      for (int t = 0; t < tiles; ++t) tile[t].packed = pack + t * each;
+      for (int t = 0; t < tiles; ++t) tile[t].packed = pack + size_t(t) * PH * MR;
     }
-    for_chunk<T>(tile, tiles, dp, n, width.P, [&](auto& c, int, int t) { turn.put(c, t); },
+    for_chunk<T>(tile, tiles, dp, n, PH, [&](auto& c, int, int t) { turn.put(c, t); },
         [&](int lane0, int nv) {
           turn.take(nv, n - lane0, here, [&](int lane, int r, vf x) {
-            store(dx + (int64_t(p.order.offsets[e]) + b.m0 + lane0 + lane) * p.D + d + r, x, here - r);
+            store(dx + int64_t(lane0 + lane) * p.D + d + r, x, here - r);
           });
         });
   }
@@ -169,44 +176,83 @@ void kept_product(const float* kept, int row0, int rows, int P, const float* pan
   }
 }
 
-// dW1 for input columns c0 .. c0+n (or, with `down`, dW2 for outputs c0 .. c0+n) of expert e.
+// dW1 for input columns c0 .. c0+n (or, with `down`, dW2 for outputs c0 .. c0+n) of expert e, rows of this part.
 template <class T>
-void weight_gradients(const Problem<T>& p, int e, const Kept<T>& kept, bool down, int c0, int n, float* panels) {
-  const int M = p.count(e);
+void weight_gradients(const Part<T>& part, int e, const Kept<T>& kept, bool down, int c0, int n, float* panels) {
+  const Problem<T>& p = part.p;
+  const Args& a = p.a;
   const int32_t* pair = p.pairs(e);
-  const T* base = (const T*)(down ? p.a.grad : p.a.rows);
-  const int64_t stride = down ? p.a.grad_r : p.a.rows_r;
-  pack_columns<T>(panels, c0, n, M, [&](int m) { return base + int64_t(pair[m] / p.K) * stride; });
+  const T* base = (const T*)(down ? a.grad : a.rows);
+  const int64_t stride = down ? a.grad_r : a.rows_r;
+  pack_columns<T>(panels, c0, n, p.count(e), [&](int m) { return base + int64_t(pair[m] / p.K) * stride; });
   if (down) {
-    kept_product(kept.sa, 0, p.F, kept.P, panels, c0, n, (T*)p.a.dw2 + e * p.a.dw2_e, p.a.dw2_c, p.a.dw2_r);
-    return;
+    T* to = (T*)a.dw2 + e * a.dw2_e + part.f0 * a.dw2_c;
+    return kept_product(kept.sa, 0, part.n, kept.P, panels, c0, n, to, a.dw2_c, a.dw2_r);
   }
-  const int in_first = p.pair_of_tensors ? p.F : p.W;
-  if (p.a.dw1)
-    kept_product(kept.dh, 0, in_first, kept.P, panels, c0, n, (T*)p.a.dw1 + e * p.a.dw1_e, p.a.dw1_r, p.a.dw1_c);
-  if (p.a.dwu)
-    kept_product(kept.dh, p.F, p.F, kept.P, panels, c0, n, (T*)p.a.dwu + e * p.a.dwu_e, p.a.dwu_r, p.a.dwu_c);
+  for (int run = 0; run < part.runs; ++run) {
+    const int row = part.first_row(run);
+    const bool apart = p.pair_of_tensors && run;
+    T* to = (T*)(apart ? a.dwu : a.dw1);
+    if (!to) continue;
+    to += apart ? e * a.dwu_e + (row - p.F) * a.dwu_r : e * a.dw1_e + row * a.dw1_r;
+    kept_product(kept.dh, run * part.len, part.len, kept.P, panels, c0, n, to, apart ? a.dwu_r : a.dw1_r, apart ? a.dwu_c : a.dw1_c);
+  }
 }
 
-// db1 = sum over rows of dH; db2 = sum over rows of s G
+// db1 = sum over rows of dH; db2 = sum over rows of s G (with the first part)
 template <class T>
-void bias_gradients(const Problem<T>& p, int e, const Kept<T>& kept) {
+void bias_gradients(const Part<T>& part, int e, const Kept<T>& kept) {
+  const Problem<T>& p = part.p;
   const int M = p.count(e);
   if (T* db1 = (T*)p.a.db1)
-    for (int f = 0; f < p.W; ++f) {
+    for (int r = 0; r < part.width(); ++r) {
       vf x{};
-      for (int m = 0; m < M; m += LANES) x = x + load(kept.row(kept.dh, f) + m, M - m);
-      from_float(sum(x), db1[int64_t(e) * p.W + f]);
+      for (int m = 0; m < M; m += LANES) x = x + load(kept.row(kept.dh, r) + m, M - m);
+      from_float(sum(x), db1[int64_t(e) * p.W + part.first_row(r / part.len) + r % part.len]);
     }
-  if (T* db2 = (T*)p.a.db2)
-    for (int o = 0; o < p.O; o += LANES) {
-      vf x{};
-      for (int m = 0; m < M; ++m) {
-        const int32_t pair = p.pairs(e)[m];
-        x = x + p.scale(pair) * load((const T*)p.a.grad + int64_t(pair / p.K) * p.a.grad_r + o, p.O - o);
-      }
-      store(db2 + int64_t(e) * p.O + o, x, p.O - o);
+  T* db2 = part.f0 == 0 ? (T*)p.a.db2 : nullptr;
+  for (int o = 0; db2 && o < p.O; o += LANES) {
+    vf x{};
+    for (int m = 0; m < M; ++m) {
+      const int32_t pair = p.pairs(e)[m];
+      x = x + p.scale(pair) * load((const T*)p.a.grad + int64_t(pair / p.K) * p.a.grad_r + o, p.O - o);
     }
+    store(db2 + int64_t(e) * p.O + o, x, p.O - o);
+  }
 }
+
+// dX of the tokens, summed over the passes in fp32 and in the order of experts, whatever the passes are.
+template <class T>
+class InputSum {
+  const Problem<T>& p;
+  Scratch<float> sums;             // [R, D], unless T is float: then the result itself
+  std::vector<int32_t> place, at;  // a token's places in the order of experts, and the first not yet added
+  float* to(int64_t t) const { return (std::is_same_v<T, float> ? (float*)p.a.dx : sums.get()) + t * p.D; }
+
+ public:
+  explicit InputSum(const Problem<T>& problem)
+      : p(problem), sums(p.a.dx && !std::is_same_v<T, float> ? size_t(p.a.R) * p.D : 0) {
+    if (!p.a.dx) return;
+    place = p.order.row_of_pair;
+    at.resize(p.a.R);
+  }
+  void begin(int64_t t) {
+    std::sort(place.begin() + t * p.K, place.begin() + (t + 1) * p.K);
+    std::memset(to(t), 0, p.D * sizeof(float));
+  }
+  // adds the rows of places lo .. hi; `last`: they will not come again
+  void add(int64_t t, const float* rows, int lo, int hi, bool last) {
+    int i = at[t];
+    for (; i < p.K && place[t * p.K + i] < hi; ++i) {
+      const float* row = rows + int64_t(place[t * p.K + i] - lo) * p.D;
+      for (int d = 0; d < p.D; d += LANES) store(to(t) + d, load(to(t) + d, p.D - d) + load(row + d, p.D - d), p.D - d);
+    }
+    if (last) at[t] = i;
+  }
+  void end(int64_t t) {
+    if (!std::is_same_v<T, float>)
+      for (int d = 0; d < p.D; d += LANES) store((T*)p.a.dx + t * p.D + d, load(to(t) + d, p.D - d), p.D - d);
+  }
+};
 
 }  // namespace hg

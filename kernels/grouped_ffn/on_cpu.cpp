@@ -125,74 +125,108 @@ void clear_gradients(const Problem<T>& p, int e) {
   clear(p.a.db2, p.O, p.O);
 }
 
-// Experts are taken in waves whose dH and A fit the cache: first the blocks of rows, then the weight gradients.
+// Experts worked on together, and the parts that their intermediate columns are taken in.
+struct Wave {
+  int first, last, part;  // experts first .. last, `part` columns at a time
+};
+
+// Waves whose dH and A about fit the cache, with several tasks for every thread.
+template <class T>
+std::vector<Wave> waves(const Problem<T>& p, int block) {
+  const size_t budget = (size_t(2) << 20) * (p.threads + 1) / sizeof(float);
+  const Part<T> all(p, 0, p.F);
+  std::vector<Wave> out;
+  size_t kept = 0;
+  for (int e = 0, first = 0, tasks = 0; e < p.a.E; ++e) {
+    kept += Kept<T>::floats(p.count(e), all);
+    tasks += (p.count(e) + block - 1) / block;
+    if (e + 1 < p.a.E && (kept < budget || tasks < 2 * p.threads)) continue;
+    const int parts = std::clamp(int(kept / budget), 1, std::max(1, p.F / 512));
+    out.push_back({first, e + 1, ((p.F + parts - 1) / parts + CHUNK - 1) / CHUNK * CHUNK});
+    first = e + 1, kept = 0, tasks = 0;
+  }
+  return out;
+}
+
 template <class T>
 Status backward(const Args& args) {
   Problem<T> p(args);
   if (!p.order.good) return BAD_ID;
-  const int E = int(args.E), most = p.block_rows(), PO = words<T>(p.O), W = p.W;
-  const bool weights = args.dw1 || args.dwu || args.dw2 || args.db1 || args.db2;
-  const Width<T> width(p);
-  for (auto [at, n] : {std::pair(args.dw1, int64_t(W) * p.D), {args.dwu, int64_t(p.F) * p.D}, {args.dw2, int64_t(p.O) * p.F}})
+  const int E = int(args.E), most = p.block_rows(), PO = words<T>(p.O);
+  const bool matrices = args.dw1 || args.dwu || args.dw2, biases = args.db1 || args.db2;
+  for (auto [at, n] : {std::pair(args.dw1, int64_t(p.W) * p.D), {args.dwu, int64_t(p.F) * p.D}, {args.dw2, int64_t(p.O) * p.F}})
     if (at) want_huge_pages(at, size_t(E) * n * sizeof(T));
   if (args.ds) std::fill_n(args.ds, args.R * p.K, 0.f);
 
-  std::vector<int> waves{0};
-  std::vector<size_t> kept_at(E);
-  size_t kept = 0, kept_most = 0, most_rows = 0;
-  const size_t budget = (4u << 20) / sizeof(float);
-  for (int e = 0, tasks = 0; e < E; ++e) {
-    if (kept >= budget && tasks >= 2 * p.threads) waves.push_back(e), kept = 0, tasks = 0;
-    kept_at[e] = kept;
-    kept += Kept<T>::floats(p.count(e), W, p.F);
-    tasks += (p.count(e) + most - 1) / most;
+  const auto all_waves = waves(p, most);
+  size_t kept_most = 0, wave_rows = 0, most_rows = 0;
+  int PH = 0;
+  for (const Wave& w : all_waves) {
+    const Part<T> part(p, 0, std::min(w.part, p.F));
+    size_t kept = 0;
+    for (int e = w.first; e < w.last; ++e) {
+      kept += Kept<T>::floats(p.count(e), part);
+      most_rows = std::max<size_t>(most_rows, p.count(e));
+    }
     kept_most = std::max(kept_most, kept);
-    most_rows = std::max<size_t>(most_rows, p.count(e));
+    wave_rows = std::max<size_t>(wave_rows, p.order.offsets[w.last] - p.order.offsets[w.first]);
+    PH = std::max(PH, part.words());
   }
-  waves.push_back(E);
-
   // columns of a weight gradient per task: their panel over all rows of the expert stays in the second-level cache
-  const int unit = NVMAX * LANES;
-  const int most_words = std::max(1, words<T>(int(most_rows)));
-  const int cut = std::clamp(int((512 << 10) / 4 / most_words) / unit, 2, 21) * unit;
-  const size_t gp = panel_floats(most / LANES + 1, PO), dp = panel_floats(most / LANES + 1, width.P),
-               pack = tiles_floats(std::max(PO, width.P)),
-               columns = panel_floats((cut + LANES - 1) / LANES, words<T>(int(most_rows)));
+  const int unit = NVMAX * LANES, row_words = std::max(1, words<T>(int(most_rows)));
+  const int cut = std::clamp(int((512 << 10) / 4 / row_words) / unit, 2, 21) * unit;
+  const size_t gp = panel_floats(most / LANES + 1, PO), dp = panel_floats(most / LANES + 1, PH),
+               pack = tiles_floats(std::max(PO, PH)), columns = panel_floats((cut + LANES - 1) / LANES, row_words);
   const size_t each = std::max(gp + dp + pack, columns);
-  Scratch<float> scratch(each * p.threads), held(kept_most);
-  Scratch<T> dx(args.dx ? size_t(p.live()) * p.D : 0);
+  Scratch<float> scratch(each * p.threads), held(kept_most), rows(args.dx ? wave_rows * p.D : 0);
+  InputSum<T> dx(p);
 
   struct Cut { int e; bool down; int c0, n; };
-  for (size_t w = 0; w + 1 < waves.size(); ++w) {
-    const auto blocks = p.blocks(waves[w], waves[w + 1], most);
+  std::vector<size_t> kept_at(E);
+  for (const Wave& w : all_waves) {
+    const auto blocks = p.blocks(w.first, w.last, most);
+    const int lo = p.order.offsets[w.first], hi = p.order.offsets[w.last];
     std::vector<Cut> cuts;
-    for (int e = waves[w]; e < waves[w + 1]; ++e) {
+    for (int e = w.first; e < w.last; ++e) {
       if (!p.count(e)) { cuts.push_back({e, false, 0, 0}); continue; }
       if (args.dw2) for (int c = 0; c < p.O; c += cut) cuts.push_back({e, true, c, std::min(cut, p.O - c)});
       if (args.dw1 || args.dwu) for (int c = 0; c < p.D; c += cut) cuts.push_back({e, false, c, std::min(cut, p.D - c)});
-      if (args.db1 || args.db2) cuts.push_back({e, false, 0, 0});
+      if (biases) cuts.push_back({e, false, 0, 0});
     }
-    if (!weights) cuts.clear();
+    if (!matrices && !biases) cuts.clear();
+    for (int f0 = 0; f0 < p.F; f0 += w.part) {
+      const Part<T> part(p, f0, std::min(w.part, p.F - f0));
+      const bool first = w.first == 0 && f0 == 0, last = f0 + w.part >= p.F;
+      size_t end = 0;
+      for (int e = w.first; e < w.last; ++e) kept_at[e] = end, end += Kept<T>::floats(p.count(e), part);
 #pragma omp parallel num_threads(p.threads)
-    {
-      float* mine = scratch.get() + each * omp_get_thread_num();
+      {
+        float* mine = scratch.get() + each * omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
-      for (size_t i = 0; i < blocks.size(); ++i)
-        input_gradients(p, blocks[i], Kept<T>(held.get() + kept_at[blocks[i].e], p.count(blocks[i].e), W), dx.get(), mine,
-                        mine + gp, mine + gp + dp);
-#pragma omp for schedule(dynamic, 1)
-      for (size_t i = 0; i < cuts.size(); ++i) {
-        const Cut& c = cuts[i];
-        const Kept<T> k(held.get() + kept_at[c.e], p.count(c.e), W);
-        if (c.n) weight_gradients(p, c.e, k, c.down, c.c0, c.n, mine);
-        else if (p.count(c.e)) bias_gradients(p, c.e, k);
-        else clear_gradients(p, c.e);
+        for (size_t i = 0; i < blocks.size(); ++i) {
+          const Block& b = blocks[i];
+          float* to = args.dx ? rows.get() + size_t(p.order.offsets[b.e] - lo + b.m0) * p.D : nullptr;
+          input_gradients(part, b, Kept<T>(held.get() + kept_at[b.e], p.count(b.e), part), to, mine, mine + gp, mine + gp + dp);
+        }
+#pragma omp for schedule(dynamic, 1) nowait
+        for (size_t i = 0; i < cuts.size(); ++i) {
+          const Cut& c = cuts[i];
+          const Kept<T> k(held.get() + kept_at[c.e], p.count(c.e), part);
+          if (c.n) weight_gradients(part, c.e, k, c.down, c.c0, c.n, mine);
+          else if (p.count(c.e)) bias_gradients(part, c.e, k);
+          else if (f0 == 0) clear_gradients(p, c.e);
+        }
+        if (args.dx) {
+#pragma omp for schedule(dynamic, 64)
+          for (int64_t t = 0; t < args.R; ++t) {
+            if (first) dx.begin(t);
+            dx.add(t, rows.get(), lo, hi, last);
+            if (w.last == E && last) dx.end(t);
+          }
+        }
       }
     }
   }
-  if (args.dx)
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t t = 0; t < args.R; ++t) sum_rows(p, dx.get(), p.D, (T*)args.dx, t, t + 1);
   return OK;
 }
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
+#include <new>
 #include <vector>
 
 #include "activation.h"
@@ -54,20 +54,36 @@ inline void want_huge_pages(void* p, size_t bytes) {
 #endif
 }
 
-// Scratch memory; throws std::bad_alloc.
+// Scratch memory; throws std::bad_alloc. Large pieces come from the system and go back to it at once: the allocator would
+// keep them for later, on top of everything else that the process holds.
 template <class U>
 class Scratch {
-  std::unique_ptr<void, void (*)(void*)> held{nullptr, std::free};
+  static constexpr size_t HUGE_PAGE = size_t(1) << 21, LARGE = 2 * HUGE_PAGE;
+  void* base = nullptr;
+  size_t mapped = 0;
+  U* begin = nullptr;
 
  public:
   explicit Scratch(size_t n) {
-    size_t bytes = (n * sizeof(U) + 63) & ~size_t(63);
-    if (!bytes) return;
-    held.reset(std::aligned_alloc(bytes >= (4u << 20) ? (2u << 20) : 64, bytes >= (4u << 20) ? (bytes + (2u << 20) - 1) & ~size_t((2u << 20) - 1) : bytes));
-    if (!held) throw std::bad_alloc();
-    if (bytes >= (4u << 20)) want_huge_pages(held.get(), bytes);
+    const size_t bytes = (n * sizeof(U) + 63) & ~size_t(63);
+    if (bytes < LARGE) {
+      if (bytes && !(base = std::aligned_alloc(64, bytes))) throw std::bad_alloc();
+      begin = (U*)base;
+      return;
+    }
+    mapped = bytes + HUGE_PAGE;
+    base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) throw std::bad_alloc();
+    begin = (U*)((uintptr_t(base) + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1));
+    want_huge_pages(begin, bytes);
   }
-  U* get() const { return (U*)held.get(); }
+  ~Scratch() {
+    if (mapped) munmap(base, mapped);
+    else std::free(base);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  U* get() const { return begin; }
 };
 
 constexpr int MOST = 25 * LANES;
