@@ -38,6 +38,8 @@ class Status:
 
 def status() -> Status:
     """What serves CPU operations on this machine; builds the library if that has not been tried yet."""
+    if os.environ.get("HEADGATE_CPU") == "plain":
+        return Status("plain", "HEADGATE_CPU=plain asks for it")
     return _load()[1]
 
 

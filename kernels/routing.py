@@ -50,6 +50,8 @@ class Routing:
             raise TypeError(f"Routing: weights must be floating point, got {weights.dtype}")
         if num_experts < 1:
             raise ValueError(f"Routing: num_experts must be at least 1, got {num_experts}")
+        if expert_ids.dtype == torch.int64:  # what does not fit 32 bits must not come back as somebody's expert
+            expert_ids = expert_ids.clamp(-2, num_experts)
         return cls(expert_ids.to(torch.int32), weights, num_experts)
 
     def detach(self) -> Routing:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..activation import Activation, as_activation
 from ..routing import Routing
-from . import on_cpu
+from . import on_cpu, plain
 from .reference import grouped_ffn_reference
 
 __all__ = ["grouped_ffn", "grouped_ffn_reference"]
@@ -28,6 +28,15 @@ torch.library.define(
 )
 torch.library.impl("headgate::grouped_ffn", "cpu", on_cpu.forward)
 torch.library.impl("headgate::grouped_ffn_backward", "cpu", on_cpu.backward)
+
+
+@torch.library.impl("headgate::grouped_ffn", "CompositeExplicitAutograd")
+def _(rows, *rest):
+    plain.warn_once(rows.device.type)
+    return plain.forward(rows, *rest)
+
+
+torch.library.impl("headgate::grouped_ffn_backward", "CompositeExplicitAutograd", plain.backward)
 
 
 @torch.library.register_fake("headgate::grouped_ffn")
@@ -148,6 +157,8 @@ def _check(rows, routing, w1, w_up, w_down, b1, b2, act, transposed, interleaved
     f = w_down.shape[1] if transposed else w_down.shape[2]
     width = 2 * f if act.gated and w_up is None else f
     want = (experts, d, width) if transposed else (experts, width, d)
+    if min(experts, d, f) < 1:
+        raise ValueError(f"grouped_ffn: E, D and F must be at least 1, got E={experts}, D={d}, F={f}")
     for name, w in (("w_gate_up", w1), ("w_up", w_up)):
         if w is not None and tuple(w.shape) != want:
             raise ValueError(

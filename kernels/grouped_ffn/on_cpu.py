@@ -89,6 +89,8 @@ class _Call:
     """The arguments common to forward and backward, in the order of Args in problem.h; holds what it points to."""
 
     def __init__(self, rows, ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved) -> None:
+        if ids.numel() >= 2**31:
+            raise ValueError(f"grouped_ffn: R * K must be below 2^31 pairs on CPU, got {ids.numel()}")
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         ids, weights = ids.to(torch.int32).contiguous(), weights.to(torch.float32).contiguous()
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))

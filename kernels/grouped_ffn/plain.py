@@ -1,4 +1,4 @@
-"""grouped_ffn as a loop over experts of plain torch matmuls: serves every dtype, and every machine without a compiler.
+"""grouped_ffn as a loop over experts of plain torch matmuls: serves every dtype, device and machine without a compiler.
 
 An expert's rows are gathered, multiplied, activated and multiplied again while they are hot; the pre-activation is the
 one thing kept. Layout of h: [T*K, W], place i of the plan in row i, columns as the weights' rows are stored (gate then
@@ -7,11 +7,22 @@ up for a pair).
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
 from ..activation import Activation
 from ..plan import plan
+
+
+@functools.cache
+def warn_once(device: str) -> None:
+    """Says once per kind of device that this form serves it."""
+    warnings.warn(
+        f"headgate: grouped_ffn has no kernel of its own for {device} yet; it runs as a loop of matmuls", stacklevel=3
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -52,7 +63,7 @@ def forward(
     pair, offsets = _live(expert_ids, w2.shape[0])
     width = sum(u.shape[2] for u in ups)
     h_all = rows.new_empty(pair.numel() if keep else 0, width)
-    y = torch.zeros(rows.shape[0], down.shape[2], dtype=wide)
+    y = torch.zeros(rows.shape[0], down.shape[2], dtype=wide, device=rows.device)
     scale = weights.reshape(-1).to(wide)
     for e in range(w2.shape[0]):
         lo, hi = offsets[e], offsets[e + 1]
@@ -82,10 +93,10 @@ def backward(
     pair, offsets = _live(expert_ids, w2.shape[0])
     scale = weights.reshape(-1).to(wide)
     want_x, want_s, want_1, want_up, want_2, want_b1, want_b2 = needs
-    dx = torch.zeros(rows.shape, dtype=wide) if want_x else rows.new_empty(0)
-    ds = torch.zeros(weights.numel(), dtype=wide) if want_s else rows.new_empty(0)
+    dx = torch.zeros(rows.shape, dtype=wide, device=rows.device) if want_x else rows.new_empty(0)
+    ds = torch.zeros(weights.numel(), dtype=wide, device=rows.device) if want_s else rows.new_empty(0)
     d1, du, d2, db1, db2 = (
-        torch.zeros(t.shape, dtype=t.dtype) if t is not None and w else rows.new_empty(0)
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if t is not None and w else rows.new_empty(0)
         for t, w in ((w1, want_1), (w_up, want_up), (w2, want_2), (b1, want_b1), (b2, want_b2))
     )
     for e in range(w2.shape[0]):
