@@ -17,7 +17,7 @@ from .train import Optimizer
 CONTENDERS = (*RIVALS, "headgate")
 MIN_ROUNDS, MAX_ROUNDS = 3, 7
 PATIENCE = 2  # times the planned seconds: then fewer than MIN_ROUNDS must do
-STEADY = 1.5  # slowest over fastest round of the same work; beyond it the machine was doing something else
+STEADY = 1.3  # median over fastest round of the same work; beyond it the machine was doing something else
 NEW_TOKENS = 24
 WORK = {
     "training_step": "training step",
@@ -42,13 +42,13 @@ def run(tour: Tour) -> None:
         "dtype": "float32",
         "tokens_per_step": batch.numel(),
         "seconds": seconds,
-        "slowest_over_fastest": _spread(seconds["training_step"]),
+        "median_over_fastest": _spread(seconds["training_step"]),
         "tokens_per_second": rates,
         "kept_for_backward_bytes": {name: total for name, (total, _) in kept.items()},
         "kept_by_experts_bytes": {name: inside for name, (_, inside) in kept.items()},
     }
     tour.screen.table(_table(tour.metrics["speed"]))
-    if tour.metrics["speed"]["slowest_over_fastest"] > STEADY:
+    if tour.metrics["speed"]["median_over_fastest"] > STEADY:
         tour.screen.say(f"  {_warning(tour.metrics['speed'])}")
 
 
@@ -134,13 +134,13 @@ def _kept_for_backward(model: Model, batch: Tensor, name: str) -> tuple[int, int
 
 
 def _spread(seconds: dict[str, list[float]]) -> float:
-    return max(max(times) / min(times) for times in seconds.values())
+    return max(statistics.median(times) / min(times) for times in seconds.values())
 
 
 def _warning(found: dict) -> str:
     return (
-        f"The same step took up to {found['slowest_over_fastest']:.1f} times as long from one round to the next: "
-        "something else is using this machine, and these speeds are not to be relied on."
+        f"Half of the rounds took {found['median_over_fastest']:.1f} times as long as the fastest or longer: something "
+        "else is using this machine, and these speeds are not to be relied on."
     )
 
 
@@ -168,7 +168,7 @@ def section(tour: Tour) -> str:
     ]
     kept = {who: found["kept_by_experts_bytes"][who] / 1e6 for who in CONTENDERS}
     pictures.append(charts.bars("kept for backward by the experts", kept, "headgate", "MB", less_is_better=True))
-    note = html.prose(f"<b>{_warning(found)}</b>") if found["slowest_over_fastest"] > STEADY else ""
+    note = html.prose(f"<b>{_warning(found)}</b>") if found["median_over_fastest"] > STEADY else ""
     return (
         note
         + html.prose(

@@ -72,7 +72,7 @@ def test_the_whole_tour(options, screen):
     assert metrics["swap"]["headgate_against_eager"]["output"] < 2e-5
     assert metrics["swap"]["headgate_against_eager"]["gradient"] < 2e-5
     kept = metrics["speed"]["kept_by_experts_bytes"]
-    assert metrics["speed"]["slowest_over_fastest"] >= 1
+    assert metrics["speed"]["median_over_fastest"] >= 1
     assert 0 < kept["headgate"] < min(kept["eager"], kept["grouped_mm"])
     learned = metrics["train"]
     assert len(learned["train"]) == learned["steps"] == 12
