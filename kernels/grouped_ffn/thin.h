@@ -43,11 +43,12 @@ struct Thin {
 // early. (Letting the hardware guess from several short streams reads at half the rate.)
 constexpr int AHEAD = 8192;
 
-// out[i * stride + m] = <row i, x[m]> for two rows `r` apart (or one) and M inputs
+// out[m * stride + i] = <row i, x[m]> for two rows `r` apart (or one) and M inputs
 template <class T, int M>
 __attribute__((noinline)) void dot_rows(const T* w, int64_t r, int rows, int len, const typename Thin<T>::X* const* x,
                                         float* out, int stride) {
   using H = Thin<T>;
+  constexpr int BYTES = 2 * H::STEP * sizeof(T);  // read at a time
   constexpr int U = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums enough to hide the latency of an addition
   vf a[U][M] = {}, b[U][M] = {};
   const T *w0 = w, *w1 = rows > 1 ? w + r : w;
@@ -55,10 +56,10 @@ __attribute__((noinline)) void dot_rows(const T* w, int64_t r, int rows, int len
   int p = 0;
   for (; p + U * H::STEP <= len; p += U * H::STEP)
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u, next += 128) {
+    for (int u = 0; u < U; ++u, next += BYTES) {
       const int at = p + u * H::STEP;
       prefetch(next);
-      prefetch(next + 64);
+      if (BYTES > 64) prefetch(next + 64);
       const vf x0 = H::get(w0 + at, H::STEP), x1 = H::get(w1 + at, H::STEP);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
@@ -80,14 +81,14 @@ __attribute__((noinline)) void dot_rows(const T* w, int64_t r, int rows, int len
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int u = 1; u < U; ++u) a[0][m] = a[0][m] + a[u][m], b[0][m] = b[0][m] + b[u][m];
-    out[m] = sum(a[0][m]);
-    if (rows > 1) out[stride + m] = sum(b[0][m]);
+    out[m * stride] = sum(a[0][m]);
+    if (rows > 1) out[m * stride + 1] = sum(b[0][m]);
   }
 }
 
 template <class T, int M>
 void dot_all(const T* w, int64_t r, int rows, int len, const typename Thin<T>::X* const* x, float* out, int stride) {
-  for (int i = 0; i < rows; i += 2) dot_rows<T, M>(w + i * r, r, rows - i, len, x, out + i * stride, stride);
+  for (int i = 0; i < rows; i += 2) dot_rows<T, M>(w + i * r, r, rows - i, len, x, out + i, stride);
 }
 
 // The same with outputs side by side (element (row i, input p) at w + i + p * c).
@@ -125,8 +126,7 @@ __attribute__((noinline)) void sum_columns(const T* w, int64_t c, int rows, int 
       }
     }
     for (int m = 0; m < M; ++m)
-      for (int v = 0; v < NV; ++v)
-        for (int l = 0; l < LANES && v * LANES + l < left; ++l) out[(i + v * LANES + l) * stride + m] = sum[m][v][l];
+      for (int v = 0; v < NV; ++v) store(out + m * stride + i + v * LANES, sum[m][v], left - v * LANES);
   }
 }
 
@@ -135,22 +135,22 @@ void thin_inputs(const T* w, int64_t r, int64_t c, int rows, int len, const type
   if (c == 1) return dot_all<T, M>(w, r, rows, len, x, out, stride);
   constexpr int half = M > 4 ? M / 2 : M;  // more would not fit the registers
   sum_columns<T, half>(w, c, rows, len, x, out, stride);
-  if constexpr (half < M) sum_columns<T, M - half>(w, c, rows, len, x + half, out + half, stride);
+  if constexpr (half < M) sum_columns<T, M - half>(w, c, rows, len, x + half, out + half * stride, stride);
 }
 
-// out[i * M + m] = <row i, x[m]>, i < rows: a weight matrix with strides r (rows) and c (contraction), one of them 1.
+// out[m * rows + i] = <row i, x[m]>, i < rows: a weight matrix with strides r (rows) and c (contraction), one of them 1.
 template <class T>
 void thin_product(const T* w, int64_t r, int64_t c, int rows, int len, const typename Thin<T>::X* const* x, int M, float* out) {
   using Product = void (*)(const T*, int64_t, int64_t, int, int, const typename Thin<T>::X* const*, float*, int);
   static constexpr Product product[] = {thin_inputs<T, 1>, thin_inputs<T, 2>, thin_inputs<T, 3>, thin_inputs<T, 4>,
                                         thin_inputs<T, 5>, thin_inputs<T, 6>, thin_inputs<T, 7>, thin_inputs<T, 8>};
-  if (M <= 8) return product[M - 1](w, r, c, rows, len, x, out, M);
+  if (M <= 8) return product[M - 1](w, r, c, rows, len, x, out, rows);
   // several passes, over cuts of the weights small enough for all but the first to read them from the cache
   const int cut = std::max(8, int(16384 / sizeof(T)) / std::max(1, len) & ~7), passes = (M + 7) / 8;
   for (int i = 0; i < rows; i += cut)
     for (int pass = 0, m = 0, n; pass < passes; ++pass, m += n) {
       n = (M - m) / (passes - pass);
-      product[n - 1](w + i * r, r, c, std::min(cut, rows - i), len, x + m, out + i * M + m, M);
+      product[n - 1](w + i * r, r, c, std::min(cut, rows - i), len, x + m, out + m * rows + i, rows);
     }
 }
 
@@ -163,32 +163,29 @@ bool thin_serves(const Problem<T>& p) {
 // A = act(X W1^T + b1), columns f0 .. f1 of expert e, into a [rows, F]; the pre-activation to h where kept.
 template <class T>
 void thin_up(const Problem<T>& p, int e, int f0, int f1, const typename Thin<T>::X* const* x, typename Thin<T>::X* a, T* h) {
-  const int M = p.count(e), n = f1 - f0;
+  const int M = p.count(e), n = f1 - f0, at = p.gate_row(f0), ut = p.up_row(f0);
   const bool paired = p.gated && p.a.interleaved;
-  float first[2 * CUT * THIN<T>], *second = first + n * M;
-  const int at = p.gate_row(f0);
-  thin_product(p.w1_row(e, at), p.w1_r(at), p.w1_c(at), paired ? 2 * n : n, p.D, x, M, first);
-  if (p.gated && !paired) thin_product(p.w1_row(e, p.F + f0), p.w1_r(p.F + f0), p.w1_c(p.F + f0), n, p.D, x, M, second);
+  float gates[2 * CUT * THIN<T>], *ups = gates + n * M, both[2 * CUT];
+  thin_product(p.w1_row(e, at), p.w1_r(at), p.w1_c(at), paired ? 2 * n : n, p.D, x, M, gates);
+  if (p.gated && !paired) thin_product(p.w1_row(e, ut), p.w1_r(ut), p.w1_c(ut), n, p.D, x, M, ups);
   const T* b1 = p.a.b1 ? (const T*)p.a.b1 + int64_t(e) * p.W : nullptr;
-  for (int i = 0; i < n; ++i)
-    for (int m = 0; m < M; ++m) {  // the pre-activations, complete, in place
-      float* g = paired ? first + (2 * i) * M + m : first + i * M + m;
-      float* u = paired ? first + (2 * i + 1) * M + m : second + i * M + m;
-      const int gr = p.gate_row(f0 + i), ur = p.up_row(f0 + i);
-      if (b1) *g += to_float(b1[gr]);
-      if (b1 && p.gated) *u += to_float(b1[ur]);
-      if (h) from_float(*g, h[int64_t(gr) * M + m]);
-      if (h && p.gated) from_float(*u, h[int64_t(ur) * M + m]);
+  for (int m = 0; m < M; ++m) {
+    float *gate = gates + m * n, *up = p.gated ? ups + m * n : gate;
+    if (paired) {  // apart, so that what follows need not know
+      gate = both, up = both + n;
+      for (int i = 0; i < n; ++i) gate[i] = gates[m * 2 * n + 2 * i], up[i] = gates[m * 2 * n + 2 * i + 1];
     }
-  for (int m = 0; m < M; ++m)
-    for (int i = 0; i < n; i += LANES) {
-      vf g{}, u{};
-      for (int l = 0; l < LANES && i + l < n; ++l) {
-        g[l] = paired ? first[(2 * (i + l)) * M + m] : first[(i + l) * M + m];
-        if (p.gated) u[l] = paired ? first[(2 * (i + l) + 1) * M + m] : second[(i + l) * M + m];
-      }
-      store(a + int64_t(m) * p.F + f0 + i, p.act.forward(g, u), n - i);
+    for (int i = 0; b1 && i < n; ++i) {
+      gate[i] += to_float(b1[p.gate_row(f0 + i)]);
+      if (p.gated) up[i] += to_float(b1[p.up_row(f0 + i)]);
     }
+    for (int i = 0; h && i < n; ++i) {
+      from_float(gate[i], h[int64_t(p.gate_row(f0 + i)) * M + m]);
+      if (p.gated) from_float(up[i], h[int64_t(p.up_row(f0 + i)) * M + m]);
+    }
+    for (int i = 0; i < n; i += LANES)
+      store(a + int64_t(m) * p.F + f0 + i, p.act.forward(load(gate + i, n - i), load(up + i, n - i)), n - i);
+  }
 }
 
 // rows of out: scale * (A W2^T + b2), outputs o0 .. o1
@@ -197,11 +194,14 @@ void thin_down(const Problem<T>& p, int e, int o0, int o1, const typename Thin<T
   const int M = p.count(e), n = o1 - o0;
   float buffer[CUT * THIN<T>];
   thin_product(p.w2_row(e, o0), p.a.w2_r, p.a.w2_c, n, p.F, a, M, buffer);
-  const T* b2 = p.a.b2 ? (const T*)p.a.b2 + int64_t(e) * p.O : nullptr;
+  const T* b2 = p.a.b2 ? (const T*)p.a.b2 + int64_t(e) * p.O + o0 : nullptr;
   for (int m = 0; m < M; ++m) {
     const float s = p.scale(p.pairs(e)[m]);
     T* to = out + (int64_t(p.order.offsets[e]) + m) * p.O + o0;
-    for (int i = 0; i < n; ++i) from_float(s * (buffer[i * M + m] + (b2 ? to_float(b2[o0 + i]) : 0.f)), to[i]);
+    for (int o = 0; o < n; o += LANES) {
+      vf x = load(buffer + m * n + o, n - o);
+      store(to + o, s * (b2 ? x + load(b2 + o, n - o) : x), n - o);
+    }
   }
 }
 
