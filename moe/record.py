@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -12,33 +11,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..placement.trace import Trace, id_type
-
-# How transformers' experts modules name the choice of experts in (hidden_states, ids [T, K], weights [T, K]).
-_CHOICES = {("top_k_index", "top_k_weights"), ("router_indices", "routing_weights")}
+from .hf.table import choice_of
 
 Batch = Tensor | Mapping[str, Tensor]
 
 
 def record(
-    model: nn.Module, batches: Iterable[Batch], *, weights: bool = False, max_tokens: int | None = None
+    model: nn.Module, batches: Iterable[Batch] | Batch, *, weights: bool = False, max_tokens: int | None = None
 ) -> Trace:
     """The routing trace of `model` over `batches`, on the model's device, in eval mode and without gradients.
 
-    model       a transformers MoE model, swapped or not (every module at the boundary (hidden_states, top_k_index,
-                top_k_weights)), or any model with `headgate.MoE` layers inside
-    batches     tensors of input ids [B, S], or dicts as a tokenizer returns them; tokens with attention_mask 0 are
-                left out, every row is a sequence of its own. The model is called with the dict, or with input_ids=
+    model       a transformers MoE model, swapped or not, of any family that `headgate.replace` takes; or any model
+                with `headgate.MoE` layers, or modules called (hidden_states, top_k_index, top_k_weights), inside
+    batches     tensors of input ids [B, S], or dicts as a tokenizer returns them, or one of these; tokens with
+                attention_mask 0 are left out, every row is a sequence of its own. The model is called with the dict,
+                or with input_ids=
     weights     keep the router's weights too (float16)
     max_tokens  stop after so many tokens; the last batch is cut
 
     Returns a Trace of the layers in the order in which they ran; where layers differ in K the ids are filled up with
-    "no expert", where they differ in E `experts_of_layer` says so. Memory: the trace itself, one to four bytes per
-    choice. The model's training mode is restored and the hooks are removed, whatever happens.
+    "no expert", where they differ in E `experts_of_layer` says so. A layer has the name of the module that was heard:
+    the experts, or the router where these are not told the choice (Llama 4; JetMoE, whose attention has one too).
+    LongCat's identity experts, which have no weights, count as no expert. Memory: the trace itself, one to four bytes
+    per choice. The model's training mode is restored and the hooks are removed, whatever happens.
 
-    Raises ValueError where the model has no MoE layer, no batch holds a token, a layer runs twice in one pass, or sees
-    other tokens than the batch's (an encoder's, an image's). The few families that never say the choice at such a
-    boundary (Switch, NLLB, Llama 4, JetMoE, Doge, ViTPose) count as having no MoE layer. TypeError where a batch is
-    neither tensor nor dict.
+    Raises ValueError where the model has no MoE layer that tokens choose from (ViTPose's go by data set), no batch
+    holds a token, a layer runs twice in one pass, or sees other tokens than input_ids has (an image's; a decoder's
+    where decoder_input_ids is longer or shorter). TypeError where a batch is neither tensor nor dict.
 
     >>> trace = headgate.record(model, [tokenizer("def main():", return_tensors="pt")])
     >>> trace.expert_ids.shape                                                    # L, T, K
@@ -49,6 +48,8 @@ def record(
     layers = dict(_moe_layers(model))
     if not layers:
         raise ValueError(f"record: model must have MoE layers, got a {type(model).__name__} without any")
+    if isinstance(batches, Tensor | Mapping):
+        batches = [batches]
     tape = _Tape(layers, keep_weights=weights)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     left = max_tokens
@@ -85,21 +86,13 @@ class _Tape:
             yield
 
     def _attach(self, name: str, module: nn.Module):
-        if hasattr(module, "last_routing"):
+        choice = _own_choice if hasattr(module, "last_routing") else choice_of(module)
+        assert choice is not None
 
-            def after(layer, args, output):
-                routing = layer.last_routing
-                self._hear(name, routing.expert_ids, routing.weights)
+        def after(module, args, kwargs, output):
+            self._hear(name, *choice(module, args, kwargs, output))
 
-            return module.register_forward_hook(after)
-
-        ids, weights = _choice_names(module)
-
-        def before(_module, args, kwargs):
-            given = dict(zip(("hidden_states", ids, weights), args, strict=False)) | kwargs
-            self._hear(name, given[ids], given[weights])
-
-        return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after, with_kwargs=True)
 
     def _hear(self, name: str, ids: Tensor, weights: Tensor) -> None:
         if name in self.now:
@@ -168,19 +161,19 @@ def _stack(layers: list[list[NDArray]], fill: int) -> NDArray:
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if hasattr(module, "last_routing") or _choice_names(module) in _CHOICES:
+        if hasattr(module, "last_routing") or choice_of(module) is not None:
             yield name, module
 
 
-def _choice_names(module: nn.Module) -> tuple[str, ...]:
-    """What the forward calls its second and third argument (the class's forward: a swap sets the instance's)."""
-    return tuple(inspect.signature(type(module).forward).parameters)[2:4]
+def _own_choice(layer, _args, _kwargs, _output) -> tuple[Tensor, Tensor]:
+    """What a headgate.MoE chose in its last forward."""
+    return layer.last_routing.expert_ids, layer.last_routing.weights
 
 
 def _num_experts(module: nn.Module) -> int:
-    declared = getattr(module, "num_experts", None)
-    if isinstance(declared, int):
-        return declared
+    for declared in (getattr(module, name, None) for name in ("num_routed_experts", "num_experts")):
+        if isinstance(declared, int):
+            return declared
     for parameter in module.parameters():
         if parameter.dim() == 3:
             return parameter.shape[0]

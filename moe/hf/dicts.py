@@ -20,9 +20,13 @@ def switch_forward(
 ) -> Tensor:
     """hidden_states [T, D], selected_experts one-hot [T, 1, E] (zero: dropped), routing_weights [T, 1] -> [T, D]."""
     mark(module)
+    return _each_expert(module, hidden_states, *switch_choice(module, selected_experts, routing_weights))
+
+
+def switch_choice(_module: nn.Module, selected_experts: Tensor, routing_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids [T, 1], -1 where dropped, and weights [T, 1]) of Switch's one-hot [T, 1, E] and weights [T, 1]."""
     chosen = selected_experts.amax(-1) > 0
-    ids = torch.where(chosen, selected_experts.argmax(-1), -1)
-    return _each_expert(module, hidden_states, ids, routing_weights)
+    return torch.where(chosen, selected_experts.argmax(-1), -1), routing_weights
 
 
 def nllb_forward(module: nn.Module, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor) -> Tensor:
@@ -32,16 +36,18 @@ def nllb_forward(module: nn.Module, hidden_states: Tensor, router_mask: Tensor, 
     times. Where no dropout tells these times apart, each (token, expert) is computed once with its summed weight.
     """
     mark(module)
-    m: Any = module
-    ids, weights = router_mask, router_probs
     dropping = module.training and any(isinstance(d, nn.Dropout) and d.p > 0 for d in module.modules())
-    if not dropping:
-        experts: int = m.num_experts
-        shape = (ids.shape[0], experts)
-        weights = weights.new_zeros(shape).scatter_add(1, ids, weights)
-        met = torch.zeros(shape, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
-        ids = torch.where(met, torch.arange(experts, device=ids.device), -1)
-    return _each_expert(module, hidden_states, ids, weights)
+    choice = (router_mask, router_probs) if dropping else nllb_choice(module, router_mask, router_probs)
+    return _each_expert(module, hidden_states, *choice)
+
+
+def nllb_choice(module: nn.Module, router_mask: Tensor, router_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids [T, E], each expert at most once and -1 elsewhere, and its summed weights [T, E]) of NLLB's mask [T, K]."""
+    m: Any = module
+    shape = (router_mask.shape[0], m.num_experts)
+    met = torch.zeros(shape, dtype=torch.bool, device=router_mask.device).scatter(1, router_mask, True)
+    ids = torch.where(met, torch.arange(m.num_experts, device=met.device), -1)
+    return ids, router_probs.new_zeros(shape).scatter_add(1, router_mask, router_probs)
 
 
 def _each_expert(module: nn.Module, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

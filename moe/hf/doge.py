@@ -22,7 +22,7 @@ def doge_forward(module: nn.Module, hidden_states: Tensor, **kwargs: Any) -> tup
     mark(module)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     router_logits = m.router_gate(hidden_states).view(2, rows.shape[0], -1)
-    ids, weights = _choose(m, router_logits)
+    ids, weights = choice(m, (hidden_states, router_logits))
     routing = Routing.from_topk(ids, weights, m.num_experts)
     # expert e is act(<down_embed[e], x>) * up_embed[e]: a feed-forward network with F = 1
     down, up = m.down_embed.weight[:, None, :], m.up_embed.weight[:, :, None]
@@ -31,8 +31,10 @@ def doge_forward(module: nn.Module, hidden_states: Tensor, **kwargs: Any) -> tup
     return shared + routed.view(hidden_states.shape), router_logits
 
 
-def _choose(m: Any, router_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The best pairs of keys: ids and weights [T, K]."""
+def choice(module: nn.Module, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(ids, weights) [T, K] of the best pairs of keys, from what a DogeCDMoE returns, logits [2, T, keys] last."""
+    m: Any = module
+    router_logits = output[1]
     (scores_x, scores_y), (ids_x, ids_y) = router_logits.topk(m.num_keys, dim=-1)
     scores = (scores_x.unsqueeze(-1) + scores_y.unsqueeze(-2)).flatten(-2)
     ids = (ids_x.unsqueeze(-1) * m.num_keys + ids_y.unsqueeze(-2)).flatten(-2)

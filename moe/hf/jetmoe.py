@@ -20,5 +20,12 @@ def parallel_experts_forward(module: nn.Module, inputs: Tensor, expert_size: lis
     return grouped_linear(inputs, offsets, m.weight)
 
 
+def choice(module: nn.Module, output: tuple) -> tuple[Tensor, Tensor]:
+    """(ids, weights) [T, K] of what a JetMoeTopKGating returns, whose last is the logits [T, E]."""
+    m: Any = module
+    best, ids = output[-1].topk(m.top_k, dim=1)
+    return ids, best.softmax(1)
+
+
 def prepare(module: nn.Module) -> str:
     return "one grouped matmul"

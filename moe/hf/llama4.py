@@ -23,9 +23,16 @@ def block_forward(module: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Ten
     m: Any = module
     hidden_states = hidden_states.reshape(-1, m.hidden_dim)
     scores, logits = m.router(hidden_states)
-    ids = torch.topk(logits, m.top_k, dim=1).indices
-    routed = m.experts(hidden_states, ids, scores.gather(1, ids))
+    routed = m.experts(hidden_states, *choice(m, (scores, logits)))
     return m.shared_expert(hidden_states) + routed, logits
+
+
+def choice(module: nn.Module, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(ids, weights) [T, K] of what a Llama4Router returns, scores and logits [T, E]; block and router know K."""
+    m: Any = module
+    scores, logits = output
+    ids = torch.topk(logits, m.top_k, dim=1).indices
+    return ids, scores.gather(1, ids)
 
 
 def experts_forward(

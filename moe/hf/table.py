@@ -1,14 +1,15 @@
-"""Which adapter takes which module.
+"""Which adapter takes which module, and where a module says which experts its tokens go to.
 
 A new family needs a line here only if transformers gave it no experts interface."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import dbrx, dicts, doge, experts, fp8, jetmoe, llama4, longcat
 
@@ -69,3 +70,50 @@ def looks_like_experts(module: nn.Module) -> bool:
         return False
     held = getattr(module, "experts", None)
     return name.endswith("Experts") or (isinstance(held, nn.ModuleList | nn.ModuleDict) and len(held) > 1)
+
+
+# (module, positional and named arguments of a call, what it returned) -> (ids [T, K], weights [T, K])
+Choice = Callable[[nn.Module, tuple, Mapping[str, Any], Any], tuple[Tensor, Tensor]]
+
+
+def _in_the_call(read: Callable[..., tuple[Tensor, Tensor]]) -> Choice:
+    """The choice is handed over: the second and third argument, under whatever names the module's class gives them."""
+
+    def choice(module, args, kwargs, _output):
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:4]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return read(module, given[names[1]], given[names[2]])
+
+    return choice
+
+
+def _in_the_output(read: Callable[..., tuple[Tensor, Tensor]]) -> Choice:
+    return lambda module, _args, _kwargs, output: read(module, output)
+
+
+BOUNDARY = _in_the_call(lambda _module, ids, weights: (ids, weights))
+_NAMES = {("top_k_index", "top_k_weights"), ("router_indices", "routing_weights")}
+# By class, where the choice is not in a call at transformers' boundary. None: there is no choice to hear, because a
+# router hears of it (Llama 4, JetMoE) or tokens have none (ViTPose: one expert per data set).
+CHOICES: dict[str, Choice | None] = {
+    "DogeCDMoE": _in_the_output(doge.choice),
+    "JetMoeParallelExperts": None,
+    "JetMoeTopKGating": _in_the_output(jetmoe.choice),
+    "Llama4Router": _in_the_output(llama4.choice),
+    "Llama4TextExperts": None,
+    "NllbMoeExperts": _in_the_call(dicts.nllb_choice),
+    "SwitchTransformersExperts": _in_the_call(dicts.switch_choice),
+    "VitPoseNaiveMoe": None,
+}
+
+
+def choice_of(module: nn.Module) -> Choice | None:
+    """How to read the experts that tokens go to from a call of `module`, swapped or not; None where it does not say."""
+    for cls in type(module).__mro__:
+        if cls.__name__ in CHOICES:
+            return CHOICES[cls.__name__]
+    adapter = adapter_of(module)
+    if adapter is not None:
+        return None if adapter.helper else BOUNDARY
+    names = tuple(inspect.signature(type(module).forward).parameters)[2:4]
+    return BOUNDARY if names in _NAMES else None

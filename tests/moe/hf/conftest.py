@@ -151,8 +151,10 @@ def _model_classes(path: Path) -> list[type]:
 
 
 def small_config(config_class: type, family: str, **changes):
-    fields = {*config_class.__dataclass_fields__, *getattr(config_class, "attribute_map", {})}
-    values = {name: value for name, value in SMALL.items() if name in fields}
+    aliases = getattr(config_class, "attribute_map", {})
+    fields = {*config_class.__dataclass_fields__, *aliases}
+    # an alias would overwrite what its field is changed to
+    values = {name: value for name, value in SMALL.items() if name in fields and aliases.get(name) not in changes}
     if "kv_lora_rank" in fields:  # latent attention has as many keys as queries
         values["num_key_value_heads"] = 4
     return config_class(**{**values, **SPECIAL.get(family, {}), **changes})
