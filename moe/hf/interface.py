@@ -1,11 +1,24 @@
-"""Headgate as one of transformers' own experts implementations."""
+"""Headgate as one of transformers' own experts implementations, and which transformers that may be."""
 
 from __future__ import annotations
+
+import sys
 
 from .experts import experts_forward
 from .fp8 import fp8_experts_forward
 
 NAME = "headgate"
+OLDEST = (5, 18)  # the oldest transformers whose families were all compared with their originals
+
+
+def check_transformers(who: str) -> None:
+    """Raises ImportError, in the name of `who`, where the transformers that is loaded is older than OLDEST."""
+    version = getattr(sys.modules.get("transformers"), "__version__", None)
+    if version is not None and tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"{who}: transformers must be {'.'.join(map(str, OLDEST))} or newer, got {version}; "
+            "pip install -U 'headgate[hf]'"
+        )
 
 
 def register() -> None:
@@ -14,20 +27,18 @@ def register() -> None:
     Families outside transformers' experts interface (Llama 4, DBRX, Switch, ...) ignore the choice silently and stay
     eager; `headgate.replace` takes them, and `headgate.hf.calls(model)` tells what has run. Twice is harmless.
 
-    Raises ImportError where transformers is missing or older than its experts interface (5.0).
+    Raises ImportError where transformers is missing or older than 5.18.
 
     >>> headgate.hf.register()
     >>> model.set_experts_implementation("headgate")   # or from_pretrained(..., experts_implementation="headgate")
     """
     try:
-        from transformers.integrations.moe import ExpertsInterface
+        import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "register: needs transformers >= 5.0 with its experts interface; pip install 'headgate[hf]'"
-        ) from error
+        raise ImportError("register: transformers must be installed; pip install 'headgate[hf]'") from error
+    check_transformers("register")
+    from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+    from transformers.integrations.moe import ExpertsInterface
+
     ExpertsInterface.register(NAME, experts_forward)
-    try:
-        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
-    except ImportError:  # releases without a registry of its own for FP8
-        return
     FP8ExpertsInterface.register(NAME, fp8_experts_forward)

@@ -15,6 +15,7 @@ from torch import nn
 
 from .counting import counter, forget
 from .gate import forget_gate
+from .interface import check_transformers
 from .report import Report
 from .table import Adapter, adapter_of, looks_like_experts
 
@@ -40,8 +41,9 @@ def replace(model: nn.Module) -> Report:
     gate; where no fused form equals it, the module's gate runs between two grouped matmuls, with a warning.
 
     Returns a Report: `replaced`, `skipped` (name -> reason), `calls`. Raises ValueError for a model without MoE blocks
-    or already swapped, TypeError for something that is no module. If a block fails, all are restored first. Copies
-    (deepcopy, torch.save) are swapped too; nn.DataParallel's replicas cannot be, DistributedDataParallel needs none.
+    or already swapped, TypeError for something that is no module, ImportError where transformers is older than 5.18.
+    If a block fails, all are restored first. Copies (deepcopy, torch.save) are swapped too; nn.DataParallel's replicas
+    cannot be, DistributedDataParallel needs none.
 
     >>> report = headgate.replace(model)
     >>> print(report)
@@ -50,6 +52,7 @@ def replace(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_transformers("replace")
     for name, module in model.named_modules():
         if _SWAP in vars(module):
             raise ValueError(
@@ -58,7 +61,9 @@ def replace(model: nn.Module) -> Report:
             )
     found, skipped = _survey(model)
     if not found and not skipped:
-        raise ValueError(f"replace: model must hold MoE experts, got a {type(model).__name__} without any")
+        raise ValueError(
+            f"replace: model must hold MoE experts, got a {type(model).__name__} without any of transformers'"
+        )
     report = Report(type(model).__name__, skipped=skipped)
     try:
         for name, module, adapter in found:

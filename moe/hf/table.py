@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..experts import Experts
 from . import dbrx, dicts, doge, experts, fp8, jetmoe, llama4, longcat
 
 
@@ -66,7 +67,7 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 def looks_like_experts(module: nn.Module) -> bool:
     """Whether a module that no adapter takes still seems to hold routed experts, so that a report must name it."""
     name = type(module).__name__
-    if "Shared" in name:
+    if "Shared" in name or isinstance(module, Experts):  # ours already
         return False
     held = getattr(module, "experts", None)
     return name.endswith("Experts") or (isinstance(held, nn.ModuleList | nn.ModuleDict) and len(held) > 1)

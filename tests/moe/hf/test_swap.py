@@ -68,12 +68,23 @@ def test_talker_of_qwen3_omni(build, assert_close):
 
 class TestRefusals:
     def test_a_model_without_experts(self):
-        with pytest.raises(ValueError, match="replace: model must hold MoE experts, got a Linear without any"):
+        with pytest.raises(ValueError, match="replace: model must hold MoE experts, got a Linear without any of tr"):
             headgate.replace(nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="must hold MoE experts, got a MoE without any of tr"):
+            headgate.replace(headgate.MoE(8, 4, 4, 2))
 
     def test_something_that_is_no_model(self):
         with pytest.raises(TypeError, match=r"replace: model must be a torch\.nn\.Module, got str"):
             headgate.replace("mixtral")
+
+    @pytest.mark.parametrize("version", ["4.57.1", "5.2.0", "5.17.0.dev0"])
+    def test_a_transformers_too_old(self, build, version, monkeypatch):
+        olmoe = build("olmoe")
+        monkeypatch.setattr("transformers.__version__", version)
+        for call in (lambda: headgate.replace(olmoe.model), headgate.hf.register):
+            with pytest.raises(ImportError, match=rf"transformers must be 5\.18 or newer, got {version}"):
+                call()
+        assert not headgate.hf.calls(olmoe.model)
 
     def test_a_model_already_swapped_stays_swapped(self, build):
         olmoe = build("olmoe")
