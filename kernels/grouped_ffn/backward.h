@@ -221,37 +221,68 @@ void bias_gradients(const Part<T>& part, int e, const Kept<T>& kept) {
   }
 }
 
-// dX of the tokens, summed over the passes in fp32 and in the order of experts, whatever the passes are.
+// An fp32 value in two halves: the upper one where a 16-bit result will stand, the lower one in scratch.
+#ifdef HG_AVX512
+HG_INLINE vf load_halves(const uint16_t* upper, const uint16_t* lower, int n) {
+  __m512i u = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(n), upper));
+  __m512i l = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(n), lower));
+  return (vf)_mm512_or_si512(_mm512_slli_epi32(u, 16), l);
+}
+HG_INLINE void store_halves(uint16_t* upper, uint16_t* lower, vf x, int n) {
+  _mm256_mask_storeu_epi16(upper, mask16(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x, 16)));
+  _mm256_mask_storeu_epi16(lower, mask16(n), _mm512_cvtepi32_epi16((__m512i)x));
+}
+#else
+HG_INLINE vf load_halves(const uint16_t* upper, const uint16_t* lower, int n) {
+  vi x{};
+  for (int i = 0; i < LANES && i < n; ++i) x[i] = int32_t(uint32_t(upper[i]) << 16 | lower[i]);
+  return as_float(x);
+}
+HG_INLINE void store_halves(uint16_t* upper, uint16_t* lower, vf x, int n) {
+  const vi bits = as_int(x);
+  for (int i = 0; i < LANES && i < n; ++i) upper[i] = uint16_t(uint32_t(bits[i]) >> 16), lower[i] = uint16_t(bits[i]);
+}
+#endif
+
+// dX of the tokens, summed over the passes in fp32 and in the order of experts, whatever the passes are. The sums stand
+// in the result's own memory, and for 16-bit results their lower halves in as much again.
 template <class T>
 class InputSum {
+  static constexpr bool HALVES = sizeof(T) == 2;
   const Problem<T>& p;
-  Scratch<float> sums;             // [R, D], unless T is float: then the result itself
+  Scratch<uint16_t> lower;         // [R, D]
   std::vector<int32_t> place, at;  // a token's places in the order of experts, and the first not yet added
-  float* to(int64_t t) const { return (std::is_same_v<T, float> ? (float*)p.a.dx : sums.get()) + t * p.D; }
+
+  vf get(int64_t i, int n) const {
+    if constexpr (HALVES) return load_halves((const uint16_t*)p.a.dx + i, lower.get() + i, n);
+    else return load((const T*)p.a.dx + i, n);
+  }
+  void put(int64_t i, vf x, int n) {
+    if constexpr (HALVES) store_halves((uint16_t*)p.a.dx + i, lower.get() + i, x, n);
+    else store((T*)p.a.dx + i, x, n);
+  }
 
  public:
-  explicit InputSum(const Problem<T>& problem)
-      : p(problem), sums(p.a.dx && !std::is_same_v<T, float> ? size_t(p.a.R) * p.D : 0) {
+  explicit InputSum(const Problem<T>& problem) : p(problem), lower(p.a.dx && HALVES ? size_t(p.a.R) * p.D : 0) {
     if (!p.a.dx) return;
     place = p.order.row_of_pair;
     at.resize(p.a.R);
   }
   void begin(int64_t t) {
     std::sort(place.begin() + t * p.K, place.begin() + (t + 1) * p.K);
-    std::memset(to(t), 0, p.D * sizeof(float));
+    for (int d = 0; d < p.D; d += LANES) put(t * p.D + d, vf{}, p.D - d);
   }
   // adds the rows of places lo .. hi; `last`: they will not come again
   void add(int64_t t, const float* rows, int lo, int hi, bool last) {
     int i = at[t];
     for (; i < p.K && place[t * p.K + i] < hi; ++i) {
       const float* row = rows + int64_t(place[t * p.K + i] - lo) * p.D;
-      for (int d = 0; d < p.D; d += LANES) store(to(t) + d, load(to(t) + d, p.D - d) + load(row + d, p.D - d), p.D - d);
+      for (int d = 0; d < p.D; d += LANES) put(t * p.D + d, get(t * p.D + d, p.D - d) + load(row + d, p.D - d), p.D - d);
     }
     if (last) at[t] = i;
   }
   void end(int64_t t) {
-    if (!std::is_same_v<T, float>)
-      for (int d = 0; d < p.D; d += LANES) store((T*)p.a.dx + t * p.D + d, load(to(t) + d, p.D - d), p.D - d);
+    for (int d = 0; HALVES && d < p.D; d += LANES) store((T*)p.a.dx + t * p.D + d, get(t * p.D + d, p.D - d), p.D - d);
   }
 };
 

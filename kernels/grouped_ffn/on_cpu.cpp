@@ -133,7 +133,7 @@ struct Wave {
 // Waves whose dH and A about fit the cache, with several tasks for every thread.
 template <class T>
 std::vector<Wave> waves(const Problem<T>& p, int block) {
-  const size_t budget = (size_t(2) << 20) * (p.threads + 1) / sizeof(float);
+  const size_t budget = (size_t(1) << 20) * (p.threads + 1) / sizeof(float);
   const Part<T> all(p, 0, p.F);
   std::vector<Wave> out;
   size_t kept = 0;
