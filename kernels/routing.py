@@ -36,9 +36,14 @@ class Routing:
     def from_topk(cls, expert_ids: Tensor, weights: Tensor, num_experts: int) -> Routing:
         """A Routing from any router's top-k: ids [T, K] of any integer type and weights [T, K].
 
-        Raises ValueError where the shapes differ or are not [T, K], or `num_experts` is not positive; TypeError where
-        the ids are not integers or the weights not floating point.
+        Raises ValueError where the shapes differ or are not [T, K], the devices differ, or `num_experts` is not
+        positive; TypeError where the ids are not integer or the weights not floating point tensors.
         """
+        if not (isinstance(expert_ids, Tensor) and isinstance(weights, Tensor)):
+            raise TypeError(
+                "Routing: expert_ids and weights must both be tensors, got "
+                f"{type(expert_ids).__name__} and {type(weights).__name__}"
+            )
         if expert_ids.dim() != 2 or expert_ids.shape != weights.shape:
             raise ValueError(
                 "Routing: expert_ids and weights must both be [T, K], got "
@@ -48,6 +53,10 @@ class Routing:
             raise TypeError(f"Routing: expert_ids must be integers, got {expert_ids.dtype}")
         if not weights.dtype.is_floating_point:
             raise TypeError(f"Routing: weights must be floating point, got {weights.dtype}")
+        if expert_ids.device != weights.device:
+            raise ValueError(
+                f"Routing: expert_ids and weights must be on one device, got {expert_ids.device} and {weights.device}"
+            )
         if num_experts < 1:
             raise ValueError(f"Routing: num_experts must be at least 1, got {num_experts}")
         if expert_ids.dtype == torch.int64:  # what does not fit 32 bits must not come back as somebody's expert

@@ -73,8 +73,9 @@ def grouped_linear(
             [2., 2.],
             [2., 2.]])
     """
-    if torch.is_autocast_enabled(x_sorted.device.type):
-        to = torch.get_autocast_dtype(x_sorted.device.type)
+    kind = x_sorted.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        to = torch.get_autocast_dtype(kind)
         x_sorted, w, b = x_sorted.to(to), w.to(to), None if b is None else b.to(to)
     _check(x_sorted, offsets, w, b, transposed)
     return torch.ops.headgate.grouped_linear(x_sorted, offsets, w, b, transposed)
@@ -93,6 +94,8 @@ def _check(x: Tensor, offsets: Tensor, w: Tensor, b: Tensor | None, transposed: 
         )
     if offsets.dtype.is_floating_point or offsets.dtype == torch.bool:
         raise TypeError(f"grouped_linear: offsets must be integers, got {offsets.dtype}")
+    if offsets.device != x.device:
+        raise ValueError(f"grouped_linear: offsets must be on x_sorted's device, got {offsets.device} and {x.device}")
     if tuple(offsets.shape) != (w.shape[0] + 1,):
         raise ValueError(f"grouped_linear: offsets must be [E+1] = [{w.shape[0] + 1}], got {tuple(offsets.shape)}")
     if b is not None and tuple(b.shape) != (w.shape[0], fan_out):

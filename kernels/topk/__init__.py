@@ -111,8 +111,8 @@ def topk(
     `counts` int32 [E]; `scores` fp32 [T, E] (softmax over E for "topk_softmax"); `logits` as given. Gradients flow
     from weights and scores to the logits; what they need is scores, ids and weights, and double backward works.
 
-    Raises ValueError / TypeError naming argument, rule and value. NaN or infinite logits raise ValueError on CPU; other
-    devices do not look, because to look is to wait for the device.
+    Raises ValueError / TypeError naming argument, rule and value. NaN or infinite logits (or bias) raise ValueError on
+    CPU; other devices do not look, because to look is to wait for the device.
 
     >>> r = topk(torch.tensor([[0.0, 2.0, 1.0]]), 2, renormalize=True)
     >>> r.expert_ids.tolist(), [round(w, 3) for w in r.weights[0].tolist()], r.counts.tolist()
@@ -132,8 +132,13 @@ def _check(logits, k, score, bias, groups, topk_groups, group_score, scale) -> N
     if not logits.dtype.is_floating_point:
         raise TypeError(f"topk: logits must be floating point, got {logits.dtype}")
     experts = logits.shape[1]
-    if bias is not None and tuple(bias.shape) != (experts,):
-        raise ValueError(f"topk: bias must be [E] = ({experts},), got {tuple(bias.shape)}")
+    if bias is not None:
+        if tuple(bias.shape) != (experts,):
+            raise ValueError(f"topk: bias must be [E] = ({experts},), got {tuple(bias.shape)}")
+        if not bias.dtype.is_floating_point:
+            raise TypeError(f"topk: bias must be floating point, got {bias.dtype}")
+        if bias.device != logits.device:
+            raise ValueError(f"topk: bias must be on the device of logits, got {bias.device} and {logits.device}")
     check_choice(experts, k, score, groups, topk_groups, group_score, scale, who="topk")
 
 
@@ -141,6 +146,9 @@ def check_choice(
     experts: int, k: int, score: str, groups: int, topk_groups: int, group_score: str, scale: float, who: str
 ) -> None:
     """Raises ValueError, in the name of `who`, for numbers that no choice of k out of `experts` can be made with."""
+    for name, number in (("top_k", k), ("groups", groups), ("topk_groups", topk_groups)):
+        if not hasattr(number, "__index__"):
+            raise TypeError(f"{who}: {name} must be an integer, got {number!r}")
     if not 1 <= k <= experts:
         raise ValueError(f"{who}: top_k must be between 1 and the number of experts ({experts}), got {k}")
     if score not in SCORES:

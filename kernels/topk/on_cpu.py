@@ -29,7 +29,9 @@ def _select(choice: Tensor, k: int) -> Tensor:
     return ids
 
 
-def _check_finite(logits: Tensor) -> None:
+def _check_finite(logits: Tensor, bias: Tensor | None) -> None:
+    if bias is not None and not math.isfinite(bias.sum().item()) and not bias.isfinite().all():
+        raise ValueError(f"topk: bias must be finite, got {bias.tolist()}")
     # one pass for the good case: a sum is finite unless a term is not (or it overflows, which the second look forgives)
     if math.isfinite(logits.sum().item()):
         return
@@ -54,7 +56,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    _check_finite(logits)
+    _check_finite(logits, bias)
     scores = score_of(logits, score)
     choice = logits if score == "topk_softmax" else scores
     if bias is not None:
@@ -70,5 +72,6 @@ def forward(
             weights /= weights.sum(1, keepdim=True) + EPS
     if scale != 1.0:
         weights *= scale
-    counts = torch.bincount(ids.reshape(-1), minlength=logits.shape[1])
-    return weights, scores, ids.int(), counts.int()
+    ids = ids.int()
+    counts = torch.bincount(ids.view(-1), minlength=logits.shape[1])
+    return weights, scores, ids, counts.int()

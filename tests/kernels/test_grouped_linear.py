@@ -105,6 +105,11 @@ def test_autocast_casts_like_a_linear_layer():
         ({"w": torch.zeros(2, 5, 7)}, ValueError, "w must take x_sorted's 6 columns"),
         ({"offsets": torch.zeros(3)}, TypeError, "offsets must be integers, got torch.float32"),
         ({"offsets": torch.zeros(4, dtype=torch.int32)}, ValueError, r"offsets must be \[E\+1\] = \[3\], got \(4,\)"),
+        (
+            {"offsets": torch.zeros(3, dtype=torch.int32, device="meta")},
+            ValueError,
+            "offsets must be on x_sorted's device",
+        ),
         ({"b": torch.zeros(2, 6)}, ValueError, r"b must be \(2, 5\), got \(2, 6\)"),
         ({"w": torch.zeros(2, 5, 6).double()}, TypeError, "w must have the dtype of x_sorted"),
         ({"x_sorted": torch.zeros(4, 6, dtype=torch.int32)}, TypeError, "x_sorted must be fp64, fp32, bf16 or fp16"),

@@ -60,6 +60,8 @@ def test_is_frozen():
         (torch.zeros(4, 2), torch.ones(4, 2), 2, TypeError, r"expert_ids must be integers, got torch.float32"),
         (torch.zeros(4, 2).bool(), torch.ones(4, 2), 2, TypeError, r"expert_ids must be integers, got torch.bool"),
         (torch.zeros(4, 2).long(), torch.ones(4, 2).long(), 2, TypeError, r"weights must be floating point"),
+        ([[0, 1]], [[0.5, 0.5]], 2, TypeError, "must both be tensors, got list and list"),
+        (torch.zeros(4, 2).long(), torch.ones(4, 2, device="meta"), 2, ValueError, "on one device, got cpu and meta"),
         (torch.zeros(4, 2).long(), torch.ones(4, 2), 0, ValueError, r"num_experts must be at least 1, got 0"),
     ],
 )

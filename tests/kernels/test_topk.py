@@ -185,6 +185,8 @@ def test_large_finite_logits_are_not_refused():
         ({"scale": 0.0}, "scale must be positive and finite"),
         ({"scale": float("nan")}, "scale must be positive and finite"),
         ({"bias": torch.zeros(7)}, r"bias must be \[E\] = \(8,\), got \(7,\)"),
+        ({"bias": torch.zeros(8, device="meta")}, "bias must be on the device of logits, got meta and cpu"),
+        ({"bias": torch.tensor([0.0] * 7 + [float("nan")])}, r"bias must be finite, got \[0.0, .*nan\]"),
         ({"logits": torch.zeros(2, 3, 8)}, r"logits must be \[T, E\], got \(2, 3, 8\)"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -195,6 +197,15 @@ def test_bad_arguments_are_named(change, message):
         topk(args.pop("logits"), args.pop("k"), **args)
 
 
-def test_integer_logits_are_refused():
-    with pytest.raises(TypeError, match=r"topk: logits must be floating point, got torch\.int64"):
-        topk(torch.zeros(4, 8, dtype=torch.long), 2)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(5, 8, dtype=torch.long)}, r"logits must be floating point, got torch\.int64"),
+        ({"k": 2.0}, r"top_k must be an integer, got 2\.0"),
+        ({"groups": "4"}, "groups must be an integer, got '4'"),
+        ({"bias": torch.zeros(8, dtype=torch.long)}, r"bias must be floating point, got torch\.int64"),
+    ],
+)
+def test_bad_types_are_named(change, message):
+    with pytest.raises(TypeError, match=message):
+        topk(**{"logits": torch.zeros(5, 8), "k": 2} | change)
