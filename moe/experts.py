@@ -44,6 +44,8 @@ class Experts(nn.Module):
         super().__init__()
         sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         for name, size in sizes.items():
+            if not hasattr(size, "__index__"):
+                raise TypeError(f"Experts: {name} must be an integer, got {size!r}")
             if size < 1:
                 raise ValueError(f"Experts: {name} must be at least 1, got {size}")
         if dispatcher is not None and not isinstance(dispatcher, Dispatcher):

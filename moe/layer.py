@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,26 +16,9 @@ from ..kernels.routing import Routing
 from .experts import Experts
 from .losses import attach_loss, load_balancing_loss, z_loss
 from .routers import ROUTERS
+from .shared import SharedExpert
 
 SCOPES = ("batch", "sequence", "global")
-
-
-class SharedExpert(nn.Module):
-    """The expert that every token goes to: y = FFN(x), or sigmoid(gate(x)) FFN(x) with `gate` (Qwen2-MoE).
-
-    It is one expert of the same operation, whose routing is known beforehand and whose weight is 1 or the gate.
-    """
-
-    def __init__(self, hidden_size: int, intermediate_size: int, *, gate: bool = False, **form: Any) -> None:
-        super().__init__()
-        self.ffn = Experts(1, hidden_size, intermediate_size, **form)
-        where = {name: form.get(name) for name in ("device", "dtype")}
-        self.gate = nn.Linear(hidden_size, 1, bias=False, **where) if gate else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        ids = torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device)
-        weights = torch.ones_like(ids, dtype=x.dtype) if self.gate is None else self.gate(x).sigmoid()
-        return self.ffn(x, Routing(ids, weights, 1))
 
 
 class MoE(nn.Module):
@@ -52,7 +36,7 @@ class MoE(nn.Module):
     same. `aux_losses` holds the last training forward's losses, detached and before their coefficients, for reading:
     "load_balancing" always, "z_loss" where it has a coefficient.
 
-    `last_routing` is the Routing of the last forward, detached and without logits (None before the first).
+    `last_routing` is the Routing of the last forward, detached and without logits; None before the first.
 
     Compiles with fullgraph=True. A layer inside torch.utils.checkpoint inside torch.compile writes `last_routing` where
     Dynamo allows it only with torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True.
@@ -104,31 +88,31 @@ class MoE(nn.Module):
         self.load_balancing_scope, self.load_balancing_group = load_balancing_scope, load_balancing_group
         self.aux_scale: float | Tensor = 1.0
         self.aux_losses: dict[str, Tensor] = {}
-        self._last: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
+        self.last_routing: Routing | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"MoE: x must be [..., {self.hidden_size}], got {tuple(x.shape)}")
-        tokens = x.reshape(-1, self.hidden_size)
-        routing = self.router(tokens)
-        if not isinstance(routing, Routing):
-            raise TypeError(f"MoE: router must return a Routing, got {type(routing).__name__}")
+        tokens = self._tokens(x)
+        routing = self._route(tokens)
         y = self.experts(tokens, routing)
         if self.shared is not None:
             y = y + self.shared(tokens)
         if self.training and routing.scores is not None:
             y = self._with_losses(y, routing, sequences=math.prod(x.shape[:-2]))
-        seen = routing.detach()
-        self._last = (seen.expert_ids, seen.weights, seen.counts, seen.scores)
+        self.last_routing = replace(routing.detach(), logits=None)
         return y.reshape(x.shape)
 
-    @property
-    def last_routing(self) -> Routing | None:
-        """The Routing of the last forward, detached, without logits; None before the first."""
-        if self._last is None:
-            return None
-        ids, weights, counts, scores = self._last
-        return Routing(ids, weights, self.num_experts, counts, scores)
+    def _tokens(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"MoE: x must be a tensor [..., {self.hidden_size}], got {type(x).__name__}")
+        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"MoE: x must be [..., {self.hidden_size}], got {tuple(x.shape)}")
+        return x.reshape(-1, self.hidden_size)
+
+    def _route(self, tokens: Tensor) -> Routing:
+        routing = self.router(tokens)
+        if not isinstance(routing, Routing):
+            raise TypeError(f"MoE: router must return a Routing, got {type(routing).__name__}")
+        return routing
 
     def _with_losses(self, y: Tensor, routing: Routing, sequences: int) -> Tensor:
         """y with this step's losses attached to its backward pass; notes their values in `aux_losses`."""
@@ -165,6 +149,10 @@ def _router(router, options, hidden_size: int, num_experts: int, top_k: int, dev
 
 
 def _check(num_experts, top_k, shared_intermediate_size, shared_gate, load_balancing_coef, z_loss_coef) -> None:
+    sizes = {"num_experts": num_experts, "top_k": top_k, "shared_intermediate_size": shared_intermediate_size}
+    for name, size in sizes.items():
+        if not hasattr(size, "__index__"):
+            raise TypeError(f"MoE: {name} must be an integer, got {size!r}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"MoE: top_k must be between 1 and num_experts ({num_experts}), got {top_k}")
     if shared_intermediate_size < 0:

@@ -77,8 +77,9 @@ def flags(module: nn.Module) -> tuple[bool, bool, bool, bool, bool]:
 
 def as_rows(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """hidden_states [..., D] as rows [R, D] in the dtype of `weight`, or as they are where autocast will decide."""
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(weight.dtype)
+    rows, kind = hidden_states.reshape(-1, hidden_states.shape[-1]), hidden_states.device.type
+    cast_later = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return rows if cast_later else rows.to(weight.dtype)
 
 
 def own_gate_forward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +52,8 @@ class Router(nn.Module):
         apart, and untouched by autocast."""
         if self.jitter and self.training:
             x = x * torch.empty_like(x, dtype=_wide(x.dtype)).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = _Logits.apply(x, self.weight)
+        # without a graph there is nothing to keep, and the product alone takes half the time for one token
+        logits = _Logits.apply(x, self.weight) if torch.is_grad_enabled() else _product(x, self.weight)
         return logits if self.gate_bias is None else logits + self.gate_bias.to(logits.dtype)
 
     def forward(self, x: Tensor) -> Routing:
@@ -65,8 +68,7 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(_wide(x.dtype)), weight.to(_wide(x.dtype)))
+        return _product(x, weight)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -76,11 +78,23 @@ class _Logits(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
+        with _no_autocast(grad.device):
             return (
                 (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None,
                 (grad.T @ x.to(grad.dtype)).to(weight.dtype) if need_weight else None,
             )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    with _no_autocast(x.device):
+        return F.linear(x.to(_wide(x.dtype)), weight.to(_wide(x.dtype)))
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager:
+    kind = device.type  # some, such as meta, know no autocast at all
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

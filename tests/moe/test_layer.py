@@ -245,6 +245,24 @@ class TestPyTorch:
                 module.reset_parameters()
         assert layer(x).isfinite().all()
 
+    @pytest.mark.parametrize("router", ROUTER_OPTIONS)
+    def test_runs_on_meta(self, router):
+        layer = make(router, shared_intermediate_size=8, shared_gate=True, device="meta", **COEFS)
+        y = layer(torch.randn(2, 3, 70, device="meta"))
+        y.sum().backward()
+        assert (y.device.type, y.shape) == ("meta", (2, 3, 70))
+        assert all(p.grad.shape == p.shape for p in layer.parameters())
+
+    def test_weights_from_outside(self, assert_close):
+        """As torch.func.functional_call and optimizers of whole trees of parameters hand them in."""
+        layer, x = make(shared_intermediate_size=8), torch.randn(9, 70)
+        twice = {name: 2 * p.detach() for name, p in layer.named_parameters()}
+        got = torch.func.functional_call(layer, twice, (x,))
+        with torch.no_grad():
+            for p in layer.parameters():
+                p *= 2
+        assert_close(got, layer(x))
+
     def test_any_leading_shape_and_layout(self, assert_close):
         layer = make()
         x = torch.randn(70, 3, 2).permute(2, 1, 0)
@@ -285,6 +303,9 @@ class TestBadInput:
         [
             ({"top_k": 6}, ValueError, r"MoE: top_k must be between 1 and num_experts \(5\), got 6"),
             ({"top_k": 0}, ValueError, "MoE: top_k must be between 1"),
+            ({"top_k": 2.0}, TypeError, r"MoE: top_k must be an integer, got 2\.0"),
+            ({"num_experts": "5"}, TypeError, "MoE: num_experts must be an integer, got '5'"),
+            ({"intermediate_size": 4.5}, TypeError, r"Experts: intermediate_size must be an integer, got 4\.5"),
             ({"router": "magic"}, ValueError, "MoE: router must be one of softmax, sigmoid or a module, got 'magic'"),
             ({"router": 3}, TypeError, "MoE: router must be a name or a module, got int"),
             ({"router": nn.Identity(), "router_options": {"scale": 2.0}}, ValueError, "router_options must come with"),
@@ -309,6 +330,8 @@ class TestBadInput:
         layer = make()
         with pytest.raises(ValueError, match=r"MoE: x must be \[\.\.\., 70\], got \(3, 71\)"):
             layer(torch.randn(3, 71))
+        with pytest.raises(TypeError, match=r"MoE: x must be a tensor \[\.\.\., 70\], got list"):
+            layer([1.0, 2.0])
         with pytest.raises(ValueError, match=r"MoE: x must be \[\.\.\., 70\], got \(\)"):
             layer(torch.tensor(1.0))
         with pytest.raises(TypeError, match=r"w_gate_up must have the dtype of rows, got torch\.float32 and torch\."):
