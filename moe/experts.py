@@ -48,8 +48,8 @@ class Experts(nn.Module):
                 raise TypeError(f"Experts: {name} must be an integer, got {size!r}")
             if size < 1:
                 raise ValueError(f"Experts: {name} must be at least 1, got {size}")
-        if dispatcher is not None and not isinstance(dispatcher, Dispatcher):
-            raise TypeError(f"Experts: dispatcher must have dispatch and combine, got {type(dispatcher).__name__}")
+        if dispatcher is not None and (isinstance(dispatcher, type) or not isinstance(dispatcher, Dispatcher)):
+            raise TypeError(f"Experts: dispatcher must be an object with dispatch and combine, got {dispatcher!r}")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation = as_activation(activation, gated)
         self.dispatcher = Local() if dispatcher is None else dispatcher

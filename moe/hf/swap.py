@@ -6,6 +6,7 @@ whatever knows the model (PEFT, save_pretrained, output_router_logits) goes on k
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +41,7 @@ def replace(model: nn.Module) -> Report:
     routers, its losses and its parameters under their names. The activation is found by evaluating each module's own
     gate; where no fused form equals it, the module's gate runs between two grouped matmuls, with a warning.
 
-    Returns a Report: `replaced`, `skipped` (name -> reason), `calls`. Raises ValueError for a model without MoE blocks
+    Returns a Report: `replaced`, `skipped` (name -> reason), `calls`; warns where every block was skipped. Raises ValueError for a model without MoE blocks
     or already swapped, TypeError for something that is no module, ImportError where transformers is older than 5.18.
     If a block fails, all are restored first. Copies (deepcopy, torch.save) are swapped too; nn.DataParallel's replicas
     cannot be, DistributedDataParallel needs none.
@@ -65,6 +66,11 @@ def replace(model: nn.Module) -> Report:
             f"replace: model must hold MoE experts, got a {type(model).__name__} without any of transformers'"
         )
     report = Report(type(model).__name__, skipped=skipped)
+    if not found:
+        name, why = next(iter(skipped.items()))
+        warnings.warn(
+            f"headgate: replace took no MoE block of {report.model}; {name or 'the model'}: {why}", stacklevel=2
+        )
     try:
         for name, module, adapter in found:
             how = adapter.prepare(module)

@@ -125,5 +125,7 @@ def test_unknown_activation_is_refused():
 
 
 def test_a_dispatcher_must_be_one():
-    with pytest.raises(TypeError, match="Experts: dispatcher must have dispatch and combine, got str"):
+    with pytest.raises(TypeError, match="Experts: dispatcher must be an object with dispatch and combine, got 'local'"):
         Experts(4, 6, 5, dispatcher="local")
+    with pytest.raises(TypeError, match="must be an object with dispatch and combine, got <class"):
+        Experts(4, 6, 5, dispatcher=type(Experts(4, 6, 5).dispatcher))

@@ -133,6 +133,23 @@ class TestRefusals:
         skipped = headgate.replace(olmoe.model).skipped
         assert skipped == {"model.layers.0.mlp.experts": "down_proj must be a plain tensor, got a TwoTensor"}
 
+    @pytest.mark.parametrize("name", ["olmoe", "dbrx", "longcat_flash"])
+    def test_weights_on_a_device_without_a_kernel(self, build, name):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        family = build(name)
+        paths = headgate.replace(family.model).replaced
+        headgate.restore(family.model)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for part in (family.model.get_submodule(path) for path in paths):
+                for owner in part.modules():
+                    for key, p in owner._parameters.items():
+                        owner._parameters[key] = nn.Parameter(torch.empty(p.shape, device="xpu"))
+        with pytest.warns(UserWarning, match="replace took no MoE block"):
+            report = headgate.replace(family.model)
+        why = "its weights must be where grouped_ffn has a kernel, got them on xpu"
+        assert report.skipped == dict.fromkeys(paths, why)
+
     def test_a_forward_set_by_somebody_else_is_left_alone(self, build):
         """Such as the exchange of tokens that transformers' expert parallelism puts around the experts."""
         olmoe = build("olmoe")
@@ -151,7 +168,9 @@ class TestRefusals:
         """Llama 4's block must hand over the choice; alone, its experts would be swapped and never asked."""
         llama4 = build("llama4")
         block = llama4.model.model.layers[0].feed_forward
-        assert headgate.replace(block.experts).skipped == {"": "its Llama4TextMoe could not be swapped with it"}
+        with pytest.warns(UserWarning, match="replace took no MoE block of Llama4TextExperts; the model: its Llama4Te"):
+            report = headgate.replace(block.experts)
+        assert report.skipped == {"": "its Llama4TextMoe could not be swapped with it"}
         block.experts.down_proj = nn.Parameter(torch.zeros(8, 16, 32).to(torch.int8), requires_grad=False)
         report = headgate.replace(llama4.model)
         assert report.replaced == ["model.layers.1.feed_forward.experts"]
@@ -164,7 +183,8 @@ class TestRefusals:
                 super().__init__()
                 self.w = nn.Parameter(torch.zeros(2, 2))
 
-        report = headgate.replace(nn.Sequential(nn.Linear(2, 2), OddExperts()))
+        with pytest.warns(UserWarning, match="replace took no MoE block of Sequential; 1: OddExperts is not called"):
+            report = headgate.replace(nn.Sequential(nn.Linear(2, 2), OddExperts()))
         assert report.replaced == []
         assert report.skipped == {"1": "OddExperts is not called at transformers' experts boundary"}
 
