@@ -41,10 +41,11 @@ def replace(model: nn.Module) -> Report:
     routers, its losses and its parameters under their names. The activation is found by evaluating each module's own
     gate; where no fused form equals it, the module's gate runs between two grouped matmuls, with a warning.
 
-    Returns a Report: `replaced`, `skipped` (name -> reason), `calls`; warns where every block was skipped. Raises ValueError for a model without MoE blocks
-    or already swapped, TypeError for something that is no module, ImportError where transformers is older than 5.18.
-    If a block fails, all are restored first. Copies (deepcopy, torch.save) are swapped too; nn.DataParallel's replicas
-    cannot be, DistributedDataParallel needs none.
+    Returns a Report: `replaced`, `skipped` (name -> reason), `calls`; warns where every block was skipped. Copies
+    (deepcopy, torch.save) are swapped too; nn.DataParallel's replicas cannot be, DistributedDataParallel needs none.
+
+    Raises ValueError for a model without MoE blocks or already swapped, TypeError for something that is no module,
+    ImportError where transformers is older than 5.18. If a block fails, all are restored first.
 
     >>> report = headgate.replace(model)
     >>> print(report)

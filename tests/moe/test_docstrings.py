@@ -1,0 +1,26 @@
+"""The examples in the docstrings of modules and of the operations beneath them run and say what they say."""
+
+import doctest
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+
+import headgate
+from headgate.kernels import Routing, grouped_linear, topk
+
+MODULES = [
+    *("moe.experts", "moe.layer", "moe.shared", "moe.routers.softmax", "moe.routers.sigmoid"),
+    *("kernels.topk", "kernels.grouped_linear", "kernels.grouped_ffn"),
+]
+NAMES = {"torch": torch, "headgate": headgate, "Routing": Routing, "grouped_linear": grouped_linear, "topk": topk}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    import_module(f"headgate.{name}")
+    module = sys.modules[f"headgate.{name}"]  # kernels.topk the attribute is the function
+    result = doctest.testmod(module, extraglobs=NAMES)
+    assert result.attempted
+    assert not result.failed
