@@ -4,6 +4,7 @@ way in, as an experts implementation."""
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,6 +94,38 @@ class TestTools:
         got = olmoe.step()
         headgate.restore(olmoe.model)
         assert_same_step(got, olmoe.step())
+
+    @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "llama4"])
+    def test_weights_from_outside_and_no_weights_at_all(self, build, name, assert_close):
+        """functional_call hands in other tensors; on meta there is nothing but shapes."""
+        family = build(name)
+        inputs = {"input_ids": family.inputs["input_ids"]}
+        other = {n: 1.1 * p.detach() for n, p in family.model.named_parameters()}
+        want = torch.func.functional_call(family.model, other, (), inputs).logits
+        headgate.replace(family.model)
+        assert_close(torch.func.functional_call(family.model, other, (), inputs).logits, want)
+        there = family.model.to("meta")(input_ids=inputs["input_ids"].to("meta")).logits
+        assert (there.device.type, there.shape) == ("meta", want.shape)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_export(self, build, assert_close):
+        olmoe = build("olmoe")
+        olmoe.model.eval()
+        inputs = {"input_ids": olmoe.inputs["input_ids"], "use_cache": False}
+        want = olmoe.model(**inputs).logits
+        headgate.replace(olmoe.model)
+        exported = torch.export.export(olmoe.model, (), inputs, strict=False)
+        assert_close(exported.module()(**inputs).logits, want)
+
+    def test_threads_share_a_model(self, build):
+        olmoe = build("olmoe")
+        olmoe.model.eval()
+        ids = olmoe.inputs["input_ids"]
+        headgate.replace(olmoe.model)
+        want = olmoe.model.generate(ids, max_new_tokens=4, do_sample=False)
+        with ThreadPoolExecutor(3) as pool:
+            every = pool.map(lambda _: olmoe.model.generate(ids, max_new_tokens=4, do_sample=False), range(6))
+            assert all(torch.equal(got, want) for got in every)
 
     def test_the_swap_wins_over_the_experts_implementation(self, build):
         olmoe = build("olmoe")
