@@ -12,7 +12,8 @@ _CALLS = "_headgate_calls"
 
 @dataclass(eq=False)
 class Calls:
-    """`count` of eager calls. A compiled graph cannot count without recompiling; it leaves `compiled` behind."""
+    """`count` of eager calls; of calls at the same instant in two threads one may be missed. A compiled graph cannot
+    count without recompiling; it leaves `compiled` behind."""
 
     count: int = 0
     compiled: bool = False

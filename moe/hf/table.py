@@ -81,7 +81,7 @@ def _in_the_call(read: Callable[..., tuple[Tensor, Tensor]]) -> Choice:
     """The choice is handed over: the second and third argument, under whatever names the module's class gives them."""
 
     def choice(module, args, kwargs, _output):
-        names = tuple(inspect.signature(type(module).forward).parameters)[1:4]
+        names = _arguments(module)[:3]
         given = dict(zip(names, args, strict=False)) | kwargs
         return read(module, given[names[1]], given[names[2]])
 
@@ -116,5 +116,12 @@ def choice_of(module: nn.Module) -> Choice | None:
     adapter = adapter_of(module)
     if adapter is not None:
         return None if adapter.helper else BOUNDARY
-    names = tuple(inspect.signature(type(module).forward).parameters)[2:4]
-    return BOUNDARY if names in _NAMES else None
+    return BOUNDARY if _arguments(module)[1:3] in _NAMES else None
+
+
+def _arguments(module: nn.Module) -> tuple[str, ...]:
+    """What the class's forward calls its arguments (a swap sets the instance's); none where it does not say."""
+    try:
+        return tuple(inspect.signature(type(module).forward).parameters)[1:]
+    except (AttributeError, TypeError, ValueError):  # TorchScript's classes, forwards written in C
+        return ()

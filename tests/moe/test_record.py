@@ -90,6 +90,31 @@ def test_headgate_layers_are_heard_by_their_routing():
     np.testing.assert_array_equal(trace.expert_ids[1], model.layers[1].last_routing.expert_ids)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_parts_of_a_model_are_passed_over():
+    from headgate.moe.layer import MoE
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.moe = nn.Embedding(32, 16), MoE(16, 8, 4, top_k=2)
+            self.scripted = torch.jit.script(nn.Linear(16, 16))
+
+        def forward(self, input_ids):
+            return self.moe(self.scripted(self.embed(input_ids)))
+
+    trace = record(Model(), ids(), weights=True)
+    assert trace.layer_names == ("moe",)
+    assert trace.expert_ids.shape == (1, 14, 2)
+
+
+def test_one_batch_needs_no_list():
+    model = olmoe()
+    listed = record(model, [ids()])
+    for batch in (ids(), {"input_ids": ids()}):
+        np.testing.assert_array_equal(record(model, batch).expert_ids, listed.expert_ids)
+
+
 def test_padding_is_left_out_and_max_tokens_cuts():
     model = olmoe()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
