@@ -95,7 +95,7 @@ def _tiles(tour: Tour) -> str:
     tiles = []
     if "swap" in found:
         tiles.append((f"{found['swap']['headgate_against_eager']['output']:.0e}", "largest change of the output"))
-    if "speed" in found and found["speed"]["median_over_fastest"] <= speed.STEADY:
+    if "speed" in found and speed.reliable(found["speed"]):
         rates = found["speed"]["tokens_per_second"]["training_step"]
         tiles.append((f"{speed.ratio(rates):.2f}×", "tokens per second in training, against transformers' best"))
     if "final_bits_per_byte" in found.get("train", {}):

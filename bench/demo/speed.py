@@ -19,6 +19,8 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 7
 PATIENCE = 2  # times the planned seconds: then fewer than MIN_ROUNDS must do
 STEADY = 1.3  # median over fastest round of the same work; beyond it the machine was doing something else
 NEW_TOKENS = 24
+ONE_CORE = 0.95  # with less than a core for itself on average the process had to wait for others
+WARNING = "Something else was using this machine: these speeds are not to be relied on."
 WORK = {
     "training_step": "training step",
     "forward": "forward pass",
@@ -30,7 +32,9 @@ def run(tour: Tour) -> None:
     model = tour.model
     tour.screen.say(f"  {torch.get_num_threads()} threads, float32, medians of alternating rounds")
     batch = next(tour.corpus.batches(tour.options.rows, tour.options.shape.length, tour.options.seed))
+    wall, busy = time.perf_counter(), time.process_time()
     seconds = _measure(tour, model, batch)
+    cores = (time.process_time() - busy) / (time.perf_counter() - wall)
     tokens = {"training_step": batch.numel(), "forward": batch.numel(), "generate": NEW_TOKENS}
     rates = {
         work: {name: tokens[work] / statistics.median(times) for name, times in by_name.items()}
@@ -42,14 +46,15 @@ def run(tour: Tour) -> None:
         "dtype": "float32",
         "tokens_per_step": batch.numel(),
         "seconds": seconds,
+        "cores_had": cores,
         "median_over_fastest": _spread(seconds["training_step"]),
         "tokens_per_second": rates,
         "kept_for_backward_bytes": {name: total for name, (total, _) in kept.items()},
         "kept_by_experts_bytes": {name: inside for name, (_, inside) in kept.items()},
     }
     tour.screen.table(_table(tour.metrics["speed"]))
-    if tour.metrics["speed"]["median_over_fastest"] > STEADY:
-        tour.screen.say(f"  {_warning(tour.metrics['speed'])}")
+    if not reliable(tour.metrics["speed"]):
+        tour.screen.say(f"  {WARNING}")
 
 
 def _measure(tour: Tour, model: Model, batch: Tensor) -> dict[str, dict[str, list[float]]]:
@@ -137,11 +142,9 @@ def _spread(seconds: dict[str, list[float]]) -> float:
     return max(statistics.median(times) / min(times) for times in seconds.values())
 
 
-def _warning(found: dict) -> str:
-    return (
-        f"Half of the rounds took {found['median_over_fastest']:.1f} times as long as the fastest or longer: something "
-        "else is using this machine, and these speeds are not to be relied on."
-    )
+def reliable(found: dict) -> bool:
+    """Whether this process had the machine to itself: rounds alike, and never less than one core for its own."""
+    return found["median_over_fastest"] <= STEADY and found["cores_had"] >= ONE_CORE
 
 
 def _table(found: dict) -> list[tuple[str, ...]]:
@@ -168,7 +171,7 @@ def section(tour: Tour) -> str:
     ]
     kept = {who: found["kept_by_experts_bytes"][who] / 1e6 for who in CONTENDERS}
     pictures.append(charts.bars("kept for backward by the experts", kept, "headgate", "MB", less_is_better=True))
-    note = html.prose(f"<b>{_warning(found)}</b>") if found["median_over_fastest"] > STEADY else ""
+    note = html.prose(f"<b>{WARNING}</b>") if not reliable(found) else ""
     return (
         note
         + html.prose(

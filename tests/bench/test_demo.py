@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 from headgate.bench import demo
-from headgate.bench.demo import charts, files, swap, text, train
+from headgate.bench.demo import charts, files, speed, swap, text, train
 from headgate.bench.demo.screen import Bar, Screen
 from headgate.placement.trace import Trace
 
@@ -73,6 +73,7 @@ def test_the_whole_tour(options, screen):
     assert metrics["swap"]["headgate_against_eager"]["gradient"] < 2e-5
     kept = metrics["speed"]["kept_by_experts_bytes"]
     assert metrics["speed"]["median_over_fastest"] >= 1
+    assert metrics["speed"]["cores_had"] > 0
     assert 0 < kept["headgate"] < min(kept["eager"], kept["grouped_mm"])
     learned = metrics["train"]
     assert len(learned["train"]) == learned["steps"] == 12
@@ -278,3 +279,8 @@ def test_a_terminal_that_knows_no_blocks_gets_question_marks():
     screen = Screen(io.TextIOWrapper(raw, encoding="latin-1"))
     screen.say("load ▁█")
     assert raw.getvalue() == b"load ??\n"
+
+
+@pytest.mark.parametrize(("spread", "cores", "fine"), [(1.1, 1.9, True), (1.6, 1.9, False), (1.1, 0.7, False)])
+def test_speeds_of_a_busy_machine_are_marked(spread, cores, fine):
+    assert speed.reliable({"median_over_fastest": spread, "cores_had": cores}) is fine
