@@ -124,15 +124,6 @@ def refusal(module: nn.Module) -> str | None:
         # packed weights may call themselves bf16; a sharded one (DTensor) is whole again when it is called
         if hasattr(type(w), "__tensor_flatten__") and type(w).__name__ != "DTensor":
             return f"{name} must be a plain tensor, got a {type(w).__name__}"
-    return unserved(module)
-
-
-def unserved(module: nn.Module) -> str | None:
-    """Why the fused operation cannot run where the module's weights are, or None."""
-    for kind in sorted({p.device.type for p in module.parameters()}):
-        key = torch._C._dispatch_key_for_device(kind)
-        if not torch._C._dispatch_has_kernel_for_dispatch_key("headgate::grouped_ffn", key):
-            return f"its weights must be where grouped_ffn has a kernel, got them on {kind}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from .experts import experts_forward
@@ -13,8 +14,9 @@ OLDEST = (5, 18)  # the oldest transformers whose families were all compared wit
 
 def check_transformers(who: str) -> None:
     """Raises ImportError, in the name of `who`, where the transformers that is loaded is older than OLDEST."""
-    version = getattr(sys.modules.get("transformers"), "__version__", None)
-    if version is not None and tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+    version = str(getattr(sys.modules.get("transformers"), "__version__", ""))
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < OLDEST:
         raise ImportError(
             f"{who}: transformers must be {'.'.join(map(str, OLDEST))} or newer, got {version}; "
             "pip install -U 'headgate[hf]'"

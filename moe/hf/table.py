@@ -39,12 +39,12 @@ class Adapter:
 # By class, for the families outside transformers' experts interface. A subclass (a parametrised class too) is taken
 # as its ancestor is.
 ADAPTERS = {
-    "DbrxExperts": Adapter(dbrx.dbrx_forward, dbrx.prepare, experts.unserved),
-    "DogeCDMoE": Adapter(doge.doge_forward, doge.prepare, experts.unserved),
+    "DbrxExperts": Adapter(dbrx.dbrx_forward, dbrx.prepare),
+    "DogeCDMoE": Adapter(doge.doge_forward, doge.prepare),
     "JetMoeParallelExperts": Adapter(jetmoe.parallel_experts_forward, jetmoe.prepare),
     "Llama4TextExperts": Adapter(llama4.experts_forward, llama4.prepare, experts.refusal, block="Llama4TextMoe"),
     "Llama4TextMoe": Adapter(llama4.block_forward, lambda _m: "hands its experts the choice", helper=True),
-    "LongcatFlashExperts": Adapter(longcat.longcat_forward, longcat.prepare, experts.unserved),
+    "LongcatFlashExperts": Adapter(longcat.longcat_forward, longcat.prepare),
     "NllbMoeExperts": Adapter(dicts.nllb_forward, _modules),
     "Step3p7Experts": Adapter(experts.experts_forward, experts.prepare, experts.refusal),
     "SwitchTransformersExperts": Adapter(dicts.switch_forward, _modules),

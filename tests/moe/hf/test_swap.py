@@ -77,7 +77,7 @@ class TestRefusals:
         with pytest.raises(TypeError, match=r"replace: model must be a torch\.nn\.Module, got str"):
             headgate.replace("mixtral")
 
-    @pytest.mark.parametrize("version", ["4.57.1", "5.2.0", "5.17.0.dev0"])
+    @pytest.mark.parametrize("version", ["4.57.1", "5.2rc1", "5.17.0.dev0"])
     def test_a_transformers_too_old(self, build, version, monkeypatch):
         olmoe = build("olmoe")
         monkeypatch.setattr("transformers.__version__", version)
@@ -132,23 +132,6 @@ class TestRefusals:
         odd.down_proj = nn.Parameter(TwoTensor(odd.down_proj.data, odd.down_proj.data.clone()))
         skipped = headgate.replace(olmoe.model).skipped
         assert skipped == {"model.layers.0.mlp.experts": "down_proj must be a plain tensor, got a TwoTensor"}
-
-    @pytest.mark.parametrize("name", ["olmoe", "dbrx", "longcat_flash"])
-    def test_weights_on_a_device_without_a_kernel(self, build, name):
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        family = build(name)
-        paths = headgate.replace(family.model).replaced
-        headgate.restore(family.model)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            for part in (family.model.get_submodule(path) for path in paths):
-                for owner in part.modules():
-                    for key, p in owner._parameters.items():
-                        owner._parameters[key] = nn.Parameter(torch.empty(p.shape, device="xpu"))
-        with pytest.warns(UserWarning, match="replace took no MoE block"):
-            report = headgate.replace(family.model)
-        why = "its weights must be where grouped_ffn has a kernel, got them on xpu"
-        assert report.skipped == dict.fromkeys(paths, why)
 
     def test_a_forward_set_by_somebody_else_is_left_alone(self, build):
         """Such as the exchange of tokens that transformers' expert parallelism puts around the experts."""
