@@ -89,7 +89,7 @@ def _machine_lines(found: dict[str, Any]) -> list[str]:
         ("devices", ", ".join(found["devices"])),
         ("python", found["python"]),
         *((name, number or "not installed") for name, number in found["versions"].items()),
-        ("C++ compiler", found["compiler"] or "none found (set CXX, or install g++ or clang++)"),
+        ("C++ compiler", found["compiler"] or "none found (install g++ or set CXX)"),
         ("grouped_ffn on CPU", about["headgate_form"]),
     ]
     lines = [f"{name:<20}{value}" for name, value in rows]

@@ -79,7 +79,7 @@ struct Activation {
     vf us = uc + up_shift;
     dg = da * us * d;
     du = da * a;
-    du = (u > top) | (u < -top) ? zero : du;
+    du = ((u > top) | (u < -top)) ? zero : du;
     return a * us;
   }
 };

@@ -184,7 +184,7 @@ void pack_columns(float* dst, int c0, int n, int len, Row row) {
 
 // The rows of one tile: MR pointers to words in place, or one packed block.
 struct Tile {
-  const float* row[MR];
+  const word* row[MR];
   const float* packed;
 };
 
@@ -209,9 +209,9 @@ vf gather_words(const T* row, size_t step, int at, int n) {
 
 #ifdef HG_AVX512
 // MR = 8 words, one per row, where rows 0-3 (at a) and 4-7 (at b) are neighbours in memory; `next` is the distance to
-// the words' second elements, 0 = there is none
+// the words' second elements, where there is a `second`
 template <class T>
-HG_INLINE __m256 eight_words(const T* a, const T* b, size_t next) {
+HG_INLINE __m256 eight_words(const T* a, const T* b, size_t next, bool second) {
   if constexpr (sizeof(T) == 4) {
     return _mm256_set_m128(_mm_loadu_ps((const float*)b), _mm_loadu_ps((const float*)a));
   } else {
@@ -221,7 +221,7 @@ HG_INLINE __m256 eight_words(const T* a, const T* b, size_t next) {
     if constexpr (std::is_same_v<T, f16>) return _mm256_cvtph_ps(both(a, b));
     __m256i lo = _mm256_cvtepu16_epi32(both(a, b));
     if (Form<T>::M::PACK == 1) return _mm256_castsi256_ps(_mm256_slli_epi32(lo, 16));
-    if (!next) return _mm256_castsi256_ps(lo);
+    if (!second) return _mm256_castsi256_ps(lo);
     __m256i hi = _mm256_cvtepu16_epi32(both(a + next, b + next));
     return _mm256_castsi256_ps(_mm256_or_si256(lo, _mm256_slli_epi32(hi, 16)));
   }
@@ -241,7 +241,8 @@ bool pack_neighbours(float* dst, const Source<T>* s, int tiles, size_t step, int
       // 32 neighbours: one cache line of each of the two elements of a word
       for (int p = 0; p < P; ++p) {
         const T* at = s[0].row[0] + size_t(p) * PACK * step;
-        __m512i a = _mm512_loadu_si512(at), b = p * PACK + 1 < len ? _mm512_loadu_si512(at + step) : _mm512_setzero_si512();
+        __m512i a = _mm512_loadu_si512(at);
+        __m512i b = p * PACK + 1 < len ? _mm512_loadu_si512(at + step) : _mm512_setzero_si512();
         __m512i lo = _mm512_unpacklo_epi16(a, b), hi = _mm512_unpackhi_epi16(a, b);
         float* out = dst + size_t(p) * MR;
         auto put = [&](auto t) {
@@ -259,7 +260,7 @@ bool pack_neighbours(float* dst, const Source<T>* s, int tiles, size_t step, int
     const size_t at = size_t(p) * PACK * step;
     for (int t = 0; t < tiles; ++t)
       _mm256_storeu_ps(dst + t * tile_stride + size_t(p) * MR,
-                       eight_words(s[t].row[0] + at, s[t].row[4] + at, p * PACK + 1 < len ? step : 0));
+                       eight_words(s[t].row[0] + at, s[t].row[4] + at, step, p * PACK + 1 < len));
   }
   return true;
 #else
@@ -268,8 +269,8 @@ bool pack_neighbours(float* dst, const Source<T>* s, int tiles, size_t step, int
 #endif
 }
 
-// Packs `tiles` tiles of MR rows, `len` elements along the contraction, into dst[tile][P][MR], as many tiles at a time as
-// fill a vector.
+// Packs `tiles` tiles of MR rows, `len` elements along the contraction, into dst[tile][P][MR], as many tiles at a
+// time as fill a vector.
 template <class T>
 void pack_tiles(float* dst, const Source<T>* s, int tiles, size_t step, int len, size_t tile_stride) {
   constexpr int PACK = Form<T>::M::PACK, GROUP = LANES / MR;
@@ -286,14 +287,14 @@ void pack_tiles(float* dst, const Source<T>* s, int tiles, size_t step, int len,
       transpose(x);
       for (int i = 0; i < LANES && p + i < P; ++i)
         for (int g = 0; g < GROUP && t0 + g < tiles; ++g)
-          std::memcpy(dst + (t0 + g) * tile_stride + size_t(p + i) * MR, (const float*)&x[i] + g * MR, MR * sizeof(float));
+          std::memcpy(dst + (t0 + g) * tile_stride + size_t(p + i) * MR, (const float*)&x[i] + g * MR, MR * 4);
     }
 }
 
 // ---- the multiplication --------------------------------------------------------------------------------------------
 
 template <class M, int NV, bool PACKED>
-HG_INLINE void multiply(vf (&c)[MR][NV], const float* const (&row)[MR], const float* packed, const float* b, int P) {
+HG_INLINE void multiply(vf (&c)[MR][NV], const word* const (&row)[MR], const float* packed, const float* b, int P) {
   if constexpr (NV == 1) {  // two sets of sums, so that additions need not wait for each other
     vf d[MR] = {};
     int p = 0;
@@ -307,7 +308,8 @@ HG_INLINE void multiply(vf (&c)[MR][NV], const float* const (&row)[MR], const fl
     }
     for (; p < P; ++p)
       for (int i = 0; i < MR; ++i)
-        c[i][0] = M::dot(c[i][0], splat(PACKED ? packed[p * MR + i] : row[i][p]), *(const vf_u*)(b + size_t(p) * LANES));
+        c[i][0] = M::dot(c[i][0], splat(PACKED ? packed[p * MR + i] : row[i][p]),
+                         *(const vf_u*)(b + size_t(p) * LANES));
     for (int i = 0; i < MR; ++i) c[i][0] = c[i][0] + d[i];
   } else {
     for (int p = 0; p < P; ++p, b += NV * LANES) {
@@ -328,7 +330,7 @@ HG_INLINE void multiply(vf (&c)[MR][NV], const float* const (&row)[MR], const fl
 template <class M, int NV, bool PACKED>
 __attribute__((noinline)) void tile_product(vf (&c)[MR][NV], const Tile& a, const float* panel, int P) {
   vf sums[MR][NV] = {};
-  const float* row[MR];
+  const word* row[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) row[i] = PACKED ? nullptr : a.row[i];
   multiply<M, NV, PACKED>(sums, row, a.packed, panel, P);

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,11 @@ def available() -> bool:
 
 
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None where the plain forms serve. HEADGATE_CPU=plain asks for the plain forms."""
+    """The loaded library, or None where the plain forms serve.
+
+    HEADGATE_CPU=plain asks for the plain forms. It is read at every call, and must not change between a forward pass
+    and its backward pass: each form lays out for itself what it keeps.
+    """
     return None if os.environ.get("HEADGATE_CPU") == "plain" else _load()[0]
 
 
@@ -61,38 +66,40 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
 
 
 def _build() -> tuple[ctypes.CDLL | None, Status]:
-    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
-    if compiler is None:
-        return None, Status("plain", "no C++ compiler found (set CXX, or install g++ or clang++)")
+    # clang++ is taken only when asked for: it would bring an OpenMP runtime of its own beside torch's
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    if not command or shutil.which(command[0]) is None:
+        return None, Status("plain", f"no C++ compiler found (looked for {' '.join(command)}; install g++ or set CXX)")
     if sys.platform != "linux":
         return None, Status("plain", f"the C++ form is built on Linux only, this is {sys.platform}")
     if torch.backends.openmp.is_available() is False:
         return None, Status("plain", "this torch was built without OpenMP")
     flags = [*_FLAGS, "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"]
     try:
-        key = _key(compiler, flags)
+        key = _key(command, flags)
         target = _cache_dir() / f"headgate-{key}.so"
         if not target.exists():
-            _compile(compiler, flags, target)
+            _compile(command, flags, target)
         lib = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        return None, Status("plain", f"building the C++ form with {compiler} failed: {detail.strip()[:500]}")
-    return lib, Status("native", f"C++ compiled by {compiler} for this CPU ({_isa()})", str(target))
+        words = detail.decode(errors="replace") if isinstance(detail, bytes) else detail
+        return None, Status("plain", f"building the C++ form with {' '.join(command)} failed: {words.strip()[:500]}")
+    return lib, Status("native", f"C++ compiled by {' '.join(command)} for this CPU ({_isa()})", str(target))
 
 
-def _key(compiler: str, flags: list[str]) -> str:
+def _key(command: list[str], flags: list[str]) -> str:
     """Names a build: sources, flags, the compiler's version and what `native` means to it on this CPU."""
     digest = hashlib.sha256()
     for path in sorted([*_HERE.glob("*.h"), *_HERE.glob("*/*.h"), *(_HERE / s for s in _SOURCES)]):
         digest.update(path.read_bytes())
     # what the compiler makes of `native` here: a cache on a shared home directory serves several kinds of machine
     seen = subprocess.run(
-        [compiler, *flags[:1], *flags[-1:], "-dM", "-E", "-x", "c++", "-"],
+        [*command, *flags[:1], *flags[-1:], "-dM", "-E", "-x", "c++", "-"],
         input="", capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     digest.update(seen.stdout.encode())
-    digest.update(" ".join([compiler, *flags]).encode())
+    digest.update(" ".join([*command, *flags]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -106,19 +113,20 @@ def _cache_dir() -> Path:
         except OSError:
             continue
         # code is loaded from here: a directory that others may write to is not one to trust
-        if os.access(candidate, os.W_OK) and candidate.stat().st_uid == os.getuid():
+        found = candidate.stat()
+        if os.access(candidate, os.W_OK) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
             return candidate
-    raise OSError(f"no directory of this user's to keep the build in (tried {root}); set HEADGATE_CACHE")
+    raise OSError(f"no directory that only this user may write to keep the build in (tried {root}); set HEADGATE_CACHE")
 
 
-def _compile(compiler: str, flags: list[str], target: Path) -> None:
+def _compile(command: list[str], flags: list[str], target: Path) -> None:
     """Builds beside the target and renames, so that processes starting together never see half a library."""
     handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
         sources = [str(_HERE / s) for s in _SOURCES]
         subprocess.run(
-            [compiler, *flags, f"-I{_HERE}", *sources, "-o", name],
+            [*command, *flags, f"-I{_HERE}", *sources, "-o", name],
             capture_output=True, text=True, check=True, timeout=300,
         )  # fmt: skip
         os.replace(name, target)

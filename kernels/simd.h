@@ -29,9 +29,10 @@ constexpr int LANES = 8;
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef float vf_u __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef float word __attribute__((may_alias, aligned(2)));  // 32 bits of an operand, wherever it lies
 
 struct bf16 { uint16_t bits; };
-typedef _Float16 f16;
+struct f16 { uint16_t bits; };
 
 #define HG_INLINE inline __attribute__((always_inline))
 
@@ -52,7 +53,19 @@ HG_INLINE float to_float(bf16 x) {
   std::memcpy(&f, &w, 4);
   return f;
 }
-HG_INLINE float to_float(f16 x) { return float(x); }
+HG_INLINE float to_float(f16 x) {
+#ifdef __F16C__
+  return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 h;
+  std::memcpy(&h, &x, 2);
+  return h;
+#else
+  const int e = x.bits >> 10 & 31, m = x.bits & 1023;
+  const float f = e == 31 ? (m ? NAN : INFINITY) : e ? std::ldexp(float(1024 + m), e - 25) : std::ldexp(float(m), -24);
+  return x.bits & 0x8000 ? -f : f;
+#endif
+}
 
 HG_INLINE bf16 to_bf16(float f) {  // round to nearest even, NaN stays NaN
   uint32_t w;
@@ -62,11 +75,31 @@ HG_INLINE bf16 to_bf16(float f) {  // round to nearest even, NaN stays NaN
 }
 HG_INLINE void from_float(float f, float& out) { out = f; }
 HG_INLINE void from_float(float f, bf16& out) { out = to_bf16(f); }
-HG_INLINE void from_float(float f, f16& out) { out = f16(f); }
+HG_INLINE void from_float(float f, f16& out) {  // round to nearest even
+#ifdef __F16C__
+  out.bits = uint16_t(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const __fp16 h = f;
+  std::memcpy(&out, &h, 2);
+#else
+  const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+  const float a = std::fabs(f);
+  if (!(a <= 65519.99609375f)) { out.bits = sign | (a != a ? 0x7e00 : 0x7c00); return; }
+  int e;
+  std::frexp(a, &e);  // a = [0.5, 1) * 2^e
+  const int shift = e < -13 ? -24 : e - 11;  // the unit of the last place
+  const float q = std::nearbyint(std::ldexp(a, -shift));
+  out.bits = uint16_t(sign + (e < -13 ? int(q) : ((e + 14) << 10) + int(q) - 1024));
+#endif
+}
 
 #ifdef HG_AVX512
-HG_INLINE __mmask16 mask16(int n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1); }
-HG_INLINE __mmask32 mask32(int n) { return n >= 32 ? __mmask32(~0u) : n <= 0 ? __mmask32(0) : __mmask32((1u << n) - 1); }
+HG_INLINE __mmask16 mask16(int n) {
+  return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1);
+}
+HG_INLINE __mmask32 mask32(int n) {
+  return n >= 32 ? __mmask32(~0u) : n <= 0 ? __mmask32(0) : __mmask32((1u << n) - 1);
+}
 
 HG_INLINE __m256i bf16_of(vf x) {
 #ifdef __AVX512BF16__
@@ -120,8 +153,8 @@ HG_INLINE vf vmin(vf a, vf b) { return a > b ? b : a; }  // NaN in a stays
 HG_INLINE vf vmax(vf a, vf b) { return a < b ? b : a; }
 
 // e^x to about 1 ulp of fp32: 2^n * p(r), |r| <= ln2/2
-HG_INLINE vf vexp(vf x) {
-  x = vmax(vmin(x, splat(88.37f)), splat(-87.33f));
+HG_INLINE vf vexp(vf x0) {
+  vf x = vmax(vmin(x0, splat(88.37f)), splat(-87.33f));
   vf shift = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   vf n = x * 1.44269504088896341f + shift;
   vi e = as_int(n) << 23;
@@ -135,7 +168,7 @@ HG_INLINE vf vexp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  return as_float(as_int(p) + e);
+  return x0 > 88.72f ? splat(INFINITY) : as_float(as_int(p) + e);
 }
 HG_INLINE vf vsigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }
 

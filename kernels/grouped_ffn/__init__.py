@@ -102,7 +102,7 @@ def grouped_ffn(
 ) -> Tensor:
     """y[t] = sum_k weights[t, k] * (act(rows[t] W1_e^T + b1_e) W2_e^T + b2_e),  e = expert_ids[t, k].
 
-    Shapes (weights as stored, never copied):
+    Shapes (weights as stored, not copied; but a pair of two different layouts is brought into one first):
         rows        [R, D]      fp32, bf16, fp16 (fp64: plain form), any strides
         routing     expert_ids [R, K] (-1: no expert), weights [R, K] any floating dtype
         w_gate_up   [E, 2F, D]  gate rows first; `interleaved`: gate, up, gate, up, ...; or a pair (w_gate, w_up) of

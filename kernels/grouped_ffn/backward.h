@@ -1,6 +1,7 @@
-// The backward products of grouped_ffn. For an expert's rows (lanes), with G the output's gradient and s the router's weight:
+// The backward products of grouped_ffn. For an expert's rows (lanes), with G the output's gradient and s the router's
+// weight:
 //
-//     dA' = G W2,  ds = <dA', A>,  dH = s dA' act'(H),  dX = dH W1       per block of rows: input_gradients
+//     dA' = G W2,  ds = <dA', A>,  dH = s dA' act'(H),  dX = dH W1       per block of rows: hidden_, input_gradients
 //     dW1 = dH^T X,  dW2 = G^T (s A)                                     per cut of columns: weight_gradients
 //
 // dH and s A pass from the first to the second through scratch, a row per intermediate column (Kept). Where the
@@ -40,9 +41,9 @@ struct Kept {
   HG_INLINE void put(float* of, int r, int m, vf x) const { store(row(of, r) + m, x, P * Form<T>::M::PACK - m); }
 };
 
-// For one block and part: dX to `dx` [rows of the block, D] (null: not asked for), ds, and the block's lanes of Kept.
+// dH of one block and part: the block's lanes of Kept, dH's panels for the product with W1 (`dp`), and ds.
 template <class T>
-void input_gradients(const Part<T>& part, const Block& b, const Kept<T>& kept, float* dx, float* gp, float* dp, float* pack) {
+void hidden_gradients(const Part<T>& part, const Block& b, const Kept<T>& kept, float* gp, float* dp, float* pack) {
   constexpr int PACK = Form<T>::M::PACK;
   const Problem<T>& p = part.p;
   const int e = b.e, n = b.n, M = p.count(e), PO = words<T>(p.O), PH = part.words();
@@ -60,7 +61,8 @@ void input_gradients(const Part<T>& part, const Block& b, const Kept<T>& kept, f
         [&](auto& c, int lane0, int t) {
           constexpr int NV = sizeof(c[0]) / sizeof(vf);
           // h comes from memory: ask for what the next tile needs before its product is formed
-          const int next_f = t + 1 < tiles ? f + (t + 1) * MR : f, next_m = b.m0 + lane0 + (t + 1 < tiles ? 0 : NV * LANES);
+          const bool more = t + 1 < tiles;
+          const int next_f = more ? f + (t + 1) * MR : f, next_m = b.m0 + lane0 + (more ? 0 : NV * LANES);
           for (int i = 0; i < MR && next_f + i < last; ++i)
             for (int l = 0; l < NV * LANES; l += 64 / int(sizeof(T))) {
               prefetch(h + int64_t(p.gate_row(next_f + i)) * M + next_m + l);
@@ -83,22 +85,22 @@ void input_gradients(const Part<T>& part, const Block& b, const Kept<T>& kept, f
               if (p.gated) kept.put(kept.dh, part.up(at), m, du[i]);
             }
             *(vf_u*)(ds + lane) = sum;
-            if (!dx) continue;
+            if (!p.a.dx) continue;
             float* out = dp + panel_floats(lane0 / LANES, PH) + v * LANES;
-            auto word = [&](int at, vf x, vf y) {
+            auto put_word = [&](int at, vf x, vf y) {
               *(vf_u*)(out + size_t(at) * NV * LANES) = make_words<typename Form<T>::M>(x, y);
             };
             const int first = f - part.f0 + t * MR;
             if (p.gated && p.a.interleaved) {
               for (int i = 0; i < MR && first + i < part.n; ++i) {
-                if (PACK == 2) word(first + i, dg[i], du[i]);
-                else word(2 * (first + i), dg[i], vf{}), word(2 * (first + i) + 1, du[i], vf{});
+                if (PACK == 2) put_word(first + i, dg[i], du[i]);
+                else put_word(2 * (first + i), dg[i], vf{}), put_word(2 * (first + i) + 1, du[i], vf{});
               }
             } else {
               for (int i = 0; i < MR && first + i < part.n; i += PACK) {
                 const int at = (first + i) / PACK, next = PACK == 2 ? i + 1 : i;
-                word(at, dg[i], dg[next]);
-                if (p.gated) word(words<T>(part.n) + at, du[i], du[next]);
+                put_word(at, dg[i], dg[next]);
+                if (p.gated) put_word(words<T>(part.n) + at, du[i], du[next]);
               }
             }
           }
@@ -114,12 +116,18 @@ void input_gradients(const Part<T>& part, const Block& b, const Kept<T>& kept, f
       p.a.ds[pair[m]] += ds[m] + sum(dot);
     }
   }
-  if (!dx) return;
+}
+
+// dX of one block from dH's panels: to the block's rows of `dx` [rows, D], on top of those of the parts before.
+template <class T>
+void input_gradients(const Part<T>& part, const Block& b, const float* dp, float* dx, float* pack) {
+  const Problem<T>& p = part.p;
+  const int e = b.e, n = b.n, PH = part.words();
   Turn turn;
   for (int d = 0; d < p.D; d += CHUNK) {
     const int here = std::min(CHUNK, p.D - d);
     // gate and up may be read as one run where all of both lies together
-    const bool whole = part.runs == 2 && !p.pair_of_tensors && part.n == p.F && part.n % PACK == 0;
+    const bool whole = part.runs == 2 && !p.pair_of_tensors && part.n == p.F && part.n % Form<T>::M::PACK == 0;
     Tile tile[TILES];
     int tiles = (here + MR - 1) / MR;
     if (part.runs == 1 || whole) {
@@ -133,14 +141,16 @@ void input_gradients(const Part<T>& part, const Block& b, const Kept<T>& kept, f
         for (int t = 0; t < tiles; ++t)
           for (int i = 0; i < MR; ++i)
             source[t].row[i] = p.w1_row(e, row) + std::min(d + t * MR + i, p.D - 1) * p.w1_c(row);
-        pack_chunk(pack + size_t(run) * words<T>(part.len) * MR, source, here, p.w1_r(row), p.w1_c(row), part.len, size_t(PH) * MR);
+        float* to = pack + size_t(run) * words<T>(part.len) * MR;
+        pack_chunk(to, source, here, p.w1_r(row), p.w1_c(row), part.len, size_t(PH) * MR);
       }
       for (int t = 0; t < tiles; ++t) tile[t].packed = pack + size_t(t) * PH * MR;
     }
     for_chunk<T>(tile, tiles, dp, n, PH, [&](auto& c, int, int t) { turn.put(c, t); },
         [&](int lane0, int nv) {
           turn.take(nv, n - lane0, here, [&](int lane, int r, vf x) {
-            store(dx + int64_t(lane0 + lane) * p.D + d + r, x, here - r);
+            float* to = dx + int64_t(lane0 + lane) * p.D + d + r;
+            store(to, part.f0 ? load(to, here - r) + x : x, here - r);
           });
         });
   }
@@ -156,7 +166,8 @@ void kept_product(const float* kept, int row0, int rows, int P, const float* pan
     const int here = std::min(CHUNK, rows - f), tiles = (here + MR - 1) / MR;
     Tile tile[TILES];
     for (int t = 0; t < tiles; ++t) {
-      for (int i = 0; i < MR; ++i) tile[t].row[i] = kept + size_t(row0 + std::min(f + t * MR + i, rows - 1)) * P;
+      for (int i = 0; i < MR; ++i)
+        tile[t].row[i] = (const word*)kept + size_t(row0 + std::min(f + t * MR + i, rows - 1)) * P;
       tile[t].packed = nullptr;
     }
     for_chunk<T>(tile, tiles, panels, n, P,
@@ -195,7 +206,8 @@ void weight_gradients(const Part<T>& part, int e, const Kept<T>& kept, bool down
     T* to = (T*)(apart ? a.dwu : a.dw1);
     if (!to) continue;
     to += apart ? e * a.dwu_e + (row - p.F) * a.dwu_r : e * a.dw1_e + row * a.dw1_r;
-    kept_product(kept.dh, run * part.len, part.len, kept.P, panels, c0, n, to, apart ? a.dwu_r : a.dw1_r, apart ? a.dwu_c : a.dw1_c);
+    kept_product(kept.dh, run * part.len, part.len, kept.P, panels, c0, n, to, apart ? a.dwu_r : a.dw1_r,
+                 apart ? a.dwu_c : a.dw1_c);
   }
 }
 
@@ -272,14 +284,14 @@ class InputSum {
     std::sort(place.begin() + t * p.K, place.begin() + (t + 1) * p.K);
     for (int d = 0; d < p.D; d += LANES) put(t * p.D + d, vf{}, p.D - d);
   }
-  // adds the rows of places lo .. hi; `last`: they will not come again
-  void add(int64_t t, const float* rows, int lo, int hi, bool last) {
-    int i = at[t];
+  // adds the rows of places lo .. hi, which start at `rows`
+  void add(int64_t t, const float* rows, int lo, int hi) {
+    int& i = at[t];
     for (; i < p.K && place[t * p.K + i] < hi; ++i) {
       const float* row = rows + int64_t(place[t * p.K + i] - lo) * p.D;
-      for (int d = 0; d < p.D; d += LANES) put(t * p.D + d, get(t * p.D + d, p.D - d) + load(row + d, p.D - d), p.D - d);
+      for (int d = 0; d < p.D; d += LANES)
+        put(t * p.D + d, get(t * p.D + d, p.D - d) + load(row + d, p.D - d), p.D - d);
     }
-    if (last) at[t] = i;
   }
   void end(int64_t t) {
     for (int d = 0; HALVES && d < p.D; d += LANES) store((T*)p.a.dx + t * p.D + d, get(t * p.D + d, p.D - d), p.D - d);

@@ -125,103 +125,131 @@ void clear_gradients(const Problem<T>& p, int e) {
   clear(p.a.db2, p.O, p.O);
 }
 
-// Experts worked on together, and the parts that their intermediate columns are taken in.
+// Intermediate columns taken at a time: by F alone, so that results do not depend on the number of threads.
+inline int part_columns(int F) {
+  const int parts = F <= 1024 ? 1 : (F + 767) / 768;
+  return ((F + parts - 1) / parts + CHUNK - 1) / CHUNK * CHUNK;
+}
+
+// Experts worked on together: first .. last, such that dH and A of a part about fit the cache and every thread has
+// several tasks.
 struct Wave {
-  int first, last, part;  // experts first .. last, `part` columns at a time
+  int first, last;
 };
 
-// Waves whose dH and A about fit the cache, with several tasks for every thread.
 template <class T>
-std::vector<Wave> waves(const Problem<T>& p, int block) {
+std::vector<Wave> waves(const Problem<T>& p, const Part<T>& part, int block) {
   const size_t budget = (size_t(1) << 20) * (p.threads + 1) / sizeof(float);
-  const Part<T> all(p, 0, p.F);
   std::vector<Wave> out;
   size_t kept = 0;
   for (int e = 0, first = 0, tasks = 0; e < p.a.E; ++e) {
-    kept += Kept<T>::floats(p.count(e), all);
+    kept += Kept<T>::floats(p.count(e), part);
     tasks += (p.count(e) + block - 1) / block;
     if (e + 1 < p.a.E && (kept < budget || tasks < 2 * p.threads)) continue;
-    const int parts = std::clamp(int(kept / budget), 1, std::max(1, p.F / 512));
-    out.push_back({first, e + 1, ((p.F + parts - 1) / parts + CHUNK - 1) / CHUNK * CHUNK});
+    out.push_back({first, e + 1});
     first = e + 1, kept = 0, tasks = 0;
   }
   return out;
 }
 
+// A cut of the weight gradients of an expert: columns c0 .. c0+n of dW1 (or of dW2: `down`); n = 0: the biases, or
+// zeros where the expert got no row.
+struct Cut {
+  int e;
+  bool down;
+  int c0, n;
+};
+
+template <class T>
+std::vector<Cut> cuts(const Problem<T>& p, const Wave& w, int size) {
+  std::vector<Cut> out;
+  const bool up = p.a.dw1 || p.a.dwu, biases = p.a.db1 || p.a.db2;
+  for (int e = w.first; e < w.last; ++e) {
+    const bool any = p.count(e) > 0;
+    for (int c = 0; any && p.a.dw2 && c < p.O; c += size) out.push_back({e, true, c, std::min(size, p.O - c)});
+    for (int c = 0; any && up && c < p.D; c += size) out.push_back({e, false, c, std::min(size, p.D - c)});
+    if (!any || biases) out.push_back({e, false, 0, 0});
+  }
+  return out;
+}
+
+// Sizes of the scratch space of a backward pass, in floats.
+template <class T>
+struct Space {
+  size_t gp, dp, pack, each;  // a thread's panels and packed tiles
+  size_t kept = 0, rows = 0;  // a wave's
+  int cut;                    // columns of a weight gradient per task: their panel over all rows fits the second cache
+
+  Space(const Problem<T>& p, const std::vector<Wave>& all, const Part<T>& part, int block) {
+    int most = 1;
+    for (const Wave& w : all) {
+      size_t here = 0;
+      for (int e = w.first; e < w.last; ++e) {
+        here += Kept<T>::floats(p.count(e), part);
+        most = std::max(most, p.count(e));
+      }
+      kept = std::max(kept, here);
+      rows = std::max<size_t>(rows, p.order.offsets[w.last] - p.order.offsets[w.first]);
+    }
+    constexpr int unit = NVMAX * LANES;
+    cut = std::clamp((128 << 10) / words<T>(most) / unit, 2, 21) * unit;
+    gp = panel_floats(block / LANES + 1, words<T>(p.O));
+    dp = panel_floats(block / LANES + 1, part.words());
+    pack = tiles_floats(std::max(words<T>(p.O), part.words()));
+    each = std::max(gp + dp + pack, panel_floats((cut + LANES - 1) / LANES, words<T>(most)));
+  }
+};
+
 template <class T>
 Status backward(const Args& args) {
   Problem<T> p(args);
   if (!p.order.good) return BAD_ID;
-  const int E = int(args.E), most = p.block_rows(), PO = words<T>(p.O);
-  const bool matrices = args.dw1 || args.dwu || args.dw2, biases = args.db1 || args.db2;
-  for (auto [at, n] : {std::pair(args.dw1, int64_t(p.W) * p.D), {args.dwu, int64_t(p.F) * p.D}, {args.dw2, int64_t(p.O) * p.F}})
-    if (at) want_huge_pages(at, size_t(E) * n * sizeof(T));
+  for (auto [at, n] :
+       {std::pair(args.dw1, int64_t(p.W) * p.D), {args.dwu, int64_t(p.F) * p.D}, {args.dw2, int64_t(p.O) * p.F}})
+    if (at) want_huge_pages(at, size_t(args.E) * n * sizeof(T));
   if (args.ds) std::fill_n(args.ds, args.R * p.K, 0.f);
+  const bool gradients_of_weights = args.dw1 || args.dwu || args.dw2 || args.db1 || args.db2;
 
-  const auto all_waves = waves(p, most);
-  size_t kept_most = 0, wave_rows = 0, most_rows = 0;
-  int PH = 0;
-  for (const Wave& w : all_waves) {
-    const Part<T> part(p, 0, std::min(w.part, p.F));
-    size_t kept = 0;
-    for (int e = w.first; e < w.last; ++e) {
-      kept += Kept<T>::floats(p.count(e), part);
-      most_rows = std::max<size_t>(most_rows, p.count(e));
-    }
-    kept_most = std::max(kept_most, kept);
-    wave_rows = std::max<size_t>(wave_rows, p.order.offsets[w.last] - p.order.offsets[w.first]);
-    PH = std::max(PH, part.words());
-  }
-  // columns of a weight gradient per task: their panel over all rows of the expert stays in the second-level cache
-  const int unit = NVMAX * LANES, row_words = std::max(1, words<T>(int(most_rows)));
-  const int cut = std::clamp(int((512 << 10) / 4 / row_words) / unit, 2, 21) * unit;
-  const size_t gp = panel_floats(most / LANES + 1, PO), dp = panel_floats(most / LANES + 1, PH),
-               pack = tiles_floats(std::max(PO, PH)), columns = panel_floats((cut + LANES - 1) / LANES, row_words);
-  const size_t each = std::max(gp + dp + pack, columns);
-  Scratch<float> scratch(each * p.threads), held(kept_most), rows(args.dx ? wave_rows * p.D : 0);
+  const int columns = part_columns(p.F), block = p.block_rows();
+  const Part<T> widest(p, 0, std::min(columns, p.F));
+  const auto all = waves(p, widest, block);
+  const Space<T> space(p, all, widest, block);
+  Scratch<float> scratch(space.each * p.threads), held(space.kept), rows(args.dx ? space.rows * p.D : 0);
   InputSum<T> dx(p);
+  std::vector<size_t> kept_at(args.E);
 
-  struct Cut { int e; bool down; int c0, n; };
-  std::vector<size_t> kept_at(E);
-  for (const Wave& w : all_waves) {
-    const auto blocks = p.blocks(w.first, w.last, most);
+  for (const Wave& w : all) {
+    const auto blocks = p.blocks(w.first, w.last, block);
+    const auto parts_of_weights = gradients_of_weights ? cuts(p, w, space.cut) : std::vector<Cut>{};
     const int lo = p.order.offsets[w.first], hi = p.order.offsets[w.last];
-    std::vector<Cut> cuts;
-    for (int e = w.first; e < w.last; ++e) {
-      if (!p.count(e)) { cuts.push_back({e, false, 0, 0}); continue; }
-      if (args.dw2) for (int c = 0; c < p.O; c += cut) cuts.push_back({e, true, c, std::min(cut, p.O - c)});
-      if (args.dw1 || args.dwu) for (int c = 0; c < p.D; c += cut) cuts.push_back({e, false, c, std::min(cut, p.D - c)});
-      if (biases) cuts.push_back({e, false, 0, 0});
-    }
-    if (!matrices && !biases) cuts.clear();
-    for (int f0 = 0; f0 < p.F; f0 += w.part) {
-      const Part<T> part(p, f0, std::min(w.part, p.F - f0));
-      const bool first = w.first == 0 && f0 == 0, last = f0 + w.part >= p.F;
+    for (int f0 = 0; f0 < p.F; f0 += columns) {
+      const Part<T> part(p, f0, std::min(columns, p.F - f0));
+      const bool last = f0 + columns >= p.F;
       size_t end = 0;
       for (int e = w.first; e < w.last; ++e) kept_at[e] = end, end += Kept<T>::floats(p.count(e), part);
+      auto kept = [&](int e) { return Kept<T>(held.get() + kept_at[e], p.count(e), part); };
 #pragma omp parallel num_threads(p.threads)
       {
-        float* mine = scratch.get() + each * omp_get_thread_num();
+        float *gp = scratch.get() + space.each * omp_get_thread_num(), *dp = gp + space.gp, *pack = dp + space.dp;
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < blocks.size(); ++i) {
           const Block& b = blocks[i];
-          float* to = args.dx ? rows.get() + size_t(p.order.offsets[b.e] - lo + b.m0) * p.D : nullptr;
-          input_gradients(part, b, Kept<T>(held.get() + kept_at[b.e], p.count(b.e), part), to, mine, mine + gp, mine + gp + dp);
+          hidden_gradients(part, b, kept(b.e), gp, dp, pack);
+          if (args.dx) input_gradients(part, b, dp, rows.get() + size_t(p.order.offsets[b.e] - lo + b.m0) * p.D, pack);
         }
 #pragma omp for schedule(dynamic, 1) nowait
-        for (size_t i = 0; i < cuts.size(); ++i) {
-          const Cut& c = cuts[i];
-          const Kept<T> k(held.get() + kept_at[c.e], p.count(c.e), part);
-          if (c.n) weight_gradients(part, c.e, k, c.down, c.c0, c.n, mine);
-          else if (p.count(c.e)) bias_gradients(part, c.e, k);
+        for (size_t i = 0; i < parts_of_weights.size(); ++i) {
+          const Cut& c = parts_of_weights[i];
+          if (c.n) weight_gradients(part, c.e, kept(c.e), c.down, c.c0, c.n, gp);
+          else if (p.count(c.e)) bias_gradients(part, c.e, kept(c.e));
           else if (f0 == 0) clear_gradients(p, c.e);
         }
-        if (args.dx) {
+        if (args.dx && last) {
 #pragma omp for schedule(dynamic, 64)
           for (int64_t t = 0; t < args.R; ++t) {
-            if (first) dx.begin(t);
-            dx.add(t, rows.get(), lo, hi, last);
-            if (w.last == E && last) dx.end(t);
+            if (w.first == 0) dx.begin(t);
+            dx.add(t, rows.get(), lo, hi);
+            if (w.last == args.E) dx.end(t);
           }
         }
       }

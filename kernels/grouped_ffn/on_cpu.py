@@ -26,7 +26,7 @@ def forward(rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated
     y = rows.new_empty(rows.shape[0], o)
     h = rows.new_empty(expert_ids.numel() if keep else 0, 2 * f if gated else f)
     call = _Call(rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved)
-    call.run(lib.hg_grouped_ffn_forward, [y.data_ptr(), _address(h), *[0] * 20])
+    call.run(lib.hg_grouped_ffn_forward, [y.data_ptr(), _address(h), *[0] * 18])
     return y, h
 
 
@@ -92,7 +92,9 @@ class _Call:
         if ids.numel() >= 2**31:
             raise ValueError(f"grouped_ffn: R * K must be below 2^31 pairs on CPU, got {ids.numel()}")
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        ids, weights = ids.to(torch.int32).contiguous(), weights.to(torch.float32).contiguous()
+        if ids.dtype != torch.int32:  # what does not fit 32 bits must not come back as somebody's expert
+            ids = ids.long().clamp(-2, w2.shape[0]).to(torch.int32)
+        ids, weights = ids.contiguous(), weights.to(torch.float32).contiguous()
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
         if w_up is not None and w_up.stride()[1:] != w1.stride()[1:]:  # a tile reads rows of both
             w1, w_up = w1.contiguous(), w_up.contiguous()

@@ -13,7 +13,7 @@
 
 namespace hg {
 
-// One flat array of 64-bit integers (addresses, sizes, strides in elements), in this order; see native.py.
+// One flat array of 64-bit integers (addresses, sizes, strides in elements), in this order; see _Call in on_cpu.py.
 struct Args {
   int64_t dtype, threads;
   int64_t R, K, E, D, F, O;  // rows, experts per row, experts, input, intermediate and output size
@@ -47,15 +47,16 @@ struct Args {
 // Large fresh memory in huge pages: a page fault per 2 MiB, not per 4 KiB.
 inline void want_huge_pages(void* p, size_t bytes) {
 #ifdef MADV_HUGEPAGE
-  const uintptr_t huge = uintptr_t(1) << 21, lo = (uintptr_t(p) + huge - 1) & ~(huge - 1), hi = (uintptr_t(p) + bytes) & ~(huge - 1);
+  const uintptr_t huge = uintptr_t(1) << 21, lo = (uintptr_t(p) + huge - 1) & ~(huge - 1);
+  const uintptr_t hi = (uintptr_t(p) + bytes) & ~(huge - 1);
   if (hi > lo) madvise((void*)lo, hi - lo, MADV_HUGEPAGE);
 #else
   (void)p, (void)bytes;
 #endif
 }
 
-// Scratch memory; throws std::bad_alloc. Large pieces come from the system and go back to it at once: the allocator would
-// keep them for later, on top of everything else that the process holds.
+// Scratch memory; throws std::bad_alloc. Large pieces come from the system and go back to it at once: the allocator
+// would keep them for later, on top of everything else that the process holds.
 template <class U>
 class Scratch {
   static constexpr size_t HUGE_PAGE = size_t(1) << 21, LARGE = 2 * HUGE_PAGE;
@@ -126,8 +127,8 @@ struct Problem {
 
   float scale(int32_t pair) const { return a.weights[pair]; }
 
-  // An expert's rows in blocks of about `most`, evenly cut, each a multiple of LANES but the last. No cut leaves a block
-  // of one vector, which is summed in another order: results must not depend on the number of threads.
+  // An expert's rows in blocks of about `most`, evenly cut, each a multiple of LANES but the last. No cut leaves a
+  // block of one vector, which is summed in another order: results must not depend on the number of threads.
   std::vector<Block> blocks(int first, int last, int most) const {
     std::vector<Block> out;
     for (int e = first; e < last; ++e) {
@@ -141,7 +142,8 @@ struct Problem {
     }
     return out;
   }
-  // Rows of one task, at most MOST less one vector: many enough that a pass over the weights pays, few enough that every thread has several tasks.
+  // Rows of one task, at most MOST less one vector: many enough that a pass over the weights pays, few enough that
+  // every thread has several tasks.
   int block_rows() const {
     int fair = (live() + 3 * threads - 1) / (3 * threads);
     return std::clamp((fair + LANES - 1) / LANES * LANES, 3 * LANES, MOST - LANES);

@@ -22,14 +22,15 @@ void pack_chunk(float* pack, const Source<T>* source, int rows, int64_t step, in
 // row(i) is the address of the chunk's i-th row (any valid row for i beyond the last), `step` the distance of
 // neighbours along the contraction, `r` that of neighbouring rows.
 template <class T, class Row>
-int make_tiles(Tile (&tile)[TILES], int rows, int64_t step, int64_t r, int len, bool can_be_in_place, float* pack, Row row) {
+int make_tiles(Tile (&tile)[TILES], int rows, int64_t step, int64_t r, int len, bool can_be_in_place, float* pack,
+               Row row) {
   const int tiles = (rows + MR - 1) / MR, P = words<T>(len);
   Source<T> source[TILES];
   for (int t = 0; t < tiles; ++t)
     for (int i = 0; i < MR; ++i) source[t].row[i] = row(t * MR + i);
   if (IN_PLACE<T> && can_be_in_place && step == 1 && len % Form<T>::M::PACK == 0) {
     for (int t = 0; t < tiles; ++t) {
-      for (int i = 0; i < MR; ++i) tile[t].row[i] = (const float*)source[t].row[i];
+      for (int i = 0; i < MR; ++i) tile[t].row[i] = (const word*)source[t].row[i];
       tile[t].packed = nullptr;
     }
     return tiles;
@@ -41,7 +42,8 @@ int make_tiles(Tile (&tile)[TILES], int rows, int64_t step, int64_t r, int len, 
 
 // for every panel, every tile of the chunk: epilogue(c, lane0, t); then done(lane0, nv)
 template <class T, class Epilogue, class Done>
-HG_INLINE void for_chunk(const Tile* tile, int tiles, const float* panels, int n, int P, Epilogue&& epilogue, Done&& done) {
+HG_INLINE void for_chunk(const Tile* tile, int tiles, const float* panels, int n, int P, Epilogue&& epilogue,
+                         Done&& done) {
   Panels p(n);
   for (int v0 = 0, nv; v0 < p.vectors; v0 += nv) {
     nv = p.width(v0);
@@ -92,7 +94,8 @@ struct UpTile {
 // A = act(X W1^T + b1) for columns f0 .. f1 of expert e: X panels over D in `xp`, A panels over F in `ap`;
 // the pre-activation goes to h (null: not kept), stored [W][rows of the expert].
 template <class T>
-void up_product(const Problem<T>& p, int e, int m0, int n, int f0, int f1, const float* xp, float* ap, T* h, float* pack) {
+void up_product(const Problem<T>& p, int e, int m0, int n, int f0, int f1, const float* xp, float* ap, T* h,
+                float* pack) {
   constexpr int PACK = Form<T>::M::PACK;
   const int P = words<T>(p.D), PA = words<T>(p.F), M = p.count(e);
   const UpTile<T> up(p);
@@ -154,7 +157,8 @@ void down_product(const Problem<T>& p, int e, int m0, int n, int o0, int o1, con
           turn.take(nv, n - lane0, here, [&](int lane, int r, vf x) {
             const int left = here - r;
             if (b2) x = x + load(b2 + o + r, left);
-            store(out + (int64_t(p.order.offsets[e]) + m0 + lane0 + lane) * p.O + o + r, x * p.scale(pair[lane0 + lane]), left);
+            const int m = lane0 + lane;
+            store(out + (int64_t(p.order.offsets[e]) + m0 + m) * p.O + o + r, x * p.scale(pair[m]), left);
           });
         });
   }

@@ -39,13 +39,16 @@ struct Thin {
   }
 };
 
+template <class T>
+using Inputs = const typename Thin<T>::X* const*;  // addresses of input rows
+
 // Rows are read two at a time, but the memory is asked for in the order in which it lies: a single stream, AHEAD bytes
 // early. (Letting the hardware guess from several short streams reads at half the rate.)
 constexpr int AHEAD = 8192;
 
 // out[m * stride + i] = <row i, x[m]> for two rows `r` apart (or one) and M inputs
 template <class T, int M>
-__attribute__((noinline)) void dot_rows(const T* w, int64_t r, int rows, int len, const typename Thin<T>::X* const* x,
+__attribute__((noinline)) void dot_rows(const T* w, int64_t r, int rows, int len, Inputs<T> x,
                                         float* out, int stride) {
   using H = Thin<T>;
   constexpr int BYTES = 2 * H::STEP * sizeof(T);  // read at a time
@@ -87,13 +90,13 @@ __attribute__((noinline)) void dot_rows(const T* w, int64_t r, int rows, int len
 }
 
 template <class T, int M>
-void dot_all(const T* w, int64_t r, int rows, int len, const typename Thin<T>::X* const* x, float* out, int stride) {
+void dot_all(const T* w, int64_t r, int rows, int len, Inputs<T> x, float* out, int stride) {
   for (int i = 0; i < rows; i += 2) dot_rows<T, M>(w + i * r, r, rows - i, len, x, out + i, stride);
 }
 
 // The same with outputs side by side (element (row i, input p) at w + i + p * c).
 template <class T, int M>
-__attribute__((noinline)) void sum_columns(const T* w, int64_t c, int rows, int len, const typename Thin<T>::X* const* x,
+__attribute__((noinline)) void sum_columns(const T* w, int64_t c, int rows, int len, Inputs<T> x,
                                            float* out, int stride) {
   using H = Thin<T>;
   constexpr int NV = M <= 2 ? 8 : 4;  // vectors of outputs at a time
@@ -131,17 +134,17 @@ __attribute__((noinline)) void sum_columns(const T* w, int64_t c, int rows, int 
 }
 
 template <class T, int M>
-void thin_inputs(const T* w, int64_t r, int64_t c, int rows, int len, const typename Thin<T>::X* const* x, float* out, int stride) {
+void thin_inputs(const T* w, int64_t r, int64_t c, int rows, int len, Inputs<T> x, float* out, int stride) {
   if (c == 1) return dot_all<T, M>(w, r, rows, len, x, out, stride);
   constexpr int half = M > 4 ? M / 2 : M;  // more would not fit the registers
   sum_columns<T, half>(w, c, rows, len, x, out, stride);
   if constexpr (half < M) sum_columns<T, M - half>(w, c, rows, len, x + half, out + half * stride, stride);
 }
 
-// out[m * rows + i] = <row i, x[m]>, i < rows: a weight matrix with strides r (rows) and c (contraction), one of them 1.
+// out[m * rows + i] = <row i, x[m]>, i < rows: weights with strides r (rows) and c (contraction), one of them 1.
 template <class T>
-void thin_product(const T* w, int64_t r, int64_t c, int rows, int len, const typename Thin<T>::X* const* x, int M, float* out) {
-  using Product = void (*)(const T*, int64_t, int64_t, int, int, const typename Thin<T>::X* const*, float*, int);
+void thin_product(const T* w, int64_t r, int64_t c, int rows, int len, Inputs<T> x, int M, float* out) {
+  using Product = void (*)(const T*, int64_t, int64_t, int, int, Inputs<T>, float*, int);
   static constexpr Product product[] = {thin_inputs<T, 1>, thin_inputs<T, 2>, thin_inputs<T, 3>, thin_inputs<T, 4>,
                                         thin_inputs<T, 5>, thin_inputs<T, 6>, thin_inputs<T, 7>, thin_inputs<T, 8>};
   if (M <= 8) return product[M - 1](w, r, c, rows, len, x, out, rows);
@@ -162,7 +165,7 @@ bool thin_serves(const Problem<T>& p) {
 
 // A = act(X W1^T + b1), columns f0 .. f1 of expert e, into a [rows, F]; the pre-activation to h where kept.
 template <class T>
-void thin_up(const Problem<T>& p, int e, int f0, int f1, const typename Thin<T>::X* const* x, typename Thin<T>::X* a, T* h) {
+void thin_up(const Problem<T>& p, int e, int f0, int f1, Inputs<T> x, typename Thin<T>::X* a, T* h) {
   const int M = p.count(e), n = f1 - f0, at = p.gate_row(f0), ut = p.up_row(f0);
   const bool paired = p.gated && p.a.interleaved;
   float gates[2 * CUT * THIN<T>], *ups = gates + n * M, both[2 * CUT];
@@ -190,7 +193,7 @@ void thin_up(const Problem<T>& p, int e, int f0, int f1, const typename Thin<T>:
 
 // rows of out: scale * (A W2^T + b2), outputs o0 .. o1
 template <class T>
-void thin_down(const Problem<T>& p, int e, int o0, int o1, const typename Thin<T>::X* const* a, T* out) {
+void thin_down(const Problem<T>& p, int e, int o0, int o1, Inputs<T> a, T* out) {
   const int M = p.count(e), n = o1 - o0;
   float buffer[CUT * THIN<T>];
   thin_product(p.w2_row(e, o0), p.a.w2_r, p.a.w2_c, n, p.F, a, M, buffer);

@@ -50,7 +50,7 @@ def plan(expert_ids: Tensor, num_experts: int) -> Plan:
 
     Cost: O(T*K). Raises TypeError for ids that are not integers, ValueError for a shape that is not [T, K].
     """
-    if expert_ids.dtype.is_floating_point or expert_ids.dtype == torch.bool:
+    if expert_ids.dtype.is_floating_point or expert_ids.dtype.is_complex or expert_ids.dtype == torch.bool:
         raise TypeError(f"plan: expert_ids must be integers, got {expert_ids.dtype}")
     if expert_ids.dim() != 2:
         raise ValueError(f"plan: expert_ids must be [T, K], got {tuple(expert_ids.shape)}")

@@ -38,3 +38,42 @@ def test_parts_and_waves_equal_the_plain_form(assert_close, monkeypatch, dtype, 
     monkeypatch.setenv("HEADGATE_CPU", "plain")
     for actual, expected in zip(native_results, _step(*arguments, **form), strict=True):
         assert_close(actual, expected, dtype)
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ form is not built on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
+    rows, d, f, experts, k = 1300, 8, 1601, 5, 2
+    ids = torch.stack([torch.randperm(experts)[:k] for _ in range(rows)])
+    shapes = [(rows, d), (experts, 2 * f, d), (experts, d, f), (rows, d)]
+    x, w_gate_up, w_down, cotangent = [torch.randn(s).to(dtype) for s in shapes]
+    arguments = (x, ids, torch.rand(rows, k), w_gate_up * d**-0.5, w_down * f**-0.5, [], cotangent)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 8):
+            torch.set_num_threads(n)
+            results.append(_step(*arguments))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ form is not built on this machine")
+def test_weights_expanded_along_the_contraction(assert_close):
+    """Neighbouring rows whose elements along the contraction are one and the same: strides (., 1, 0)."""
+    ids, weights = torch.zeros(80, 1, dtype=torch.int32), torch.ones(80, 1)
+    x, w_down = torch.randn(80, 6).bfloat16(), torch.randn(1, 6, 8).bfloat16()
+    w_gate_up = torch.randn(1, 16, 1).bfloat16().expand(1, 16, 6)
+    routing = Routing(ids, weights, 1)
+    y = grouped_ffn(x, routing, w_gate_up, w_down)
+    assert_close(y, grouped_ffn(x, routing, w_gate_up.contiguous(), w_down), torch.bfloat16)
+
+
+def test_an_infinite_pre_activation_is_not_softened():
+    """silu of a hugely negative number is 0, however far exp has to go."""
+    x, ids = torch.tensor([[-1e38]]), torch.zeros(1, 1, dtype=torch.int32)
+    w_up, w_down = torch.ones(1, 1, 1), torch.ones(1, 1, 1)
+    y = grouped_ffn(x, Routing(ids, torch.ones(1, 1), 1), w_up, w_down, gated=False)
+    assert y.item() == 0

@@ -64,3 +64,10 @@ def test_is_a_well_formed_operator_and_compiles():
 def test_bad_arguments_are_named(ids, experts, error, message):
     with pytest.raises(error, match=message):
         plan(ids, experts)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
+def test_ids_of_any_width(dtype):
+    ids = torch.tensor([[1, 0], [5, 1]]).to(dtype)
+    assert plan(ids, 3).pair_of_row.tolist() == [1, 0, 3, 2]
+    assert plan(ids, 300).offsets[-1] == 4
