@@ -87,6 +87,7 @@ HG_INLINE void from_float(float f, f16& out) {  // round to nearest even
   if (!(a <= 65519.99609375f)) { out.bits = sign | (a != a ? 0x7e00 : 0x7c00); return; }
   int e;
   std::frexp(a, &e);  // a = [0.5, 1) * 2^e
+  if (a == 0) e = -14;
   const int shift = e < -13 ? -24 : e - 11;  // the unit of the last place
   const float q = std::nearbyint(std::ldexp(a, -shift));
   out.bits = uint16_t(sign + (e < -13 ? int(q) : ((e + 14) << 10) + int(q) - 1024));
