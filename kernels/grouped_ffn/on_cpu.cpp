@@ -53,7 +53,13 @@ void forward_slices(const Problem<T>& p, T* out) {
   auto row = [&](const Block& b, int m) {
     return (const T*)p.a.rows + int64_t(p.pairs(b.e)[m] / p.K) * p.a.rows_r;
   };
-  const int cuts_f = (p.F + CUT - 1) / CUT, cuts_o = (p.O + CUT - 1) / CUT;
+  // long cuts read best, but every thread should get several
+  auto cut = [&](int rows) {
+    int size = CUT;
+    while (size > 32 && int64_t(blocks.size()) * ((rows + size - 1) / size) < 4 * p.threads) size /= 2;
+    return size;
+  };
+  const int cut_f = cut(p.F), cut_o = cut(p.O), cuts_f = (p.F + cut_f - 1) / cut_f, cuts_o = (p.O + cut_o - 1) / cut_o;
 #pragma omp parallel num_threads(p.threads)
   {
     float* mine = packs.get() + pack * omp_get_thread_num();
@@ -69,7 +75,7 @@ void forward_slices(const Problem<T>& p, T* out) {
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < blocks.size() * cuts_f; ++i) {
       const Block& b = blocks[i / cuts_f];
-      const int f0 = int(i % cuts_f) * CUT, f1 = std::min(f0 + CUT, p.F);
+      const int f0 = int(i % cuts_f) * cut_f, f1 = std::min(f0 + cut_f, p.F);
       float *x = xs.get() + x_at[i / cuts_f], *a = as.get() + a_at[i / cuts_f];
       T* h = p.a.h ? (T*)p.a.h + int64_t(p.order.offsets[b.e]) * p.W : nullptr;
       if (thin(b)) {
@@ -84,7 +90,7 @@ void forward_slices(const Problem<T>& p, T* out) {
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < blocks.size() * cuts_o; ++i) {
       const Block& b = blocks[i / cuts_o];
-      const int o0 = int(i % cuts_o) * CUT, o1 = std::min(o0 + CUT, p.O);
+      const int o0 = int(i % cuts_o) * cut_o, o1 = std::min(o0 + cut_o, p.O);
       float* a = as.get() + a_at[i / cuts_o];
       if (thin(b)) {
         const X* rows[THIN<T>];

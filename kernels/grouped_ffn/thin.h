@@ -8,7 +8,7 @@
 
 namespace hg {
 
-constexpr int CUT = 128;  // rows of weights in a task
+constexpr int CUT = 256;  // most rows of weights in a task
 // Rows of an expert up to which this beats panels, measured at D = 1024. fp16 gains most: its panels want the weights
 // converted and transposed first.
 template <class T>
