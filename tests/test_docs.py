@@ -38,6 +38,6 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_that_are_named_exist(document):
     """Paths such as kernels/native.py or tests/moe; x and op stand for a name of the reader's."""
-    paths = re.findall(r"\b((?:kernels|placement|dispatch|moe|bench|tests)/[\w/.]*[\w])", document.read_text())
+    paths = re.findall(r"\b((?:kernels|placement|dispatch|moe|bench|tests)/[\w/.-]*[\w])", document.read_text())
     named = [p for p in paths if not re.search(r"(^|[/_])(x|op)\b", p)]
     assert not [p for p in named if not (ROOT / p).exists()]
