@@ -15,6 +15,13 @@ import torch
 from torch import Tensor
 
 
+def narrow_ids(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Integer ids as int32: what does not fit 32 bits must not come back as somebody's expert."""
+    if expert_ids.dtype == torch.int32:
+        return expert_ids
+    return expert_ids.long().clamp(-2, num_experts).to(torch.int32)
+
+
 @dataclass(frozen=True)
 class Routing:
     """The choice of a router for T tokens, K experts each, out of `num_experts`.
@@ -59,9 +66,7 @@ class Routing:
             )
         if num_experts < 1:
             raise ValueError(f"Routing: num_experts must be at least 1, got {num_experts}")
-        if expert_ids.dtype == torch.int64:  # what does not fit 32 bits must not come back as somebody's expert
-            expert_ids = expert_ids.clamp(-2, num_experts)
-        return cls(expert_ids.to(torch.int32), weights, num_experts)
+        return cls(narrow_ids(expert_ids, num_experts), weights, num_experts)
 
     def detach(self) -> Routing:
         """The same choice without its graph: for traces, plots and losses that must not hold the step's memory."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import native
 from ..activation import KINDS
+from ..routing import narrow_ids
 from . import plain
 
 
@@ -36,23 +37,9 @@ def backward(
     lib = native.serves(rows.dtype, expert_ids.numel(), w2.shape[0])
     if lib is None:
         return plain.backward(
-            grad,
-            rows,
-            expert_ids,
-            weights,
-            w1,
-            w_up,
-            w2,
-            b1,
-            b2,
-            h,
-            kind,
-            params,
-            gated,
-            transposed,
-            interleaved,
-            needs,
-        )
+            grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h,
+            kind, params, gated, transposed, interleaved, needs,
+        )  # fmt: skip
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     out = [
         torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else rows.new_empty(0)
@@ -92,9 +79,7 @@ class _Call:
         if ids.numel() >= 2**31:
             raise ValueError(f"grouped_ffn: R * K must be below 2^31 pairs on CPU, got {ids.numel()}")
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        if ids.dtype != torch.int32:  # what does not fit 32 bits must not come back as somebody's expert
-            ids = ids.long().clamp(-2, w2.shape[0]).to(torch.int32)
-        ids, weights = ids.contiguous(), weights.to(torch.float32).contiguous()
+        ids, weights = narrow_ids(ids, w2.shape[0]).contiguous(), weights.to(torch.float32).contiguous()
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
         if w_up is not None and w_up.stride()[1:] != w1.stride()[1:]:  # a tile reads rows of both
             w1, w_up = w1.contiguous(), w_up.contiguous()

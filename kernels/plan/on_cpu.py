@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..routing import narrow_ids
 from .reference import plan_reference
 
 
@@ -18,9 +19,7 @@ def plan_on_cpu(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
         return plan_reference(expert_ids, num_experts)
     if expert_ids.numel() >= 2**31:
         raise ValueError(f"plan: T * K must be below 2^31 pairs on CPU, got {expert_ids.numel()}")
-    # wider ids may not fit 32 bits: what is out of range counts as no expert before it is cut
-    ids = expert_ids if expert_ids.dtype == torch.int32 else expert_ids.long().clamp(-1, num_experts).to(torch.int32)
-    ids = ids.contiguous()
+    ids = narrow_ids(expert_ids, num_experts).contiguous()
     out = [torch.empty(n, dtype=torch.int32) for n in (ids.numel(), num_experts + 1, ids.numel())]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (ids, *out)]
     sizes = ctypes.c_int64(ids.numel()), ctypes.c_int64(num_experts)
