@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+# Triton asks for this when it is imported: without a GPU its kernels run in the interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Largest allowed error, relative to the largest magnitude expected. One table for the whole suite: a test that
 # needs more says by how much (`scale=`) and why.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}

@@ -1,0 +1,178 @@
+"""The backward kernels of grouped_ffn: back (dA' and the activation's backward), dw (ragged contraction over an
+expert's rows), the router weights' gradient, and the biases'. No result depends on an order of arrival.
+
+dX is rows_kernel and combine_kernel of the forward pass, on dH and W1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..activation_triton import activate, activate_backward
+from .triton_common import find_tile, halves, interleave_columns, weight_tile
+
+
+@triton.jit
+def back_kernel(
+    grad, w, h, weights, dh, sa, parts, pair_of_row, offsets, tile_expert, tile_row, tiles,
+    D, F, N, stride_g, stride_e, stride_k, stride_n,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr, AFTER: tl.constexpr, INTERLEAVED: tl.constexpr, DH: tl.constexpr, SA: tl.constexpr,
+    DS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
+    K_INNER: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dA'[i, f] = grad[row of place i] W2_e, and from it and H, BM x BN at a time:
+
+        dh     s * dA' through the activation, columns as H's          (DH)
+        sa     s * A, the activation recomputed: what dW2 contracts    (SA)
+        parts  [column tiles, N]: this tile's share of <dA', A>        (DS)
+
+    with s the router weight of the place's pair. The contraction is swapped, so the experts' outputs are not needed
+    (Guo et al., SonicMoE, 2025).
+    """
+    live, columns = tl.load(tiles), tl.cdiv(F, BN)
+    width = 2 * F if GATED else F
+    ks = tl.arange(0, BK)
+    for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
+        tile, column = find_tile(index, live, columns, GROUP)
+        e, first = tl.load(tile_expert + tile), tl.load(tile_row + tile)
+        place = first + tl.arange(0, BM)
+        valid = place < tl.load(offsets + e + 1)
+        pair = tl.load(pair_of_row + place, mask=valid, other=0)
+        g_rows = grad + (pair // TOP_K).to(tl.int64)[:, None] * stride_g
+        n = column * BN
+        da = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, D, BK):
+            if EVEN_K:
+                gs = tl.load(g_rows + (k + ks)[None, :])
+            else:
+                gs = tl.load(g_rows + (k + ks)[None, :], mask=(k + ks < D)[None, :], other=0.0)
+            ws = weight_tile(w, e, k, n, D, F, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K)
+            da = tl.dot(gs, ws, da, input_precision=PRECISION)
+        f = n + tl.arange(0, BN)
+        at = place.to(tl.int64)[:, None]
+        inside = valid[:, None] & (f < F)[None, :]
+        if INTERLEAVED:
+            wide = 2 * n + tl.arange(0, 2 * BN)
+            both = valid[:, None] & (wide < 2 * F)[None, :]
+            hs = tl.load(h + at * width + wide[None, :], mask=both, other=0.0).to(tl.float32)
+            g, u = halves(hs, BM, BN)
+        else:
+            g = tl.load(h + at * width + f[None, :], mask=inside, other=0.0).to(tl.float32)
+            u = g
+            if GATED:
+                u = tl.load(h + at * width + (F + f)[None, :], mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
+        if SA or DS:
+            act = activate(g, u, KIND, GATED, ALPHA, LIMIT, SHIFT, AFTER)
+            if DS:
+                share = tl.sum(tl.where(inside, da * act, 0.0), axis=1)
+                tl.store(parts + column.to(tl.int64) * N + place, share, mask=valid)
+            if SA:
+                tl.store(sa + at * F + f[None, :], (s * act).to(sa.dtype.element_ty), mask=inside)
+        if DH:
+            dg, du = activate_backward(s * da, g, u, KIND, GATED, ALPHA, LIMIT, SHIFT, AFTER)
+            if INTERLEAVED:
+                dgu = interleave_columns(dg, du, BM, BN).to(dh.dtype.element_ty)
+                tl.store(dh + at * width + wide[None, :], dgu, mask=both)
+            else:
+                tl.store(dh + at * width + f[None, :], dg.to(dh.dtype.element_ty), mask=inside)
+                if GATED:
+                    tl.store(dh + at * width + (F + f)[None, :], du.to(dh.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dw_kernel(
+    left, right, dw, pair_of_row, offsets, E, M, WIDTH, stride_l, stride_r,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW_e[m, n] = sum over the places i of expert e of left[i, m] * right[i, n], BM x BN at a time, BK places a step.
+
+    A gathered side is read at the row of the place's pair, the other at the place itself. Both are zero past the
+    expert's last place; an expert without places gets zeros.
+    """
+    tall, columns = tl.cdiv(M, BM), tl.cdiv(WIDTH, BN)
+    steps = tl.arange(0, BK)
+    for index in tl.range(tl.program_id(0), E * tall * columns, tl.num_programs(0)):
+        e = index // (tall * columns)
+        tile, column = find_tile(index % (tall * columns), tall, columns, GROUP)
+        m, n = tile * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+        first, end = tl.load(offsets + e), tl.load(offsets + e + 1)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for i in range(first, end, BK):
+            place = i + steps
+            valid = place < end
+            l_at, r_at = place, place
+            if GATHER_LEFT or GATHER_RIGHT:
+                row = tl.load(pair_of_row + place, mask=valid, other=0) // TOP_K
+                if GATHER_LEFT:
+                    l_at = row
+                if GATHER_RIGHT:
+                    r_at = row
+            ls = tl.load(
+                left + l_at.to(tl.int64)[None, :] * stride_l + m[:, None],
+                mask=(m < M)[:, None] & valid[None, :],
+                other=0.0,
+            )
+            rs = tl.load(
+                right + r_at.to(tl.int64)[:, None] * stride_r + n[None, :],
+                mask=valid[:, None] & (n < WIDTH)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(ls, rs, acc, input_precision=PRECISION)
+        out = dw + e.to(tl.int64) * M * WIDTH + m.to(tl.int64)[:, None] * WIDTH + n[None, :]
+        tl.store(out, acc.to(dw.dtype.element_ty), mask=(m < M)[:, None] & (n < WIDTH)[None, :])
+
+
+@triton.jit
+def router_grad_kernel(
+    parts, row_of_pair, expert_ids, grad, bias, offsets, ds, N, E, D, COLUMNS, stride_g,
+    TOP_K: tl.constexpr, BIAS: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """ds[pair] = the sum of its shares in `parts` [COLUMNS, N], columns rising, plus <grad, b2_e> where BIAS; BP pairs
+    a program. Zero for a pair without an expert."""
+    pair = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    place = tl.load(row_of_pair + pair, mask=pair < N, other=0).to(tl.int64)
+    live = (pair < N) & (place < tl.load(offsets + E))
+    acc = tl.zeros((BP,), tl.float32)
+    share = parts + place
+    for _ in range(COLUMNS):
+        acc += tl.load(share, mask=live, other=0.0)
+        share += N
+    if BIAS:
+        e = tl.load(expert_ids + pair, mask=live, other=0).to(tl.int64)
+        part = tl.zeros((BP, BD), tl.float32)
+        for d0 in range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            inside = live[:, None] & (d < D)[None, :]
+            gs = tl.load(grad + (pair // TOP_K)[:, None] * stride_g + d[None, :], mask=inside, other=0.0)
+            bs = tl.load(bias + e[:, None] * D + d[None, :], mask=inside, other=0.0)
+            part += gs.to(tl.float32) * bs.to(tl.float32)
+        acc += tl.sum(part, axis=1)
+    tl.store(ds + pair, acc.to(ds.dtype.element_ty), mask=pair < N)
+
+
+@triton.jit
+def column_sum_kernel(
+    values, weights, pair_of_row, offsets, out, WIDTH, stride,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out_e[n] = sum over the places i of expert e of values[i, n]; where GATHER, of s_i * values[row of place i, n]
+    with s the router weight. One program for BN columns of an expert, rows rising."""
+    e, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
+    first, end = tl.load(offsets + e), tl.load(offsets + e + 1)
+    acc = tl.zeros((BR, BN), tl.float32)
+    for i in range(first, end, BR):
+        place = i + tl.arange(0, BR)
+        valid = place < end
+        row, inside = place, valid[:, None] & (n < WIDTH)[None, :]
+        if GATHER:
+            pair = tl.load(pair_of_row + place, mask=valid, other=0)
+            row = pair // TOP_K
+        v = tl.load(values + row.to(tl.int64)[:, None] * stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        if GATHER:
+            v *= tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
+        acc += v
+    tl.store(out + e.to(tl.int64) * WIDTH + n, tl.sum(acc, axis=0).to(out.dtype.element_ty), mask=n < WIDTH)

@@ -1,0 +1,141 @@
+"""The forward kernels of grouped_ffn: up (gather, GEMM, bias, activation), down (GEMM, bias), combine (gather-sum).
+
+A grid has as many programs as the chip holds; each walks over tiles. How many tiles there are stands in device memory
+(`tiles`), so nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..activation_triton import activate
+from .triton_common import find_tile, halves, interleave_columns, weight_tile
+
+
+@triton.jit
+def up_kernel(
+    x, w_gate, w_up, bias, a, h, pair_of_row, offsets, tile_expert, tile_row, tiles,
+    D, F, up_row, stride_x, stride_e, stride_k, stride_n,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr, AFTER: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
+    K_INNER: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A[i, f] = act(x[row of place i] W1_e^T + b1_e) and, if KEEP, H (the pre-activation), BM x BN at a time.
+
+    The rows are gathered by the loads of the loop. Gate and up of a tile are two accumulators of one program, or one of
+    twice the width whose neighbouring columns are split in registers (INTERLEAVED). `up_row`: where the up projection
+    begins in w_up; H has the weights' own order of columns.
+    """
+    live, columns = tl.load(tiles), tl.cdiv(F, BN)
+    WIDE: tl.constexpr = 2 * BN if INTERLEAVED else BN
+    TWO: tl.constexpr = GATED and not INTERLEAVED
+    width = 2 * F if GATED else F
+    f_end = 2 * F if INTERLEAVED else F
+    ks = tl.arange(0, BK)
+    for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
+        tile, column = find_tile(index, live, columns, GROUP)
+        e, first = tl.load(tile_expert + tile), tl.load(tile_row + tile)
+        place = first + tl.arange(0, BM)
+        valid = place < tl.load(offsets + e + 1)
+        row = tl.load(pair_of_row + place, mask=valid, other=0) // TOP_K  # rows past the end compute row 0, unstored
+        x_rows = x + row.to(tl.int64)[:, None] * stride_x
+        n = column * WIDE
+        g = tl.zeros((BM, WIDE), tl.float32)
+        u = tl.zeros((BM, WIDE), tl.float32)
+        for k in range(0, D, BK):
+            if EVEN_K:
+                xs = tl.load(x_rows + (k + ks)[None, :])
+            else:
+                xs = tl.load(x_rows + (k + ks)[None, :], mask=(k + ks < D)[None, :], other=0.0)
+            ws = weight_tile(w_gate, e, k, n, D, f_end, stride_e, stride_k, stride_n, BK, WIDE, MAP, K_INNER, EVEN_K)
+            g = tl.dot(xs, ws, g, input_precision=PRECISION)
+            if TWO:
+                vs = weight_tile(
+                    w_up, e, k, up_row + n, D, up_row + F, stride_e, stride_k, stride_n, BK, WIDE, MAP, K_INNER, EVEN_K
+                )
+                u = tl.dot(xs, vs, u, input_precision=PRECISION)
+        wide = n + tl.arange(0, WIDE)
+        if BIAS:
+            b_row = bias + e.to(tl.int64) * width
+            g += tl.load(b_row + wide, mask=wide < f_end, other=0.0).to(tl.float32)[None, :]
+            if TWO:
+                u += tl.load(b_row + F + wide, mask=wide < F, other=0.0).to(tl.float32)[None, :]
+        at = place.to(tl.int64)[:, None]
+        inside = valid[:, None] & (wide < f_end)[None, :]
+        if KEEP:
+            tl.store(h + at * width + wide[None, :], g.to(h.dtype.element_ty), mask=inside)
+            if TWO:
+                tl.store(h + at * width + (F + wide)[None, :], u.to(h.dtype.element_ty), mask=inside)
+        if INTERLEAVED:
+            g, u = halves(g, BM, BN)
+        f = column * BN + tl.arange(0, BN)
+        act = activate(g, u, KIND, GATED, ALPHA, LIMIT, SHIFT, AFTER)
+        tl.store(a + at * F + f[None, :], act.to(a.dtype.element_ty), mask=valid[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def rows_kernel(
+    a, w, w_second, bias, y, offsets, tile_expert, tile_row, tiles,
+    DEPTH, WIDTH, stride_a, stride_e, stride_k, stride_n,
+    SEGMENTS: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, MAP: tl.constexpr, MAP_A: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y[i, n] = A[i, :DEPTH] W_e + b_e for rows in expert order: the down projection, and dX = dH W1 of the backward
+    pass. SEGMENTS 2: A has DEPTH more columns, for w_second (a pair of gate and up). MAP_A: `a` is a tensor map."""
+    live, columns = tl.load(tiles), tl.cdiv(WIDTH, BN)
+    ks = tl.arange(0, BK)
+    for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
+        tile, column = find_tile(index, live, columns, GROUP)
+        e, first = tl.load(tile_expert + tile), tl.load(tile_row + tile)
+        place = first + tl.arange(0, BM)
+        valid = place < tl.load(offsets + e + 1)
+        n = column * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for segment in tl.static_range(SEGMENTS):
+            for k in range(0, DEPTH, BK):
+                if MAP_A:  # rows past the expert's end are somebody else's, and are not stored
+                    at = a.load([first, segment * DEPTH + k])
+                else:
+                    a_rows = a + place.to(tl.int64)[:, None] * stride_a + segment * DEPTH
+                    inside = valid[:, None]
+                    if not EVEN_K:
+                        inside = inside & (k + ks < DEPTH)[None, :]
+                    at = tl.load(a_rows + (k + ks)[None, :], mask=inside, other=0.0)
+                if segment == 0:
+                    ws = weight_tile(w, e, k, n, DEPTH, WIDTH, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K)
+                else:
+                    ws = weight_tile(
+                        w_second, e, k, n, DEPTH, WIDTH, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K
+                    )
+                acc = tl.dot(at, ws, acc, input_precision=PRECISION)
+        wide = n + tl.arange(0, BN)
+        if BIAS:
+            acc += tl.load(bias + e.to(tl.int64) * WIDTH + wide, mask=wide < WIDTH, other=0.0).to(tl.float32)[None, :]
+        tl.store(
+            y + place.to(tl.int64)[:, None] * WIDTH + wide[None, :],
+            acc.to(y.dtype.element_ty),
+            mask=valid[:, None] & (wide < WIDTH)[None, :],
+        )
+
+
+@triton.jit
+def combine_kernel(
+    y_rows, row_of_pair, offsets, weights, y, D, E,
+    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """y[t] = sum_k weights[t, k] * y_rows[place of (t, k)] in fp32, k rising; the weights are 1 unless WEIGHTED. One
+    program for BD columns of a token; a pair without an expert adds nothing."""
+    t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
+    live = tl.load(offsets + E)
+    acc = tl.zeros((BD,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        place = tl.load(row_of_pair + t * TOP_K + k)
+        end = tl.where(place < live, D, 0)
+        v = tl.load(y_rows + place.to(tl.int64) * D + d, mask=d < end, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            v *= tl.where(place < live, tl.load(weights + t * TOP_K + k).to(tl.float32), 0.0)
+        acc += v
+    tl.store(y + t * D + d, acc.to(y.dtype.element_ty), mask=d < D)
