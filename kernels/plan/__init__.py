@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..chip import say_once, why_not
 from .on_cpu import plan_on_cpu
 from .reference import plan_reference
 
@@ -27,9 +28,22 @@ class Plan:
     row_of_pair: Tensor
 
 
+def _plan_on_cuda(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    why = why_not(expert_ids.device.index)
+    if why is None:
+        from .on_triton import MOST_EXPERTS, plan_on_triton
+
+        if num_experts <= MOST_EXPERTS:
+            return plan_on_triton(expert_ids, num_experts)
+        why = f"num_experts must be at most {MOST_EXPERTS} for the Triton kernel, got {num_experts}"
+    say_once("plan", why, "a stable sort in torch")
+    return plan_reference(expert_ids, num_experts)
+
+
 torch.library.define("headgate::plan", "(Tensor expert_ids, int num_experts) -> (Tensor, Tensor, Tensor)")
 torch.library.impl("headgate::plan", "CompositeExplicitAutograd", plan_reference)
 torch.library.impl("headgate::plan", "cpu", plan_on_cpu)
+torch.library.impl("headgate::plan", "cuda", _plan_on_cuda)
 
 
 @torch.library.register_fake("headgate::plan")
