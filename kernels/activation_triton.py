@@ -1,7 +1,7 @@
 """The activations of activation.py for Triton kernels: functions of fp32 tiles.
 
-KIND, ALPHA, SHIFT, AFTER are the fields of Activation; LIMIT is 0 for none. `constants` makes them. Comparisons are
-written so that a NaN stays one, as torch's clamp and relu do.
+FORM is an Activation as a compile-time tuple, (kind, gated, alpha, limit or 0 for none, up_shift, clamp_after); `form_of`
+makes it. Comparisons are written so that a NaN stays one, as torch's clamp and relu do.
 """
 
 from __future__ import annotations
@@ -14,22 +14,19 @@ import triton.language as tl
 
 from .activation import Activation
 
+# places in FORM
+KIND, GATED, SLOPE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LIMIT, SHIFT, AFTER = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2 / math.pi))
 _SQRT_1_OVER_2PI = tl.constexpr(math.sqrt(0.5 / math.pi))
 
 
-def constants(act: Activation) -> dict[str, Any]:
-    """The compile-time arguments by which a kernel knows the activation."""
+def form_of(act: Activation) -> tuple[Any, ...]:
+    """The compile-time argument by which a kernel knows the activation."""
     limit = 0.0 if act.limit == math.inf else act.limit
-    return {
-        "KIND": act.kind,
-        "GATED": act.gated,
-        "ALPHA": act.alpha,
-        "LIMIT": limit,
-        "SHIFT": act.up_shift,
-        "AFTER": act.clamp_after,
-    }
+    return act.kind, act.gated, act.alpha, limit, act.up_shift, act.clamp_after
 
 
 @triton.jit
@@ -38,16 +35,16 @@ def _tanh(x):
 
 
 @triton.jit
-def phi(g, KIND: tl.constexpr, ALPHA: tl.constexpr):
-    if KIND == "silu":
-        return g * tl.sigmoid(ALPHA * g)
-    elif KIND == "gelu":
+def phi(g, FORM: tl.constexpr):
+    if FORM[KIND] == "silu":
+        return g * tl.sigmoid(FORM[SLOPE] * g)
+    elif FORM[KIND] == "gelu":
         return 0.5 * g * (1 + tl.erf(g * _SQRT_HALF))
-    elif KIND == "gelu_tanh":
+    elif FORM[KIND] == "gelu_tanh":
         return 0.5 * g * (1 + _tanh(_SQRT_2_OVER_PI * (g + 0.044715 * g * g * g)))
-    elif KIND == "relu":
+    elif FORM[KIND] == "relu":
         return tl.where(g <= 0, 0.0, g)
-    elif KIND == "relu2":
+    elif FORM[KIND] == "relu2":
         r = tl.where(g <= 0, 0.0, g)
         return r * r
     else:
@@ -55,79 +52,60 @@ def phi(g, KIND: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def phi_slope(g, KIND: tl.constexpr, ALPHA: tl.constexpr):
-    if KIND == "silu":
-        s = tl.sigmoid(ALPHA * g)
-        return s * (1 + ALPHA * g * (1 - s))
-    elif KIND == "gelu":
+def phi_slope(g, FORM: tl.constexpr):
+    if FORM[KIND] == "silu":
+        s = tl.sigmoid(FORM[SLOPE] * g)
+        return s * (1 + FORM[SLOPE] * g * (1 - s))
+    elif FORM[KIND] == "gelu":
         return 0.5 * (1 + tl.erf(g * _SQRT_HALF)) + g * _SQRT_1_OVER_2PI * tl.exp(-0.5 * g * g)
-    elif KIND == "gelu_tanh":
+    elif FORM[KIND] == "gelu_tanh":
         t = _tanh(_SQRT_2_OVER_PI * (g + 0.044715 * g * g * g))
         return 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * g * g)
-    elif KIND == "relu":
+    elif FORM[KIND] == "relu":
         return tl.where(g > 0, 1.0, 0.0)
-    elif KIND == "relu2":
+    elif FORM[KIND] == "relu2":
         return 2 * tl.where(g <= 0, 0.0, g)
     else:
         return tl.zeros_like(g) + 1.0
 
 
 @triton.jit
-def _below(x, LIMIT: tl.constexpr):
-    return tl.where(x > LIMIT, LIMIT, x)
+def _below(x, TOP: tl.constexpr):
+    return tl.where(x > TOP, TOP, x)
 
 
 @triton.jit
-def activate(
-    g,
-    u,
-    KIND: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    SHIFT: tl.constexpr,
-    AFTER: tl.constexpr,
-):
+def activate(g, u, FORM: tl.constexpr):
     """a of gate g and up projection u; u is ignored where the expert is not gated."""
-    if GATED:
-        if LIMIT != 0:
-            u = tl.where(u < -LIMIT, -LIMIT, _below(u, LIMIT))
-            if not AFTER:
-                g = _below(g, LIMIT)
-        a = phi(g, KIND, ALPHA)
-        if LIMIT != 0 and AFTER:
-            a = _below(a, LIMIT)
-        return a * (u + SHIFT)
+    if FORM[GATED]:
+        if FORM[LIMIT] != 0:
+            u = tl.where(u < -FORM[LIMIT], -FORM[LIMIT], _below(u, FORM[LIMIT]))
+            if not FORM[AFTER]:
+                g = _below(g, FORM[LIMIT])
+        a = phi(g, FORM)
+        if FORM[LIMIT] != 0 and FORM[AFTER]:
+            a = _below(a, FORM[LIMIT])
+        return a * (u + FORM[SHIFT])
     else:
-        return phi(g, KIND, ALPHA)
+        return phi(g, FORM)
 
 
 @triton.jit
-def activate_backward(
-    grad,
-    g,
-    u,
-    KIND: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    SHIFT: tl.constexpr,
-    AFTER: tl.constexpr,
-):
+def activate_backward(grad, g, u, FORM: tl.constexpr):
     """(gradient of g, gradient of u) for `grad`, that of a; the second is meaningless where not gated."""
-    if GATED:
-        if LIMIT != 0:
-            inside = (u >= -LIMIT) & (u <= LIMIT)
-            up = tl.where(u < -LIMIT, -LIMIT, _below(u, LIMIT)) + SHIFT
-            if AFTER:
-                a = phi(g, KIND, ALPHA)
-                dg = grad * up * phi_slope(g, KIND, ALPHA) * tl.where(a <= LIMIT, 1.0, 0.0)
-                return dg, grad * _below(a, LIMIT) * tl.where(inside, 1.0, 0.0)
+    if FORM[GATED]:
+        if FORM[LIMIT] != 0:
+            inside = (u >= -FORM[LIMIT]) & (u <= FORM[LIMIT])
+            up = tl.where(u < -FORM[LIMIT], -FORM[LIMIT], _below(u, FORM[LIMIT])) + FORM[SHIFT]
+            if FORM[AFTER]:
+                a = phi(g, FORM)
+                dg = grad * up * phi_slope(g, FORM) * tl.where(a <= FORM[LIMIT], 1.0, 0.0)
+                return dg, grad * _below(a, FORM[LIMIT]) * tl.where(inside, 1.0, 0.0)
             else:
-                held = _below(g, LIMIT)
-                dg = grad * up * phi_slope(held, KIND, ALPHA) * tl.where(g <= LIMIT, 1.0, 0.0)
-                return dg, grad * phi(held, KIND, ALPHA) * tl.where(inside, 1.0, 0.0)
+                held = _below(g, FORM[LIMIT])
+                dg = grad * up * phi_slope(held, FORM) * tl.where(g <= FORM[LIMIT], 1.0, 0.0)
+                return dg, grad * phi(held, FORM) * tl.where(inside, 1.0, 0.0)
         else:
-            return grad * (u + SHIFT) * phi_slope(g, KIND, ALPHA), grad * phi(g, KIND, ALPHA)
+            return grad * (u + FORM[SHIFT]) * phi_slope(g, FORM), grad * phi(g, FORM)
     else:
-        return grad * phi_slope(g, KIND, ALPHA), grad
+        return grad * phi_slope(g, FORM), grad

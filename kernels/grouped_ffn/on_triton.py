@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activation import Activation
-from ..activation_triton import constants
+from ..activation_triton import form_of
 from ..chip import Chip
 from ..launch import Launch, can_map, launch, tensor_map
 from ..plan.on_triton import Schedule, schedule
@@ -26,7 +26,7 @@ def forward(
     *, chip: Chip, launch: Launch = launch, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     run = _Run(rows, expert_ids, weights, w1, w_up, w2, transposed, chip, launch, tiles)
-    form = {**constants(Activation.from_params(kind, gated, params)), "INTERLEAVED": interleaved}
+    form = {"FORM": form_of(Activation.from_params(kind, gated, params)), "INTERLEAVED": interleaved}
     order = run.schedule(run.tiles.up.rows)
     a, h = run.new(run.pairs, run.f), run.new(run.pairs if keep else 0, run.width)
     run.up(order, a, h, b1, keep, form)
@@ -42,7 +42,7 @@ def backward(
     *, chip: Chip, launch: Launch = launch, tiles: Tiles | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     run = _Run(rows, expert_ids, weights, w1, w_up, w2, transposed, chip, launch, tiles)
-    form = {**constants(Activation.from_params(kind, gated, params)), "INTERLEAVED": interleaved}
+    form = {"FORM": form_of(Activation.from_params(kind, gated, params)), "INTERLEAVED": interleaved}
     order = run.schedule(run.tiles.back.rows)
     grad = _rows_of(grad)
     dx, ds, d1, du, d2, db1, db2 = out = tuple(
@@ -172,6 +172,7 @@ class _Run:
             pair_of_row=order.pair_of_row, D=self.d, F=self.f, up_row=0 if len(ups) == 2 else self.f,
             stride_x=self.rows.stride(0), **ups[0].strides, TOP_K=self.top_k, **form, KEEP=keep,
             BIAS=bias is not None, MAP=self.mapped, K_INNER=ups[0].k_inner, EVEN_K=self.d % tile.depth == 0,
+            PIECES=tile.pieces,
             **self._gemm(tile, order, self.f),
         )  # fmt: skip
 
@@ -207,7 +208,7 @@ class _Run:
             dh=dh if want_h else h, sa=sa if want_2 else h, parts=parts if want_s else h,
             pair_of_row=order.pair_of_row, D=self.out, F=self.f, N=self.pairs, stride_g=grad.stride(0), **w.strides,
             TOP_K=self.top_k, **form, DH=want_h, SA=want_2, DS=want_s, MAP=self.mapped, K_INNER=w.k_inner,
-            EVEN_K=self.out % tile.depth == 0, **self._gemm(tile, order, self.f),
+            EVEN_K=self.out % tile.depth == 0, PIECES=tile.pieces, **self._gemm(tile, order, self.f),
         )  # fmt: skip
 
     def dw(self, order: Schedule, left: Tensor, right: Tensor, dw: Tensor, gather: int, swap: bool) -> None:

@@ -41,6 +41,12 @@ class Tile:
     group: int = 8
     resident: int = 1
 
+    @property
+    def pieces(self) -> int:
+        """In how many pieces an epilogue takes its columns: what it holds of a large tile overflows the registers."""
+        per_thread = self.rows * self.columns // (32 * self.warps)
+        return max(1, min(per_thread // 16, self.columns // 32))
+
     def __str__(self) -> str:
         return (
             f"{self.rows}x{self.columns}x{self.depth}, {self.warps} warps, {self.stages} stages, "

@@ -9,18 +9,65 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..activation_triton import activate, activate_backward
-from .triton_common import find_tile, halves, interleave_columns, weight_tile
+from ..activation_triton import GATED, activate, activate_backward
+from .triton_common import find_tile, halves, interleave_columns, left_right, weight_tile
+
+
+@triton.jit
+def _finish_back(
+    da, s, h, dh, sa, place, valid, n, F, FORM: tl.constexpr, INTERLEAVED: tl.constexpr, DH: tl.constexpr,
+    SA: tl.constexpr, DS: tl.constexpr, PIECES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dh and sa of columns n .. n + BN, in PIECES one after the other; returns <dA', A> over them [BM]."""
+    share = tl.zeros((BM,), tl.float32)
+    if PIECES > 1:
+        FEWER: tl.constexpr = PIECES // 2
+        HALF: tl.constexpr = BN // 2
+        left, right = left_right(da, BM, BN)
+        share += _finish_back(left, s, h, dh, sa, place, valid, n, F, FORM, INTERLEAVED, DH, SA, DS, FEWER, BM, HALF)
+        n += HALF
+        share += _finish_back(right, s, h, dh, sa, place, valid, n, F, FORM, INTERLEAVED, DH, SA, DS, FEWER, BM, HALF)
+    else:
+        width = 2 * F if FORM[GATED] else F
+        f = n + tl.arange(0, BN)
+        at = place.to(tl.int64)[:, None]
+        inside = valid[:, None] & (f < F)[None, :]
+        if INTERLEAVED:
+            wide = 2 * n + tl.arange(0, 2 * BN)
+            both = valid[:, None] & (wide < 2 * F)[None, :]
+            hs = tl.load(h + at * width + wide[None, :], mask=both, other=0.0)
+            g, u = halves(hs, BM, BN)
+            g, u = g.to(tl.float32), u.to(tl.float32)
+        else:
+            g = tl.load(h + at * width + f[None, :], mask=inside, other=0.0).to(tl.float32)
+            u = g
+            if FORM[GATED]:
+                u = tl.load(h + at * width + (F + f)[None, :], mask=inside, other=0.0).to(tl.float32)
+        if SA or DS:
+            act = activate(g, u, FORM)
+            if DS:
+                share = tl.sum(tl.where(inside, da * act, 0.0), axis=1)
+            if SA:
+                tl.store(sa + at * F + f[None, :], (s * act).to(sa.dtype.element_ty), mask=inside)
+        if DH:
+            dg, du = activate_backward(s * da, g, u, FORM)
+            if INTERLEAVED:
+                dgu = interleave_columns(dg.to(dh.dtype.element_ty), du.to(dh.dtype.element_ty), BM, BN)
+                tl.store(dh + at * width + wide[None, :], dgu, mask=both)
+            else:
+                tl.store(dh + at * width + f[None, :], dg.to(dh.dtype.element_ty), mask=inside)
+                if FORM[GATED]:
+                    tl.store(dh + at * width + (F + f)[None, :], du.to(dh.dtype.element_ty), mask=inside)
+    return share
 
 
 @triton.jit
 def back_kernel(
     grad, w, h, weights, dh, sa, parts, pair_of_row, offsets, tile_expert, tile_row, tiles,
     D, F, N, stride_g, stride_e, stride_k, stride_n,
-    TOP_K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    SHIFT: tl.constexpr, AFTER: tl.constexpr, INTERLEAVED: tl.constexpr, DH: tl.constexpr, SA: tl.constexpr,
-    DS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
-    K_INNER: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    TOP_K: tl.constexpr, FORM: tl.constexpr, INTERLEAVED: tl.constexpr, DH: tl.constexpr, SA: tl.constexpr,
+    DS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr,
+    MAP: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA'[i, f] = grad[row of place i] W2_e, and from it and H, BM x BN at a time:
 
@@ -29,10 +76,9 @@ def back_kernel(
         parts  [column tiles, N]: this tile's share of <dA', A>        (DS)
 
     with s the router weight of the place's pair. The contraction is swapped, so the experts' outputs are not needed
-    (Guo et al., SonicMoE, 2025).
+    (Guo et al., SonicMoE, 2025). The epilogue takes its columns in PIECES.
     """
     live, columns = tl.load(tiles), tl.cdiv(F, BN)
-    width = 2 * F if GATED else F
     ks = tl.arange(0, BK)
     for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
         tile, column = find_tile(index, live, columns, GROUP)
@@ -50,36 +96,10 @@ def back_kernel(
                 gs = tl.load(g_rows + (k + ks)[None, :], mask=(k + ks < D)[None, :], other=0.0)
             ws = weight_tile(w, e, k, n, D, F, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K)
             da = tl.dot(gs, ws, da, input_precision=PRECISION)
-        f = n + tl.arange(0, BN)
-        at = place.to(tl.int64)[:, None]
-        inside = valid[:, None] & (f < F)[None, :]
-        if INTERLEAVED:
-            wide = 2 * n + tl.arange(0, 2 * BN)
-            both = valid[:, None] & (wide < 2 * F)[None, :]
-            hs = tl.load(h + at * width + wide[None, :], mask=both, other=0.0).to(tl.float32)
-            g, u = halves(hs, BM, BN)
-        else:
-            g = tl.load(h + at * width + f[None, :], mask=inside, other=0.0).to(tl.float32)
-            u = g
-            if GATED:
-                u = tl.load(h + at * width + (F + f)[None, :], mask=inside, other=0.0).to(tl.float32)
         s = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
-        if SA or DS:
-            act = activate(g, u, KIND, GATED, ALPHA, LIMIT, SHIFT, AFTER)
-            if DS:
-                share = tl.sum(tl.where(inside, da * act, 0.0), axis=1)
-                tl.store(parts + column.to(tl.int64) * N + place, share, mask=valid)
-            if SA:
-                tl.store(sa + at * F + f[None, :], (s * act).to(sa.dtype.element_ty), mask=inside)
-        if DH:
-            dg, du = activate_backward(s * da, g, u, KIND, GATED, ALPHA, LIMIT, SHIFT, AFTER)
-            if INTERLEAVED:
-                dgu = interleave_columns(dg, du, BM, BN).to(dh.dtype.element_ty)
-                tl.store(dh + at * width + wide[None, :], dgu, mask=both)
-            else:
-                tl.store(dh + at * width + f[None, :], dg.to(dh.dtype.element_ty), mask=inside)
-                if GATED:
-                    tl.store(dh + at * width + (F + f)[None, :], du.to(dh.dtype.element_ty), mask=inside)
+        share = _finish_back(da, s, h, dh, sa, place, valid, n, F, FORM, INTERLEAVED, DH, SA, DS, PIECES, BM, BN)
+        if DS:
+            tl.store(parts + column.to(tl.int64) * N + place, share, mask=valid)
 
 
 @triton.jit

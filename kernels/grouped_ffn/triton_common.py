@@ -49,3 +49,10 @@ def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def interleave_columns(g, u, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The inverse of `halves`."""
     return tl.reshape(tl.join(g, u), (ROWS, 2 * COLUMNS))
+
+
+@triton.jit
+def left_right(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The two halves of x's columns. In the layouts of matrix products this moves no register, and an epilogue that
+    takes one half after the other needs half of them."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))

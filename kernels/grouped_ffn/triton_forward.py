@@ -9,29 +9,70 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..activation_triton import activate
-from .triton_common import find_tile, halves, interleave_columns, weight_tile
+from ..activation_triton import GATED, activate
+from .triton_common import find_tile, halves, left_right, weight_tile
+
+
+@triton.jit
+def _finish_up(
+    g, u, bias, a, h, e, place, valid, f, F, FORM: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
+    BIAS: tl.constexpr, PIECES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Bias, H and A of columns f .. f + BN, in PIECES one after the other. `u` is unused unless gate and up are two
+    tiles."""
+    TWO: tl.constexpr = FORM[GATED] and not INTERLEAVED
+    WIDE: tl.constexpr = 2 * BN if INTERLEAVED else BN
+    if PIECES > 1:
+        FEWER: tl.constexpr = PIECES // 2
+        HALF: tl.constexpr = BN // 2
+        g, g_right = left_right(g, BM, WIDE)
+        u_right = u
+        if TWO:
+            u, u_right = left_right(u, BM, WIDE)
+        _finish_up(g, u, bias, a, h, e, place, valid, f, F, FORM, INTERLEAVED, KEEP, BIAS, FEWER, BM, HALF)
+        f += HALF
+        _finish_up(g_right, u_right, bias, a, h, e, place, valid, f, F, FORM, INTERLEAVED, KEEP, BIAS, FEWER, BM, HALF)
+    else:
+        width = 2 * F if FORM[GATED] else F
+        wide, end = f + tl.arange(0, WIDE), F
+        if INTERLEAVED:
+            wide, end = wide + f, 2 * F
+        if BIAS:
+            b_row = bias + e.to(tl.int64) * width
+            g += tl.load(b_row + wide, mask=wide < end, other=0.0).to(tl.float32)[None, :]
+            if TWO:
+                u += tl.load(b_row + F + wide, mask=wide < F, other=0.0).to(tl.float32)[None, :]
+        at = place.to(tl.int64)[:, None]
+        inside = valid[:, None] & (wide < end)[None, :]
+        if KEEP:
+            tl.store(h + at * width + wide[None, :], g.to(h.dtype.element_ty), mask=inside)
+            if TWO:
+                tl.store(h + at * width + (F + wide)[None, :], u.to(h.dtype.element_ty), mask=inside)
+        if INTERLEAVED:
+            g, u = halves(g, BM, BN)
+        columns = f + tl.arange(0, BN)
+        act = activate(g, u, FORM).to(a.dtype.element_ty)
+        tl.store(a + at * F + columns[None, :], act, mask=valid[:, None] & (columns < F)[None, :])
 
 
 @triton.jit
 def up_kernel(
     x, w_gate, w_up, bias, a, h, pair_of_row, offsets, tile_expert, tile_row, tiles,
     D, F, up_row, stride_x, stride_e, stride_k, stride_n,
-    TOP_K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    SHIFT: tl.constexpr, AFTER: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
+    TOP_K: tl.constexpr, FORM: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr, MAP: tl.constexpr,
     K_INNER: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A[i, f] = act(x[row of place i] W1_e^T + b1_e) and, if KEEP, H (the pre-activation), BM x BN at a time.
 
     The rows are gathered by the loads of the loop. Gate and up of a tile are two accumulators of one program, or one of
     twice the width whose neighbouring columns are split in registers (INTERLEAVED). `up_row`: where the up projection
-    begins in w_up; H has the weights' own order of columns.
+    begins in w_up; H has the weights' own order of columns. The epilogue
+    takes its columns in PIECES, for fewer registers.
     """
     live, columns = tl.load(tiles), tl.cdiv(F, BN)
     WIDE: tl.constexpr = 2 * BN if INTERLEAVED else BN
-    TWO: tl.constexpr = GATED and not INTERLEAVED
-    width = 2 * F if GATED else F
+    TWO: tl.constexpr = FORM[GATED] and not INTERLEAVED
     f_end = 2 * F if INTERLEAVED else F
     ks = tl.arange(0, BK)
     for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
@@ -56,23 +97,7 @@ def up_kernel(
                     w_up, e, k, up_row + n, D, up_row + F, stride_e, stride_k, stride_n, BK, WIDE, MAP, K_INNER, EVEN_K
                 )
                 u = tl.dot(xs, vs, u, input_precision=PRECISION)
-        wide = n + tl.arange(0, WIDE)
-        if BIAS:
-            b_row = bias + e.to(tl.int64) * width
-            g += tl.load(b_row + wide, mask=wide < f_end, other=0.0).to(tl.float32)[None, :]
-            if TWO:
-                u += tl.load(b_row + F + wide, mask=wide < F, other=0.0).to(tl.float32)[None, :]
-        at = place.to(tl.int64)[:, None]
-        inside = valid[:, None] & (wide < f_end)[None, :]
-        if KEEP:
-            tl.store(h + at * width + wide[None, :], g.to(h.dtype.element_ty), mask=inside)
-            if TWO:
-                tl.store(h + at * width + (F + wide)[None, :], u.to(h.dtype.element_ty), mask=inside)
-        if INTERLEAVED:
-            g, u = halves(g, BM, BN)
-        f = column * BN + tl.arange(0, BN)
-        act = activate(g, u, KIND, GATED, ALPHA, LIMIT, SHIFT, AFTER)
-        tl.store(a + at * F + f[None, :], act.to(a.dtype.element_ty), mask=valid[:, None] & (f < F)[None, :])
+        _finish_up(g, u, bias, a, h, e, place, valid, column * BN, F, FORM, INTERLEAVED, KEEP, BIAS, PIECES, BM, BN)
 
 
 @triton.jit
