@@ -1,0 +1,210 @@
+"""Expert weights in few bits: the numbers, their scales, and how the two make a weight.
+
+    format    data                                         a weight
+    "fp8"     float8_e4m3fn [E, O, I]                       data * scale of its block
+    "int4"    uint8 [E, O, I/2], low nibble = even column   (nibble - 8) * scale of its block
+    "mxfp4"   uint8 [E, O, I/2], low nibble = even column   e2m1(nibble) * 2^(scale - 127) of its block
+
+`scale` is [E, ceil(O / bo), ceil(I / bi)] for blocks of (bo, bi) weights: uint8 exponents (e8m0, 255 is NaN) for
+"mxfp4", floating point for the others. O are an expert's output rows, I its input columns.
+Sources: DeepSeek-V3 (2024), section 3.3 (blocks of 128 x 128); OCP Microscaling Formats (2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+FORMATS = ("fp8", "int4", "mxfp4")
+_GROUPS = (32, 64, 128)  # columns of one int4 scale
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E4M3_MAX, _E2M1_MAX_EXPONENT = 448.0, 2
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Frozen weights [E, O, I] of E experts; see the module's table. `block` is (bo, bi), the rows and columns of one
+    scale: (128, 128) in DeepSeek's checkpoints, (1, I) for a scale per row, (1, 32) in "mxfp4".
+
+    Raises ValueError or TypeError naming argument, rule and value. Nothing is copied.
+
+    >>> q = quantize(torch.randn(2, 64, 128), "mxfp4")
+    >>> q.shape, q.nbytes, q.dequantize(torch.bfloat16).dtype
+    (torch.Size([2, 64, 128]), 8704, torch.bfloat16)
+    """
+
+    data: Tensor
+    scale: Tensor
+    format: str
+    block: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"Quantized: format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+        for name, t in (("data", self.data), ("scale", self.scale)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"Quantized: {name} must be a tensor, got {type(t).__name__}")
+            if t.dim() != 3:
+                raise ValueError(f"Quantized: {name} must be 3-D [E, rows, columns], got {tuple(t.shape)}")
+        if self.data.device != self.scale.device:
+            raise ValueError(f"Quantized: scale must be on {self.data.device} as data is, got {self.scale.device}")
+        want = torch.float8_e4m3fn if self.format == "fp8" else torch.uint8
+        if self.data.dtype != want:
+            raise TypeError(f"Quantized: data must be {want} for {self.format!r}, got {self.data.dtype}")
+        if min(self.data.shape) < 1:
+            raise ValueError(f"Quantized: data must have at least one element, got {tuple(self.data.shape)}")
+        if self.format == "mxfp4":
+            if self.scale.dtype != torch.uint8:
+                raise TypeError(f"Quantized: scale must be torch.uint8 for 'mxfp4', got {self.scale.dtype}")
+        elif self.scale.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"Quantized: scale must be fp32, bf16 or fp16, got {self.scale.dtype}")
+        self._check_block()
+
+    def _check_block(self) -> None:
+        rows, columns = self.shape[1:]
+        down, across = self.block
+        if self.format == "fp8":
+            if down < 1 or across < 1 or (across % 16 and across < columns):
+                raise ValueError(
+                    f"Quantized: block must be positive, its columns a multiple of 16 or all of {columns}, "
+                    f"got {self.block}"
+                )
+        elif down != 1 or across not in (_GROUPS if self.format == "int4" else (32,)):
+            rule = "(1, 32), (1, 64) or (1, 128)" if self.format == "int4" else "(1, 32)"
+            raise ValueError(f"Quantized: block must be {rule} for {self.format!r}, got {self.block}")
+        want = (self.shape[0], _cdiv(rows, down), _cdiv(columns, across))
+        if tuple(self.scale.shape) != want:
+            raise ValueError(
+                f"Quantized: scale must be {want} for weights {tuple(self.shape)} in blocks of {self.block}, "
+                f"got {tuple(self.scale.shape)}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """[E, O, I] of the weights, not of `data`."""
+        e, rows, columns = self.data.shape
+        return torch.Size((e, rows, columns if self.format == "fp8" else 2 * columns))
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of data and scales."""
+        return self.data.nbytes + self.scale.nbytes
+
+    def to(self, device: torch.device | str) -> Quantized:
+        return Quantized(self.data.to(device), self.scale.to(device), self.format, self.block)
+
+    def expert(self, e: int, dtype: torch.dtype) -> Tensor:
+        """Weights [O, I] of one expert in `dtype`."""
+        return dequantize(self.data[e : e + 1], self.scale[e : e + 1], self.format, self.block, dtype)[0]
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Weights [E, O, I]: products in fp32, rounded once to `dtype`."""
+        return dequantize(self.data, self.scale, self.format, self.block, dtype)
+
+    @classmethod
+    def from_deepseek_fp8(cls, data: Tensor, scale_inv: Tensor, block: tuple[int, int] = (128, 128)) -> Quantized:
+        """From float8_e4m3fn `weight` [E, O, I] and `weight_scale_inv` [E, ceil(O/128), ceil(I/128)]."""
+        return cls(data, scale_inv, "fp8", block)
+
+    @classmethod
+    def from_gpt_oss_mxfp4(cls, blocks: Tensor, scales: Tensor) -> Quantized:
+        """From uint8 `*_blocks` [E, O, I/32, 16] and `*_scales` [E, O, I/32] of gpt-oss' checkpoints. Gate and up rows
+        alternate there (`interleaved=True` for grouped_ffn)."""
+        if blocks.dim() != 4 or blocks.shape[3] != 16:
+            raise ValueError(f"Quantized: blocks must be [E, O, I/32, 16], got {tuple(blocks.shape)}")
+        return cls(blocks.flatten(2), scales, "mxfp4", (1, 32))
+
+
+def quantize(
+    w: Tensor,
+    format: str,
+    *,
+    block: tuple[int, int] | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+) -> Quantized:
+    """Weights w [E, O, I] to the nearest numbers of `format`. `block` is by default (128, 128) for "fp8", (1, 128)
+    for "int4" and (1, 32) for "mxfp4". Scales take the largest magnitude of each block to the format's largest
+    ("mxfp4": to its largest power of two, as the OCP standard has it)."""
+    if format not in FORMATS:
+        raise ValueError(f"quantize: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if w.dim() != 3 or not w.dtype.is_floating_point:
+        raise ValueError(f"quantize: w must be floating point [E, O, I], got {w.dtype} {tuple(w.shape)}")
+    if format != "fp8" and w.shape[2] % 2:
+        raise ValueError(f"quantize: I must be even for {format!r}, got {w.shape[2]}")
+    block = block or {"fp8": (128, 128), "int4": (1, 128), "mxfp4": (1, 32)}[format]
+    w = w.detach().float()
+    largest = _largest(w, block)
+    if format == "mxfp4":
+        exponent = torch.frexp(largest).exponent - 1 - _E2M1_MAX_EXPONENT
+        scale = torch.where(largest > 0, exponent + 127, 127).clamp(0, 254).to(torch.uint8)
+        data = _pack(_nearest_e2m1(w / _spread(_powers(scale), block, w.shape)))
+    else:
+        top = _E4M3_MAX if format == "fp8" else 7.0
+        scale = torch.where(largest > 0, largest / top, 1.0).to(scale_dtype)
+        by = w / _spread(scale.float(), block, w.shape)
+        data = (
+            by.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+            if format == "fp8"
+            else _pack((by.round().clamp(-8, 7) + 8).to(torch.uint8))
+        )
+    return Quantized(data, scale, format, block)
+
+
+def dequantize(data: Tensor, scale: Tensor, format: str, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weights [E, O, I] of any number of experts; plain torch, any device, the truth."""
+    if format == "fp8":
+        values = data.float()
+    else:
+        nibbles = torch.stack((data & 15, data >> 4), -1).flatten(2)
+        values = nibbles.float() - 8 if format == "int4" else _e2m1(nibbles)
+    by = _powers(scale) if format == "mxfp4" else scale.float()
+    return (values * _spread(by, block, values.shape)).to(dtype)
+
+
+def _spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+    """A scale for every weight, or for every row where one scale serves it."""
+    for axis, (step, size) in enumerate(zip(block, shape[1:], strict=True), start=1):
+        if scale.shape[axis] > 1:
+            scale = scale.repeat_interleave(step, axis).narrow(axis, 0, size)
+    return scale
+
+
+def _largest(w: Tensor, block: tuple[int, int]) -> Tensor:
+    """The largest magnitude in each block."""
+    e, rows, columns = w.shape
+    down, across = min(block[0], rows), min(block[1], columns)
+    w = torch.nn.functional.pad(w.abs(), (0, -columns % across, 0, -rows % down))
+    return w.reshape(e, _cdiv(rows, down), down, _cdiv(columns, across), across).amax((2, 4))
+
+
+def _powers(scale: Tensor) -> Tensor:
+    """2^(scale - 127) of e8m0 exponents; 255 is NaN."""
+    return scale.view(torch.float8_e8m0fnu).float()
+
+
+def _e2m1(nibbles: Tensor) -> Tensor:
+    table = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=nibbles.device)
+    return table[nibbles.int()]
+
+
+def _nearest_e2m1(w: Tensor) -> Tensor:
+    """The nibble of the nearest number; of two equally near, the one whose last bit is zero."""
+    between = torch.tensor([(a + b) / 2 for a, b in pairwise(_E2M1)], device=w.device)
+    low, high = torch.bucketize(w.abs(), between), torch.bucketize(w.abs(), between, right=True)
+    code = torch.where(low % 2 == 0, low, high)
+    return (code + 8 * (w < 0)).to(torch.uint8)
+
+
+def _pack(nibbles: Tensor) -> Tensor:
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
