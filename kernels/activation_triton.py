@@ -1,7 +1,7 @@
 """The activations of activation.py for Triton kernels: functions of fp32 tiles.
 
-FORM is an Activation as a compile-time tuple, (kind, gated, alpha, limit or 0 for none, up_shift, clamp_after); `form_of`
-makes it. Comparisons are written so that a NaN stays one, as torch's clamp and relu do.
+FORM is an Activation as a compile-time tuple, (kind, gated, alpha, limit or 0 for none, up_shift, clamp_after);
+`form_of` makes it. Comparisons are written so that a NaN stays one, as torch's clamp and relu do.
 """
 
 from __future__ import annotations

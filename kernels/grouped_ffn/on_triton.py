@@ -25,7 +25,7 @@ def forward(
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved, keep,
     *, chip: Chip, launch: Launch = launch, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    run = _Run(rows, expert_ids, weights, w1, w_up, w2, transposed, chip, launch, tiles)
+    run = _Run(rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles)
     form = {"FORM": form_of(Activation.from_params(kind, gated, params)), "INTERLEAVED": interleaved}
     order = run.schedule(run.tiles.up.rows)
     a, h = run.new(run.pairs, run.f), run.new(run.pairs if keep else 0, run.width)
@@ -41,7 +41,7 @@ def backward(
     grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, kind, params, gated, transposed, interleaved, needs,
     *, chip: Chip, launch: Launch = launch, tiles: Tiles | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    run = _Run(rows, expert_ids, weights, w1, w_up, w2, transposed, chip, launch, tiles)
+    run = _Run(rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles)
     form = {"FORM": form_of(Activation.from_params(kind, gated, params)), "INTERLEAVED": interleaved}
     order = run.schedule(run.tiles.back.rows)
     grad = _rows_of(grad)
@@ -124,7 +124,7 @@ class _Matrix:
 class _Run:
     """The tensors, sizes and tiles of one pass, and one method per kernel."""
 
-    def __init__(self, rows, expert_ids, weights, w1, w_up, w2, transposed, chip, launch, tiles) -> None:
+    def __init__(self, rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles) -> None:
         self.rows, self.ids, self.weights = _rows_of(rows), expert_ids, weights.contiguous()
         self.ups = [_Matrix.of(w, transposed) for w in (w1, w_up) if w is not None]
         self.down = _Matrix.of(w2, transposed)
@@ -133,7 +133,7 @@ class _Run:
         self.f, self.out = (w2.shape[1], w2.shape[2]) if transposed else (w2.shape[2], w2.shape[1])
         self.width = sum(w.shape[2 if transposed else 1] for w in (w1, w_up) if w is not None)
         self.chip, self.launch = chip, launch
-        size = Size(self.pairs, self.d, self.f, self.experts, rows.element_size(), self.width > self.f)
+        size = Size(self.pairs, self.d, self.f, self.experts, rows.element_size(), self.width > self.f, interleaved)
         self.tiles = tiles or choose(size, chip)
         self.mapped = chip.tensor_maps and all(can_map(m.stored) for m in (*self.ups, self.down))
         self.precision = "ieee"
@@ -176,9 +176,7 @@ class _Run:
             **self._gemm(tile, order, self.f),
         )  # fmt: skip
 
-    def rows_gemm(
-        self, tile: Tile, order: Schedule, a: Tensor, w: _Operand, second: _Operand | None, bias: Tensor | None, y: Tensor
-    ) -> None:
+    def rows_gemm(self, tile: Tile, order: Schedule, a: Tensor, w: _Operand, second: _Operand | None, bias, y) -> None:
         """y = a w for rows in expert order; with `second`, a's later columns times that are added."""
         depth = a.shape[1] // (2 if second else 1)
         handle = w.handle(self.mapped, tile.depth, tile.columns)

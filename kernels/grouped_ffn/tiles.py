@@ -1,6 +1,7 @@
-"""Which tiles the Triton kernels of grouped_ffn use: a pure function of the problem and the chip, and it prints itself.
+"""Which tiles the Triton kernels of grouped_ffn use: a pure function of problem and chip, and it prints itself.
 
-There is no tuning at run time and no file of tuned numbers. `candidates` lists what a sweep may compare with the choice.
+There is no tuning at run time and no file of tuned numbers. `candidates` lists what a sweep may compare with the
+choice.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Size:
     experts: int
     itemsize: int
     gated: bool = True
+    interleaved: bool = False
 
     @property
     def rows_per_expert(self) -> float:
@@ -45,7 +47,7 @@ class Tile:
     def pieces(self) -> int:
         """In how many pieces an epilogue takes its columns: what it holds of a large tile overflows the registers."""
         per_thread = self.rows * self.columns // (32 * self.warps)
-        return max(1, min(per_thread // 16, self.columns // 32))
+        return max(1, min(per_thread // 16, self.columns // 16))
 
     def __str__(self) -> str:
         return (
@@ -75,22 +77,32 @@ class Tiles:
         return "\n".join(f"{f.name:<5}{getattr(self, f.name)}" for f in fields(self))
 
 
-def operand_bytes(tile: Tile, itemsize: int, weights: int = 1) -> int:
-    """Shared memory that the operands of all stages take; `weights` tiles of weights per step."""
-    return tile.stages * tile.depth * (tile.rows + weights * tile.columns) * itemsize
+def shared_bytes(tile: Tile, itemsize: int, weights: int = 1, indirect: bool = False) -> int:
+    """Shared memory that a program's pipeline takes: `weights` tiles of weights per step. An `indirect` loop, whose
+    loads wait for loads of indices, keeps half as many steps in flight as it has stages."""
+    buffers = (tile.stages + 1) // 2 if indirect else tile.stages
+    return buffers * tile.depth * (tile.rows + weights * tile.columns) * itemsize
 
 
-def _fit(tile: Tile, chip: Chip, itemsize: int, weights: int = 1) -> Tile:
-    """The tile with fewer stages, then less depth, then fewer columns, until its programs fit the shared memory.
+def _fit(
+    tile: Tile, size: Size, chip: Chip, columns: int, depth: int, weights: int = 1, indirect: bool = False
+) -> Tile:
+    """The tile cut down to what a result of `columns` and a contraction of `depth` need, and then to what fits the
+    chip: fewer programs per processor, fewer stages, less depth, fewer columns, in this order.
 
-    A processor has 1 KiB per program more than what one program may take at most; the epilogue stages the result
-    through the same memory, which at `rows` x `columns` of fp32 may be more than the operands take.
+    An epilogue passes the result through the same memory, a piece at a time; a processor keeps 1 KiB per program.
     """
-    while True:
-        epilogue = tile.rows * tile.columns * 4
-        need = max(operand_bytes(tile, itemsize, weights), epilogue) + 1024
-        if need * tile.resident <= chip.shared_bytes:
-            return tile
+    while tile.columns > 16 and tile.columns // 2 >= columns:
+        tile = replace(tile, columns=tile.columns // 2)
+    while tile.depth > 16 and tile.depth // 2 >= depth:
+        tile = replace(tile, depth=tile.depth // 2)
+
+    def fits(t: Tile) -> bool:
+        epilogue = t.rows * t.columns * 4 // t.pieces
+        need = max(shared_bytes(t, size.itemsize, weights, indirect), epilogue) + 2048
+        return need * t.resident <= chip.shared_bytes
+
+    while not fits(tile):
         if tile.resident > 1:
             tile = replace(tile, resident=1)
         elif tile.stages > 2:
@@ -100,23 +112,8 @@ def _fit(tile: Tile, chip: Chip, itemsize: int, weights: int = 1) -> Tile:
         elif tile.columns > 16:
             tile = replace(tile, columns=tile.columns // 2)
         else:
-            return tile
-
-
-def _narrow(tile: Tile, columns: int) -> Tile:
-    """The tile with no more columns than the result has, and at least 16."""
-    wide = tile.columns
-    while wide > 16 and wide // 2 >= columns:
-        wide //= 2
-    return replace(tile, columns=wide)
-
-
-def _shallow(tile: Tile, depth: int) -> Tile:
-    """The tile with no more depth than the contraction has, and at least 16."""
-    deep = tile.depth
-    while deep > 16 and deep // 2 >= depth:
-        deep //= 2
-    return replace(tile, depth=deep)
+            raise ValueError(f"grouped_ffn: no tile fits the {chip.shared_bytes} bytes of shared memory of {chip.name}")
+    return tile
 
 
 def row_tile(size: Size) -> int:
@@ -129,39 +126,79 @@ def choose(size: Size, chip: Chip) -> Tiles:
     """The tiles for a problem on a chip.
 
     From 64 rows on, sm_90 multiplies with whole warp groups (wgmma). Where the contraction is short, two small programs
-    per processor overlap one's epilogue with the other's loop; where it is long, one large program reads less.
+    per processor overlap one's epilogue with the other's loop; where it is long, one large program reads less. With few
+    rows per expert the weights are read once whatever the tile, and what counts is how many bytes are on their way.
 
-    >>> choose(Size(pairs=262144, hidden=2048, intermediate=768, experts=128, itemsize=2), H200).up
-    Tile(rows=128, columns=128, depth=64, warps=8, stages=4, group=8, resident=1)
+    >>> print(choose(Size(pairs=262144, hidden=2048, intermediate=768, experts=128, itemsize=2), H200).up)
+    128x128x64, 8 warps, 4 stages, groups of 8, 1 per processor
     """
-    rows, d, f, b = row_tile(size), size.hidden, size.intermediate, size.itemsize
+    rows, d, f = row_tile(size), size.hidden, size.intermediate
+    width = 2 * f if size.gated else f
     halves = 2 if size.gated else 1
-    wide = size.gated and chip.capability >= 90
-    depth = 64 if b == 2 else 32
-    big = chip.capability >= 90 and chip.shared_bytes > 200_000
-    if rows == 128:
-        up = Tile(128, 128, depth, 8, 4) if big else Tile(128, 64, depth // 2, 4 if not wide else 8, 3)
-        if not size.gated:
-            up = Tile(128, 256, depth, 8, 4) if big else Tile(128, 128, depth // 2, 8, 3)
-        long = Tile(128, 256, depth, 8, 4) if big else Tile(128, 128, depth // 2, 8, 3)
-        short = Tile(128, 128, depth, 4, 3, resident=2) if big else long
-        back = Tile(128, 128, depth, 8, 3) if big else Tile(128, 64, depth // 2, 8, 3)
-        dw = Tile(128, 256, depth, 8, 3) if big else Tile(128, 128, depth // 2, 8, 3)
-        down, dx = (long if f >= 1024 else short), (long if halves * f >= 1024 else short)
+    if rows == 128 and chip.capability >= 90 and chip.shared_bytes > 200_000:
+        long, short = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 3, resident=2)
+        up = Tile(128, 128, 64, 8, 4) if size.gated else long
+        down, dx = (long if f >= 1024 else short), (long if width >= 1024 else short)
+        # what an epilogue holds of interleaved columns on top of 256 accumulators overflows the registers
+        back = long if f >= 512 and not size.interleaved else Tile(128, 128, 64, 8, 4)
+        dw = Tile(128, 256, 64, 8, 5)
+    elif rows == 128:
+        down = dx = dw = Tile(128, 128, 32, 8, 4)
+        back = up = Tile(128, 64, 32, 8, 4)
+        dw = replace(dw, stages=5)
     elif rows == 64:
-        up = Tile(64, 64, depth, 4, 4, resident=2)
-        down = dx = Tile(64, 128, depth, 4, 4, resident=2)
-        back, dw = Tile(64, 64, depth, 4, 3, resident=2), Tile(128, 128, depth // 2, 8, 3)
-    else:  # few rows: what counts is to have many bytes of weights on their way
-        up = Tile(rows, 32, 2 * depth, 4, 4, group=1, resident=2)
-        down = dx = Tile(rows, 64, 2 * depth, 4, 4, group=1, resident=2)
-        back, dw = Tile(rows, 64, depth, 4, 3, group=1, resident=2), Tile(64, 64, 32, 4, 3, group=4, resident=2)
-    if not chip.capability >= 90:  # no persistent programs of several per processor beyond what fits
-        up, down, dx, back = (replace(t, stages=min(t.stages, 3)) for t in (up, down, dx, back))
+        up, back = Tile(64, 64, 64, 4, 4, resident=2), Tile(64, 64, 64, 4, 3, resident=2)
+        down = dx = Tile(64, 128, 64, 4, 4, resident=2)
+        dw = Tile(128, 128, 32, 8, 5)
+    else:
+        up, down = Tile(rows, 32, 128, 4, 4, 1, resident=3), Tile(rows, 64, 128, 4, 4, 1, resident=3)
+        back, dx, dw = Tile(rows, 64, 64, 4, 3, 1, resident=2), down, Tile(64, 64, 32, 4, 5, 4, resident=2)
+    if size.itemsize > 2:  # as many bytes per step; and a product in three parts (tf32x3) holds operands in registers
+        up, down, back, dx, dw = (_for_fp32(t) for t in (up, down, back, dx, dw))
     return Tiles(
-        _fit(_shallow(_narrow(up, f), d), chip, b, halves),
-        _fit(_shallow(_narrow(down, d), f), chip, b),
-        _fit(_shallow(_narrow(back, f), d), chip, b),
-        _fit(_shallow(_narrow(dx, d), halves * f), chip, b),
-        _fit(_narrow(dw, d), chip, b),
+        _fit(up, size, chip, f, d, halves),
+        _fit(down, size, chip, d, f),
+        _fit(back, size, chip, f, d),
+        _fit(dx, size, chip, d, width),
+        _fit(dw, size, chip, d, 1 << 30, indirect=True),
     )
+
+
+def _for_fp32(tile: Tile) -> Tile:
+    if tile.rows >= 64:
+        return replace(tile, depth=tile.depth // 2, columns=max(32, tile.columns // 2))
+    return replace(tile, depth=tile.depth // 4)
+
+
+def candidates(size: Size, chip: Chip) -> dict[str, list[Tile]]:
+    """Tiles that a sweep may try in place of the chosen ones, for each GEMM; the chosen one is among them."""
+    chosen, rows = choose(size, chip), row_tile(size)
+    width, halves = (2 * size.intermediate, 2) if size.gated else (size.intermediate, 1)
+    columns = (32, 64, 128, 256) if rows < 128 else (64, 128, 256)
+    depths = (64, 128, 256) if rows < 64 else (32, 64)
+    shapes = [
+        Tile(rows, c, k, w, s, g, r)
+        for c in columns
+        for k in depths
+        for w, r in ((4, 2), (8, 1), (4, 3))
+        for s in (3, 4, 5)
+        for g in ((1,) if rows < 64 else (4, 8, 16))
+        if rows * c <= 128 * 32 * w  # 128 registers of accumulators
+    ]
+    sizes = {
+        "up": (size.intermediate, size.hidden, halves, False),
+        "down": (size.hidden, size.intermediate, 1, False),
+        "back": (size.intermediate, size.hidden, 1, False),
+        "dx": (size.hidden, width, 1, False),
+        "dw": (size.hidden, 1 << 30, 1, True),
+    }
+    found: dict[str, list[Tile]] = {}
+    for name, (wide, depth, weights, indirect) in sizes.items():
+        tried = [getattr(chosen, name)]
+        for t in shapes if name != "dw" else [replace(t, rows=128, stages=2 * t.stages - 1) for t in shapes]:
+            if name == "up" and halves * t.rows * t.columns > 128 * 32 * t.warps:
+                continue
+            if _fit(t, size, chip, wide, depth, weights, indirect) == t and t not in tried:
+                tried.append(t)
+        found[name] = tried
+    return found

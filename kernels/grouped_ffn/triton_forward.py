@@ -129,12 +129,10 @@ def rows_kernel(
                     if not EVEN_K:
                         inside = inside & (k + ks < DEPTH)[None, :]
                     at = tl.load(a_rows + (k + ks)[None, :], mask=inside, other=0.0)
-                if segment == 0:
-                    ws = weight_tile(w, e, k, n, DEPTH, WIDTH, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K)
-                else:
-                    ws = weight_tile(
-                        w_second, e, k, n, DEPTH, WIDTH, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K
-                    )
+                w_here = w if segment == 0 else w_second
+                ws = weight_tile(
+                    w_here, e, k, n, DEPTH, WIDTH, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K
+                )
                 acc = tl.dot(at, ws, acc, input_precision=PRECISION)
         wide = n + tl.arange(0, BN)
         if BIAS:
