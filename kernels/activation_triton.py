@@ -41,7 +41,7 @@ def phi(g, FORM: tl.constexpr):
     elif FORM[KIND] == "gelu":
         return 0.5 * g * (1 + tl.erf(g * _SQRT_HALF))
     elif FORM[KIND] == "gelu_tanh":
-        return 0.5 * g * (1 + _tanh(_SQRT_2_OVER_PI * (g + 0.044715 * g * g * g)))
+        return 0.5 * g * (1 + _tanh((g + 0.044715 * g * g * g) * _SQRT_2_OVER_PI))
     elif FORM[KIND] == "relu":
         return tl.where(g <= 0, 0.0, g)
     elif FORM[KIND] == "relu2":
@@ -59,7 +59,7 @@ def phi_slope(g, FORM: tl.constexpr):
     elif FORM[KIND] == "gelu":
         return 0.5 * (1 + tl.erf(g * _SQRT_HALF)) + g * _SQRT_1_OVER_2PI * tl.exp(-0.5 * g * g)
     elif FORM[KIND] == "gelu_tanh":
-        t = _tanh(_SQRT_2_OVER_PI * (g + 0.044715 * g * g * g))
+        t = _tanh((g + 0.044715 * g * g * g) * _SQRT_2_OVER_PI)
         return 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * g * g)
     elif FORM[KIND] == "relu":
         return tl.where(g > 0, 1.0, 0.0)

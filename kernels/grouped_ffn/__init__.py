@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..activation import Activation, as_activation
 from ..routing import Routing
-from . import on_cpu, plain
+from . import on_cpu, on_gpu, plain
 from .reference import grouped_ffn_reference
 
 __all__ = ["grouped_ffn", "grouped_ffn_reference"]
@@ -28,6 +28,8 @@ torch.library.define(
 )
 torch.library.impl("headgate::grouped_ffn", "cpu", on_cpu.forward)
 torch.library.impl("headgate::grouped_ffn_backward", "cpu", on_cpu.backward)
+torch.library.impl("headgate::grouped_ffn", "cuda", on_gpu.forward)
+torch.library.impl("headgate::grouped_ffn_backward", "cuda", on_gpu.backward)
 
 
 @torch.library.impl("headgate::grouped_ffn", "CompositeExplicitAutograd")

@@ -104,7 +104,7 @@ def _fit(
 
     while not fits(tile):
         if tile.resident > 1:
-            tile = replace(tile, resident=1)
+            tile = replace(tile, resident=tile.resident - 1)
         elif tile.stages > 2:
             tile = replace(tile, stages=tile.stages - 1)
         elif tile.depth > 16:

@@ -6,50 +6,191 @@ The interpreter's bf16 products are wrong, so the dots run in fp32 and fp16; bf1
 from __future__ import annotations
 
 import functools
+import math
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
-from headgate.kernels import Activation
+from headgate.kernels import GPT_OSS, Activation
 from headgate.kernels.chip import A100, H200
 from headgate.kernels.grouped_ffn import on_cpu
+from headgate.kernels.grouped_ffn.tiles import Tile, Tiles
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton's interpreter is off")
+
+# Few processors, so that a program walks over many tiles. A100: pointers; H200: tensor maps.
+CHIPS = {"pointers": replace(A100, processors=3), "maps": replace(H200, processors=3)}
+# Tiles whose epilogues take their columns in two and four pieces, with groups that do not divide the row tiles.
+WIDE = Tiles(
+    up=Tile(16, 64, 32, 1, 3, group=3),
+    down=Tile(16, 64, 32, 1, 3, group=3),
+    back=Tile(32, 64, 32, 1, 3, group=2),
+    dx=Tile(32, 32, 32, 1, 3, group=2),
+    dw=Tile(32, 16, 16, 1, 3, group=3),
+)
 
 
-@pytest.fixture(params=["pointers", "maps"])
-def on_triton(request, monkeypatch):
-    """Puts the Triton form where the CPU form would take its plain one: by pointers (sm_80) or tensor maps (sm_90)."""
-    import triton
-
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("Triton's interpreter is off")
+@pytest.fixture
+def use(monkeypatch):
+    """use(chip, tiles=None): puts the Triton form where the CPU's would take its plain one."""
     from headgate.kernels.grouped_ffn import on_triton
 
-    chip = {"pointers": A100, "maps": H200}[request.param]
-    form = types.SimpleNamespace(
-        forward=functools.partial(on_triton.forward, chip=chip),
-        backward=functools.partial(on_triton.backward, chip=chip),
-    )
-    monkeypatch.setenv("HEADGATE_CPU", "plain")
-    monkeypatch.setattr(on_cpu, "plain", form)
-    return request.param
+    def use(chip, tiles=None):
+        form = {n: functools.partial(getattr(on_triton, n), chip=chip, tiles=tiles) for n in ("forward", "backward")}
+        monkeypatch.setenv("HEADGATE_CPU", "plain")
+        monkeypatch.setattr(on_cpu, "plain", types.SimpleNamespace(**form))
+
+    return use
 
 
+@pytest.fixture(params=CHIPS)
+def on_triton(request, use):
+    use(CHIPS[request.param])
+
+
+FORMS = {
+    "gate first": {},
+    "transposed": {"transposed": True},
+    "interleaved": {"interleaved": True, "bias": True},
+    "gpt-oss": {"transposed": True, "interleaved": True, "bias": True, "activation": GPT_OSS},
+    "pair": {"pair": True},
+    "ungated": {"gated": False, "activation": "relu2", "bias": True},
+    "bias, transposed": {"bias": True, "transposed": True},
+}
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [(33, 70, 33), (17, 64, 32)], ids=str)
+def test_every_form(problem, check, form, size):
+    check(problem(*size, 5, 2, **FORMS[form]))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("form", ["gate first", "gpt-oss", "ungated"])
+def test_epilogues_in_pieces_and_ragged_groups(use, problem, check, form, chip):
+    use(CHIPS[chip], WIDE)
+    check(problem(40, 24, 72, 3, 2, **FORMS[form]))
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("form", ["gate first", "gpt-oss"])
+def test_fp16(problem, check, form):
+    check(problem(40, 72, 48, 5, 2, dtype=torch.float16, **FORMS[form]))
+
+
+@pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize(
-    "form",
+    "activation",
     [
-        {},
-        {"transposed": True},
-        {"interleaved": True},
-        {"transposed": True, "interleaved": True, "bias": True, "activation": "gpt_oss"},
-        {"pair": True},
-        {"gated": False, "activation": "relu2", "bias": True},
-        {"bias": True},
+        *("gelu", "gelu_tanh", "relu", Activation("identity"), Activation("silu", alpha=1.7)),
+        Activation("silu", limit=0.5),
+        Activation("gelu", limit=0.3, clamp_after=True),
+        Activation("silu", limit=0.4, clamp_after=True, up_shift=1.0),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("size", [(33, 70, 33), (17, 64, 32)], ids=str)
-def test_every_form(on_triton, problem, check, form, size):
-    check(problem(*size, 5, 2, **form))
+def test_activations(problem, check, activation):
+    check(problem(9, 24, 16, 3, 2, activation=activation))
+
+
+SHAPES = {
+    "no rows": dict(R=0),
+    "one row": dict(R=1, K=1, dead=0),
+    "one expert": dict(R=20, E=1, K=1),
+    "every expert": dict(R=5, E=4, K=4, dead=0),
+    "one element": dict(R=1, D=1, F=1, E=1, K=1, dead=0),
+    "all on one": dict(R=40, E=4, ids=torch.full((40, 1), 2)),
+    "none at all": dict(R=6, E=3, ids=torch.full((6, 2), -1)),
+    "sentinels": dict(R=4, E=3, ids=torch.tensor([[0, 3], [7, -1], [2, 0], [-1, 1]])),
+    "other output size": dict(R=12, D=24, D_out=40, bias=True),
+    "K past a tile": dict(R=3, D=8, F=8, E=40, K=33),
+}
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_odd_shapes(problem, check, shape):
+    check(problem(**{"D": 20, "F": 12, **SHAPES[shape]}))
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("needs", [("rows",), ("weights",), ("w_gate_up",), ("w_down",), ("b_gate_up",), ("b_down",), ()])
+def test_a_gradient_alone(problem, check, needs):
+    check(replace(problem(20, 24, 16, 3, 2, bias=True), needs=needs))
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_strides(problem, check):
+    """Rows every other element; weights as transposed views, and with neither inner axis contiguous."""
+    p = problem(20, 24, 16, 3, 2)
+    t = dict(p.tensors)
+    t["rows"] = t["rows"].repeat_interleave(2, dim=1)[:, ::2]
+    t["w_gate_up"] = t["w_gate_up"].transpose(1, 2).contiguous().transpose(1, 2)
+    t["w_down"] = t["w_down"].repeat_interleave(2, dim=2)[:, :, ::2]
+    check(replace(p, tensors=t), grad=torch.randn(24, 20).T)
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("router", [torch.float64, torch.bfloat16], ids=str)
+def test_router_weights_of_another_type(problem, check, router):
+    p = problem(12, 24, 16, 3, 2)
+    check(replace(p, tensors={**p.tensors, "weights": p.tensors["weights"].to(router)}))
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_bad_stays_where_it_is(problem, assert_close, value):
+    """A bad row, an idle expert's bad weights, a dead pair's bad router weight: nobody else sees them."""
+    ids = torch.tensor([[0, 2], [-1, 2], [2, 0], [-1, -1], [0, 5]])
+    p = problem(5, 20, 12, 4, 2, ids=ids, bias=True)  # experts 1 and 3 are idle
+    clean = p.run()
+    t = {n: v.clone() for n, v in p.tensors.items()}
+    for n in ("w_gate_up", "w_down", "b_gate_up", "b_down"):
+        t[n][1] = t[n][3] = value
+    t["weights"][1, 0] = t["weights"][4, 1] = value
+    got = replace(p, tensors=t).run()
+    for n in clean:
+        assert_close(got[n], clean[n], name=n)
+    t["rows"][2] = value
+    got = replace(p, tensors=t).run()
+    others = torch.tensor([0, 1, 3, 4])
+    for n in ("y", "rows", "weights"):
+        assert_close(got[n][others], clean[n][others], name=n)
+    assert not got["y"][2].isfinite().any()
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("form", ["gpt-oss", "pair"])
+def test_every_element_is_written(problem, assert_close, monkeypatch, form):
+    p = problem(19, 20, 12, 5, 2, **FORMS[form])
+    want = p.run()
+    for owner, name in ((torch, "empty_like"), (torch, "empty"), (torch.Tensor, "new_empty")):
+        allocate = getattr(owner, name)
+
+        def poisoned(*args, allocate=allocate, **kwargs):
+            t = allocate(*args, **kwargs)
+            return t.fill_(math.nan if t.dtype.is_floating_point else 1_000_000)
+
+        monkeypatch.setattr(owner, name, poisoned)
+    for n, value in p.run().items():
+        assert_close(value, want[n], name=n)
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_two_runs_agree_to_the_bit(problem):
+    p = problem(33, 40, 24, 4, 3, bias=True)
+    first, second = p.run(), p.run()
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_results_do_not_depend_on_how_many_programs_there_are(use, problem):
+    p = problem(33, 40, 24, 4, 3, bias=True)
+    runs = []
+    for processors in (1, 5, 132):
+        use(replace(A100, processors=processors))
+        runs.append(p.run())
+    assert all(torch.equal(runs[0][n], other[n]) for other in runs[1:] for n in other)
