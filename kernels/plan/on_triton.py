@@ -18,7 +18,7 @@ from ..launch import Launch, launch
 
 __all__ = ["MOST_EXPERTS", "Schedule", "plan_on_triton", "schedule"]
 
-MOST_EXPERTS = 2048  # counts of all experts are held in registers by each program
+MOST_EXPERTS = 1024  # counts of all experts are held in registers by each program
 _ONE_LAUNCH = 2048  # pairs
 _COUNTS = 65536  # at most so many counts (programs * experts) are read again by every program
 
@@ -78,9 +78,10 @@ def _rank(
     """Program 0 counts: offsets and tile table. Program i ranks BLOCK pairs: a place is the number of lesser keys."""
     program = tl.program_id(0)
     if program == 0:
-        at = tl.arange(0, NP)
-        id = _load_ids(ids, at.to(tl.int64), N, E)
-        counts = tl.histogram(id, EP, mask=id < E)
+        counts = tl.zeros((EP,), tl.int32)
+        for j0 in range(0, NP, AGAINST):
+            id = _load_ids(ids, (j0 + tl.arange(0, AGAINST)).to(tl.int64), N, E)
+            counts += tl.histogram(id, EP, mask=id < E)
         starts = tl.cumsum(counts, 0) - counts
         e = tl.arange(0, EP)
         tl.store(offsets + e, starts, mask=e < E)
@@ -164,7 +165,7 @@ def schedule(
 ) -> Schedule:
     """The `Schedule` of `expert_ids` [T, K] (integers; < 0 or >= num_experts: no expert) in tiles of `block_rows`.
 
-    One launch for few pairs, otherwise two. Raises ValueError for more than 2048 experts or 2^31 - 1 pairs.
+    One launch for few pairs, otherwise two. Raises ValueError for more than 1024 experts or 2^31 - 1 pairs.
     `block_rows` 0 leaves the tile table empty. `_share` and `_block` (powers of two) are for tests: the pairs of one
     program, and those that it sorts at once.
     """
@@ -187,21 +188,23 @@ def schedule(
     result = dict(
         pair_of_row=out.pair_of_row, offsets=out.offsets, row_of_pair=out.row_of_pair,
         tile_expert=out.tile_expert, tile_row=out.tile_row, tiles=out.tiles, N=n, E=experts, S=slots,
-        EP=width, BLOCK_ROWS=block_rows, SLOTS=max(1, min(64, 8192 // width)),
+        EP=width, BLOCK_ROWS=block_rows,
     )  # fmt: skip
     if n <= _ONE_LAUNCH and _share is None:
         padded = max(16, triton.next_power_of_2(n))
-        against = min(padded, 512)
-        block = min(padded, 4096 // against)
+        against = min(padded, 256)
+        block = min(padded, 2048 // against)
         grid = (1 + triton.cdiv(n, block),)
-        launch(_rank, grid, warps=4, stages=1, ids=ids, NP=padded, BLOCK=block, AGAINST=against, **result)
+        table = max(1, min(64, 4096 // width))
+        launch(_rank, grid, warps=4, stages=1, ids=ids, NP=padded, BLOCK=block, AGAINST=against, SLOTS=table, **result)
         return out
     share, block = _cut(n, width) if _share is None else (_share, _block or _share)
-    grid, warps = (triton.cdiv(n, share),), max(1, min(16, max(block, width) // 256))
+    grid, warps = (triton.cdiv(n, share),), max(1, min(16, max(block, width) // 128))
     hist = ints(grid[0] * width)
     launch(_count, grid, warps=warps, stages=1, ids=ids, hist=hist, N=n, E=experts, share=share, EP=width, BLOCK=block)
-    rows = max(1, min(triton.next_power_of_2(grid[0]), warps * 1024 // width))
-    launch(_place, grid, warps=warps, stages=1, ids=ids, hist=hist, share=share, BLOCK=block, ROWS=rows, **result)
+    rows = max(1, min(triton.next_power_of_2(grid[0]), 64, warps * 256 // width))  # what registers hold
+    cut = dict(share=share, BLOCK=block, ROWS=rows, SLOTS=rows)
+    launch(_place, grid, warps=warps, stages=1, ids=ids, hist=hist, **cut, **result)
     return out
 
 
@@ -209,7 +212,9 @@ def _cut(n: int, width: int) -> tuple[int, int]:
     """(pairs of one program, pairs sorted at once) for n pairs and `width` counts each."""
     programs = max(1, min(128, _COUNTS // width, triton.cdiv(n, 512)))
     share = triton.cdiv(n, programs)
-    block = min(4096, max(512, triton.next_power_of_2(share)))
+    block = min(
+        2048 if width <= 256 else 1024, max(512, triton.next_power_of_2(share))
+    )  # with the counts, in registers
     return triton.cdiv(share, block) * block, block
 
 

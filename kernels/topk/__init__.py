@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..chip import say_once, why_not
 from ..routing import Routing
 from . import on_cpu
 from .reference import EPS, topk_reference
@@ -15,6 +16,20 @@ __all__ = ["SCORES", "topk", "topk_reference"]
 
 SCORES = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus")
 
+
+def _topk_on_cuda(logits, k, bias, score, groups, topk_groups, group_score, renormalize, scale):
+    form = (logits, k, bias, score, groups, topk_groups, group_score, renormalize, scale)
+    why = why_not(logits.device.index)
+    if why is None:
+        from .on_triton import topk_on_triton, why_not_served
+
+        why = why_not_served(logits, k, bias)
+        if why is None:
+            return topk_on_triton(*form)
+    say_once("topk", why, "several operations of torch")
+    return topk_reference(*form)
+
+
 # (weights, scores, expert_ids, counts)
 torch.library.define(
     "headgate::topk",
@@ -22,6 +37,7 @@ torch.library.define(
     "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("headgate::topk", "cpu", on_cpu.forward)
+torch.library.impl("headgate::topk", "cuda", _topk_on_cuda)
 torch.library.impl("headgate::topk", "CompositeExplicitAutograd", topk_reference)
 
 
