@@ -6,6 +6,7 @@ Exit status: 0 done; 1 the thing asked failed; 2 bad usage; 130 interrupted with
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import sys
@@ -27,9 +28,18 @@ DOCTOR_EXAMPLE = """examples:
   headgate doctor
   headgate doctor ./OLMoE-1B-7B        the folder of a transformers model; only its config.json is read
 """
-BENCH_EXAMPLE = """example:
+BENCH_EXAMPLE = """examples:
   headgate bench moe --quick
+  headgate bench --gpu-report
+  headgate bench compile --chips sm_90 --shapes qwen3
 """
+# name -> (module of its options and its run, what it is)
+BENCHMARKS = {
+    "moe": (".bench.moe", "the expert layer beside its rivals"),
+    "compile": (".bench.gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
+    "roofline": (".bench.gpu.roofline", "FLOPs, bytes and floor time of every launch"),
+    "sweep": (".bench.gpu.sweep", "the chosen tiles beside all others, on a GPU"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,11 +78,12 @@ def doctor(args: argparse.Namespace) -> int:
     return run(args.model, args.json)
 
 
-def bench_moe(args: argparse.Namespace) -> int:
-    """The micro-benchmark of the expert layer."""
-    from .bench.moe import run
-
-    return run(args)
+def bench(args: argparse.Namespace) -> int:
+    """A benchmark by its name, or the report on a GPU."""
+    if args.benchmark is None and not args.gpu_report:
+        args.refuse(f"one of --gpu-report and {', '.join(BENCHMARKS)} must be given")
+    where = ".bench.gpu.report" if args.benchmark is None else BENCHMARKS[args.benchmark][0]
+    return importlib.import_module(where, __package__).run(args)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -97,13 +108,19 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     about = "Micro-benchmarks beside whatever rivals are installed."
     benches = _command(add, "bench", help="micro-benchmarks", description=about, epilog=BENCH_EXAMPLE)
-    kinds = benches.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    moe = _command(kinds.add_parser, "moe", help="the expert layer", description="Headgate's expert layer and rivals.")
-    if "bench" in argv:  # its options name shapes and rivals, which loads torch: not for `headgate --help`
-        from .bench.moe import add_arguments
-
-        add_arguments(moe)
-    moe.set_defaults(call=bench_moe)
+    benches.add_argument(
+        "--gpu-report", action="store_true", help="measure everything on this machine's GPU, in minutes"
+    )
+    kinds = benches.add_subparsers(title="benchmarks", metavar="BENCHMARK", dest="benchmark")
+    # a benchmark's options name shapes and rivals, which loads torch: not for `headgate --help`
+    asked = argv[1:] if argv[:1] == ["bench"] else ()
+    for name, (module, about) in BENCHMARKS.items():
+        sub = _command(kinds.add_parser, name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        if name in asked:
+            importlib.import_module(module, __package__).add_arguments(sub)
+    if asked and not set(BENCHMARKS) & set(asked):
+        importlib.import_module(".bench.gpu.report", __package__).add_arguments(benches)
+    benches.set_defaults(call=bench, refuse=benches.error)
     return parser
 
 

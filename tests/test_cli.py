@@ -10,7 +10,8 @@ import pytest
 from headgate import cli
 from headgate.bench import doctor
 
-SUBCOMMANDS = (["demo"], ["doctor"], ["bench"], ["bench", "moe"])
+KINDS = ("moe", "compile", "roofline", "sweep")
+SUBCOMMANDS = (["demo"], ["doctor"], ["bench"], *(["bench", kind] for kind in KINDS))
 
 
 @pytest.mark.parametrize("command", SUBCOMMANDS, ids=" ".join)

@@ -1,0 +1,183 @@
+"""`headgate bench compile`: every launch of every standard shape, built ahead of time, without a GPU.
+
+Registers, spills, shared memory and the instructions that matter, kernel by kernel; the exit status is 1 where anything
+spills, needs more shared memory than the chip has, or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...kernels.chip import CHIPS, Chip
+from .build import Job, build_all, cuobjdump, job_of
+from .record import PASSES, record
+from .shapes import STANDARD, tokens_of
+
+EXAMPLE = """examples:
+  headgate bench compile --chips sm_80 sm_90 --shapes qwen3 gpt-oss
+  headgate bench compile --limit 2 --json builds.json      two configurations of each kernel and chip
+"""
+DEFAULT_CHIPS = ("H200", "A100", "RTX3090", "RTX4090", "B200")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `headgate bench compile`."""
+    parser.epilog = EXAMPLE
+    add = parser.add_argument
+    names = ", ".join(CHIPS)
+    about = f"of {names}, or sm_80 and the like (default: {' '.join(DEFAULT_CHIPS)})"
+    add("--chips", nargs="+", type=chip_named, metavar="CHIP", help=about)
+    add("--shapes", nargs="+", choices=list(STANDARD), metavar="SHAPE", help=f"of {', '.join(STANDARD)} (default: all)")
+    add("--tokens", nargs="+", type=int, metavar="T", help="tokens per call (default: 1 to 65536)")
+    add("--passes", nargs="+", choices=PASSES, metavar="PASS", help=f"of {', '.join(PASSES)} (default: all)")
+    add("--limit", type=int, metavar="N", help="at most N configurations of each kernel and chip")
+    add("--processes", type=int, default=2, metavar="N", help="default: %(default)s")
+    add("--cache", metavar="DIR", help="Triton's cache (default: a temporary one, so that everything is built)")
+    add("--all", action="store_true", help="print every configuration, not one line per kernel and chip")
+    add("--json", metavar="FILE", help="write every configuration to FILE; - for standard output")
+
+
+def chip_named(name: str) -> Chip:
+    """A chip by its name, or the first of a compute capability."""
+    found = CHIPS.get(name) or next(
+        (c for c in CHIPS.values() if name in (f"sm_{c.capability}", str(c.capability))), None
+    )
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(CHIPS)} or sm_80 and the like, got {name!r}")
+    return found
+
+
+def jobs_of(
+    shapes: Iterable[str],
+    chips: Sequence[Chip],
+    tokens: Sequence[int] | None = None,
+    passes: Sequence[str] = PASSES,
+    limit: int | None = None,
+) -> list[Job]:
+    """What must be built for these cases, each once; with `limit`, so many of each kernel and chip, from the first
+    (few tokens) to the last (many), spread evenly."""
+    found: dict[tuple[str, str], dict[Job, None]] = {}
+    for name in shapes:
+        shape = STANDARD[name]
+        for chip in chips:
+            for t in tokens or tokens_of(shape):
+                for kind in passes:
+                    for launched in record(shape, t, kind, chip):
+                        job = job_of(launched, chip)
+                        found.setdefault((job.name, chip.name), {})[job] = None
+    jobs = []
+    for group in map(list, found.values()):
+        n = len(group) if limit is None else min(limit, len(group))
+        jobs += [group[i * (len(group) - 1) // max(1, n - 1)] for i in range(n)]
+    return jobs
+
+
+def run(args: argparse.Namespace) -> int:
+    """Builds, prints, writes; 0, or 1 where a kernel spills, does not fit or does not compile."""
+    if os.environ.get("TRITON_INTERPRET"):
+        return _again(args)
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="headgate-builds-") as temporary:
+        os.environ["TRITON_CACHE_DIR"] = args.cache or temporary
+        chips = args.chips or [CHIPS[c] for c in DEFAULT_CHIPS]
+        jobs = jobs_of(args.shapes or STANDARD, chips, args.tokens, args.passes or PASSES, args.limit)
+        out = sys.stderr if args.json == "-" else sys.stdout
+        print(_heading(jobs), file=out, flush=True)
+        results = []
+        for result in build_all(jobs, args.processes):
+            results.append(result)
+            if sys.stderr.isatty():
+                print(f"\r\033[K{len(results)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
+    results.sort(key=lambda r: (r["kernel"], r["sm"], r["what"]))
+    bad = [r for r in results if fault(r)]
+    print("\n".join(table(results, every=args.all)), file=out)
+    for r in bad:
+        print(f"{r['chip']}: {r['what']}: {fault(r)}", file=out)
+    print(f"{len(results)} builds, {len(bad)} at fault, {time.monotonic() - begin:.0f} s", file=out)
+    _write(args.json, {"version": 1, "triton": _triton_version(), "builds": results})
+    return 1 if bad or not results else 0
+
+
+def fault(result: dict[str, Any]) -> str | None:
+    """What is wrong with one build; None if nothing."""
+    if "error" in result:
+        return f"does not compile: {result['error']}"
+    if result["spill_bytes"]:
+        return f"spills {result['spill_bytes']} bytes ({result['registers']} registers)"
+    if result["shared_bytes"] > result["shared_limit"]:
+        return f"needs {result['shared_bytes']} bytes of shared memory, the chip has {result['shared_limit']}"
+    return None
+
+
+def table(results: Sequence[dict[str, Any]], every: bool) -> list[str]:
+    """One line per kernel and chip with the largest of its configurations, or one per configuration."""
+    head = f"{'kernel':<22} {'chip':<8} {'builds':>6} {'regs':>5} {'spill':>6} {'shared':>7} {'of':>7}"
+    lines = [f"{head} {'wgmma':>7} {'mma':>7} {'tcgen05':>7} {'tma':>5} {'cp.async':>8}"]
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for r in results:
+        groups.setdefault((r["kernel"], r["chip"], r["what"] if every else ""), []).append(r)
+    for (kernel, chip, what), group in groups.items():
+        fine = [r for r in group if "error" not in r]
+        line = f"{kernel:<22} {chip:<8} {len(group):>6} "
+        if not fine:
+            lines.append(f"{line} does not compile")
+            continue
+        line += f"{_most(fine, 'registers'):>5} {_most(fine, 'spill_bytes'):>6} {_most(fine, 'shared_bytes'):>7} "
+        line += f"{fine[0]['shared_limit']:>7} {_span(fine, 'wgmma'):>7} {_span(fine, 'mma'):>7} "
+        line += f"{_span(fine, 'tcgen05'):>7} {_span(fine, 'tma'):>5} {_span(fine, 'cp_async'):>8}"
+        lines.append(f"{line}  {what}".rstrip())
+    return lines
+
+
+def _most(results: Sequence[dict[str, Any]], field: str) -> str:
+    known = [r[field] for r in results if r[field] is not None]
+    return str(max(known)) if len(known) == len(results) else "?"
+
+
+def _span(results: Sequence[dict[str, Any]], field: str) -> str:
+    low, high = min(r[field] for r in results), max(r[field] for r in results)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _heading(jobs: Sequence[Job]) -> str:
+    tool = "" if cuobjdump() else "; no cuobjdump was found: registers and spills are unknown"
+    return f"triton {_triton_version()}: {len(jobs)} builds of {len({j.name for j in jobs})} kernels{tool}"
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def _write(where: str | None, report: dict[str, Any]) -> None:
+    text = json.dumps(report, indent=1) + "\n"
+    if where == "-":
+        sys.stdout.write(text)
+    elif where:
+        Path(where).write_text(text)
+
+
+def _again(args: argparse.Namespace) -> int:
+    """The same command in a process whose Triton compiles: kernels become interpreted ones where they are decorated."""
+    command = ["bench", "compile", "--processes", str(args.processes)]
+    for name in ("shapes", "tokens", "passes"):
+        if getattr(args, name):
+            command += [f"--{name}", *map(str, getattr(args, name))]
+    command += ["--chips", *(c.name for c in args.chips)] if args.chips else []
+    for name in ("limit", "cache", "json"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", str(getattr(args, name))]
+    command += ["--all"] if args.all else []
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = "import sys; from headgate.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-P", "-c", code, *command], env=env).returncode

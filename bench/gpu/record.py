@@ -1,0 +1,137 @@
+"""Which launches the operations make: their host code runs on tensors without memory, and no kernel does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.chip import Chip
+from ..shapes import Shape
+from .shapes import choice_of
+
+PASSES = ("route", "forward", "inference", "thin", "backward")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch as the host code asked for it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    warps: int
+    stages: int
+    arguments: dict[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by argument, those behind tensor maps included."""
+        found = {n: getattr(a, "base", a) for n, a in self.arguments.items()}
+        return {n: t for n, t in found.items() if isinstance(t, Tensor)}
+
+
+class Recorder:
+    """A `Launch` that takes notes in place of running."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launched] = []
+
+    def __call__(self, kernel: Any, grid: Sequence[int], *, warps: int = 4, stages: int = 2, **arguments: Any) -> None:
+        if min(grid) >= 1:
+            self.launches.append(Launched(kernel, tuple(grid), warps, stages, arguments))
+
+
+def record(shape: Shape, tokens: int, kind: str, chip: Chip, dtype: torch.dtype = torch.bfloat16) -> list[Launched]:
+    """The launches of one pass (of PASSES): `route` a router's choice and the plan, `forward` keeps what backward
+    needs, `inference` does not, `thin` is the form for few rows. Needs triton, and not as the interpreter where the
+    kernels are to be built."""
+    recorder = Recorder()
+    _PASSES[kind](Meta(shape, tokens, dtype), chip, recorder)
+    return recorder.launches
+
+
+class Meta:
+    """The tensors of a case, without memory, as the operators receive them."""
+
+    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype) -> None:
+        self.shape, self.tokens, self.dtype = shape, tokens, dtype
+        d, f, e, k = shape.hidden, shape.intermediate, shape.experts, shape.top_k
+        one, two = ((e, d, 2 * f), (e, f, d)) if shape.transposed else ((e, 2 * f, d), (e, d, f))
+        self.rows, self.grad = self.new(tokens, d), self.new(tokens, d)
+        self.ids = self.new(tokens, k, dtype=torch.int32)
+        self.weights = self.new(tokens, k, dtype=torch.float32)
+        self.w1, self.w2 = self.new(*one), self.new(*two)
+        self.b1, self.b2 = (self.new(e, 2 * f), self.new(e, d)) if shape.bias else (None, None)
+        self.h = self.new(tokens * k, 2 * f)
+
+    def new(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(size, dtype=dtype or self.dtype, device="meta")
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.rows, self.ids, self.weights, self.w1, None, self.w2, self.b1, self.b2
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        act = self.shape.form
+        return act.kind, act.params, act.gated, self.shape.transposed, self.shape.interleaved
+
+
+def _route(m: Meta, chip: Chip, recorder: Recorder) -> None:
+    from ...kernels.plan.on_triton import plan_on_triton
+    from ...kernels.topk.on_triton import topk_on_triton
+
+    choice = choice_of(m.shape)
+    bias = m.new(m.shape.experts, dtype=torch.float32) if choice.bias else None
+    o = {"score": "softmax", "groups": 1, "topk_groups": 1, "group_score": "top2", "renormalize": False, "scale": 1.0}
+    rule = (o | dict(choice.options)).values()
+    topk_on_triton(m.new(m.tokens, m.shape.experts), m.shape.top_k, bias, *rule, launch=recorder)
+    plan_on_triton(m.ids, m.shape.experts, launch=recorder)
+
+
+def _forward(keep: bool) -> Callable[[Meta, Chip, Recorder], None]:
+    def run(m: Meta, chip: Chip, recorder: Recorder) -> None:
+        from ...kernels.grouped_ffn import on_triton
+
+        on_triton.forward(*m.tensors, *m.form, keep, chip=chip, launch=recorder)
+
+    return run
+
+
+def _backward(m: Meta, chip: Chip, recorder: Recorder) -> None:
+    from ...kernels.grouped_ffn import on_triton
+
+    needs = [True, True, True, False, True, m.b1 is not None, m.b2 is not None]
+    on_triton.backward(m.grad, *m.tensors, m.h, *m.form, needs, chip=chip, launch=recorder)
+
+
+def _thin(m: Meta, chip: Chip, recorder: Recorder) -> None:
+    """The form for few rows, on every kind of stored weights; nothing for more rows than it serves."""
+    from ...kernels.grouped_ffn.thin import serves, thin_forward
+    from ...kernels.quantized import FORMATS, quantize
+
+    if not serves(m.rows):
+        return
+    shape, act = m.shape, m.shape.form
+    rest = (m.b1, m.b2, act)
+    more = {"chip": chip, "launch": recorder}
+    thin_forward(m.rows, m.ids, m.weights, m.w1, None, m.w2, *rest, shape.transposed, shape.interleaved, **more)
+    e, d, f = shape.experts, shape.hidden, shape.intermediate
+    for kind in FORMATS:
+        one, two = quantize(m.new(e, 2 * f, d), kind), quantize(m.new(e, d, f), kind)
+        thin_forward(m.rows, m.ids, m.weights, one, None, two, *rest, False, shape.interleaved, **more)
+
+
+_PASSES = {
+    "route": _route,
+    "forward": _forward(True),
+    "inference": _forward(False),
+    "thin": _thin,
+    "backward": _backward,
+}

@@ -1,0 +1,77 @@
+"""Every GPU kernel is built ahead of time for chips that are not here, in a process without the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from headgate.bench.gpu import compile as builds
+from headgate.bench.gpu.build import build_all
+
+GEMMS = ("up_kernel", "rows_kernel", "back_kernel", "dw_kernel")
+CODE = "import sys; from headgate.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-P", "-c", CODE, "bench", "compile", *arguments]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+
+
+def test_every_kernel_fits_its_chip_and_spills_nothing(tmp_path):
+    file = tmp_path / "builds.json"
+    # the interpreter is asked for: the command must leave it by itself
+    done = run(
+        "--chips", "sm_80", "sm_90", "--shapes", "qwen3", "gpt-oss", "--tokens", "1", "4096", "--limit", "3",
+        "--json", str(file), TRITON_INTERPRET="1",
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text())["builds"]
+    both = {(r["kernel"], r["sm"]) for r in found}
+    assert {sm for _, sm in both} == {80, 90}
+    assert {k for k, sm in both if sm == 80} == {k for k, sm in both if sm == 90}
+    assert {*GEMMS, "combine_kernel", "router_grad_kernel", "column_sum_kernel"} <= {k for k, _ in both}
+    for r in found:
+        assert r["spill_bytes"] == 0, r["what"]
+        assert 0 < r["registers"] <= 255, r["what"]
+        assert r["shared_bytes"] <= r["shared_limit"], r["what"]
+    for kernel in GEMMS:
+        large = [r for r in found if r["kernel"] == kernel and r["sm"] == 90 and "BM=128" in r["what"]]
+        assert large, kernel
+        assert all(r["wgmma"] > 0 for r in large), kernel
+        assert all(r["mma"] > 0 for r in found if r["kernel"] == kernel and r["sm"] == 80), kernel
+    assert f"{len(found)} builds, 0 at fault" in done.stdout
+
+
+def test_what_is_wrong_is_said():
+    fine = {"spill_bytes": 0, "registers": 100, "shared_bytes": 10, "shared_limit": 20}
+    assert builds.fault(fine) is None
+    assert builds.fault(fine | {"spill_bytes": None}) is None, "unknown is not zero, and is no fault"
+    assert "spills 8 bytes" in builds.fault(fine | {"spill_bytes": 8})
+    assert "the chip has 20" in builds.fault(fine | {"shared_bytes": 21})
+    assert "does not compile" in builds.fault({"error": "no"})
+    row = {"kernel": "k", "chip": "c", "what": "k[]", "wgmma": 0, "mma": 1, "tcgen05": 0, "tma": 0, "cp_async": 2}
+    table = builds.table([row | fine, row | fine | {"spill_bytes": None, "mma": 3}], every=False)
+    assert table[1].split() == ["k", "c", "2", "100", "?", "10", "20", "0", "1-3", "0", "0", "2"]
+
+
+def test_a_compiler_that_dies_costs_its_own_job_alone(monkeypatch, tmp_path):
+    """One job's process ends at once, the other's result comes all the same."""
+    from headgate.kernels.chip import H200
+
+    script = tmp_path / "deadly.py"
+    script.write_text("import os\nos._exit(9)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from headgate.bench.gpu.build import Job
+
+    jobs = [Job("deadly", "kernel", H200, 4, 1, ()), Job("json", "missing", H200, 4, 1, ())]
+    found = {r["what"].split("[")[0]: r["error"] for r in build_all(jobs, 1)}
+    assert "process died" in found["kernel"]
+    assert "AttributeError" in found["missing"]
