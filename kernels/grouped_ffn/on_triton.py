@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..activation import Activation
 from ..activation_triton import form_of
-from ..chip import Chip
+from ..chip import Chip, say_once
 from ..launch import Launch, can_map, launch, tensor_map
 from ..plan.on_triton import Schedule, schedule
 from .tiles import Size, Tile, Tiles, choose
@@ -114,6 +114,10 @@ class _Matrix:
             return cls(w.transpose(1, 2), transposed)
         return cls(w if w.stride(2) == 1 else w.contiguous(), not transposed)
 
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        return self.input_inner, *self.stored.stride()
+
     def forward(self) -> _Operand:
         return _Operand(self.stored, self.input_inner)
 
@@ -127,6 +131,8 @@ class _Run:
     def __init__(self, rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles) -> None:
         self.rows, self.ids, self.weights = _rows_of(rows), expert_ids, weights.contiguous()
         self.ups = [_Matrix.of(w, transposed) for w in (w1, w_up) if w is not None]
+        if self.ups[0].layout != self.ups[-1].layout:  # a program reads a pair by one set of strides
+            self.ups = [_Matrix.of(w.contiguous(), transposed) for w in (w1, w_up)]
         self.down = _Matrix.of(w2, transposed)
         self.experts, self.top_k, self.pairs = w2.shape[0], expert_ids.shape[1], expert_ids.numel()
         self.d = rows.shape[1]
@@ -135,7 +141,17 @@ class _Run:
         self.chip, self.launch = chip, launch
         size = Size(self.pairs, self.d, self.f, self.experts, rows.element_size(), self.width > self.f, interleaved)
         self.tiles = tiles or choose(size, chip)
+        # where a map's tile begins must be aligned too, and the up projection behind the gate's columns is not always
+        self.aligned = self.f * rows.element_size() % 16 == 0
+        behind = len(self.ups) == 1 and self.width > self.f and not interleaved and not self.ups[0].input_inner
         self.mapped = chip.tensor_maps and all(can_map(m.stored) for m in (*self.ups, self.down))
+        self.mapped = self.mapped and (self.aligned or not behind)
+        if chip.tensor_maps and not self.mapped and self.pairs:
+            say_once(
+                "grouped_ffn",
+                "expert weights whose matrices do not begin and run on at multiples of 16 bytes cannot be read by TMA",
+                "the same kernels with plain loads, which are slower",
+            )
         self.precision = "ieee"
         if rows.dtype == torch.float32:  # torch's own rule for fp32 products
             self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -180,7 +196,7 @@ class _Run:
         """y = a w for rows in expert order; with `second`, a's later columns times that are added."""
         depth = a.shape[1] // (2 if second else 1)
         handle = w.handle(self.mapped, tile.depth, tile.columns)
-        map_a = self.mapped and can_map(a)
+        map_a = self.mapped and can_map(a) and (self.aligned or second is None)
         self.launch(
             rows_kernel,
             a=tensor_map(a, [tile.rows, tile.depth]) if map_a else a, w=handle,

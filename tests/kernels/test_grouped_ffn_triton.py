@@ -19,7 +19,10 @@ from headgate.kernels.grouped_ffn import on_cpu
 from headgate.kernels.grouped_ffn.tiles import Tile, Tiles
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton's interpreter is off")
+pytestmark = [
+    pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton's interpreter is off"),
+    pytest.mark.filterwarnings("ignore:headgate. grouped_ffn. expert weights whose", "ignore::RuntimeWarning"),
+]
 
 # Few processors, so that a program walks over many tiles. A100: pointers; H200: tensor maps.
 CHIPS = {"pointers": replace(A100, processors=3), "maps": replace(H200, processors=3)}
@@ -64,7 +67,7 @@ FORMS = {
 
 @pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", [(33, 70, 33), (17, 64, 32)], ids=str)
+@pytest.mark.parametrize("size", [(33, 70, 33), (17, 64, 32), (9, 24, 34)], ids=str)
 def test_every_form(problem, check, form, size):
     check(problem(*size, 5, 2, **FORMS[form]))
 
@@ -118,7 +121,9 @@ def test_odd_shapes(problem, check, shape):
 
 
 @pytest.mark.usefixtures("on_triton")
-@pytest.mark.parametrize("needs", [("rows",), ("weights",), ("w_gate_up",), ("w_down",), ("b_gate_up",), ("b_down",), ()])
+@pytest.mark.parametrize(
+    "needs", [("rows",), ("weights",), ("w_gate_up",), ("w_down",), ("b_gate_up",), ("b_down",), ()]
+)
 def test_a_gradient_alone(problem, check, needs):
     check(replace(problem(20, 24, 16, 3, 2, bias=True), needs=needs))
 
@@ -132,6 +137,14 @@ def test_strides(problem, check):
     t["w_gate_up"] = t["w_gate_up"].transpose(1, 2).contiguous().transpose(1, 2)
     t["w_down"] = t["w_down"].repeat_interleave(2, dim=2)[:, :, ::2]
     check(replace(p, tensors=t), grad=torch.randn(24, 20).T)
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_pair_of_different_strides(problem, check, transposed):
+    p = problem(9, 16, 16, 3, 2, pair=True, transposed=transposed)
+    t = {**p.tensors, "w_up": p.tensors["w_up"].transpose(1, 2).contiguous().transpose(1, 2)}
+    check(replace(p, tensors=t))
 
 
 @pytest.mark.usefixtures("on_triton")
