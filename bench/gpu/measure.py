@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.chip import Chip, chip_of
+from ...kernels.grouped_ffn import grouped_ffn_reference
 from ..bounds import Matmuls
-from ..check import WrongNumbers
+from ..check import TOLERANCE, WrongNumbers, _compare
 from ..memory import saved_bytes
 from ..rivals import Forward
 from ..shapes import DTYPES, Problem, Shape, make_parameters
@@ -276,18 +277,22 @@ class Measurer:
         self._time(case, found, entries)
 
 
-def _check_layer(layer: nn.Module, x: Tensor, case: Case) -> None:
+def _check_layer(layer: Any, x: Tensor, case: Case) -> None:
     """The layer's output beside the reference on the layer's own choice."""
-    from ...kernels.grouped_ffn import grouped_ffn_reference
-    from ..check import TOLERANCE, _compare
-
     with torch.no_grad():
         y = layer(x)
-        routing, e = layer.last_routing, layer.experts  # type: ignore[union-attr]
-        hit, local = torch.unique(routing.expert_ids, return_inverse=True)  # type: ignore[union-attr]
-        w = [None if t is None else t[hit].float() for t in (e.w_gate_up, e.w_down, e.b_gate_up, e.b_down)]  # type: ignore[union-attr]
-        want = grouped_ffn_reference(x.float(), local, routing.weights.float(), *w, activation=case.shape.form)  # type: ignore
+        routing, e = layer.last_routing, layer.experts
+        hit, local = torch.unique(routing.expert_ids, return_inverse=True)
+        w1, w2, b1, b2 = (None if t is None else t[hit].float() for t in _weights(e))
+        assert w1 is not None
+        assert w2 is not None
+        weights = routing.weights.float()
+        want = grouped_ffn_reference(x.float(), local, weights, w1, w2, b1, b2, activation=case.shape.form)
     _compare("output of the layer", y, want, TOLERANCE[case.dtype])
+
+
+def _weights(experts: Any) -> tuple[Tensor | None, ...]:
+    return experts.w_gate_up, experts.w_down, experts.b_gate_up, experts.b_down
 
 
 def ceilings(device: str, size: int = 2**31) -> dict[str, Any]:

@@ -67,6 +67,8 @@ class Meta:
         self.ids = self.new(tokens, k, dtype=torch.int32)
         self.weights = self.new(tokens, k, dtype=torch.float32)
         self.w1, self.w2 = self.new(*one), self.new(*two)
+        self.b1: Tensor | None
+        self.b2: Tensor | None
         self.b1, self.b2 = (self.new(e, 2 * f), self.new(e, d)) if shape.bias else (None, None)
         self.h = self.new(tokens * k, 2 * f)
 
@@ -74,13 +76,22 @@ class Meta:
         return torch.empty(size, dtype=dtype or self.dtype, device="meta")
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Any, ...]:
         return self.rows, self.ids, self.weights, self.w1, None, self.w2, self.b1, self.b2
 
     @property
     def form(self) -> tuple[Any, ...]:
         act = self.shape.form
         return act.kind, act.params, act.gated, self.shape.transposed, self.shape.interleaved
+
+    def forward(self, keep: bool) -> tuple[Any, ...]:
+        """The arguments of the operator."""
+        return *self.tensors, *self.form, keep
+
+    def backward(self) -> tuple[Any, ...]:
+        """The arguments of its backward pass, with every gradient asked for."""
+        needs = [True, True, True, False, True, self.b1 is not None, self.b2 is not None]
+        return self.grad, *self.tensors, self.h, *self.form, needs
 
 
 def _route(m: Meta, chip: Chip, recorder: Recorder) -> None:
@@ -89,7 +100,14 @@ def _route(m: Meta, chip: Chip, recorder: Recorder) -> None:
 
     choice = choice_of(m.shape)
     bias = m.new(m.shape.experts, dtype=torch.float32) if choice.bias else None
-    o = {"score": "softmax", "groups": 1, "topk_groups": 1, "group_score": "top2", "renormalize": False, "scale": 1.0}
+    o: dict[str, Any] = {
+        "score": "softmax",
+        "groups": 1,
+        "topk_groups": 1,
+        "group_score": "top2",
+        "renormalize": False,
+        "scale": 1.0,
+    }
     rule = (o | dict(choice.options)).values()
     topk_on_triton(m.new(m.tokens, m.shape.experts), m.shape.top_k, bias, *rule, launch=recorder)
     plan_on_triton(m.ids, m.shape.experts, launch=recorder)
@@ -99,7 +117,7 @@ def _forward(keep: bool) -> Callable[[Meta, Chip, Recorder], None]:
     def run(m: Meta, chip: Chip, recorder: Recorder) -> None:
         from ...kernels.grouped_ffn import on_triton
 
-        on_triton.forward(*m.tensors, *m.form, keep, chip=chip, launch=recorder)
+        on_triton.forward(*m.forward(keep), chip=chip, launch=recorder)
 
     return run
 
@@ -107,8 +125,7 @@ def _forward(keep: bool) -> Callable[[Meta, Chip, Recorder], None]:
 def _backward(m: Meta, chip: Chip, recorder: Recorder) -> None:
     from ...kernels.grouped_ffn import on_triton
 
-    needs = [True, True, True, False, True, m.b1 is not None, m.b2 is not None]
-    on_triton.backward(m.grad, *m.tensors, m.h, *m.form, needs, chip=chip, launch=recorder)
+    on_triton.backward(*m.backward(), chip=chip, launch=recorder)
 
 
 def _thin(m: Meta, chip: Chip, recorder: Recorder) -> None:
@@ -120,7 +137,7 @@ def _thin(m: Meta, chip: Chip, recorder: Recorder) -> None:
         return
     shape, act = m.shape, m.shape.form
     rest = (m.b1, m.b2, act)
-    more = {"chip": chip, "launch": recorder}
+    more: dict[str, Any] = {"chip": chip, "launch": recorder}
     thin_forward(m.rows, m.ids, m.weights, m.w1, None, m.w2, *rest, shape.transposed, shape.interleaved, **more)
     e, d, f = shape.experts, shape.hidden, shape.intermediate
     for kind in FORMATS:

@@ -169,10 +169,11 @@ class Report:
 
     def _build(self, chip: Chip) -> None:
         """Fills Triton's cache with what the cases need, on all cores: building at first use would eat the minutes."""
-        from .build import build_all
+        from .build import Job, build_all
         from .compile import fault, jobs_of
 
-        begin, jobs = time.monotonic(), {}
+        begin = time.monotonic()
+        jobs: dict[Job, None] = {}
         for case in self.cases:
             passes = ("route", "forward", "backward") if case.kind == "train" else ("route", "inference", "thin")
             jobs |= dict.fromkeys(jobs_of([case.shape.name], [chip], [case.tokens], passes))

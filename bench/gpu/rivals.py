@@ -74,9 +74,7 @@ def torch_grouped(problem: Problem) -> Forward:
     """torch's grouped matrix product as a careful user calls it: rows sorted once, no wait for the device."""
     grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
     s, p = problem.shape, problem.parameters
-    w1, w2 = p["gate_up_proj"], p["down_proj"]
-    if not s.transposed:
-        w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
+    w1, w2 = (p[n] if s.transposed else p[n].transpose(1, 2) for n in ("gate_up_proj", "down_proj"))
 
     def forward(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         flat = ids.reshape(-1)
@@ -100,9 +98,7 @@ def scattermoe(problem: Problem) -> Forward:
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
     s, p = problem.shape, problem.parameters
-    w1, w2 = p["gate_up_proj"], p["down_proj"]
-    if not s.transposed:
-        w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
+    w1, w2 = (p[n] if s.transposed else p[n].transpose(1, 2) for n in ("gate_up_proj", "down_proj"))
     b1, b2 = p.get("gate_up_proj_bias"), p.get("down_proj_bias")
 
     def forward(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
 
 
-def cases(names: Iterable[str] | None, tokens: Sequence[int] | None, passes: Sequence[str] | None):
+def cases(
+    names: Iterable[str] | None, tokens: Sequence[int] | None, passes: Sequence[str] | None
+) -> Iterator[tuple[Shape, int, str]]:
     """(shape, T, pass) asked for; decoding ends at DECODE tokens."""
     for name in names or STANDARD:
         for t in tokens or tokens_of(STANDARD[name]):

@@ -107,9 +107,8 @@ class Sweep:
 
         tiles = replace(self.chosen, **{gemm: tile})
         if kind == "forward":
-            return on_triton.forward(*m.tensors, *m.form, True, chip=self.chip, launch=through, tiles=tiles)
-        needs = [True, True, True, False, True, m.b1 is not None, m.b2 is not None]
-        return on_triton.backward(m.grad, *m.tensors, m.h, *m.form, needs, chip=self.chip, launch=through, tiles=tiles)
+            return on_triton.forward(*m.forward(keep=True), chip=self.chip, launch=through, tiles=tiles)
+        return on_triton.backward(*m.backward(), chip=self.chip, launch=through, tiles=tiles)
 
     def real(self) -> Meta:
         """The problem's own tensors as the operators receive them."""
