@@ -104,6 +104,11 @@ class Quantized:
     def to(self, device: torch.device | str) -> Quantized:
         return Quantized(self.data.to(device), self.scale.to(device), self.format, self.block)
 
+    def copy(self) -> Quantized:
+        """With data and scales contiguous and of their own."""
+        data, scale = (t.clone(memory_format=torch.contiguous_format) for t in (self.data, self.scale))
+        return Quantized(data, scale, self.format, self.block)
+
     def expert(self, e: int, dtype: torch.dtype) -> Tensor:
         """Weights [O, I] of one expert in `dtype`."""
         return dequantize(self.data[e : e + 1], self.scale[e : e + 1], self.format, self.block, dtype)[0]

@@ -1,0 +1,167 @@
+"""grouped_ffn on frozen weights in few bits (see ../quantized.py): gradients reach rows, router weights and biases.
+
+Many rows, other devices and every backward pass take one expert at a time, widened to the rows' type; the two
+launches of thin.py read few rows' weights as they are stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import chip
+from ..activation import Activation
+from ..quantized import Quantized
+from ..routing import narrow_ids
+from . import plain
+
+_ARGS = (
+    "Tensor rows, Tensor expert_ids, Tensor weights, Tensor[] w_gate_up, Tensor[] w_up, Tensor[] w_down, "
+    "Tensor? b_gate_up, Tensor? b_down"
+)
+_FORM = "str[] formats, int[] blocks, str activation, float[] params, bool gated, bool interleaved"
+
+# As headgate::grouped_ffn. Each of w_gate_up, w_up (or nothing) and w_down is (data, scale); `formats` and `blocks`
+# (rows, columns) are those of the first and of the last.
+torch.library.define("headgate::grouped_ffn_quantized", f"({_ARGS}, {_FORM}, bool keep) -> (Tensor, Tensor)")
+torch.library.define(
+    "headgate::grouped_ffn_quantized_backward",
+    f"(Tensor grad, {_ARGS}, Tensor h, {_FORM}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+class _Widened:
+    """Quantised weights as plain.py reads weights [E, O, I]: an expert is widened when it is asked for."""
+
+    def __init__(self, weight: Quantized, dtype: torch.dtype, turned: bool = False) -> None:
+        self.weight, self.dtype, self.turned = weight, dtype, turned
+        e, o, i = weight.shape
+        self.shape = (e, i, o) if turned else (e, o, i)
+
+    def transpose(self, _one: int, _two: int) -> _Widened:
+        return _Widened(self.weight, self.dtype, not self.turned)
+
+    def __getitem__(self, e: int) -> Tensor:
+        one = self.weight.expert(e, self.dtype)
+        return one.T if self.turned else one
+
+
+def _weights(w1, w_up, w2, formats, blocks) -> tuple[Quantized, Quantized | None, Quantized]:
+    first, last = tuple(blocks[:2]), tuple(blocks[2:])
+    up = Quantized(*w_up, formats[0], first) if w_up else None
+    return Quantized(*w1, formats[0], first), up, Quantized(*w2, formats[1], last)
+
+
+def _widened(dtype: torch.dtype, *weights: Quantized | None) -> list:
+    return [None if w is None else _Widened(w, dtype) for w in weights]
+
+
+@torch.library.impl("headgate::grouped_ffn_quantized", "CompositeExplicitAutograd")
+def _forward(
+    rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
+) -> tuple[Tensor, Tensor]:
+    ups = _widened(rows.dtype, *_weights(w1, w_up, w2, formats, blocks))
+    return plain.forward(rows, expert_ids, weights, *ups, b1, b2, kind, params, gated, False, interleaved, keep)
+
+
+@torch.library.impl("headgate::grouped_ffn_quantized", "cuda")
+def _on_cuda(
+    rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
+) -> tuple[Tensor, Tensor]:
+    why = chip.why_not(rows.device.index)
+    if why is None:
+        from . import thin
+
+        if not keep and thin.serves(rows):
+            first, up, last = _weights(w1, w_up, w2, formats, blocks)
+            act, ids = Activation.from_params(kind, gated, params), narrow_ids(expert_ids, last.shape[0])
+            found = chip.chip_of(rows.device.index)
+            y = thin.thin_forward(rows, ids, weights, first, up, last, b1, b2, act, False, interleaved, chip=found)
+            return y, rows.new_empty(0, (2 if gated else 1) * last.shape[2])
+        why = "no kernel widens quantized weights in its loads for these rows"
+    chip.say_once("grouped_ffn", why, "a loop that widens one expert after another")
+    return _forward(
+        rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
+    )
+
+
+@torch.library.impl("headgate::grouped_ffn_quantized_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, formats, blocks, kind, params, gated, interleaved, needs
+) -> tuple[Tensor, ...]:
+    ups = _widened(rows.dtype, *_weights(w1, w_up, w2, formats, blocks))
+    out = plain.backward(
+        grad, rows, expert_ids, weights, *ups, b1, b2, h, kind, params, gated, False, interleaved,
+        [needs[0], needs[1], False, False, False, needs[2], needs[3]],
+    )  # fmt: skip
+    return out[0], out[1], out[5], out[6]
+
+
+@torch.library.register_fake("headgate::grouped_ffn_quantized")
+def _(rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep):
+    f = w2[0].shape[2] * (1 if formats[1] == "fp8" else 2)
+    pairs = expert_ids.shape[0] * expert_ids.shape[1] if keep else 0
+    return rows.new_empty(rows.shape[0], w2[0].shape[1]), rows.new_empty(pairs, 2 * f if gated else f)
+
+
+@torch.library.register_fake("headgate::grouped_ffn_quantized_backward")
+def _(grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, formats, blocks, kind, params, gated, il, needs):
+    return tuple(
+        rows.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, need in zip((rows, weights, b1, b2), needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    rows, expert_ids, weights, w1, w_up, w2, b1, b2, *form, keep = inputs
+    assert keep, "the public function keeps h whenever a gradient will be asked for"
+    ctx.save_for_backward(rows, expert_ids, weights, *w1, *w_up, *w2, b1, b2, output[1])
+    ctx.form, ctx.pair = form, bool(w_up)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_y, _grad_h):
+    if grad_y is None:
+        return (None,) * 15
+    rows, ids, weights, *packed, b1, b2, h = ctx.saved_tensors
+    w1, w_up, w2 = packed[:2], packed[2:4] if ctx.pair else [], packed[-2:]
+    g = ctx.needs_input_grad
+    needs = [g[0], g[2], g[6], g[7]]
+    out = torch.ops.headgate.grouped_ffn_quantized_backward(
+        grad_y, rows, ids, weights, w1, w_up, w2, b1, b2, h, *ctx.form, needs
+    )
+    d = [o if need else None for o, need in zip(out, needs, strict=True)]
+    return d[0], None, d[1], [None] * 2, [None] * len(w_up), [None] * 2, d[2], d[3], *(None,) * 7
+
+
+def _second_backward(ctx, *_grads):
+    raise NotImplementedError("grouped_ffn: second derivatives are not offered")
+
+
+torch.library.register_autograd("headgate::grouped_ffn_quantized", _gradients, setup_context=_setup_context)
+torch.library.register_autograd("headgate::grouped_ffn_quantized_backward", _second_backward)
+
+
+def check(w_gate_up: object, w_up: object, w_down: object, transposed: bool) -> None:
+    """Raises where some of an experts' weights are Quantized and the rest do not go with them."""
+    weights = [w for w in (w_gate_up, w_up, w_down) if w is not None]
+    if not all(isinstance(w, Quantized) for w in weights):
+        got = ", ".join(type(w).__name__ for w in weights)
+        raise TypeError(f"grouped_ffn: weights must be all Quantized or all tensors, got {got}")
+    if transposed:
+        raise ValueError("grouped_ffn: transposed must be False for Quantized weights, which are [E, out, in]")
+    if isinstance(w_up, Quantized) and isinstance(w_gate_up, Quantized):
+        one, two = ((w.format, w.block, w.scale.dtype) for w in (w_gate_up, w_up))
+        if one != two:
+            raise ValueError(f"grouped_ffn: w_up must have w_gate's format, block and scales, got {two} and {one}")
+
+
+def call(rows, expert_ids, weights, w1, w_up, w2, b1, b2, act: Activation, interleaved: bool) -> Tensor:
+    """The operator on what the public function has checked."""
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weights, b1, b2))
+    packed = [[] if w is None else [w.data, w.scale] for w in (w1, w_up, w2)]
+    blocks = [min(n, 2**31 - 1) for n in (*w1.block, *w2.block)]
+    return torch.ops.headgate.grouped_ffn_quantized(
+        rows, expert_ids, weights, *packed, b1, b2, [w1.format, w2.format], blocks,
+        act.kind, act.params, act.gated, interleaved, keep,
+    )[0]  # fmt: skip

@@ -1,0 +1,236 @@
+"""The kernels of grouped_ffn for few rows, where all that counts is to read the weights once, at the memory's rate.
+
+No order of pairs is made and no matrix unit is used: a program multiplies some weight rows with a row of x in fp32.
+Weights arrive 16 bytes per thread. A tile of them is [BN rows, KP experts, C chunks, Q words]: the words of a chunk
+belong to one thread and to one scale, so that a chunk is summed in registers, then multiplied by its scale, and the
+chunks are summed when the loop has ended. A word holds P elements: one of a floating type, or 4 fp8, or 8 nibbles of
+an int32 (of a byte, where rows are not made of whole 16 bytes: 1 or 2). Q is 4 for all but the floating types.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..activation_triton import GATED, activate
+
+
+@triton.jit
+def element(word, J: tl.constexpr, FORMAT: tl.constexpr):
+    """fp32 number J of a word, before its scale; fp8 comes 2^8 and mxfp4 2^14 times too small, for it is the number's
+    bits placed in fp16's fields, subnormal numbers included. An fp8 NaN comes as a number: see `is_nan`."""
+    if FORMAT == "fp8":
+        bits = word >> (8 * J)
+        return _fp16(((bits & 0x80) << 8) | ((bits & 0x7F) << 7))
+    elif FORMAT == "mxfp4":
+        bits = word >> (4 * J)
+        return _fp16(((bits & 8) << 12) | ((bits & 7) << 9))
+    elif FORMAT == "int4":  # the nibble as the last bits of 2^23
+        return (((word >> (4 * J)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    else:
+        return word.to(tl.float32)
+
+
+@triton.jit
+def _fp16(bits):
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def is_nan(word):
+    """Whether any of a word's fp8 numbers is NaN: 127 without its sign, the one code from which adding 1 carries."""
+    return (((word & 0x7F7F7F7F) + 0x01010101) & -0x7F7F7F80) != 0
+
+
+@triton.jit
+def scale_of(s, FORMAT: tl.constexpr):
+    """fp32 scale from what is stored, and what `element` leaves out."""
+    if FORMAT == "mxfp4":
+        bits = s.to(tl.int32)
+        bits = tl.where(bits == 0, 0x00400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return s.to(tl.float32)
+
+
+@triton.jit
+def _dot(part, word, x, J: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr):
+    """part + sum of x's P columns times numbers J, J + STEP, ... of a word."""
+    if P == 1:
+        return part + tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2])).to(tl.float32) * element(word, J, FORMAT)
+    else:
+        HALF: tl.constexpr = P // 2
+        NEXT: tl.constexpr = J + STEP
+        TWICE: tl.constexpr = 2 * STEP
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], HALF, 2)))
+        part = _dot(part, word, even, J, TWICE, HALF, FORMAT)
+        return _dot(part, word, odd, NEXT, TWICE, HALF, FORMAT)
+
+
+@triton.jit
+def _chunk_sums(
+    w, x_rows, x_live, column, inside,
+    LENGTH: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """[BN, KP, C]: each chunk of four words w [BN, KP, C, 4] times its 4 P columns of x. A word meets its P columns as
+    they are loaded, so that nothing moves between threads."""
+    part = tl.zeros((BN, KP, C), tl.float32)
+    even, odd = tl.split(tl.reshape(w.to(tl.int32), (BN, KP, C, 2, 2)))
+    (first, third), (second, fourth) = tl.split(even), tl.split(odd)
+    if FORMAT == "fp8":
+        bad = is_nan(first) | is_nan(second) | is_nan(third) | is_nan(fourth)
+    for q in tl.static_range(4):
+        at = column[:, None] + q * P + tl.arange(0, P)[None, :]
+        x_in = inside[:, None] if LENGTH % (4 * P) == 0 else at < LENGTH
+        x = tl.load(x_rows + at[None, None, :, :], mask=x_live & x_in[None, None, :, :], other=0.0)
+        word = first if q == 0 else second if q == 1 else third if q == 2 else fourth
+        part = _dot(part, word, x, 0, 1, P, FORMAT)
+    if FORMAT == "fp8":
+        part = tl.where(bad, float("nan"), part)
+    return part
+
+
+@triton.jit
+def row_sums(
+    x_rows, w_rows, s_rows, x_live, w_live,
+    LENGTH: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """[BN, KP] fp32: sum over LENGTH columns of x row k times weight row (n, k). x_rows and x_live [KP], w_rows, s_rows
+    and w_live [BN, KP]; the rows are contiguous; GROUP columns have one scale."""
+    CHUNK: tl.constexpr = Q * P
+    WHOLE: tl.constexpr = LENGTH % CHUNK == 0
+    acc = tl.zeros((BN, KP, C), tl.float32)
+    x_rows, x_live = x_rows[None, :, None, None], x_live[None, :, None, None]
+    w_at, w_in = w_rows[:, :, None, None], w_live[:, :, None, None]
+    for first in tl.range(0, LENGTH, C * CHUNK, loop_unroll_factor=UNROLL):
+        column = first + tl.arange(0, C) * CHUNK
+        inside = column < LENGTH  # whole chunks keep the loads whole
+        word = (column // P)[:, None] + tl.arange(0, Q)[None, :]
+        there = inside[:, None] if WHOLE else word * P < LENGTH
+        w = tl.load(w_at + word[None, None, :, :], mask=w_in & there[None, None, :, :], other=0)
+        if FORMAT == "none":
+            x = tl.load(x_rows + word[None, None, :, :], mask=x_live & there[None, None, :, :], other=0.0)
+            acc += tl.sum(w.to(tl.float32) * x.to(tl.float32), 3)
+        else:
+            s_in = w_live[:, :, None] & inside[None, None, :]
+            s = tl.load(s_rows[:, :, None] + (column // GROUP)[None, None, :], mask=s_in, other=0)
+            part = _chunk_sums(w, x_rows, x_live, column, inside, LENGTH, FORMAT, BN, KP, C, P)
+            SHIFT: tl.constexpr = 256.0 if FORMAT == "fp8" else (16384.0 if FORMAT == "mxfp4" else 1.0)
+            acc += tl.where(s_in, (part * SHIFT) * scale_of(s, FORMAT), 0.0)
+    return tl.sum(acc, 2)
+
+
+@triton.jit
+def column_sums(
+    x_rows, w_columns, live, in_range, stride_in,
+    LENGTH: tl.constexpr, BO: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """[BO, KP] fp32, as row_sums, of weights whose output columns are contiguous and inputs `stride_in` apart. x_rows
+    and live [KP], w_columns [KP, BO] at input 0, in_range [BO]."""
+    acc = tl.zeros((KP, BK, BO), tl.float32)
+    ks = tl.arange(0, BK)
+    for first in tl.range(0, LENGTH, BK, loop_unroll_factor=UNROLL):
+        k = first + ks
+        inside = live[:, None] & (k < LENGTH)[None, :]
+        w = tl.load(
+            w_columns[:, None, :] + k.to(tl.int64)[None, :, None] * stride_in,
+            mask=inside[:, :, None] & in_range[None, None, :],
+            other=0.0,
+        )
+        x = tl.load(x_rows[:, None] + k[None, :], mask=inside, other=0.0)
+        acc += w.to(tl.float32) * x.to(tl.float32)[:, :, None]
+    return tl.trans(tl.sum(acc, 1))
+
+
+@triton.jit
+def thin_up_kernel(
+    x, w, w_second, s, s_second, bias, expert_ids, a,
+    E, F, stride_x, stride_e, stride_out, stride_in, stride_se, stride_so,
+    UNIT: tl.constexpr, TOP_K: tl.constexpr, FORM: tl.constexpr, LAYOUT: tl.constexpr, BIAS: tl.constexpr,
+    LENGTH: tl.constexpr, ROWS_PER_SCALE: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, BF: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """a[pair, f] = act(x[t] W1_e^T + b1_e) for BF values f of one (token, k) pair; nothing for one without an expert.
+
+    Strides are in units of UNIT elements. LAYOUT says where the up projection's rows are: "interleaved" behind each
+    gate row, "halves" F rows further, "pair" in w_second, "single" nowhere. Q 0: the weights' output columns are
+    contiguous, and a step takes C inputs (see column_sums).
+    """
+    pair, first = tl.program_id(1), tl.program_id(0) * BF
+    e = tl.load(expert_ids + pair).to(tl.int64)
+    if (e >= 0) & (e < E):
+        ROWS: tl.constexpr = 2 * BF if FORM[GATED] else BF
+        i = tl.arange(0, ROWS)
+        if LAYOUT == "interleaved":
+            row, f, second = 2 * first + i, first + i // 2, i < 0
+            inside = row < 2 * F
+        else:
+            f, second = first + i % BF, i >= BF
+            row = f + (i // BF) * F if LAYOUT == "halves" else f
+            inside = f < F
+        x_rows = x + (pair // TOP_K).to(tl.int64) * stride_x + tl.zeros((1,), tl.int64)
+        live = tl.full((1,), 1, tl.int1)
+        if LAYOUT == "pair":
+            base = tl.where(second, w_second, w)
+            s_base = tl.where(second, s_second, s)
+        else:
+            base, s_base = w, s
+        e_at = e * stride_e * UNIT
+        if Q > 0:
+            w_rows = base + e_at + row.to(tl.int64) * (stride_out * UNIT)
+            if LAYOUT == "pair" and UNIT > 1:  # the choice between two pointers loses what is known of both
+                w_rows = tl.multiple_of(w_rows, 16)
+            s_rows = s_base + e * stride_se + (row // ROWS_PER_SCALE).to(tl.int64) * stride_so
+            h = row_sums(
+                x_rows, w_rows[:, None], s_rows[:, None], live, inside[:, None],
+                LENGTH, GROUP, FORMAT, ROWS, 1, C, Q, P, UNROLL,
+            )  # fmt: skip
+        else:
+            w_columns = base + e_at + row
+            if LAYOUT == "pair" and UNIT > 1:
+                w_columns = tl.max_contiguous(tl.multiple_of(w_columns, 16), UNIT)
+            h = column_sums(x_rows, w_columns[None, :], live, inside, stride_in * UNIT, LENGTH, ROWS, 1, C, UNROLL)
+        h = tl.reshape(h, (ROWS,))
+        if BIAS:
+            width = 2 * F if FORM[GATED] else F
+            h += tl.load(bias + e * width + row, mask=inside, other=0.0).to(tl.float32)
+        if LAYOUT == "interleaved":
+            g, u = tl.split(tl.reshape(h, (BF, 2)))
+        elif FORM[GATED]:
+            g, u = tl.split(tl.trans(tl.reshape(h, (2, BF))))
+        else:
+            g, u = h, h
+        at = first + tl.arange(0, BF)
+        tl.store(a + pair.to(tl.int64) * F + at, activate(g, u, FORM).to(a.dtype.element_ty), mask=at < F)
+
+
+@triton.jit
+def thin_down_kernel(
+    a, w, s, bias, expert_ids, weights, y,
+    E, WIDTH, stride_e, stride_out, stride_in, stride_se, stride_so,
+    UNIT: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, BIAS: tl.constexpr, LENGTH: tl.constexpr,
+    ROWS_PER_SCALE: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """y[t, n] = sum_k weights[t, k] * (a[t, k] W2_e^T + b2_e) for BN columns n of one token, all its experts at once.
+    KP is TOP_K's next power of two. A pair without an expert is not read."""
+    t, n = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, KP)
+    pair = t.to(tl.int64) * TOP_K + k
+    e = tl.load(expert_ids + pair, mask=k < TOP_K, other=-1).to(tl.int64)
+    live = (e >= 0) & (e < E)
+    e = tl.where(live, e, 0)
+    part = tl.load(weights + pair, mask=live, other=0.0).to(tl.float32)
+    a_rows, inside = a + pair * LENGTH, (n < WIDTH)[:, None] & live[None, :]
+    if Q > 0:
+        w_rows = w + e[None, :] * (stride_e * UNIT) + n.to(tl.int64)[:, None] * (stride_out * UNIT)
+        s_rows = s + e[None, :] * stride_se + (n // ROWS_PER_SCALE).to(tl.int64)[:, None] * stride_so
+        out = row_sums(a_rows, w_rows, s_rows, live, inside, LENGTH, GROUP, FORMAT, BN, KP, C, Q, P, UNROLL)
+    else:
+        w_columns = w + e[:, None] * (stride_e * UNIT) + n[None, :]
+        out = column_sums(a_rows, w_columns, live, n < WIDTH, stride_in * UNIT, LENGTH, BN, KP, C, UNROLL)
+    if BIAS:
+        out += tl.load(bias + e[None, :] * WIDTH + n[:, None], mask=inside, other=0.0).to(tl.float32)
+    y_row = y + t.to(tl.int64) * WIDTH + n
+    tl.store(y_row, tl.sum(out * part[None, :], 1).to(y.dtype.element_ty), mask=n < WIDTH)
