@@ -13,7 +13,19 @@ else:
     from .grouped_ffn import grouped_ffn
     from .grouped_linear import grouped_linear
     from .plan import Plan, plan
+    from .quantized import Quantized, quantize
     from .routing import Routing
     from .topk import topk
 
-__all__ = ["GPT_OSS", "Activation", "Plan", "Routing", "grouped_ffn", "grouped_linear", "plan", "topk"]
+__all__ = [
+    "GPT_OSS",
+    "Activation",
+    "Plan",
+    "Quantized",
+    "Routing",
+    "grouped_ffn",
+    "grouped_linear",
+    "plan",
+    "quantize",
+    "topk",
+]

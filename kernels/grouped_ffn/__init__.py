@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..activation import Activation, as_activation
+from ..quantized import Quantized
 from ..routing import Routing
-from . import on_cpu, on_gpu, plain
+from . import on_cpu, on_gpu, plain, quantized
 from .reference import grouped_ffn_reference
 
 __all__ = ["grouped_ffn", "grouped_ffn_reference"]
@@ -92,8 +93,8 @@ def _under_autocast(device: torch.device) -> bool:
 def grouped_ffn(
     rows: Tensor,
     routing: Routing,
-    w_gate_up: Tensor | tuple[Tensor, Tensor],
-    w_down: Tensor,
+    w_gate_up: Tensor | Quantized | tuple[Tensor, Tensor] | tuple[Quantized, Quantized],
+    w_down: Tensor | Quantized,
     *,
     b_gate_up: Tensor | None = None,
     b_down: Tensor | None = None,
@@ -113,6 +114,8 @@ def grouped_ffn(
         b_gate_up   [E, 2F] or [E, F]; b_down [E, D]; both optional
         returns     [R, D], dtype of rows; products of half types are summed in fp32
 
+    Weights may all be `Quantized` [E, out, in]: frozen, with gradients for everything else.
+
     For backward only rows, the pre-activation (R*K*2F elements) and the routing are kept; the activation is recomputed
     and the router-weight gradient is <dA', A>, so the experts' outputs need not be (Guo et al., SonicMoE, 2025).
     Under autocast the inputs are cast to autocast's dtype first. Second derivatives raise NotImplementedError.
@@ -130,7 +133,9 @@ def grouped_ffn(
     tensors = [rows, routing.expert_ids, routing.weights, w1, w_up, w_down, b_gate_up, b_down]
     if _under_autocast(rows.device):
         to = torch.get_autocast_dtype(rows.device.type)
-        tensors = [t.to(to) if i not in (1, 2) and t is not None else t for i, t in enumerate(tensors)]
+        tensors = [t.to(to) if i not in (1, 2) and isinstance(t, Tensor) else t for i, t in enumerate(tensors)]
+    if isinstance(w_down, Quantized):
+        return quantized.call(*tensors, act, interleaved)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     form = (act.kind, act.params, act.gated, transposed, interleaved)
     return torch.ops.headgate.grouped_ffn(*tensors, *form, keep)[0]
@@ -149,7 +154,9 @@ def _check(rows, routing, w1, w_up, w_down, b1, b2, act, transposed, interleaved
             f"grouped_ffn: routing must have one row of experts per row, got {routing.expert_ids.shape[0]} "
             f"for R={rows.shape[0]}"
         )
-    if w1.dim() != 3 or w_down.dim() != 3:
+    if any(isinstance(w, Quantized) for w in (w1, w_up, w_down)):
+        quantized.check(w1, w_up, w_down, transposed)
+    if len(w1.shape) != 3 or len(w_down.shape) != 3:
         raise ValueError(
             f"grouped_ffn: weights must be 3-D [E, out, in], got {tuple(w1.shape)} and {tuple(w_down.shape)}"
         )
@@ -179,7 +186,7 @@ def _check(rows, routing, w1, w_up, w_down, b1, b2, act, transposed, interleaved
     for name, w in (("w_gate_up", w1), ("w_up", w_up), ("w_down", w_down), ("b_gate_up", b1), ("b_down", b2)):
         if w is not None and w.device != rows.device:
             raise ValueError(f"grouped_ffn: {name} must be on the device of rows, got {w.device} and {rows.device}")
-        if w is not None and w.dtype != rows.dtype and not autocast:
+        if isinstance(w, Tensor) and w.dtype != rows.dtype and not autocast:
             raise TypeError(f"grouped_ffn: {name} must have the dtype of rows, got {w.dtype} and {rows.dtype}")
     if rows.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"grouped_ffn: rows must be fp64, fp32, bf16 or fp16, got {rows.dtype}")
