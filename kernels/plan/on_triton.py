@@ -202,7 +202,8 @@ def schedule(
     grid, warps = (triton.cdiv(n, share),), max(1, min(16, max(block, width) // 128))
     hist = ints(grid[0] * width)
     launch(_count, grid, warps=warps, stages=1, ids=ids, hist=hist, N=n, E=experts, share=share, EP=width, BLOCK=block)
-    rows = max(1, min(triton.next_power_of_2(grid[0]), 64, warps * 256 // width))  # what registers hold
+    held = min(warps * 1024, 65536 // warps)  # numbers in registers: 32 a thread, but 8 where 16 warps share the file
+    rows = max(1, min(triton.next_power_of_2(grid[0]), 64, held // width))
     cut = dict(share=share, BLOCK=block, ROWS=rows, SLOTS=rows)
     launch(_place, grid, warps=warps, stages=1, ids=ids, hist=hist, **cut, **result)
     return out
@@ -212,9 +213,8 @@ def _cut(n: int, width: int) -> tuple[int, int]:
     """(pairs of one program, pairs sorted at once) for n pairs and `width` counts each."""
     programs = max(1, min(128, _COUNTS // width, triton.cdiv(n, 512)))
     share = triton.cdiv(n, programs)
-    block = min(
-        2048 if width <= 256 else 1024, max(512, triton.next_power_of_2(share))
-    )  # with the counts, in registers
+    most = 2048 if width <= 256 else 1024  # they and the counts are in registers
+    block = min(most, max(512, triton.next_power_of_2(share)))
     return triton.cdiv(share, block) * block, block
 
 

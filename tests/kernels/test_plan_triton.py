@@ -36,7 +36,7 @@ def check(ids, experts, block_rows=16, **cut):
     return got
 
 
-SIZES = [(0, 2, 4), (1, 1, 1), (1, 8, 128), (3, 3, 5), (33, 4, 60), (17, 6, 384), (300, 2, 8), (5, 10, 1024)]
+SIZES = [(0, 2, 4), (1, 1, 1), (1, 8, 128), (3, 3, 5), (33, 4, 60), (17, 6, 384), (90, 2, 8), (5, 10, 1024)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -47,7 +47,7 @@ def test_few_pairs_take_one_launch(size, dtype):
     check(ids, experts)
 
 
-@pytest.mark.parametrize(("share", "block"), [(16, 16), (64, 32), (128, 32), (512, 512)])
+@pytest.mark.parametrize(("share", "block"), [(16, 16), (64, 32), (512, 512)])
 @pytest.mark.parametrize("size", SIZES[1:], ids=str)
 def test_many_pairs_take_two(size, share, block):
     """Shares of one block and of several, one program and many, the last ones partial."""
@@ -55,7 +55,7 @@ def test_many_pairs_take_two(size, share, block):
     check(torch.randint(-1, experts + 1, (tokens, k)), experts, block_rows=32, _share=share, _block=block)
 
 
-@pytest.mark.parametrize("size", [(1100, 2, 8), (700, 3, 33)], ids=str)
+@pytest.mark.parametrize("size", [(700, 3, 33)], ids=str)
 def test_sizes_past_one_launch_as_they_are_cut(size):
     tokens, k, experts = size
     assert tokens * k > on_triton._ONE_LAUNCH
@@ -75,7 +75,7 @@ def test_tiles_of_any_height(block_rows, cut):
 
 
 def test_one_expert_of_many_has_all_and_tiles_are_shared_by_programs():
-    check(torch.full((150, 2), 700), 1024, block_rows=1, _share=64, _block=64)
+    check(torch.full((60, 2), 100), 128, block_rows=1, _share=32, _block=16)
 
 
 @pytest.mark.parametrize("cut", [{}, {"_share": 16, "_block": 16}], ids=["one", "two"])
