@@ -49,7 +49,7 @@ class Problem:
         leaves = self.leaves()
         y = self.truth(leaves) if truth else self.call(leaves)
         asked = {n: t for n, t in leaves.items() if t.requires_grad}
-        grad = torch.ones((), dtype=y.dtype).expand(y.shape) if grad is None else grad.to(y.dtype)
+        grad = torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape) if grad is None else grad.to(y.dtype)
         grads = torch.autograd.grad(y, list(asked.values()), grad) if asked else ()
         return {"y": y.detach(), **dict(zip(asked, grads, strict=True))}
 
