@@ -16,6 +16,7 @@ from ..activation_triton import form_of
 from ..chip import Chip, say_once
 from ..launch import Launch, can_map, launch, tensor_map
 from ..plan.on_triton import Schedule, schedule
+from . import thin
 from .tiles import Size, Tile, Tiles, choose
 from .triton_backward import back_kernel, column_sum_kernel, dw_kernel, router_grad_kernel
 from .triton_forward import combine_kernel, rows_kernel, up_kernel
@@ -25,8 +26,13 @@ def forward(
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved, keep,
     *, chip: Chip, launch: Launch = launch, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    act = Activation.from_params(kind, gated, params)
+    if not keep and tiles is None and thin.serves(rows):
+        tensors = (rows, expert_ids, weights, w1, w_up, w2, b1, b2)
+        y = thin.thin_forward(*tensors, act, transposed, interleaved, chip=chip, launch=launch)
+        return y, rows.new_empty(0, _width(w1, w_up, transposed))
     run = _Run(rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles)
-    form = {"FORM": form_of(Activation.from_params(kind, gated, params)), "INTERLEAVED": interleaved}
+    form = {"FORM": form_of(act), "INTERLEAVED": interleaved}
     order = run.schedule(run.tiles.up.rows)
     a, h = run.new(run.pairs, run.f), run.new(run.pairs if keep else 0, run.width)
     run.up(order, a, h, b1, keep, form)
@@ -76,6 +82,10 @@ def backward(
         del dh
         run.combine(order, dx_rows, None, dx)
     return out
+
+
+def _width(w1: Tensor, w_up: Tensor | None, transposed: bool) -> int:
+    return sum(w.shape[2 if transposed else 1] for w in (w1, w_up) if w is not None)
 
 
 def _rows_of(x: Tensor) -> Tensor:
@@ -137,7 +147,7 @@ class _Run:
         self.experts, self.top_k, self.pairs = w2.shape[0], expert_ids.shape[1], expert_ids.numel()
         self.d = rows.shape[1]
         self.f, self.out = (w2.shape[1], w2.shape[2]) if transposed else (w2.shape[2], w2.shape[1])
-        self.width = sum(w.shape[2 if transposed else 1] for w in (w1, w_up) if w is not None)
+        self.width = _width(w1, w_up, transposed)
         self.chip, self.launch = chip, launch
         size = Size(self.pairs, self.d, self.f, self.experts, rows.element_size(), self.width > self.f, interleaved)
         self.tiles = tiles or choose(size, chip)
