@@ -206,7 +206,8 @@ def build_all(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
 
 
 def _run(jobs: Iterable[Job], processes: int, left: dict[Job, None]) -> Iterator[dict[str, Any]]:
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet) as pool:
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet)
+    try:
         running: dict[Future, Job] = {pool.submit(build, job): job for job in jobs}
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -214,6 +215,8 @@ def _run(jobs: Iterable[Job], processes: int, left: dict[Job, None]) -> Iterator
                 result = future.result()
                 left.pop(running.pop(future), None)
                 yield result
+    finally:  # also where nobody asks for the rest: what has not begun is not built
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _quiet() -> None:

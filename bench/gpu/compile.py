@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.chip import CHIPS, Chip
+from .. import machine
 from .build import Job, build_all, cuobjdump, job_of
 from .record import PASSES, record
 from .shapes import STANDARD, tokens_of
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", nargs="+", type=int, metavar="T", help="tokens per call (default: 1 to 65536)")
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help=f"of {', '.join(PASSES)} (default: all)")
     add("--limit", type=int, metavar="N", help="at most N configurations of each kernel and chip")
-    add("--processes", type=int, default=2, metavar="N", help="default: %(default)s")
+    add("--processes", type=int, default=machine.cores(), metavar="N", help="default: %(default)s")
     add("--cache", metavar="DIR", help="Triton's cache (default: a temporary one, so that everything is built)")
     add("--all", action="store_true", help="print every configuration, not one line per kernel and chip")
     add("--json", metavar="FILE", help="write every configuration to FILE; - for standard output")

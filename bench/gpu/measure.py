@@ -31,6 +31,7 @@ from .shapes import choice_of, experts_hit, problem_on
 from .timing import Clock, Entry, captured, interleave, statistics_of
 
 KINDS = ("train", "decode", "layer")
+MOST_COPIED_BYTES = 16e9
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ class Measurer:
             return {"skipped": f"needs too much for more than {rival.most_tokens} tokens"}
         if case.tokens < rival.fewest_tokens:
             return {"skipped": f"is not made for fewer than {rival.fewest_tokens} tokens"}
+        copied = case.tokens * case.shape.top_k * case.shape.expert_elements * DTYPES[case.dtype].itemsize
+        if name == "hf-batched" and copied > MOST_COPIED_BYTES:
+            return {"skipped": f"copies {copied / 1e9:.0f} GB of weights for each call"}
         if name == "hf-eager" and not few and case.shape.experts > 128:
             return {"skipped": "a loop over more than 128 experts on the host"}
         return None

@@ -13,7 +13,7 @@ from ...kernels.chip import Chip
 from ..shapes import Shape
 from .shapes import choice_of
 
-PASSES = ("route", "forward", "inference", "thin", "backward")
+PASSES = ("route", "forward", "inference", "thin", "quantized", "backward")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Recorder:
 
 def record(shape: Shape, tokens: int, kind: str, chip: Chip, dtype: torch.dtype = torch.bfloat16) -> list[Launched]:
     """The launches of one pass (of PASSES): `route` a router's choice and the plan, `forward` keeps what backward
-    needs, `inference` does not, `thin` is the form for few rows. Needs triton, and not as the interpreter where the
-    kernels are to be built."""
+    needs, `inference` does not, `thin` is the form for few rows, `quantized` the same on weights of few bits. Needs
+    triton, and not as the interpreter where the kernels are to be built."""
     recorder = Recorder()
     _PASSES[kind](Meta(shape, tokens, dtype), chip, recorder)
     return recorder.launches
@@ -129,20 +129,29 @@ def _backward(m: Meta, chip: Chip, recorder: Recorder) -> None:
 
 
 def _thin(m: Meta, chip: Chip, recorder: Recorder) -> None:
-    """The form for few rows, on every kind of stored weights; nothing for more rows than it serves."""
+    """The form for few rows; nothing for more rows than it serves."""
+    from ...kernels.grouped_ffn.thin import serves, thin_forward
+
+    s = m.shape
+    if serves(m.rows):
+        stored = (m.w1, None, m.w2, m.b1, m.b2)
+        thin_forward(
+            m.rows, m.ids, m.weights, *stored, s.form, s.transposed, s.interleaved, chip=chip, launch=recorder
+        )  # fmt: skip
+
+
+def _quantized(m: Meta, chip: Chip, recorder: Recorder) -> None:
+    """The same on every kind of quantized weights."""
     from ...kernels.grouped_ffn.thin import serves, thin_forward
     from ...kernels.quantized import FORMATS, quantize
 
-    if not serves(m.rows):
-        return
-    shape, act = m.shape, m.shape.form
-    rest = (m.b1, m.b2, act)
-    more: dict[str, Any] = {"chip": chip, "launch": recorder}
-    thin_forward(m.rows, m.ids, m.weights, m.w1, None, m.w2, *rest, shape.transposed, shape.interleaved, **more)
-    e, d, f = shape.experts, shape.hidden, shape.intermediate
-    for kind in FORMATS:
-        one, two = quantize(m.new(e, 2 * f, d), kind), quantize(m.new(e, d, f), kind)
-        thin_forward(m.rows, m.ids, m.weights, one, None, two, *rest, False, shape.interleaved, **more)
+    s = m.shape
+    for kind in FORMATS if serves(m.rows) else ():
+        one, two = (quantize(m.new(*size), kind) for size in (
+            (s.experts, 2 * s.intermediate, s.hidden), (s.experts, s.hidden, s.intermediate)
+        ))  # fmt: skip
+        stored = (one, None, two, m.b1, m.b2)
+        thin_forward(m.rows, m.ids, m.weights, *stored, s.form, False, s.interleaved, chip=chip, launch=recorder)
 
 
 _PASSES = {
@@ -150,5 +159,6 @@ _PASSES = {
     "forward": _forward(True),
     "inference": _forward(False),
     "thin": _thin,
+    "quantized": _quantized,
     "backward": _backward,
 }

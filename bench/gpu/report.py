@@ -39,7 +39,12 @@ PATIENCE_S = 60.0  # the longest a case may take before its process is ended
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that go with --gpu-report."""
     add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", help="where the JSON and the plot go (default: bench/results)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the JSON and the plot go (default: bench/results of the checkout)",
+    )
     add("--minutes", type=float, default=4.5, metavar="M", help="no case starts later (default: %(default)s)")
     add("--only", nargs="+", metavar="TEXT", help="cases whose name holds one of these, such as sonic or qwen3/8/")
     add("--contestants", nargs="+", choices=list(RIVALS), metavar="NAME", help=f"of {', '.join(RIVALS)}")
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         _need_a_gpu()
     if not cases:
         raise ValueError(f"gpu-report: --only must name a case, got {' '.join(args.only)}; cases: {_keys()}")
-    out = args.out or RESULTS
+    out = args.out or (RESULTS if RESULTS.is_dir() else Path("headgate-results"))
     out.mkdir(parents=True, exist_ok=True)
     return Report(cases, out, args.device, 60 * args.minutes, build=not args.no_build).run()
 
@@ -175,7 +180,11 @@ class Report:
         begin = time.monotonic()
         jobs: dict[Job, None] = {}
         for case in self.cases:
-            passes = ("route", "forward", "backward") if case.kind == "train" else ("route", "inference", "thin")
+            passes = {
+                "train": ("forward", "backward"),
+                "decode": ("inference", "thin"),
+                "layer": ("route", "inference", "thin"),
+            }[case.kind]
             jobs |= dict.fromkeys(jobs_of([case.shape.name], [chip], [case.tokens], passes))
         kept: list[dict[str, Any]] = []
         try:

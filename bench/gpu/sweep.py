@@ -1,6 +1,6 @@
 """`headgate bench sweep`: is the chosen tile a good one? Every candidate of every GEMM kernel, timed on this GPU.
 
-Nothing is written that the library reads: the choice stays a pure function (kernels/grouped_ffn/tiles.py). This says
+Nothing is written that the library reads: the choice stays a pure function (kernels/tiles.py). This says
 how far from the best of its candidates it lies.
 """
 
@@ -31,7 +31,7 @@ EXAMPLE = """examples:
   headgate bench sweep --shapes qwen3 --tokens 32768
   headgate bench sweep --shapes sonic-4096-1024-128-8 --gemms dw back --limit 60 --json sweep.json
 """
-# the product of kernels/grouped_ffn/tiles.py -> (pass, kernel)
+# the product of kernels/tiles.py -> (pass, kernel)
 GEMMS = {
     "up": ("forward", "up_kernel"),
     "down": ("forward", "rows_kernel"),
@@ -75,7 +75,7 @@ class Sweep:
     """One problem: the pass that a product belongs to, run with any tiles."""
 
     def __init__(self, shape: Shape, tokens: int, device: str, dtype: str) -> None:
-        from ...kernels.grouped_ffn import tiles
+        from ...kernels import tiles
 
         self.shape, self.tokens, self.dtype = shape, tokens, dtype
         self.chip: Chip = chip_of(0) if device.startswith("cuda") else H200

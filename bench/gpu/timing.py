@@ -40,7 +40,7 @@ class Clock:
     def between(self, a: Any, b: Any) -> float:
         return a.elapsed_time(b) / 1e3 if self.cuda else b - a
 
-    def lead(self, seconds: float = 2e-4) -> None:
+    def lead(self, seconds: float = 4e-4) -> None:
         """Keeps the device busy while the host runs ahead, so that its calls are not what is measured."""
         if self.cuda:
             torch.cuda._sleep(int(seconds * 1.9e9))

@@ -160,6 +160,21 @@ def test_what_is_absent_is_named_with_the_reason():
     assert absent("headgate") is None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", measure.KINDS)
+def test_on_a_gpu_headgate_and_torch_are_measured(kind):
+    """Small, but through everything that only a GPU has: events, graphs, peaks, the kernels themselves."""
+    shape = replace(STANDARD["gpt-oss"], hidden=256, intermediate=256, experts=8, top_k=2)
+    tokens = {"train": 300, "decode": 8, "layer": 1}[kind]
+    found = Measurer("cuda").run(Case(shape, tokens, kind, ("headgate", "torch"), budget_s=0.05))
+    assert "failed" not in found
+    names = ["headgate"] if kind == "layer" else ["headgate", "torch"]
+    assert [n for n in names if "median_us" not in found["contestants"][n].get("forward", {})] == [], found
+    if kind == "train":
+        assert found["saved_bytes"]["headgate"] == found["expected_saved_bytes"]
+        assert found["peak_bytes"]["headgate"]["step_bytes"] > 0
+
+
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
