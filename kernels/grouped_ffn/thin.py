@@ -129,18 +129,14 @@ class _Stored:
     def rows_contiguous(self) -> bool:
         return self.strides[2] == 1
 
+    @property
+    def words(self) -> int:
+        """Elements of `data` in a chunk: 16 bytes of them, or 4 bytes where quantized rows are not made of 16."""
+        return 4 if self.format != "none" else 16 // self.data.element_size()
+
     def size(self, programs: int, outputs: int, length: int, together: int, halves: int) -> ThinSize:
-        return ThinSize(
-            programs,
-            outputs,
-            length,
-            together,
-            halves,
-            self.data.element_size(),
-            self.per_word,
-            self.rows_contiguous,
-            self.format != "none",
-        )
+        per_chunk = self.words * self.per_word
+        return ThinSize(programs, outputs, length, together, halves, per_chunk, self.rows_contiguous)
 
     def arguments(self, tile: ThinTile) -> dict[str, Any]:
         """What both kernels want to know of the weights and the tile. Where rows begin at whole 16 bytes, strides go in
@@ -161,7 +157,7 @@ class _Stored:
             "GROUP": self.block[1],
             "FORMAT": self.format,
             "C": tile.chunks,
-            "Q": tile.words,
-            "P": tile.per_word,
+            "Q": self.words if self.rows_contiguous else 0,
+            "P": self.per_word,
             "UNROLL": tile.unroll,
         }

@@ -14,13 +14,11 @@ _LOADS = 8  # of 16 bytes, that a thread should have under way at once
 
 @dataclass(frozen=True)
 class ThinTile:
-    """`outputs` results per program; `chunks` of `words` words per row and step, each of `per_word` weights (or, where
-    `words` is 0, `chunks` inputs of contiguous outputs); `unroll` steps at a time."""
+    """`outputs` results per program; `chunks` of 16 bytes per weight row and step (or, where the outputs are
+    contiguous, `chunks` inputs); `unroll` steps at a time."""
 
     outputs: int
     chunks: int
-    words: int
-    per_word: int
     unroll: int
     warps: int = _WARPS
 
@@ -28,18 +26,16 @@ class ThinTile:
 @dataclass(frozen=True)
 class ThinSize:
     """One product: `programs_per_output` tokens or pairs that need each of `outputs` results, of `length` inputs, with
-    `together` experts at once; `halves` 2 where a result needs two weight rows. A word is `word_bytes` wide and holds
-    `per_word` weights; `rows_contiguous` says which axis of the weights is."""
+    `together` experts at once; `halves` 2 where a result needs two weight rows. A chunk, which is one load of a thread,
+    holds `per_chunk` weights; `rows_contiguous` says which axis of the weights is."""
 
     programs_per_output: int
     outputs: int
     length: int
     together: int
     halves: int
-    word_bytes: int
-    per_word: int
+    per_chunk: int
     rows_contiguous: bool = True
-    quantized: bool = False
 
 
 def choose_thin(size: ThinSize, chip: Chip) -> ThinTile:
@@ -47,16 +43,15 @@ def choose_thin(size: ThinSize, chip: Chip) -> ThinTile:
     lie side by side along a weight row, or the rows of several experts, so that each holds its part of x for all rows.
 
     >>> from headgate.kernels.chip import H200
-    >>> choose_thin(ThinSize(8, 768, 2048, together=1, halves=2, word_bytes=2, per_word=1), H200)
-    ThinTile(outputs=4, chunks=128, words=8, per_word=1, unroll=1, warps=4)
+    >>> choose_thin(ThinSize(8, 768, 2048, together=1, halves=2, per_chunk=8), H200)
+    ThinTile(outputs=4, chunks=128, unroll=1, warps=4)
     """
-    threads, per_load = 32 * _WARPS, 4 if size.quantized else 16 // size.word_bytes
-    experts = power_of_2(size.together)
+    threads, experts = 32 * _WARPS, power_of_2(size.together)
     if not size.rows_contiguous:
         outputs = _outputs(size, chip, 64 // size.halves, 16, 2)
-        steps = max(1, _LOADS // 2 * threads * per_load // (experts * outputs * size.halves))
-        return ThinTile(outputs, min(steps, power_of_2(size.length)), 0, 1, 1)
-    chunk_count = -(-size.length // (per_load * size.per_word))
+        steps = max(1, _LOADS // 2 * threads * size.per_chunk // (experts * outputs * size.halves))
+        return ThinTile(outputs, min(steps, power_of_2(size.length)), 1)
+    chunk_count = -(-size.length // size.per_chunk)
     chunks = min(max(1, threads // experts), power_of_2(chunk_count))
     while chunks > 4 and -(-chunk_count // chunks) * chunks > 1.2 * chunk_count:
         chunks //= 2
@@ -64,7 +59,7 @@ def choose_thin(size: ThinSize, chip: Chip) -> ThinTile:
     outputs = _outputs(size, chip, _LOADS // size.halves, 1, _WARPS_PER_PROCESSOR / warps)
     loads = max(1, outputs * size.halves * experts * chunks // (32 * warps))
     unroll = max(1, min(_LOADS // loads, -(-chunk_count // chunks)))
-    return ThinTile(outputs, chunks, per_load, size.per_word, unroll, warps)
+    return ThinTile(outputs, chunks, unroll, warps)
 
 
 def _outputs(size: ThinSize, chip: Chip, most: int, least: int, per_processor: float) -> int:
