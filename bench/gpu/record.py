@@ -13,7 +13,7 @@ from ...kernels.chip import Chip
 from ..shapes import Shape
 from .shapes import choice_of
 
-PASSES = ("route", "forward", "inference", "thin", "quantized", "backward")
+PASSES = ("route", "forward", "inference", "quantized", "backward")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Recorder:
 
 def record(shape: Shape, tokens: int, kind: str, chip: Chip, dtype: torch.dtype = torch.bfloat16) -> list[Launched]:
     """The launches of one pass (of PASSES): `route` a router's choice and the plan, `forward` keeps what backward
-    needs, `inference` does not, `thin` is the form for few rows, `quantized` the same on weights of few bits. Needs
-    triton, and not as the interpreter where the kernels are to be built."""
+    needs, `inference` does not, `quantized` is that on weights of few bits. Needs triton, and not as the interpreter
+    where the kernels are to be built."""
     recorder = Recorder()
     _PASSES[kind](Meta(shape, tokens, dtype), chip, recorder)
     return recorder.launches
@@ -128,20 +128,8 @@ def _backward(m: Meta, chip: Chip, recorder: Recorder) -> None:
     on_triton.backward(*m.backward(), chip=chip, launch=recorder)
 
 
-def _thin(m: Meta, chip: Chip, recorder: Recorder) -> None:
-    """The form for few rows; nothing for more rows than it serves."""
-    from ...kernels.grouped_ffn.thin import serves, thin_forward
-
-    s = m.shape
-    if serves(m.rows):
-        stored = (m.w1, None, m.w2, m.b1, m.b2)
-        thin_forward(
-            m.rows, m.ids, m.weights, *stored, s.form, s.transposed, s.interleaved, chip=chip, launch=recorder
-        )  # fmt: skip
-
-
 def _quantized(m: Meta, chip: Chip, recorder: Recorder) -> None:
-    """The same on every kind of quantized weights."""
+    """`inference` on every kind of quantized weights, for as few rows as the kernels of few rows serve."""
     from ...kernels.grouped_ffn.thin import serves, thin_forward
     from ...kernels.quantized import FORMATS, quantize
 
@@ -158,7 +146,6 @@ _PASSES = {
     "route": _route,
     "forward": _forward(True),
     "inference": _forward(False),
-    "thin": _thin,
     "quantized": _quantized,
     "backward": _backward,
 }

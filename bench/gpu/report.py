@@ -182,8 +182,8 @@ class Report:
         for case in self.cases:
             passes = {
                 "train": ("forward", "backward"),
-                "decode": ("inference", "thin"),
-                "layer": ("route", "inference", "thin"),
+                "decode": ("inference",),
+                "layer": ("route", "inference"),
             }[case.kind]
             jobs |= dict.fromkeys(jobs_of([case.shape.name], [chip], [case.tokens], passes))
         kept: list[dict[str, Any]] = []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.chip import CHIPS, H200, Chip
+from ...kernels.grouped_ffn.thin_tiles import MAX_ROWS
 from ..shapes import Shape
 from .shapes import STANDARD, choice_of, experts_hit, tokens_of
 
@@ -111,7 +112,15 @@ def _decode(z: _Sizes) -> list[Stage]:
     bias = 4 * e if choice_of(z.shape).bias else 0
     gate = Stage("router", 2.0 * t * d * e, z.x + s * d * e, s * t * e)
     choose = Stage("topk", 0, s * t * e + bias, z.ids + z.weights + 4 * t * e + 4 * e)
-    return [gate, choose, *_forward(z, keep=False)]
+    return [gate, choose, *(_thin(z) if t <= MAX_ROWS else _forward(z, keep=False))]
+
+
+def _thin(z: _Sizes) -> list[Stage]:
+    """Few rows need no order of pairs, and the sum over a token's experts is part of the second product."""
+    return [
+        Stage("up", 2 * z.product, z.x + z.w_up + z.b_up + z.ids, z.a),
+        Stage("down", z.product, z.a + z.w_down + z.b_down + z.ids + z.weights, z.x),
+    ]
 
 
 def _backward(z: _Sizes) -> list[Stage]:

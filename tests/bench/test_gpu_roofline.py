@@ -117,6 +117,16 @@ def _used(name: str, launched) -> bool:
     return bool(flags.get(name, True))
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 5, 64, 4096])
+def test_the_model_has_as_many_launches_as_the_operation_makes(tokens):
+    pytest.importorskip("triton")
+    names = [x.name for x in record(MODELS["qwen3"], tokens, "inference", H200)]
+    products = [n for n in names if n not in ("_rank", "_count", "_place")]
+    model = [s.name for s in stages(MODELS["qwen3"], tokens, "decode")][2:]  # without router and topk
+    assert len(products) == len([n for n in model if n != "plan"])
+    assert ("plan" in model) == (len(products) < len(names))
+
+
 def test_few_tokens_hit_few_experts_and_no_more_than_there_are():
     shape = MODELS["deepseek"]
     hit = [experts_hit(shape, t) for t in (1, 2, 64, 65536)]
