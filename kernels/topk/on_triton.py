@@ -200,4 +200,4 @@ def _cut(tokens: int, columns: int) -> tuple[int, int, bool]:
     all_rows = triton.next_power_of_2(max(tokens, 1))
     if all_rows * columns <= 8192:
         return all_rows, max(1, min(16, all_rows * columns // 128, all_rows)), True
-    return max(1, 512 // columns), 1, False
+    return max(1, 512 // columns), max(1, columns // 512), False
