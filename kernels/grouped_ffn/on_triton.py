@@ -5,7 +5,6 @@ Layout of h: [N, W] in the plan's order, columns as the weights' rows are stored
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor
 from ..activation import Activation
 from ..activation_triton import form_of
 from ..chip import Chip, say_once
-from ..launch import Launch, can_map, launch, tensor_map
+from ..gemm_triton import Matrix, Operand, column_sum, dw_gemm, or_other, over_rows, precision_of, rows_gemm
+from ..launch import Launch, can_map, launch
 from ..plan.on_triton import Schedule, schedule
+from ..tiles import Size, Tile, Tiles, choose
 from . import thin
-from .tiles import Size, Tile, Tiles, choose
-from .triton_backward import back_kernel, column_sum_kernel, dw_kernel, router_grad_kernel
-from .triton_forward import combine_kernel, rows_kernel, up_kernel
+from .triton_backward import back_kernel, router_grad_kernel
+from .triton_forward import combine_kernel, up_kernel
 
 
 def forward(
@@ -37,7 +37,7 @@ def forward(
     a, h = run.new(run.pairs, run.f), run.new(run.pairs if keep else 0, run.width)
     run.up(order, a, h, b1, keep, form)
     y_rows, y = run.new(run.pairs, run.out), run.new(run.rows.shape[0], run.out)
-    run.rows_gemm(run.tiles.down, order, a, run.down.forward(), None, b2, y_rows)
+    run.rows_gemm(run.tiles.down, order, a, [run.down.forward()], b2, y_rows)
     del a
     run.combine(order, y_rows, run.weights, y)
     return y, h
@@ -65,20 +65,20 @@ def backward(
     if want_s:
         run.router_grad(order, parts, grad, b2, ds)
     if want_2:
-        run.dw(order, grad, sa, d2, gather=0, swap=transposed)
+        run.dw(order, grad, sa, d2, gathered=0, swap=transposed)
     if want_b2:
-        run.column_sum(order, grad, db2, gather=True)
+        run.column_sum(order, grad, db2, run.weights)
     del sa, parts
     if want_b1:
-        run.column_sum(order, dh, db1, gather=False)
+        run.column_sum(order, dh, db1, None)
     pair = w_up is not None
     for wanted, part, dw in ((want_1, dh[:, : run.f] if pair else dh, d1), (want_up, dh[:, run.f :], du)):
         if wanted:
-            run.dw(order, part, run.rows, dw, gather=1, swap=transposed)
+            run.dw(order, part, run.rows, dw, gathered=1, swap=transposed)
     if want_x:
         dx_rows = run.new(run.pairs, run.d)
         ups = [m.backward() for m in run.ups]
-        run.rows_gemm(run.tiles.dx, order, dh, ups[0], ups[1] if pair else None, None, dx_rows)
+        run.rows_gemm(run.tiles.dx, order, dh, ups, None, dx_rows)
         del dh
         run.combine(order, dx_rows, None, dx)
     return out
@@ -92,58 +92,15 @@ def _rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@dataclass(frozen=True)
-class _Operand:
-    """A weight tensor as the right side [k, n] of a product: which stored axis is which, and by how far apart."""
-
-    stored: Tensor  # [E, ., .], the last axis contiguous
-    k_inner: bool
-
-    @property
-    def strides(self) -> dict[str, int]:
-        e, outer, inner = self.stored.stride()
-        k, n = (inner, outer) if self.k_inner else (outer, inner)
-        return {"stride_e": e, "stride_k": k, "stride_n": n}
-
-    def handle(self, mapped: bool, bk: int, bn: int) -> Any:
-        """What a kernel gets: a tensor map for tiles of bk x bn, or the tensor."""
-        return tensor_map(self.stored, [1, bn, bk] if self.k_inner else [1, bk, bn]) if mapped else self.stored
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """An expert projection: `stored` [E, ., .] with a contiguous last axis, which is the input where `input_inner`."""
-
-    stored: Tensor
-    input_inner: bool
-
-    @classmethod
-    def of(cls, w: Tensor, transposed: bool) -> _Matrix:
-        """Of a weight tensor of any strides; copied only where neither of an expert's axes is contiguous."""
-        if w.stride(2) != 1 and w.stride(1) == 1:
-            return cls(w.transpose(1, 2), transposed)
-        return cls(w if w.stride(2) == 1 else w.contiguous(), not transposed)
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        return self.input_inner, *self.stored.stride()
-
-    def forward(self) -> _Operand:
-        return _Operand(self.stored, self.input_inner)
-
-    def backward(self) -> _Operand:
-        return _Operand(self.stored, not self.input_inner)
-
-
 class _Run:
     """The tensors, sizes and tiles of one pass, and one method per kernel."""
 
     def __init__(self, rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles) -> None:
         self.rows, self.ids, self.weights = _rows_of(rows), expert_ids, weights.contiguous()
-        self.ups = [_Matrix.of(w, transposed) for w in (w1, w_up) if w is not None]
+        self.ups = [Matrix.of(w, transposed) for w in (w1, w_up) if w is not None]
         if self.ups[0].layout != self.ups[-1].layout:  # a program reads a pair by one set of strides
-            self.ups = [_Matrix.of(w.contiguous(), transposed) for w in (w1, w_up)]
-        self.down = _Matrix.of(w2, transposed)
+            self.ups = [Matrix.of(w.contiguous(), transposed) for w in (w1, w_up)]
+        self.down = Matrix.of(w2, transposed)
         self.experts, self.top_k, self.pairs = w2.shape[0], expert_ids.shape[1], expert_ids.numel()
         self.d = rows.shape[1]
         self.f, self.out = (w2.shape[1], w2.shape[2]) if transposed else (w2.shape[2], w2.shape[1])
@@ -162,9 +119,6 @@ class _Run:
                 "expert weights whose matrices do not begin and run on at multiples of 16 bytes cannot be read by TMA",
                 "the same kernels with plain loads, which are slower",
             )
-        self.precision = "ieee"
-        if rows.dtype == torch.float32:  # torch's own rule for fp32 products
-            self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
     def new(self, *shape: int) -> Tensor:
         return self.rows.new_empty(shape)
@@ -172,21 +126,8 @@ class _Run:
     def schedule(self, block_rows: int) -> Schedule:
         return schedule(self.ids, self.experts, block_rows, launch=self.launch)
 
-    def _grid(self, tile: Tile, items: int) -> tuple[int]:
-        return (min(items, self.chip.processors * tile.resident),)
-
-    def _gemm(self, tile: Tile, order: Schedule, columns: int) -> dict[str, Any]:
-        """The arguments that every GEMM over rows in expert order has."""
-        items = order.tile_expert.numel() * -(-columns // tile.columns)
-        return {
-            "grid": self._grid(tile, items),
-            "offsets": order.offsets,
-            "tile_expert": order.tile_expert,
-            "tile_row": order.tile_row,
-            "tiles": order.tiles,
-            "PRECISION": self.precision,
-            **_blocks(tile),
-        }
+    def _over_rows(self, tile: Tile, order: Schedule, columns: int) -> dict[str, Any]:
+        return {"PRECISION": precision_of(self.rows.dtype), **over_rows(self.chip, tile, order, columns)}
 
     def up(self, order: Schedule, a: Tensor, h: Tensor, bias: Tensor | None, keep: bool, form: dict[str, Any]) -> None:
         tile, ups = self.tiles.up, [m.forward() for m in self.ups]
@@ -194,33 +135,26 @@ class _Run:
         handles = [u.handle(self.mapped, tile.depth, wide) for u in ups]
         self.launch(
             up_kernel,
-            x=self.rows, w_gate=handles[0], w_up=handles[-1], bias=_or(bias, a), a=a, h=h if keep else a,
+            x=self.rows, w_gate=handles[0], w_up=handles[-1], bias=or_other(bias, a), a=a, h=h if keep else a,
             pair_of_row=order.pair_of_row, D=self.d, F=self.f, up_row=0 if len(ups) == 2 else self.f,
             stride_x=self.rows.stride(0), **ups[0].strides, TOP_K=self.top_k, **form, KEEP=keep,
             BIAS=bias is not None, MAP=self.mapped, K_INNER=ups[0].k_inner, EVEN_K=self.d % tile.depth == 0,
-            PIECES=tile.pieces,
-            **self._gemm(tile, order, self.f),
+            PIECES=tile.pieces, **self._over_rows(tile, order, self.f),
         )  # fmt: skip
 
-    def rows_gemm(self, tile: Tile, order: Schedule, a: Tensor, w: _Operand, second: _Operand | None, bias, y) -> None:
-        """y = a w for rows in expert order; with `second`, a's later columns times that are added."""
-        depth = a.shape[1] // (2 if second else 1)
-        handle = w.handle(self.mapped, tile.depth, tile.columns)
-        map_a = self.mapped and can_map(a) and (self.aligned or second is None)
-        self.launch(
-            rows_kernel,
-            a=tensor_map(a, [tile.rows, tile.depth]) if map_a else a, w=handle,
-            w_second=second.handle(self.mapped, tile.depth, tile.columns) if second else handle, bias=_or(bias, y),
-            y=y, DEPTH=depth, WIDTH=y.shape[1], stride_a=a.stride(0), **w.strides, SEGMENTS=2 if second else 1,
-            BIAS=bias is not None, MAP=self.mapped, MAP_A=map_a, K_INNER=w.k_inner, EVEN_K=depth % tile.depth == 0,
-            **self._gemm(tile, order, y.shape[1]),
+    def rows_gemm(
+        self, tile: Tile, order: Schedule, a: Tensor, w: list[Operand], bias: Tensor | None, y: Tensor
+    ) -> None:
+        rows_gemm(
+            a, w, bias, y, order, tile, chip=self.chip, launch=self.launch, mapped=self.mapped,
+            map_rows=self.aligned or len(w) == 1,
         )  # fmt: skip
 
     def combine(self, order: Schedule, y_rows: Tensor, weights: Tensor | None, y: Tensor) -> None:
         block = min(1024, _power_of_2(y.shape[1]))
         self.launch(
             combine_kernel, grid=(y.shape[0], -(-y.shape[1] // block)), warps=4 if block > 256 else 1, stages=1,
-            y_rows=y_rows, row_of_pair=order.row_of_pair, offsets=order.offsets, weights=_or(weights, y_rows), y=y,
+            y_rows=y_rows, row_of_pair=order.row_of_pair, offsets=order.offsets, weights=or_other(weights, y_rows), y=y,
             D=y.shape[1], E=self.experts, TOP_K=self.top_k, WEIGHTED=weights is not None, BD=block,
         )  # fmt: skip
 
@@ -232,20 +166,16 @@ class _Run:
             dh=dh if want_h else h, sa=sa if want_2 else h, parts=parts if want_s else h,
             pair_of_row=order.pair_of_row, D=self.out, F=self.f, N=self.pairs, stride_g=grad.stride(0), **w.strides,
             TOP_K=self.top_k, **form, DH=want_h, SA=want_2, DS=want_s, MAP=self.mapped, K_INNER=w.k_inner,
-            EVEN_K=self.out % tile.depth == 0, PIECES=tile.pieces, **self._gemm(tile, order, self.f),
+            EVEN_K=self.out % tile.depth == 0, PIECES=tile.pieces, **self._over_rows(tile, order, self.f),
         )  # fmt: skip
 
-    def dw(self, order: Schedule, left: Tensor, right: Tensor, dw: Tensor, gather: int, swap: bool) -> None:
-        """dw = left^T right per expert, or right^T left where `swap`; side `gather` is read by the row of the pair."""
+    def dw(self, order: Schedule, left: Tensor, right: Tensor, dw: Tensor, gathered: int, swap: bool) -> None:
+        """dw = left^T right per expert, or right^T left where `swap`; side `gathered` is read by the pairs' rows."""
         if swap:
-            left, right, gather = right, left, 1 - gather
-        tile = self.tiles.dw
-        items = self.experts * -(-dw.shape[1] // tile.rows) * -(-dw.shape[2] // tile.columns)
-        self.launch(
-            dw_kernel, grid=self._grid(tile, items),
-            left=left, right=right, dw=dw, pair_of_row=order.pair_of_row, offsets=order.offsets, E=self.experts,
-            M=dw.shape[1], WIDTH=dw.shape[2], stride_l=left.stride(0), stride_r=right.stride(0), TOP_K=self.top_k,
-            GATHER_LEFT=gather == 0, GATHER_RIGHT=gather == 1, PRECISION=self.precision, **_blocks(tile),
+            left, right, gathered = right, left, 1 - gathered
+        dw_gemm(
+            left, right, dw, gathered, order.pair_of_row, order.offsets, self.top_k, self.tiles.dw,
+            chip=self.chip, launch=self.launch,
         )  # fmt: skip
 
     def router_grad(self, order: Schedule, parts: Tensor, grad: Tensor, bias: Tensor | None, ds: Tensor) -> None:
@@ -253,28 +183,12 @@ class _Run:
         self.launch(
             router_grad_kernel, grid=(-(-self.pairs // block),), warps=4, stages=1,
             parts=parts, row_of_pair=order.row_of_pair, expert_ids=self.ids.contiguous(), grad=grad,
-            bias=_or(bias, grad), offsets=order.offsets, ds=ds, N=self.pairs, E=self.experts, D=self.out,
+            bias=or_other(bias, grad), offsets=order.offsets, ds=ds, N=self.pairs, E=self.experts, D=self.out,
             COLUMNS=parts.shape[0], stride_g=grad.stride(0), TOP_K=self.top_k, BIAS=bias is not None, BP=block, BD=128,
         )  # fmt: skip
 
-    def column_sum(self, order: Schedule, values: Tensor, out: Tensor, gather: bool) -> None:
-        self.launch(
-            column_sum_kernel, grid=(self.experts, -(-out.shape[1] // 64)), warps=4, stages=2,
-            values=values, weights=self.weights, pair_of_row=order.pair_of_row, offsets=order.offsets, out=out,
-            WIDTH=out.shape[1], stride=values.stride(0), TOP_K=self.top_k, GATHER=gather, BR=32, BN=64,
-        )  # fmt: skip
-
-
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {
-        "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group,
-        "warps": tile.warps, "stages": tile.stages,
-    }  # fmt: skip
-
-
-def _or(t: Tensor | None, other: Tensor) -> Tensor:
-    """A kernel's pointer argument cannot be None; the one given instead is not read."""
-    return other if t is None else t.contiguous()
+    def column_sum(self, order: Schedule, values: Tensor, out: Tensor, weights: Tensor | None) -> None:
+        column_sum(values, out, weights, order.pair_of_row, order.offsets, self.top_k, launch=self.launch)
 
 
 def _power_of_2(n: int) -> int:

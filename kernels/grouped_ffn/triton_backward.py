@@ -1,7 +1,5 @@
-"""The backward kernels of grouped_ffn: back (dA' and the activation's backward), dw (ragged contraction over an
-expert's rows), the router weights' gradient, and the biases'. No result depends on an order of arrival.
-
-dX is rows_kernel and combine_kernel of the forward pass, on dH and W1.
+"""The backward kernels of grouped_ffn: back (dA' and the activation's backward) and the router weights' gradient. dW,
+the biases' gradients and dX are products of gemm_triton.py. No result depends on an order of arrival.
 """
 
 from __future__ import annotations
@@ -10,7 +8,8 @@ import triton
 import triton.language as tl
 
 from ..activation_triton import GATED, activate, activate_backward
-from .triton_common import find_tile, halves, interleave_columns, left_right, weight_tile
+from ..gemm_triton import find_tile, weight_tile
+from .triton_common import halves, interleave_columns, left_right
 
 
 @triton.jit
@@ -103,50 +102,6 @@ def back_kernel(
 
 
 @triton.jit
-def dw_kernel(
-    left, right, dw, pair_of_row, offsets, E, M, WIDTH, stride_l, stride_r,
-    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dW_e[m, n] = sum over the places i of expert e of left[i, m] * right[i, n], BM x BN at a time, BK places a step.
-
-    A gathered side is read at the row of the place's pair, the other at the place itself. Both are zero past the
-    expert's last place; an expert without places gets zeros.
-    """
-    tall, columns = tl.cdiv(M, BM), tl.cdiv(WIDTH, BN)
-    steps = tl.arange(0, BK)
-    for index in tl.range(tl.program_id(0), E * tall * columns, tl.num_programs(0)):
-        e = index // (tall * columns)
-        tile, column = find_tile(index % (tall * columns), tall, columns, GROUP)
-        m, n = tile * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
-        first, end = tl.load(offsets + e), tl.load(offsets + e + 1)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for i in range(first, end, BK):
-            place = i + steps
-            valid = place < end
-            l_at, r_at = place, place
-            if GATHER_LEFT or GATHER_RIGHT:
-                row = tl.load(pair_of_row + place, mask=valid, other=0) // TOP_K
-                if GATHER_LEFT:
-                    l_at = row
-                if GATHER_RIGHT:
-                    r_at = row
-            ls = tl.load(
-                left + l_at.to(tl.int64)[None, :] * stride_l + m[:, None],
-                mask=(m < M)[:, None] & valid[None, :],
-                other=0.0,
-            )
-            rs = tl.load(
-                right + r_at.to(tl.int64)[:, None] * stride_r + n[None, :],
-                mask=valid[:, None] & (n < WIDTH)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(ls, rs, acc, input_precision=PRECISION)
-        out = dw + e.to(tl.int64) * M * WIDTH + m.to(tl.int64)[:, None] * WIDTH + n[None, :]
-        tl.store(out, acc.to(dw.dtype.element_ty), mask=(m < M)[:, None] & (n < WIDTH)[None, :])
-
-
-@triton.jit
 def router_grad_kernel(
     parts, row_of_pair, expert_ids, grad, bias, offsets, ds, N, E, D, COLUMNS, stride_g,
     TOP_K: tl.constexpr, BIAS: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
@@ -172,27 +127,3 @@ def router_grad_kernel(
             part += gs.to(tl.float32) * bs.to(tl.float32)
         acc += tl.sum(part, axis=1)
     tl.store(ds + pair, acc.to(ds.dtype.element_ty), mask=pair < N)
-
-
-@triton.jit
-def column_sum_kernel(
-    values, weights, pair_of_row, offsets, out, WIDTH, stride,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """out_e[n] = sum over the places i of expert e of values[i, n]; where GATHER, of s_i * values[row of place i, n]
-    with s the router weight. One program for BN columns of an expert, rows rising."""
-    e, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
-    first, end = tl.load(offsets + e), tl.load(offsets + e + 1)
-    acc = tl.zeros((BR, BN), tl.float32)
-    for i in range(first, end, BR):
-        place = i + tl.arange(0, BR)
-        valid = place < end
-        row, inside = place, valid[:, None] & (n < WIDTH)[None, :]
-        if GATHER:
-            pair = tl.load(pair_of_row + place, mask=valid, other=0)
-            row = pair // TOP_K
-        v = tl.load(values + row.to(tl.int64)[:, None] * stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        if GATHER:
-            v *= tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
-        acc += v
-    tl.store(out + e.to(tl.int64) * WIDTH + n, tl.sum(acc, axis=0).to(out.dtype.element_ty), mask=n < WIDTH)

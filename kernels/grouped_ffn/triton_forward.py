@@ -1,7 +1,5 @@
-"""The forward kernels of grouped_ffn: up (gather, GEMM, bias, activation), down (GEMM, bias), combine (gather-sum).
-
-A grid has as many programs as the chip holds; each walks over tiles. How many tiles there are stands in device memory
-(`tiles`), so nobody waits for it.
+"""The forward kernels of grouped_ffn: up (gather, GEMM, bias, activation) and combine (gather-sum). Between them runs
+rows_kernel of gemm_triton.py, the down projection.
 """
 
 from __future__ import annotations
@@ -10,7 +8,8 @@ import triton
 import triton.language as tl
 
 from ..activation_triton import GATED, activate
-from .triton_common import find_tile, halves, left_right, weight_tile
+from ..gemm_triton import find_tile, weight_tile
+from .triton_common import halves, left_right
 
 
 @triton.jit
@@ -98,50 +97,6 @@ def up_kernel(
                 )
                 u = tl.dot(xs, vs, u, input_precision=PRECISION)
         _finish_up(g, u, bias, a, h, e, place, valid, column * BN, F, FORM, INTERLEAVED, KEEP, BIAS, PIECES, BM, BN)
-
-
-@triton.jit
-def rows_kernel(
-    a, w, w_second, bias, y, offsets, tile_expert, tile_row, tiles,
-    DEPTH, WIDTH, stride_a, stride_e, stride_k, stride_n,
-    SEGMENTS: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, MAP: tl.constexpr, MAP_A: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Y[i, n] = A[i, :DEPTH] W_e + b_e for rows in expert order: the down projection, and dX = dH W1 of the backward
-    pass. SEGMENTS 2: A has DEPTH more columns, for w_second (a pair of gate and up). MAP_A: `a` is a tensor map."""
-    live, columns = tl.load(tiles), tl.cdiv(WIDTH, BN)
-    ks = tl.arange(0, BK)
-    for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
-        tile, column = find_tile(index, live, columns, GROUP)
-        e, first = tl.load(tile_expert + tile), tl.load(tile_row + tile)
-        place = first + tl.arange(0, BM)
-        valid = place < tl.load(offsets + e + 1)
-        n = column * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for segment in tl.static_range(SEGMENTS):
-            for k in range(0, DEPTH, BK):
-                if MAP_A:  # rows past the expert's end are somebody else's, and are not stored
-                    at = a.load([first, segment * DEPTH + k])
-                else:
-                    a_rows = a + place.to(tl.int64)[:, None] * stride_a + segment * DEPTH
-                    inside = valid[:, None]
-                    if not EVEN_K:
-                        inside = inside & (k + ks < DEPTH)[None, :]
-                    at = tl.load(a_rows + (k + ks)[None, :], mask=inside, other=0.0)
-                w_here = w if segment == 0 else w_second
-                ws = weight_tile(
-                    w_here, e, k, n, DEPTH, WIDTH, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K
-                )
-                acc = tl.dot(at, ws, acc, input_precision=PRECISION)
-        wide = n + tl.arange(0, BN)
-        if BIAS:
-            acc += tl.load(bias + e.to(tl.int64) * WIDTH + wide, mask=wide < WIDTH, other=0.0).to(tl.float32)[None, :]
-        tl.store(
-            y + place.to(tl.int64)[:, None] * WIDTH + wide[None, :],
-            acc.to(y.dtype.element_ty),
-            mask=valid[:, None] & (wide < WIDTH)[None, :],
-        )
 
 
 @triton.jit

@@ -76,7 +76,8 @@ def _chunk_sums(
     they are loaded, so that nothing moves between threads."""
     part = tl.zeros((BN, KP, C), tl.float32)
     even, odd = tl.split(tl.reshape(w.to(tl.int32), (BN, KP, C, 2, 2)))
-    (first, third), (second, fourth) = tl.split(even), tl.split(odd)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
     if FORMAT == "fp8":
         bad = is_nan(first) | is_nan(second) | is_nan(third) | is_nan(fourth)
     for q in tl.static_range(4):

@@ -16,7 +16,7 @@ import torch
 from headgate.kernels import GPT_OSS, Activation
 from headgate.kernels.chip import A100, H200
 from headgate.kernels.grouped_ffn import on_cpu
-from headgate.kernels.grouped_ffn.tiles import Tile, Tiles
+from headgate.kernels.tiles import Tile, Tiles
 
 triton = pytest.importorskip("triton")
 pytestmark = [

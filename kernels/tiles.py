@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from ..chip import Chip
+from .chip import Chip
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,290 @@
+"""Grouped products in Triton: rows in expert order times their expert's matrix, and the ragged contraction over an
+expert's rows for its gradient. Kernels first, then the functions that start them.
+
+A grid has as many programs as the chip holds; each walks over tiles. How many tiles there are stands in device memory
+(`tiles`), so nobody waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chip import Chip
+from .launch import Launch, can_map, tensor_map
+from .plan.on_triton import Schedule
+from .tiles import Tile
+
+
+@triton.jit
+def find_tile(index, tiles, columns, GROUP: tl.constexpr):
+    """(row tile, column tile) of work item `index` out of tiles x columns: GROUP row tiles take one column tile after
+    another together, so that the weights of a column tile are read from memory once for all of them."""
+    width = GROUP * columns
+    first = (index // width) * GROUP
+    size = tl.minimum(tiles - first, GROUP)
+    inside = index % width
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def weight_tile(
+    w, e, k, n, k_end, n_end, stride_e, stride_k, stride_n,
+    BK: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """[BK, BN] of expert e's matrix from (k, n), zero from k_end on. MAP: `w` is a tensor map of the three stored axes,
+    of which the last is k where K_INNER; else a pointer. EVEN_K: no tile reaches past k_end."""
+    if MAP:
+        if K_INNER:
+            tile = w.load([e, n, k]).reshape(BN, BK).T
+        else:
+            tile = w.load([e, k, n]).reshape(BK, BN)
+    else:
+        ks, ns = k + tl.arange(0, BK), n + tl.arange(0, BN)
+        columns = w + e.to(tl.int64) * stride_e + ns.to(tl.int64)[None, :] * stride_n
+        inside = (ns < n_end)[None, :]
+        if not EVEN_K:
+            inside = inside & (ks < k_end)[:, None]
+        tile = tl.load(columns + ks.to(tl.int64)[:, None] * stride_k, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def rows_kernel(
+    a, w, w_second, bias, y, offsets, tile_expert, tile_row, tiles,
+    DEPTH, WIDTH, stride_a, stride_e, stride_k, stride_n,
+    SEGMENTS: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, MAP: tl.constexpr, MAP_A: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y[i, n] = A[i, :DEPTH] W_e + b_e for rows in expert order: the down projection, and dX = dH W1 of the backward
+    pass. SEGMENTS 2: A has DEPTH more columns, for w_second (a pair of gate and up). MAP_A: `a` is a tensor map."""
+    live, columns = tl.load(tiles), tl.cdiv(WIDTH, BN)
+    ks = tl.arange(0, BK)
+    for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
+        tile, column = find_tile(index, live, columns, GROUP)
+        e, first = tl.load(tile_expert + tile), tl.load(tile_row + tile)
+        place = first + tl.arange(0, BM)
+        valid = place < tl.load(offsets + e + 1)
+        n = column * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for segment in tl.static_range(SEGMENTS):
+            for k in range(0, DEPTH, BK):
+                if MAP_A:  # rows past the expert's end are somebody else's, and are not stored
+                    at = a.load([first, segment * DEPTH + k])
+                else:
+                    a_rows = a + place.to(tl.int64)[:, None] * stride_a + segment * DEPTH
+                    inside = valid[:, None]
+                    if not EVEN_K:
+                        inside = inside & (k + ks < DEPTH)[None, :]
+                    at = tl.load(a_rows + (k + ks)[None, :], mask=inside, other=0.0)
+                w_here = w if segment == 0 else w_second
+                ws = weight_tile(
+                    w_here, e, k, n, DEPTH, WIDTH, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K
+                )
+                acc = tl.dot(at, ws, acc, input_precision=PRECISION)
+        wide = n + tl.arange(0, BN)
+        if BIAS:
+            acc += tl.load(bias + e.to(tl.int64) * WIDTH + wide, mask=wide < WIDTH, other=0.0).to(tl.float32)[None, :]
+        tl.store(
+            y + place.to(tl.int64)[:, None] * WIDTH + wide[None, :],
+            acc.to(y.dtype.element_ty),
+            mask=valid[:, None] & (wide < WIDTH)[None, :],
+        )
+
+
+@triton.jit
+def dw_kernel(
+    left, right, dw, pair_of_row, offsets, E, M, WIDTH, stride_l, stride_r,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW_e[m, n] = sum over the places i of expert e of left[i, m] * right[i, n], BM x BN at a time, BK places a step.
+
+    A gathered side is read at the row of the place's pair, the other at the place itself. Both are zero past the
+    expert's last place; an expert without places gets zeros.
+    """
+    tall, columns = tl.cdiv(M, BM), tl.cdiv(WIDTH, BN)
+    steps = tl.arange(0, BK)
+    for index in tl.range(tl.program_id(0), E * tall * columns, tl.num_programs(0)):
+        e = index // (tall * columns)
+        tile, column = find_tile(index % (tall * columns), tall, columns, GROUP)
+        m, n = tile * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+        first, end = tl.load(offsets + e), tl.load(offsets + e + 1)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for i in range(first, end, BK):
+            place = i + steps
+            valid = place < end
+            l_at, r_at = place, place
+            if GATHER_LEFT or GATHER_RIGHT:
+                row = tl.load(pair_of_row + place, mask=valid, other=0) // TOP_K
+                if GATHER_LEFT:
+                    l_at = row
+                if GATHER_RIGHT:
+                    r_at = row
+            ls = tl.load(
+                left + l_at.to(tl.int64)[None, :] * stride_l + m[:, None],
+                mask=(m < M)[:, None] & valid[None, :],
+                other=0.0,
+            )
+            rs = tl.load(
+                right + r_at.to(tl.int64)[:, None] * stride_r + n[None, :],
+                mask=valid[:, None] & (n < WIDTH)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(ls, rs, acc, input_precision=PRECISION)
+        out = dw + e.to(tl.int64) * M * WIDTH + m.to(tl.int64)[:, None] * WIDTH + n[None, :]
+        tl.store(out, acc.to(dw.dtype.element_ty), mask=(m < M)[:, None] & (n < WIDTH)[None, :])
+
+
+@triton.jit
+def column_sum_kernel(
+    values, weights, pair_of_row, offsets, out, WIDTH, stride,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out_e[n] = sum over the places i of expert e of values[i, n]; where GATHER, of s_i * values[row of place i, n]
+    with s the router weight. One program for BN columns of an expert, rows rising."""
+    e, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
+    first, end = tl.load(offsets + e), tl.load(offsets + e + 1)
+    acc = tl.zeros((BR, BN), tl.float32)
+    for i in range(first, end, BR):
+        place = i + tl.arange(0, BR)
+        valid = place < end
+        row, inside = place, valid[:, None] & (n < WIDTH)[None, :]
+        if GATHER:
+            pair = tl.load(pair_of_row + place, mask=valid, other=0)
+            row = pair // TOP_K
+        v = tl.load(values + row.to(tl.int64)[:, None] * stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        if GATHER:
+            v *= tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
+        acc += v
+    tl.store(out + e.to(tl.int64) * WIDTH + n, tl.sum(acc, axis=0).to(out.dtype.element_ty), mask=n < WIDTH)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A weight tensor as the right side [k, n] of a product: which stored axis is which, and by how far apart."""
+
+    stored: Tensor  # [E, ., .], the last axis contiguous
+    k_inner: bool
+
+    @property
+    def strides(self) -> dict[str, int]:
+        e, outer, inner = self.stored.stride()
+        k, n = (inner, outer) if self.k_inner else (outer, inner)
+        return {"stride_e": e, "stride_k": k, "stride_n": n}
+
+    def handle(self, mapped: bool, bk: int, bn: int) -> Any:
+        """What a kernel gets: a tensor map for tiles of bk x bn, or the tensor."""
+        return tensor_map(self.stored, [1, bn, bk] if self.k_inner else [1, bk, bn]) if mapped else self.stored
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """An expert projection: `stored` [E, ., .] with a contiguous last axis, which is the input where `input_inner`."""
+
+    stored: Tensor
+    input_inner: bool
+
+    @classmethod
+    def of(cls, w: Tensor, transposed: bool) -> Matrix:
+        """Of a weight tensor of any strides; copied only where neither of an expert's axes is contiguous."""
+        if w.stride(2) != 1 and w.stride(1) == 1:
+            return cls(w.transpose(1, 2), transposed)
+        return cls(w if w.stride(2) == 1 else w.contiguous(), not transposed)
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        return self.input_inner, *self.stored.stride()
+
+    def forward(self) -> Operand:
+        return Operand(self.stored, self.input_inner)
+
+    def backward(self) -> Operand:
+        return Operand(self.stored, not self.input_inner)
+
+
+def blocks(tile: Tile) -> dict[str, int]:
+    """The tile, as kernels and `launch` take it."""
+    return {
+        "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group,
+        "warps": tile.warps, "stages": tile.stages,
+    }  # fmt: skip
+
+
+def over_rows(chip: Chip, tile: Tile, order: Schedule, columns: int) -> dict[str, Any]:
+    """What every product over rows in expert order is started with: the grid, the list of tiles, the tile."""
+    items = order.tile_expert.numel() * -(-columns // tile.columns)
+    return {
+        "grid": (min(items, chip.processors * tile.resident),),
+        "offsets": order.offsets,
+        "tile_expert": order.tile_expert,
+        "tile_row": order.tile_row,
+        "tiles": order.tiles,
+        **blocks(tile),
+    }
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: fp32 by torch's own rule for fp32 products, the rest as it is."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def or_other(t: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel's pointer argument cannot be None; the one given instead is not read."""
+    return other if t is None else t.contiguous()
+
+
+def rows_gemm(
+    a: Tensor, w: Sequence[Operand], bias: Tensor | None, y: Tensor, order: Schedule, tile: Tile,
+    *, chip: Chip, launch: Launch, mapped: bool, map_rows: bool,
+) -> None:  # fmt: skip
+    """y = a w for rows in expert order. Of two `w` each takes half of a's columns, and the products are added.
+    `mapped`: w by tensor maps; `map_rows`: a too, if its own layout allows it. Rows of y that no expert owns are not
+    written."""
+    depth = a.shape[1] // len(w)
+    handles = [m.handle(mapped, tile.depth, tile.columns) for m in w]
+    map_rows = mapped and map_rows and can_map(a)
+    launch(
+        rows_kernel,
+        a=tensor_map(a, [tile.rows, tile.depth]) if map_rows else a, w=handles[0], w_second=handles[-1],
+        bias=or_other(bias, y), y=y, DEPTH=depth, WIDTH=y.shape[1], stride_a=a.stride(0), **w[0].strides,
+        SEGMENTS=len(w), BIAS=bias is not None, MAP=mapped, MAP_A=map_rows, K_INNER=w[0].k_inner,
+        EVEN_K=depth % tile.depth == 0, PRECISION=precision_of(y.dtype), **over_rows(chip, tile, order, y.shape[1]),
+    )  # fmt: skip
+
+
+def dw_gemm(
+    left: Tensor, right: Tensor, dw: Tensor, gathered: int | None, pair_of_row: Tensor, offsets: Tensor, top_k: int,
+    tile: Tile, *, chip: Chip, launch: Launch,
+) -> None:  # fmt: skip
+    """dw [E, left's columns, right's columns] = left^T right over each expert's rows; side `gathered`, 0 or 1, is read
+    at the row of the place's pair, a side that is not at the place itself."""
+    items = dw.shape[0] * -(-dw.shape[1] // tile.rows) * -(-dw.shape[2] // tile.columns)
+    launch(
+        dw_kernel, grid=(min(items, chip.processors * tile.resident),),
+        left=left, right=right, dw=dw, pair_of_row=pair_of_row, offsets=offsets, E=dw.shape[0], M=dw.shape[1],
+        WIDTH=dw.shape[2], stride_l=left.stride(0), stride_r=right.stride(0), TOP_K=top_k, GATHER_LEFT=gathered == 0,
+        GATHER_RIGHT=gathered == 1, PRECISION=precision_of(dw.dtype), **blocks(tile),
+    )  # fmt: skip
+
+
+def column_sum(
+    values: Tensor, out: Tensor, weights: Tensor | None, pair_of_row: Tensor, offsets: Tensor, top_k: int,
+    *, launch: Launch,
+) -> None:  # fmt: skip
+    """out [E, columns] = the sum of each expert's rows of `values`; with `weights`, of the rows of its places' pairs,
+    each times its router weight."""
+    launch(
+        column_sum_kernel, grid=(out.shape[0], -(-out.shape[1] // 64)), warps=4, stages=2,
+        values=values, weights=or_other(weights, values), pair_of_row=pair_of_row, offsets=offsets, out=out,
+        WIDTH=out.shape[1], stride=values.stride(0), TOP_K=top_k, GATHER=weights is not None, BR=32, BN=64,
+    )  # fmt: skip
