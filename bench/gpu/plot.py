@@ -33,7 +33,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     axes[2].axhline(found["ceilings"]["copy_GBps"], color="black", linewidth=0.8, linestyle="--")
     axes[2].set_ylabel("GB/s of weights")
     axes[2].set_title("decoding (dashed: the rate of a device copy)")
-    device = found["device"].get("name", found["device"]["device"])
+    device = found["device"].get("name", "cpu")
     figure.suptitle(f"{device}, {found['date'][:10]}, commit {found['commit'][:12]}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -53,4 +53,5 @@ def _bars(axis: Any, cases: Sequence[Mapping[str, Any]], step: str, rate: Any) -
     labels = [f"{c['shape']}\nT {c['tokens']}" for c in cases]
     axis.set_xticklabels(labels, rotation=45, ha="right", fontsize=7)
     if names:
-        axis.legend(fontsize=7, ncols=4)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axis.margins(x=0.01)

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--minutes", type=float, default=4.5, metavar="M", help="no case starts later (default: %(default)s)")
     add("--only", nargs="+", metavar="TEXT", help="cases whose name holds one of these, such as sonic or qwen3/8/")
     add("--contestants", nargs="+", choices=list(RIVALS), metavar="NAME", help=f"of {', '.join(RIVALS)}")
+    add("--commit", metavar="TEXT", help="what is measured, where the tree has no git (default: what git says)")
     add("--no-build", action="store_true", help="do not build the kernels of all cases in parallel beforehand")
     add("--device", default="cuda", help=argparse.SUPPRESS)
 
@@ -81,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"gpu-report: --only must name a case, got {' '.join(args.only)}; cases: {_keys()}")
     out = args.out or (RESULTS if RESULTS.is_dir() else Path("headgate-results"))
     out.mkdir(parents=True, exist_ok=True)
-    return Report(cases, out, args.device, 60 * args.minutes, build=not args.no_build).run()
+    report = Report(cases, out, args.device, 60 * args.minutes, build=not args.no_build)
+    report.found["commit"] = args.commit or report.found["commit"]
+    return report.run()
 
 
 def _keys() -> str:
