@@ -8,8 +8,10 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 OLDEST = 80  # Ampere: the first with bf16 matrix units and asynchronous copies into shared memory
+MOST_EXPERTS = 1024  # a program that orders pairs holds a count of each expert in registers
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,15 @@ def why_not(index: int) -> str | None:
     if chip.capability < OLDEST:
         return f"{chip.name} has compute capability {chip.capability / 10}, the Triton kernels need {OLDEST / 10}"
     return None
+
+
+def why_no_grouped_gemm(rows: Tensor, num_experts: int) -> str | None:
+    """Why no Triton form serves these rows (on a CUDA device) and so many experts; None where one does."""
+    if rows.dtype == torch.float64:
+        return "fp64 products have no Triton form"
+    if num_experts > MOST_EXPERTS:
+        return f"num_experts must be at most {MOST_EXPERTS} for the Triton form, got {num_experts}"
+    return why_not(rows.device.index)
 
 
 @functools.cache

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from ..chip import chip_of, say_once, why_not
+from ..chip import chip_of, say_once, why_no_grouped_gemm
 from . import plain
-
-def _why_plain(rows: Tensor, w_down: Tensor) -> str | None:
-    if rows.dtype == torch.float64:
-        return "fp64 products have no Triton form"
-    why = why_not(rows.device.index)
-    if why is None:
-        from ..plan.on_triton import MOST_EXPERTS
-
-        if w_down.shape[0] > MOST_EXPERTS:
-            why = f"num_experts must be at most {MOST_EXPERTS} for the Triton form, got {w_down.shape[0]}"
-    return why
 
 
 def forward(rows, *rest):
-    why = _why_plain(rows, rest[4])
+    why = why_no_grouped_gemm(rows, rest[4].shape[0])
     if why is not None:
         say_once("grouped_ffn", why, "a loop of matmuls over experts, which waits for the device")
         return plain.forward(rows, *rest)
@@ -31,7 +17,7 @@ def forward(rows, *rest):
 
 
 def backward(grad, rows, *rest):
-    if _why_plain(rows, rest[4]) is not None:
+    if why_no_grouped_gemm(rows, rest[4].shape[0]) is not None:
         return plain.backward(grad, rows, *rest)
     from . import on_triton
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from ..chip import Chip, chip_of, say_once, why_no_grouped_gemm
 from . import on_cpu
 from .reference import grouped_linear_reference
 
@@ -18,9 +21,32 @@ torch.library.define(
     "(Tensor grad, Tensor x, Tensor offsets, Tensor w, Tensor? b, bool transposed, bool[] needs) -> "
     "(Tensor, Tensor, Tensor)",
 )
-# One matmul per expert is right on every device; only the reading of the offsets would wait for an accelerator.
+# One matmul per expert is right on every device; but the reading of the offsets waits for an accelerator.
 torch.library.impl("headgate::grouped_linear", "CompositeExplicitAutograd", on_cpu.forward)
 torch.library.impl("headgate::grouped_linear_backward", "CompositeExplicitAutograd", on_cpu.backward)
+
+
+@torch.library.impl("headgate::grouped_linear", "cuda")
+def _(x, offsets, w, *rest):
+    form, how = _cuda_form(x, w)
+    return form.forward(x, offsets, w, *rest, **how)
+
+
+@torch.library.impl("headgate::grouped_linear_backward", "cuda")
+def _(grad, x, offsets, w, *rest):
+    form, how = _cuda_form(x, w)
+    return form.backward(grad, x, offsets, w, *rest, **how)
+
+
+def _cuda_form(x: Tensor, w: Tensor) -> tuple[ModuleType, dict[str, Chip]]:
+    """The Triton form and what it needs to know, or the loop of matmuls, which says so once."""
+    why = why_no_grouped_gemm(x, w.shape[0])
+    if why is not None:
+        say_once("grouped_linear", why, "a loop of matmuls over experts, which waits for the device")
+        return on_cpu, {}
+    from . import on_triton
+
+    return on_triton, {"chip": chip_of(x.device.index)}
 
 
 @torch.library.register_fake("headgate::grouped_linear")

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..chip import MOST_EXPERTS
 from ..launch import Launch, launch
 
-__all__ = ["MOST_EXPERTS", "Schedule", "plan_on_triton", "schedule"]
+__all__ = ["MOST_EXPERTS", "Schedule", "plan_on_triton", "schedule", "tiles_of"]
 
-MOST_EXPERTS = 1024  # counts of all experts are held in registers by each program
 _ONE_LAUNCH = 2048  # pairs
 _COUNTS = 65536  # at most so many counts (programs * experts) are read again by every program
 
@@ -69,7 +69,7 @@ def _tile_table(
         tl.store(tile_row + s, tl.sum(tl.where(owns, row, 0), 1), mask=s < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E", "S"])
 def _rank(
     ids, pair_of_row, offsets, row_of_pair, tile_expert, tile_row, tiles, N, E, S,
     NP: tl.constexpr, BLOCK: tl.constexpr, AGAINST: tl.constexpr,
@@ -101,7 +101,7 @@ def _rank(
         tl.store(pair_of_row + place, pair, mask=pair < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def _count(ids, hist, N, E, share, EP: tl.constexpr, BLOCK: tl.constexpr):
     """hist[program, :]: how many of this program's share of the pairs each expert has."""
     program = tl.program_id(0)
@@ -113,7 +113,7 @@ def _count(ids, hist, N, E, share, EP: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(hist + program * EP + tl.arange(0, EP), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E", "S"])
 def _place(
     ids, hist, pair_of_row, offsets, row_of_pair, tile_expert, tile_row, tiles, N, E, S, share,
     EP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLOTS: tl.constexpr,
@@ -206,6 +206,41 @@ def schedule(
     rows = max(1, min(triton.next_power_of_2(grid[0]), 64, held // width))
     cut = dict(share=share, BLOCK=block, ROWS=rows, SLOTS=rows)
     launch(_place, grid, warps=warps, stages=1, ids=ids, hist=hist, **cut, **result)
+    return out
+
+
+@triton.jit
+def _tabulate(
+    given, offsets, tile_expert, tile_row, tiles, E, S,
+    BLOCK_ROWS: tl.constexpr, EP: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The tile table of offsets that are given, and the offsets as int32."""
+    program, e = tl.program_id(0), tl.arange(0, EP)
+    starts = tl.load(given + e, mask=e < E, other=0).to(tl.int32)
+    ends = tl.load(given + e + 1, mask=e < E, other=0).to(tl.int32)
+    if program == 0:
+        tl.store(offsets + e, starts, mask=e < E)
+        tl.store(offsets + E, tl.load(given + E).to(tl.int32))
+    programs = tl.num_programs(0)
+    _tile_table(ends - starts, starts, tile_expert, tile_row, tiles, S, program, programs, BLOCK_ROWS, EP, SLOTS)
+
+
+def tiles_of(offsets: Tensor, rows: int, block_rows: int, *, launch: Launch = launch) -> Schedule:
+    """The `Schedule` of `rows` rows that are in expert order already: `offsets` [E+1] any integers. It has no maps
+    between pairs and places. One launch."""
+    experts = offsets.numel() - 1
+    if not 1 <= experts <= MOST_EXPERTS:
+        raise ValueError(f"plan: num_experts must be between 1 and {MOST_EXPERTS} on this device, got {experts}")
+    slots = triton.cdiv(rows, block_rows) + min(experts, rows)
+    sizes = (0, experts + 1, 0, slots, slots, 1)
+    out = Schedule(*(offsets.new_empty(size, dtype=torch.int32) for size in sizes))
+    width = max(32, triton.next_power_of_2(experts))
+    table = max(1, min(64, 4096 // width))
+    launch(
+        _tabulate, (max(1, min(32, triton.cdiv(slots, table))),), warps=4, stages=1, given=offsets.contiguous(),
+        offsets=out.offsets, tile_expert=out.tile_expert, tile_row=out.tile_row, tiles=out.tiles, E=experts, S=slots,
+        BLOCK_ROWS=block_rows, EP=width, SLOTS=table,
+    )  # fmt: skip
     return out
 
 
