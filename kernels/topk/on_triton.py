@@ -74,10 +74,10 @@ def _cut_to_groups(
     for _ in range(TOPK_GROUPS):
         _first, rank = _take(rank, g, GP)
     inside = tl.broadcast_to((rank == _NOT_THERE)[:, :, None], (BT, GP, SP))
-    return tl.where(tl.reshape(inside, (BT, GP * SP)) | ~real, key, _CUT)
+    return tl.where(tl.reshape(inside, (BT, GP * SP)), key, _CUT)  # K experts or more are inside, so no _CUT is taken
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks"])  # one build for many numbers of tokens
 def _topk(
     logits, bias, weights, scores, ids, counts, T, blocks, stride_t, stride_e, stride_bias, scale,
     E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,

@@ -47,7 +47,7 @@ def test_few_pairs_take_one_launch(size, dtype):
     check(ids, experts)
 
 
-@pytest.mark.parametrize(("share", "block"), [(16, 16), (64, 32), (512, 512)])
+@pytest.mark.parametrize(("share", "block"), [(16, 16), (64, 32), (128, 128)])
 @pytest.mark.parametrize("size", SIZES[1:], ids=str)
 def test_many_pairs_take_two(size, share, block):
     """Shares of one block and of several, one program and many, the last ones partial."""
