@@ -1,7 +1,7 @@
 """The kernels of grouped_ffn for few rows, where all that counts is to read the weights once, at the memory's rate.
 
 No order of pairs is made and no matrix unit is used: a program multiplies some weight rows with a row of x in fp32.
-Weights arrive 16 bytes per thread. A tile of them is [BN rows, KP experts, C chunks, Q words]: the words of a chunk
+Weights arrive 16 bytes per thread. A tile of them is [BN rows, KP experts, C chunks, Q words]: a chunk's words
 belong to one thread and to one scale, so that a chunk is summed in registers, then multiplied by its scale, and the
 chunks are summed when the loop has ended. A word holds P elements: one of a floating type, or 4 fp8, or 8 nibbles of
 an int32 (of a byte, where rows are not made of whole 16 bytes: 1 or 2). Q is 4 for all but the floating types.
@@ -57,91 +57,104 @@ def scale_of(s, FORMAT: tl.constexpr):
 def _dot(part, word, x, J: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr):
     """part + sum of x's P columns times numbers J, J + STEP, ... of a word."""
     if P == 1:
-        return part + tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2])).to(tl.float32) * element(word, J, FORMAT)
+        return part + tl.reshape(x, (1, part.shape[1], part.shape[2])).to(tl.float32) * element(word, J, FORMAT)
     else:
         HALF: tl.constexpr = P // 2
         NEXT: tl.constexpr = J + STEP
         TWICE: tl.constexpr = 2 * STEP
-        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], HALF, 2)))
+        even, odd = tl.split(tl.reshape(x, (part.shape[1] * part.shape[2], HALF, 2)))
         part = _dot(part, word, even, J, TWICE, HALF, FORMAT)
         return _dot(part, word, odd, NEXT, TWICE, HALF, FORMAT)
 
 
 @triton.jit
 def _chunk_sums(
-    w, x_rows, x_live, column, inside,
+    w, x_rows, x_live, column,
     LENGTH: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """[BN, KP, C]: each chunk of four words w [BN, KP, C, 4] times its 4 P columns of x. A word meets its P columns as
-    they are loaded, so that nothing moves between threads."""
+    """[BN, KP, C]: each chunk of four words w [BN * KP, C * 4] times its 4 P columns of x, from `column` on; x_rows,
+    x_live and column are [KP * C]. A word meets its P columns as they are loaded: nothing moves between threads."""
     part = tl.zeros((BN, KP, C), tl.float32)
     even, odd = tl.split(tl.reshape(w.to(tl.int32), (BN, KP, C, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
-    if FORMAT == "fp8":
-        bad = is_nan(first) | is_nan(second) | is_nan(third) | is_nan(fourth)
     for q in tl.static_range(4):
         at = column[:, None] + q * P + tl.arange(0, P)[None, :]
-        x_in = inside[:, None] if LENGTH % (4 * P) == 0 else at < LENGTH
-        x = tl.load(x_rows + at[None, None, :, :], mask=x_live & x_in[None, None, :, :], other=0.0)
+        inside = (column < LENGTH)[:, None] if LENGTH % (4 * P) == 0 else at < LENGTH
+        x = tl.load(x_rows[:, None] + at, mask=x_live[:, None] & inside, other=0.0)
         word = first if q == 0 else second if q == 1 else third if q == 2 else fourth
         part = _dot(part, word, x, 0, 1, P, FORMAT)
     if FORMAT == "fp8":
+        bad = is_nan(first) | is_nan(second) | is_nan(third) | is_nan(fourth)
         part = tl.where(bad, float("nan"), part)
     return part
 
 
 @triton.jit
 def row_sums(
-    x_rows, w_rows, s_rows, x_live, w_live,
+    x_rows, x_live, x_chunk, x_chunk_live, w_rows, w_live, s_rows, s_live,
     LENGTH: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
     C: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """[BN, KP] fp32: sum over LENGTH columns of x row k times weight row (n, k). x_rows and x_live [KP], w_rows, s_rows
-    and w_live [BN, KP]; the rows are contiguous; GROUP columns have one scale."""
+    """[BN, KP] fp32: sum over LENGTH columns of x row k times weight row (n, k); GROUP columns have one scale.
+
+    Where rows begin, and whether they are there: of x, x_rows [KP] and once more for each chunk [KP * C]; of weights,
+    w_rows [BN * KP]; of scales, s_rows [BN * KP * C]. All are flat, because then every compiler puts neighbouring
+    threads on neighbouring chunks of a row, and loads of the three meet in one thread.
+    """
     CHUNK: tl.constexpr = Q * P
     WHOLE: tl.constexpr = LENGTH % CHUNK == 0
     acc = tl.zeros((BN, KP, C), tl.float32)
-    x_rows, x_live = x_rows[None, :, None, None], x_live[None, :, None, None]
-    w_at, w_in = w_rows[:, :, None, None], w_live[:, :, None, None]
+    words, word_chunk = tl.arange(0, C * Q), tl.arange(0, C * Q) // Q
     for first in tl.range(0, LENGTH, C * CHUNK, loop_unroll_factor=UNROLL):
-        column = first + tl.arange(0, C) * CHUNK
-        inside = column < LENGTH  # whole chunks keep the loads whole
-        word = (column // P)[:, None] + tl.arange(0, Q)[None, :]
-        there = inside[:, None] if WHOLE else word * P < LENGTH
-        w = tl.load(w_at + word[None, None, :, :], mask=w_in & there[None, None, :, :], other=0)
+        word = first // P + words
+        there = first + word_chunk * CHUNK < LENGTH if WHOLE else word * P < LENGTH  # whole chunks keep loads whole
+        w = tl.load(w_rows[:, None] + word[None, :], mask=w_live[:, None] & there[None, :], other=0)
         if FORMAT == "none":
-            x = tl.load(x_rows + word[None, None, :, :], mask=x_live & there[None, None, :, :], other=0.0)
+            x = tl.load(x_rows[:, None] + word[None, :], mask=x_live[:, None] & there[None, :], other=0.0)
+            w, x = tl.reshape(w, (BN, KP, C, Q)), tl.reshape(x, (1, KP, C, Q))
             acc += tl.sum(w.to(tl.float32) * x.to(tl.float32), 3)
         else:
-            s_in = w_live[:, :, None] & inside[None, None, :]
-            s = tl.load(s_rows[:, :, None] + (column // GROUP)[None, None, :], mask=s_in, other=0)
-            part = _chunk_sums(w, x_rows, x_live, column, inside, LENGTH, FORMAT, BN, KP, C, P)
+            at_scale = first + (tl.arange(0, BN * KP * C) % C) * CHUNK
+            s_in = s_live & (at_scale < LENGTH)
+            s = tl.load(s_rows + at_scale // GROUP, mask=s_in, other=0)
+            column = first + (tl.arange(0, KP * C) % C) * CHUNK
+            part = _chunk_sums(w, x_chunk, x_chunk_live, column, LENGTH, FORMAT, BN, KP, C, P)
             SHIFT: tl.constexpr = 256.0 if FORMAT == "fp8" else (16384.0 if FORMAT == "mxfp4" else 1.0)
-            acc += tl.where(s_in, (part * SHIFT) * scale_of(s, FORMAT), 0.0)
+            s, s_in = tl.reshape(scale_of(s, FORMAT), (BN, KP, C)), tl.reshape(s_in, (BN, KP, C))
+            acc += tl.where(s_in, (part * SHIFT) * s, 0.0)
     return tl.sum(acc, 2)
 
 
 @triton.jit
 def column_sums(
-    x_rows, w_columns, live, in_range, stride_in,
+    x_rows, x_live, w_columns, in_range, stride_in,
     LENGTH: tl.constexpr, BO: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """[BO, KP] fp32, as row_sums, of weights whose output columns are contiguous and inputs `stride_in` apart. x_rows
-    and live [KP], w_columns [KP, BO] at input 0, in_range [BO]."""
-    acc = tl.zeros((KP, BK, BO), tl.float32)
-    ks = tl.arange(0, BK)
+    and x_live [KP * BK], w_columns [KP * BK, BO] at input 0, in_range [BO]."""
+    acc = tl.zeros((KP * BK, BO), tl.float32)
+    ks = tl.arange(0, KP * BK) % BK
     for first in tl.range(0, LENGTH, BK, loop_unroll_factor=UNROLL):
         k = first + ks
-        inside = live[:, None] & (k < LENGTH)[None, :]
-        w = tl.load(
-            w_columns[:, None, :] + k.to(tl.int64)[None, :, None] * stride_in,
-            mask=inside[:, :, None] & in_range[None, None, :],
-            other=0.0,
-        )
-        x = tl.load(x_rows[:, None] + k[None, :], mask=inside, other=0.0)
-        acc += w.to(tl.float32) * x.to(tl.float32)[:, :, None]
-    return tl.trans(tl.sum(acc, 1))
+        inside = x_live & (k < LENGTH)
+        at = w_columns + k.to(tl.int64)[:, None] * stride_in
+        w = tl.load(at, mask=inside[:, None] & in_range[None, :], other=0.0)
+        x = tl.load(x_rows + k, mask=inside, other=0.0)
+        acc += w.to(tl.float32) * x.to(tl.float32)[:, None]
+    return tl.trans(tl.sum(tl.reshape(acc, (KP, BK, BO)), 1))
+
+
+@triton.jit
+def _up_row(i, first, F, LAYOUT: tl.constexpr, BF: tl.constexpr):
+    """(weight row, whether it is there, whether it is in the second tensor of a pair) of row i of a tile."""
+    if LAYOUT == "interleaved":
+        row = 2 * first + i
+        return row, row < 2 * F, row < 0
+    else:
+        f = first + i % BF
+        row = f + (i // BF) * F if LAYOUT == "halves" else f
+        return row, f < F, i >= BF
 
 
 @triton.jit
@@ -162,36 +175,32 @@ def thin_up_kernel(
     e = tl.load(expert_ids + pair).to(tl.int64)
     if (e >= 0) & (e < E):
         ROWS: tl.constexpr = 2 * BF if FORM[GATED] else BF
-        i = tl.arange(0, ROWS)
-        if LAYOUT == "interleaved":
-            row, f, second = 2 * first + i, first + i // 2, i < 0
-            inside = row < 2 * F
-        else:
-            f, second = first + i % BF, i >= BF
-            row = f + (i // BF) * F if LAYOUT == "halves" else f
-            inside = f < F
-        x_rows = x + (pair // TOP_K).to(tl.int64) * stride_x + tl.zeros((1,), tl.int64)
-        live = tl.full((1,), 1, tl.int1)
+        row, inside, second = _up_row(tl.arange(0, ROWS), first, F, LAYOUT, BF)
+        x_row, e_at = x + (pair // TOP_K).to(tl.int64) * stride_x, e * stride_e * UNIT
         if LAYOUT == "pair":
             base = tl.where(second, w_second, w)
-            s_base = tl.where(second, s_second, s)
+            if UNIT > 1:  # the choice between two pointers loses what is known of both
+                base = tl.multiple_of(base, 16)
         else:
-            base, s_base = w, s
-        e_at = e * stride_e * UNIT
+            base = w
         if Q > 0:
-            w_rows = base + e_at + row.to(tl.int64) * (stride_out * UNIT)
-            if LAYOUT == "pair" and UNIT > 1:  # the choice between two pointers loses what is known of both
-                w_rows = tl.multiple_of(w_rows, 16)
-            s_rows = s_base + e * stride_se + (row // ROWS_PER_SCALE).to(tl.int64) * stride_so
+            s_row, s_in, s_second_half = _up_row(tl.arange(0, ROWS * C) // C, first, F, LAYOUT, BF)
+            s_base = tl.where(s_second_half, s_second, s) if LAYOUT == "pair" else s
             h = row_sums(
-                x_rows, w_rows[:, None], s_rows[:, None], live, inside[:, None],
+                x_row + tl.zeros((1,), tl.int32), tl.full((1,), 1, tl.int1),
+                x_row + tl.zeros((C,), tl.int32), tl.full((C,), 1, tl.int1),
+                base + e_at + row.to(tl.int64) * (stride_out * UNIT), inside,
+                s_base + e * stride_se + (s_row // ROWS_PER_SCALE).to(tl.int64) * stride_so, s_in,
                 LENGTH, GROUP, FORMAT, ROWS, 1, C, Q, P, UNROLL,
             )  # fmt: skip
         else:
-            w_columns = base + e_at + row
+            w_columns = (base + e_at + row)[None, :]
             if LAYOUT == "pair" and UNIT > 1:
-                w_columns = tl.max_contiguous(tl.multiple_of(w_columns, 16), UNIT)
-            h = column_sums(x_rows, w_columns[None, :], live, inside, stride_in * UNIT, LENGTH, ROWS, 1, C, UNROLL)
+                w_columns = tl.max_contiguous(tl.multiple_of(w_columns, (1, 16)), (1, UNIT))
+            h = column_sums(
+                x_row + tl.zeros((C,), tl.int32), tl.full((C,), 1, tl.int1), w_columns, inside, stride_in * UNIT,
+                LENGTH, ROWS, 1, C, UNROLL,
+            )  # fmt: skip
         h = tl.reshape(h, (ROWS,))
         if BIAS:
             width = 2 * F if FORM[GATED] else F
@@ -216,22 +225,44 @@ def thin_down_kernel(
 ):  # fmt: skip
     """y[t, n] = sum_k weights[t, k] * (a[t, k] W2_e^T + b2_e) for BN columns n of one token, all its experts at once.
     KP is TOP_K's next power of two. A pair without an expert is not read."""
-    t, n = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN)
-    k = tl.arange(0, KP)
-    pair = t.to(tl.int64) * TOP_K + k
-    e = tl.load(expert_ids + pair, mask=k < TOP_K, other=-1).to(tl.int64)
-    live = (e >= 0) & (e < E)
-    e = tl.where(live, e, 0)
-    part = tl.load(weights + pair, mask=live, other=0.0).to(tl.float32)
-    a_rows, inside = a + pair * LENGTH, (n < WIDTH)[:, None] & live[None, :]
+    t, first = tl.program_id(1), tl.program_id(0) * BN
+    ks = tl.arange(0, KP)
+    e, live = _expert(expert_ids, t, ks, E, TOP_K)
+    part = tl.load(weights + t.to(tl.int64) * TOP_K + ks, mask=live, other=0.0).to(tl.float32)
+    a_token = a + t.to(tl.int64) * TOP_K * LENGTH
+    n = first + tl.arange(0, BN)
     if Q > 0:
-        w_rows = w + e[None, :] * (stride_e * UNIT) + n.to(tl.int64)[:, None] * (stride_out * UNIT)
-        s_rows = s + e[None, :] * stride_se + (n // ROWS_PER_SCALE).to(tl.int64)[:, None] * stride_so
-        out = row_sums(a_rows, w_rows, s_rows, live, inside, LENGTH, GROUP, FORMAT, BN, KP, C, Q, P, UNROLL)
+        r, j, rs = tl.arange(0, BN * KP), tl.arange(0, KP * C) // C, tl.arange(0, BN * KP * C) // C
+        e_row, row_live = _expert(expert_ids, t, r % KP, E, TOP_K)
+        _, chunk_live = _expert(expert_ids, t, j, E, TOP_K)
+        n_row, n_scale = first + r // KP, first + rs // KP
+        s_at, s_live = s + tl.zeros((BN * KP * C,), tl.int64), rs < 0
+        if FORMAT != "none":
+            e_scale, s_live = _expert(expert_ids, t, rs % KP, E, TOP_K)
+            s_at += e_scale * stride_se + (n_scale // ROWS_PER_SCALE).to(tl.int64) * stride_so
+        out = row_sums(
+            a_token + ks * LENGTH, live, a_token + j * LENGTH, chunk_live,
+            w + e_row * (stride_e * UNIT) + n_row.to(tl.int64) * (stride_out * UNIT), row_live & (n_row < WIDTH),
+            s_at, s_live & (n_scale < WIDTH),
+            LENGTH, GROUP, FORMAT, BN, KP, C, Q, P, UNROLL,
+        )  # fmt: skip
     else:
-        w_columns = w + e[:, None] * (stride_e * UNIT) + n[None, :]
-        out = column_sums(a_rows, w_columns, live, n < WIDTH, stride_in * UNIT, LENGTH, BN, KP, C, UNROLL)
+        k = tl.arange(0, KP * C) // C
+        e_row, row_live = _expert(expert_ids, t, k, E, TOP_K)
+        w_columns = w + (e_row * (stride_e * UNIT))[:, None] + n[None, :]
+        out = column_sums(
+            a_token + k * LENGTH, row_live, w_columns, n < WIDTH, stride_in * UNIT, LENGTH, BN, KP, C, UNROLL
+        )
     if BIAS:
-        out += tl.load(bias + e[None, :] * WIDTH + n[:, None], mask=inside, other=0.0).to(tl.float32)
+        there = (n < WIDTH)[:, None] & live[None, :]
+        out += tl.load(bias + e[None, :] * WIDTH + n[:, None], mask=there, other=0.0).to(tl.float32)
     y_row = y + t.to(tl.int64) * WIDTH + n
     tl.store(y_row, tl.sum(out * part[None, :], 1).to(y.dtype.element_ty), mask=n < WIDTH)
+
+
+@triton.jit
+def _expert(expert_ids, t, k, E, TOP_K: tl.constexpr):
+    """(expert as int64, whether there is one) of pairs (t, k)."""
+    e = tl.load(expert_ids + t.to(tl.int64) * TOP_K + k, mask=k < TOP_K, other=-1).to(tl.int64)
+    live = (e >= 0) & (e < E)
+    return tl.where(live, e, 0), live
