@@ -7,6 +7,7 @@ spills, needs more shared memory than the chip has, or does not compile.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 
 from ...kernels.chip import CHIPS, Chip
 from .. import machine
+from ..shapes import DTYPES
 from .build import Job, build_all, cuobjdump, job_of
 from .record import PASSES, record
 from .shapes import STANDARD, tokens_of
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shapes", nargs="+", choices=list(STANDARD), metavar="SHAPE", help=f"of {', '.join(STANDARD)} (default: all)")
     add("--tokens", nargs="+", type=int, metavar="T", help="tokens per call (default: 1 to 65536)")
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help=f"of {', '.join(PASSES)} (default: all)")
+    add("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"], metavar="DTYPE", help="default: bf16")
     add("--limit", type=int, metavar="N", help="at most N configurations of each kernel and chip")
     add("--processes", type=int, default=machine.cores(), metavar="N", help="default: %(default)s")
     add("--cache", metavar="DIR", help="Triton's cache (default: a temporary one, so that everything is built)")
@@ -63,6 +66,7 @@ def jobs_of(
     tokens: Sequence[int] | None = None,
     passes: Sequence[str] = PASSES,
     limit: int | None = None,
+    dtypes: Sequence[str] = ("bf16",),
 ) -> list[Job]:
     """What must be built for these cases, each once; with `limit`, so many of each kernel and chip, from the first
     (few tokens) to the last (many), spread evenly."""
@@ -71,8 +75,8 @@ def jobs_of(
         shape = STANDARD[name]
         for chip in chips:
             for t in tokens or tokens_of(shape):
-                for kind in passes:
-                    for launched in record(shape, t, kind, chip):
+                for kind, dtype in itertools.product(passes, dtypes):
+                    for launched in record(shape, t, kind, chip, DTYPES[dtype]):
                         job = job_of(launched, chip)
                         found.setdefault((job.name, chip.name), {})[job] = None
     jobs = []
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="headgate-builds-") as temporary:
         os.environ["TRITON_CACHE_DIR"] = args.cache or temporary
         chips = args.chips or [CHIPS[c] for c in DEFAULT_CHIPS]
-        jobs = jobs_of(args.shapes or STANDARD, chips, args.tokens, args.passes or PASSES, args.limit)
+        jobs = jobs_of(args.shapes or STANDARD, chips, args.tokens, args.passes or PASSES, args.limit, args.dtypes)
         out = sys.stderr if args.json == "-" else sys.stdout
         print(_heading(jobs), file=out, flush=True)
         results = []
@@ -171,7 +175,7 @@ def _write(where: str | None, report: dict[str, Any]) -> None:
 def _again(args: argparse.Namespace) -> int:
     """The same command in a process whose Triton compiles: kernels become interpreted ones where they are decorated."""
     command = ["bench", "compile", "--processes", str(args.processes)]
-    for name in ("shapes", "tokens", "passes"):
+    for name in ("shapes", "tokens", "passes", "dtypes"):
         if getattr(args, name):
             command += [f"--{name}", *map(str, getattr(args, name))]
     command += ["--chips", *(c.name for c in args.chips)] if args.chips else []

@@ -13,7 +13,7 @@ from ...kernels.chip import Chip
 from ..shapes import Shape
 from .shapes import choice_of
 
-PASSES = ("route", "forward", "inference", "quantized", "backward")
+PASSES = ("route", "forward", "inference", "quantized", "backward", "linear")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Recorder:
 
 def record(shape: Shape, tokens: int, kind: str, chip: Chip, dtype: torch.dtype = torch.bfloat16) -> list[Launched]:
     """The launches of one pass (of PASSES): `route` a router's choice and the plan, `forward` keeps what backward
-    needs, `inference` does not, `quantized` is that on weights of few bits. Needs triton, and not as the interpreter
-    where the kernels are to be built."""
+    needs, `inference` does not, `quantized` is that on weights of few bits, `linear` is grouped_linear both ways. Needs
+    triton, and not as the interpreter where the kernels are to be built."""
     recorder = Recorder()
     _PASSES[kind](Meta(shape, tokens, dtype), chip, recorder)
     return recorder.launches
@@ -142,10 +142,22 @@ def _quantized(m: Meta, chip: Chip, recorder: Recorder) -> None:
         thin_forward(m.rows, m.ids, m.weights, *stored, s.form, False, s.interleaved, chip=chip, launch=recorder)
 
 
+def _linear(m: Meta, chip: Chip, recorder: Recorder) -> None:
+    """grouped_linear, forward and backward, with the first projection's weights on rows in expert order."""
+    from ...kernels.grouped_linear import on_triton
+
+    x, y = m.new(m.tokens * m.shape.top_k, m.shape.hidden), m.h
+    offsets = m.new(m.shape.experts + 1, dtype=torch.int32)
+    rest = (x, offsets, m.w1, m.b1, m.shape.transposed)
+    on_triton.forward(*rest, chip=chip, launch=recorder)
+    on_triton.backward(y, *rest, [True, True, m.b1 is not None], chip=chip, launch=recorder)
+
+
 _PASSES = {
     "route": _route,
     "forward": _forward(True),
     "inference": _forward(False),
     "quantized": _quantized,
     "backward": _backward,
+    "linear": _linear,
 }
