@@ -114,11 +114,13 @@ class Measurer:
             why = self._left_out(case, name, leave_out)
             if why is None:
                 self._say(name)
+                begin = time.perf_counter()
                 try:
                     entries[name] = enter(name)
                     found["contestants"][name] = {}  # holds its place
                 except Exception as error:
                     why = self._failed(error)
+                found.setdefault("start_s", {})[name] = time.perf_counter() - begin
                 self._free()
             if why is not None:
                 found["contestants"][name] = why

@@ -34,6 +34,7 @@ from .text import case_lines, heading
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PATIENCE_S = 60.0  # the longest a case may take before its process is ended
+SLOW_START_S = 15.0  # whoever takes longer to get going at one case takes part in no other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +116,7 @@ class Report:
         }  # fmt: skip
         self.out, self.stamp = out, now.strftime("%Y-%m-%d-%H%M")
         self.child: Child | None = None
+        self.banned: dict[str, str] = {}  # who has cost too much time already, and why
 
     def run(self) -> int:
         try:
@@ -155,11 +157,14 @@ class Report:
 
     def _one(self, case: Case, patience_s: float) -> dict[str, Any]:
         """A case's results. Whoever kills or hangs the child is left out and the case is run again, twice at most."""
-        leave_out: dict[str, str] = {}
+        leave_out = dict(self.banned)
         assert self.child is not None
         for _ in range(3):
             try:
-                return self.child.call(measure.measure, case, leave_out, patience_s=patience_s)
+                found = self.child.call(measure.measure, case, leave_out, patience_s=patience_s)
+                slow = {n: s for n, s in found.get("start_s", {}).items() if s > SLOW_START_S and n != "headgate"}
+                self.banned |= {n: f"left out after it took {s:.0f} s to start at {case.key}" for n, s in slow.items()}
+                return found
             except (BrokenProcessPool, OutOfTime) as error:
                 who = self.child.doing()
                 died = isinstance(error, BrokenProcessPool)
@@ -170,9 +175,12 @@ class Report:
                 if not who or who in leave_out:
                     break
                 leave_out[who] = why
+                if not died and who != "headgate":  # it would take as long at every other case
+                    self.banned[who] = f"left out after {why} at {case.key}"
         return {
             "shape": case.shape.name, "tokens": case.tokens, "pass": case.kind, "sizes": case.shape.sizes(),
-            "contestants": {n: {"failed": w} for n, w in leave_out.items()}, "failed": "the case could not be measured",
+            "contestants": {n: {"failed": w} for n, w in leave_out.items()},
+            "failed": "the case could not be measured", "seconds": 0.0,
         }  # fmt: skip
 
     def _build(self, chip: Chip) -> None:

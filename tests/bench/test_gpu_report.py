@@ -242,6 +242,21 @@ def test_a_case_is_run_again_without_who_killed_the_process(tmp_path, monkeypatc
         assert found["failed"]
 
 
+def test_who_is_slow_to_start_or_hangs_takes_part_in_no_other_case(tmp_path, monkeypatch):
+    class Slow(Dying):
+        def call(self, function, case, leave_out, patience_s):
+            if "torch" not in leave_out:
+                raise TimeoutError
+            return {"start_s": {"headgate": 99.0, "liger": 40.0, "hf-eager": 1.0}}
+
+    run = Report([], tmp_path, "cpu", 60)
+    run.child = slow = Slow("torch")
+    monkeypatch.setattr(report, "Child", lambda device: slow)
+    run._one(case("qwen3", 8, "train"), 5.0)
+    assert set(run.banned) == {"torch", "liger"}
+    assert "no end after 5 s at qwen3/8/train" in run.banned["torch"]
+
+
 def test_a_dead_child_is_noticed():
     child = Child("cpu")
     try:
