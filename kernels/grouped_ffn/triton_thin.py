@@ -13,44 +13,7 @@ import triton
 import triton.language as tl
 
 from ..activation_triton import GATED, activate
-
-
-@triton.jit
-def element(word, J: tl.constexpr, FORMAT: tl.constexpr):
-    """fp32 number J of a word, before its scale; fp8 comes 2^8 and mxfp4 2^14 times too small, for it is the number's
-    bits placed in fp16's fields, subnormal numbers included. An fp8 NaN comes as a number: see `is_nan`."""
-    if FORMAT == "fp8":
-        bits = word >> (8 * J)
-        return _fp16(((bits & 0x80) << 8) | ((bits & 0x7F) << 7))
-    elif FORMAT == "mxfp4":
-        bits = word >> (4 * J)
-        return _fp16(((bits & 8) << 12) | ((bits & 7) << 9))
-    elif FORMAT == "int4":  # the nibble as the last bits of 2^23
-        return (((word >> (4 * J)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
-    else:
-        return word.to(tl.float32)
-
-
-@triton.jit
-def _fp16(bits):
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def is_nan(word):
-    """Whether any of a word's fp8 numbers is NaN: 127 without its sign, the one code from which adding 1 carries."""
-    return (((word & 0x7F7F7F7F) + 0x01010101) & -0x7F7F7F80) != 0
-
-
-@triton.jit
-def scale_of(s, FORMAT: tl.constexpr):
-    """fp32 scale from what is stored, and what `element` leaves out."""
-    if FORMAT == "mxfp4":
-        bits = s.to(tl.int32)
-        bits = tl.where(bits == 0, 0x00400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        return s.to(tl.float32)
+from ..quantized_triton import element, is_nan, scale_of
 
 
 @triton.jit

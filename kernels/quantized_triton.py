@@ -1,0 +1,77 @@
+"""Weights of few bits (quantized.py) in Triton: from stored words to numbers, in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def element(word, J: tl.constexpr, FORMAT: tl.constexpr):
+    """fp32 number J of a word, before its scale; fp8 comes 2^8 and mxfp4 2^14 times too small, for it is the number's
+    bits placed in fp16's fields, subnormal numbers included. An fp8 NaN comes as a number: see `is_nan`."""
+    if FORMAT == "fp8":
+        bits = word >> (8 * J)
+        return _fp16(((bits & 0x80) << 8) | ((bits & 0x7F) << 7))
+    elif FORMAT == "mxfp4":
+        bits = word >> (4 * J)
+        return _fp16(((bits & 8) << 12) | ((bits & 7) << 9))
+    elif FORMAT == "int4":  # the nibble as the last bits of 2^23
+        return (((word >> (4 * J)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    else:
+        return word.to(tl.float32)
+
+
+@triton.jit
+def _fp16(bits):
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def is_nan(word):
+    """Whether any of a word's fp8 numbers is NaN: 127 without its sign, the one code from which adding 1 carries."""
+    return (((word & 0x7F7F7F7F) + 0x01010101) & -0x7F7F7F80) != 0
+
+
+@triton.jit
+def scale_of(s, FORMAT: tl.constexpr):
+    """fp32 scale from what is stored, and what `element` leaves out."""
+    if FORMAT == "mxfp4":
+        bits = s.to(tl.int32)
+        bits = tl.where(bits == 0, 0x00400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return s.to(tl.float32)
+
+
+@triton.jit
+def shift_of(FORMAT: tl.constexpr):
+    """What `element` leaves out of a number, as a factor."""
+    return 256.0 if FORMAT == "fp8" else (16384.0 if FORMAT == "mxfp4" else 1.0)
+
+
+@triton.jit
+def quantized_tile(
+    w, s, e, o, i, o_end, i_end, stride_e, stride_o, stride_se, stride_so,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """fp32 weights [ROWS, COLUMNS] of expert e from (o, i), zero from o_end and i_end on. `w` uint8, `s` the scales;
+    BLOCK_ROWS x BLOCK_COLUMNS of them share one, and COLUMNS is a part or a multiple of BLOCK_COLUMNS."""
+    PER: tl.constexpr = 1 if FORMAT == "fp8" else 2
+    GROUPS: tl.constexpr = COLUMNS // BLOCK_COLUMNS if COLUMNS > BLOCK_COLUMNS else 1
+    row, byte = o + tl.arange(0, ROWS), i // PER + tl.arange(0, COLUMNS // PER)
+    inside = (row < o_end)[:, None] & (byte * PER < i_end)[None, :]
+    at = w + e.to(tl.int64) * stride_e + row.to(tl.int64)[:, None] * stride_o + byte[None, :]
+    word = tl.load(at, mask=inside, other=0).to(tl.int32)
+    if PER == 1:
+        x = element(word, 0, FORMAT)
+        x = tl.where((word & 127) == 127, float("nan"), x)
+    else:
+        x = tl.reshape(tl.join(element(word, 0, FORMAT), element(word, 1, FORMAT)), (ROWS, COLUMNS))
+    group = i // BLOCK_COLUMNS + tl.arange(0, GROUPS)
+    there = (row < o_end)[:, None] & (group * BLOCK_COLUMNS < i_end)[None, :]
+    s_at = s + e.to(tl.int64) * stride_se + (row // BLOCK_ROWS).to(tl.int64)[:, None] * stride_so + group[None, :]
+    scale = tl.where(there, scale_of(tl.load(s_at, mask=there, other=0), FORMAT) * shift_of(FORMAT), 0.0)
+    wide = tl.reshape(x, (ROWS, GROUPS, COLUMNS // GROUPS)) * scale[:, :, None]
+    return tl.reshape(wide, (ROWS, COLUMNS))
