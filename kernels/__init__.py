@@ -14,6 +14,7 @@ else:
     from .grouped_linear import grouped_linear
     from .plan import Plan, plan
     from .quantized import Quantized, quantize
+    from .router_logits import router_logits
     from .routing import Routing
     from .topk import topk
 
@@ -27,5 +28,6 @@ __all__ = [
     "grouped_linear",
     "plan",
     "quantize",
+    "router_logits",
     "topk",
 ]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.router_logits import router_logits
 from ...kernels.routing import Routing
 
 
@@ -51,51 +49,12 @@ class Router(nn.Module):
         """fp32 [T, E] (fp64 for fp64 x) of x [T, D]: cast up before the product, so that half types keep their ties
         apart, and untouched by autocast."""
         if self.jitter and self.training:
-            x = x * torch.empty_like(x, dtype=_wide(x.dtype)).uniform_(1 - self.jitter, 1 + self.jitter)
-        # without a graph there is nothing to keep, and the product alone takes half the time for one token
-        logits = _Logits.apply(x, self.weight) if torch.is_grad_enabled() else _product(x, self.weight)
-        return logits if self.gate_bias is None else logits + self.gate_bias.to(logits.dtype)
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            x = x * torch.empty_like(x, dtype=wide).uniform_(1 - self.jitter, 1 + self.jitter)
+        return router_logits(x, self.weight, self.gate_bias)
 
     def forward(self, x: Tensor) -> Routing:
         raise NotImplementedError(f"{type(self).__name__} is abstract: give it a forward(x) that returns a Routing")
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
-
-
-class _Logits(torch.autograd.Function):
-    """x W^T in fp32. It keeps x and W as they are: a plain cast and product would keep a wider copy of every row."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return _product(x, weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad
-        with _no_autocast(grad.device):
-            return (
-                (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None,
-                (grad.T @ x.to(grad.dtype)).to(weight.dtype) if need_weight else None,
-            )
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    with _no_autocast(x.device):
-        return F.linear(x.to(_wide(x.dtype)), weight.to(_wide(x.dtype)))
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager:
-    kind = device.type  # some, such as meta, know no autocast at all
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
