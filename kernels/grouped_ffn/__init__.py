@@ -135,8 +135,8 @@ def grouped_ffn(
         to = torch.get_autocast_dtype(rows.device.type)
         tensors = [t.to(to) if i not in (1, 2) and isinstance(t, Tensor) else t for i, t in enumerate(tensors)]
     if isinstance(w_down, Quantized):
-        return quantized.call(*tensors, act, interleaved)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return quantized.call(tensors, act, interleaved)
+    keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
     form = (act.kind, act.params, act.gated, transposed, interleaved)
     return torch.ops.headgate.grouped_ffn(*tensors, *form, keep)[0]
 

@@ -6,6 +6,8 @@ launches of thin.py read few rows' weights as they are stored.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,24 +49,24 @@ class _Widened:
 
 
 def _weights(w1, w_up, w2, formats, blocks) -> tuple[Quantized, Quantized | None, Quantized]:
-    first, last = tuple(blocks[:2]), tuple(blocks[2:])
-    up = Quantized(*w_up, formats[0], first) if w_up else None
-    return Quantized(*w1, formats[0], first), up, Quantized(*w2, formats[1], last)
+    first, last = (blocks[0], blocks[1]), (blocks[2], blocks[3])
+    up = Quantized(w_up[0], w_up[1], formats[0], first) if w_up else None
+    return Quantized(w1[0], w1[1], formats[0], first), up, Quantized(w2[0], w2[1], formats[1], last)
 
 
-def _widened(dtype: torch.dtype, *weights: Quantized | None) -> list:
+def _widened(dtype: torch.dtype, weights: tuple[Quantized | None, ...]) -> list[Any]:
     return [None if w is None else _Widened(w, dtype) for w in weights]
 
 
-@torch.library.impl("headgate::grouped_ffn_quantized", "CompositeExplicitAutograd")
 def _forward(
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
 ) -> tuple[Tensor, Tensor]:
-    ups = _widened(rows.dtype, *_weights(w1, w_up, w2, formats, blocks))
-    return plain.forward(rows, expert_ids, weights, *ups, b1, b2, kind, params, gated, False, interleaved, keep)
+    first, second, last = _widened(rows.dtype, _weights(w1, w_up, w2, formats, blocks))
+    return plain.forward(
+        rows, expert_ids, weights, first, second, last, b1, b2, kind, params, gated, False, interleaved, keep
+    )
 
 
-@torch.library.impl("headgate::grouped_ffn_quantized", "cuda")
 def _on_cuda(
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
 ) -> tuple[Tensor, Tensor]:
@@ -85,16 +87,20 @@ def _on_cuda(
     )
 
 
-@torch.library.impl("headgate::grouped_ffn_quantized_backward", "CompositeExplicitAutograd")
 def _backward(
     grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, formats, blocks, kind, params, gated, interleaved, needs
 ) -> tuple[Tensor, ...]:
-    ups = _widened(rows.dtype, *_weights(w1, w_up, w2, formats, blocks))
+    first, second, last = _widened(rows.dtype, _weights(w1, w_up, w2, formats, blocks))
     out = plain.backward(
-        grad, rows, expert_ids, weights, *ups, b1, b2, h, kind, params, gated, False, interleaved,
+        grad, rows, expert_ids, weights, first, second, last, b1, b2, h, kind, params, gated, False, interleaved,
         [needs[0], needs[1], False, False, False, needs[2], needs[3]],
     )  # fmt: skip
     return out[0], out[1], out[5], out[6]
+
+
+torch.library.impl("headgate::grouped_ffn_quantized", "CompositeExplicitAutograd", _forward)
+torch.library.impl("headgate::grouped_ffn_quantized", "cuda", _on_cuda)
+torch.library.impl("headgate::grouped_ffn_quantized_backward", "CompositeExplicitAutograd", _backward)
 
 
 @torch.library.register_fake("headgate::grouped_ffn_quantized")
@@ -156,8 +162,9 @@ def check(w_gate_up: object, w_up: object, w_down: object, transposed: bool) -> 
             raise ValueError(f"grouped_ffn: w_up must have w_gate's format, block and scales, got {two} and {one}")
 
 
-def call(rows, expert_ids, weights, w1, w_up, w2, b1, b2, act: Activation, interleaved: bool) -> Tensor:
-    """The operator on what the public function has checked."""
+def call(tensors: list[Any], act: Activation, interleaved: bool) -> Tensor:
+    """The operator on what the public function has checked: rows to b_down in its order."""
+    rows, expert_ids, weights, w1, w_up, w2, b1, b2 = tensors
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weights, b1, b2))
     packed = [[] if w is None else [w.data, w.scale] for w in (w1, w_up, w2)]
     blocks = [min(n, 2**31 - 1) for n in (*w1.block, *w2.block)]
