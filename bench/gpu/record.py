@@ -96,8 +96,11 @@ class Meta:
 
 def _route(m: Meta, chip: Chip, recorder: Recorder) -> None:
     from ...kernels.plan.on_triton import plan_on_triton
+    from ...kernels.router_logits.on_triton import router_logits_on_triton, serves
     from ...kernels.topk.on_triton import topk_on_triton
 
+    if serves(m.rows):
+        router_logits_on_triton(m.rows, m.new(m.shape.experts, m.shape.hidden), None, chip=chip, launch=recorder)
     choice = choice_of(m.shape)
     bias = m.new(m.shape.experts, dtype=torch.float32) if choice.bias else None
     o: dict[str, Any] = {
@@ -109,7 +112,8 @@ def _route(m: Meta, chip: Chip, recorder: Recorder) -> None:
         "scale": 1.0,
     }
     rule = (o | dict(choice.options)).values()
-    topk_on_triton(m.new(m.tokens, m.shape.experts), m.shape.top_k, bias, *rule, launch=recorder)
+    logits = m.new(m.tokens, m.shape.experts, dtype=torch.float32)
+    topk_on_triton(logits, m.shape.top_k, bias, *rule, launch=recorder)
     plan_on_triton(m.ids, m.shape.experts, launch=recorder)
 
 

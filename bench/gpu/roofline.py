@@ -110,8 +110,8 @@ def _forward(z: _Sizes, keep: bool = True) -> list[Stage]:
 def _decode(z: _Sizes) -> list[Stage]:
     s, t, e, d = z.itemsize, z.tokens, z.shape.experts, z.shape.hidden
     bias = 4 * e if choice_of(z.shape).bias else 0
-    gate = Stage("router", 2.0 * t * d * e, z.x + s * d * e, s * t * e)
-    choose = Stage("topk", 0, s * t * e + bias, z.ids + z.weights + 4 * t * e + 4 * e)
+    gate = Stage("router", 2.0 * t * d * e, z.x + s * d * e, 4 * t * e)
+    choose = Stage("topk", 0, 4 * t * e + bias, z.ids + z.weights + 4 * t * e + 4 * e)
     return [gate, choose, *(_thin(z) if t <= MAX_ROWS else _forward(z, keep=False))]
 
 
