@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
 from headgate.bench.gpu import compile as builds
-from headgate.bench.gpu.build import build_all
+from headgate.bench.gpu.build import Job, build_all
+from headgate.bench.gpu.record import PASSES, record
+from headgate.bench.gpu.shapes import STANDARD
+from headgate.kernels.chip import H200
 
 GEMMS = ("up_kernel", "rows_kernel", "back_kernel", "dw_kernel")
 CODE = "import sys; from headgate.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -50,6 +55,16 @@ def test_every_kernel_fits_its_chip_and_spills_nothing(tmp_path):
     assert f"{len(found)} builds, 0 at fault" in done.stdout
 
 
+def test_every_kernel_that_is_launched_anywhere_is_among_them():
+    """What the sources hand to a launch, against what the passes of the standard shapes really launch."""
+    root = Path(builds.__file__).parents[2] / "kernels"
+    named = {n for f in root.rglob("*.py") for n in re.findall(r"\blaunch\(\s*(_?[a-z]\w*)\s*,", f.read_text())}
+    kinds = [(STANDARD[n], t, kind) for n in ("qwen3", "gpt-oss") for t in (1, 4096) for kind in PASSES]
+    launched = {x.name for case in kinds for x in record(*case, H200)}
+    assert launched
+    assert named - {"kernel"} <= launched, "a pass of bench/gpu/record.py must launch it"
+
+
 def test_what_is_wrong_is_said():
     fine = {"spill_bytes": 0, "registers": 100, "shared_bytes": 10, "shared_limit": 20}
     assert builds.fault(fine) is None
@@ -64,13 +79,9 @@ def test_what_is_wrong_is_said():
 
 def test_a_compiler_that_dies_costs_its_own_job_alone(monkeypatch, tmp_path):
     """One job's process ends at once, the other's result comes all the same."""
-    from headgate.kernels.chip import H200
-
     script = tmp_path / "deadly.py"
     script.write_text("import os\nos._exit(9)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    from headgate.bench.gpu.build import Job
-
     jobs = [Job("deadly", "kernel", H200, 4, 1, ()), Job("json", "missing", H200, 4, 1, ())]
     found = {r["what"].split("[")[0]: r["error"] for r in build_all(jobs, 1)}
     assert "process died" in found["kernel"]
