@@ -19,6 +19,8 @@ from torch import Tensor
 from .chip import Chip
 from .launch import Launch, can_map, tensor_map
 from .plan.on_triton import Schedule
+from .quantized import Quantized
+from .quantized_triton import quantized_tile
 from .tiles import Tile
 
 
@@ -35,12 +37,26 @@ def find_tile(index, tiles, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def weight_tile(
-    w, e, k, n, k_end, n_end, stride_e, stride_k, stride_n,
+    w, s, e, k, n, k_end, n_end, stride_e, stride_k, stride_n, stride_se, stride_so,
     BK: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr,
+    FORMAT: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """[BK, BN] of expert e's matrix from (k, n), zero from k_end on. MAP: `w` is a tensor map of the three stored axes,
-    of which the last is k where K_INNER; else a pointer. EVEN_K: no tile reaches past k_end."""
-    if MAP:
+    of which the last is k where K_INNER; else a pointer. EVEN_K: no tile reaches past k_end. With a FORMAT the numbers
+    are few bits, one scale for SCALED (rows, columns) of the stored axes, widened to DTYPE in registers."""
+    if FORMAT != "none":
+        if K_INNER:
+            tile = quantized_tile(
+                w, s, e, n, k, n_end, k_end, stride_e, stride_n, stride_se, stride_so, BN, BK, SCALED[0], SCALED[1],
+                FORMAT,
+            ).T  # fmt: skip
+        else:
+            tile = quantized_tile(
+                w, s, e, k, n, k_end, n_end, stride_e, stride_k, stride_se, stride_so, BK, BN, SCALED[0], SCALED[1],
+                FORMAT,
+            )  # fmt: skip
+        tile = tile.to(DTYPE)
+    elif MAP:
         if K_INNER:
             tile = w.load([e, n, k]).reshape(BN, BK).T
         else:
@@ -57,10 +73,11 @@ def weight_tile(
 
 @triton.jit
 def rows_kernel(
-    a, w, w_second, bias, y, offsets, tile_expert, tile_row, tiles,
-    DEPTH, WIDTH, stride_a, stride_e, stride_k, stride_n,
+    a, w, w_second, s, s_second, bias, y, offsets, tile_expert, tile_row, tiles,
+    DEPTH, WIDTH, stride_a, stride_e, stride_k, stride_n, stride_se, stride_so,
     SEGMENTS: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, MAP: tl.constexpr, MAP_A: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr,
+    FORMAT: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y[i, n] = A[i, :DEPTH] W_e + b_e for rows in expert order: the down projection, and dX = dH W1 of the backward
@@ -84,10 +101,11 @@ def rows_kernel(
                     if not EVEN_K:
                         inside = inside & (k + ks < DEPTH)[None, :]
                     at = tl.load(a_rows + (k + ks)[None, :], mask=inside, other=0.0)
-                w_here = w if segment == 0 else w_second
+                w_here, s_here = w if segment == 0 else w_second, s if segment == 0 else s_second
                 ws = weight_tile(
-                    w_here, e, k, n, DEPTH, WIDTH, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K
-                )
+                    w_here, s_here, e, k, n, DEPTH, WIDTH, stride_e, stride_k, stride_n, stride_se, stride_so,
+                    BK, BN, MAP, K_INNER, EVEN_K, FORMAT, SCALED, y.dtype.element_ty,
+                )  # fmt: skip
                 acc = tl.dot(at, ws, acc, input_precision=PRECISION)
         wide = n + tl.arange(0, BN)
         if BIAS:
@@ -169,45 +187,67 @@ def column_sum_kernel(
 
 @dataclass(frozen=True)
 class Operand:
-    """A weight tensor as the right side [k, n] of a product: which stored axis is which, and by how far apart."""
+    """Expert weights as the right side [k, n] of a product: which stored axis is which, and by how far apart."""
 
-    stored: Tensor  # [E, ., .], the last axis contiguous
+    weights: Matrix
     k_inner: bool
 
-    @property
-    def strides(self) -> dict[str, int]:
-        e, outer, inner = self.stored.stride()
+    def arguments(self) -> dict[str, Any]:
+        """What weight_tile asks besides pointers, tile and sizes."""
+        m = self.weights
+        e, outer, inner = m.stored.stride()
         k, n = (inner, outer) if self.k_inner else (outer, inner)
-        return {"stride_e": e, "stride_k": k, "stride_n": n}
+        return {
+            "stride_e": e, "stride_k": k, "stride_n": n, "stride_se": m.scale.stride(0), "stride_so": m.scale.stride(1),
+            "K_INNER": self.k_inner, "FORMAT": m.format, "SCALED": m.scaled,
+        }  # fmt: skip
 
     def handle(self, mapped: bool, bk: int, bn: int) -> Any:
         """What a kernel gets: a tensor map for tiles of bk x bn, or the tensor."""
-        return tensor_map(self.stored, [1, bn, bk] if self.k_inner else [1, bk, bn]) if mapped else self.stored
+        stored = self.weights.stored
+        return tensor_map(stored, [1, bn, bk] if self.k_inner else [1, bk, bn]) if mapped else stored
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """An expert projection: `stored` [E, ., .] with a contiguous last axis, which is the input where `input_inner`."""
+    """An expert projection: `stored` [E, ., .] with a contiguous last axis, which is the input where `input_inner`;
+    of Quantized weights the bytes, their `scale`, `format` and what one scale spans. `scale` is `stored` elsewhere."""
 
     stored: Tensor
     input_inner: bool
+    scale: Tensor
+    format: str = "none"
+    scaled: tuple[int, int] = (1, 1)
 
     @classmethod
-    def of(cls, w: Tensor, transposed: bool) -> Matrix:
-        """Of a weight tensor of any strides; copied only where neither of an expert's axes is contiguous."""
+    def of(cls, w: Tensor | Quantized, transposed: bool) -> Matrix:
+        """Of weights of any strides; copied only where neither of an expert's axes is contiguous."""
+        if isinstance(w, Quantized):
+            data, scale = (t if t.stride(2) == 1 else t.contiguous() for t in (w.data, w.scale))
+            return cls(data.view(torch.uint8), True, scale, w.format, w.block)
         if w.stride(2) != 1 and w.stride(1) == 1:
-            return cls(w.transpose(1, 2), transposed)
-        return cls(w if w.stride(2) == 1 else w.contiguous(), not transposed)
+            return cls(w.transpose(1, 2), transposed, w)
+        stored = w if w.stride(2) == 1 else w.contiguous()
+        return cls(stored, not transposed, stored)
+
+    @classmethod
+    def pair(cls, w: Tensor | Quantized, second: Tensor | Quantized | None, transposed: bool) -> list[Matrix]:
+        """One or two, of one layout: a program reads both by one set of strides."""
+        both = [cls.of(w, transposed)] if second is None else [cls.of(w, transposed), cls.of(second, transposed)]
+        if len({(m.input_inner, m.stored.stride(), m.scale.stride()) for m in both}) > 1:
+            both = [cls.of(t.copy() if isinstance(t, Quantized) else t.contiguous(), transposed) for t in (w, second)]
+        return both
 
     @property
-    def layout(self) -> tuple[Any, ...]:
-        return self.input_inner, *self.stored.stride()
+    def can_map(self) -> bool:
+        """Whether TMA can read it."""
+        return self.format == "none" and can_map(self.stored)
 
     def forward(self) -> Operand:
-        return Operand(self.stored, self.input_inner)
+        return Operand(self, self.input_inner)
 
     def backward(self) -> Operand:
-        return Operand(self.stored, not self.input_inner)
+        return Operand(self, not self.input_inner)
 
 
 def blocks(tile: Tile) -> dict[str, int]:
@@ -248,17 +288,16 @@ def rows_gemm(
     *, chip: Chip, launch: Launch, mapped: bool, map_rows: bool,
 ) -> None:  # fmt: skip
     """y = a w for rows in expert order. Of two `w` each takes half of a's columns, and the products are added.
-    `mapped`: w by tensor maps; `map_rows`: a too, if its own layout allows it. Rows of y that no expert owns are not
-    written."""
+    `mapped`: w by tensor maps; `map_rows`: a too. Rows of y that no expert owns are not written."""
     depth = a.shape[1] // len(w)
     handles = [m.handle(mapped, tile.depth, tile.columns) for m in w]
-    map_rows = mapped and map_rows and can_map(a)
     launch(
         rows_kernel,
         a=tensor_map(a, [tile.rows, tile.depth]) if map_rows else a, w=handles[0], w_second=handles[-1],
-        bias=or_other(bias, y), y=y, DEPTH=depth, WIDTH=y.shape[1], stride_a=a.stride(0), **w[0].strides,
-        SEGMENTS=len(w), BIAS=bias is not None, MAP=mapped, MAP_A=map_rows, K_INNER=w[0].k_inner,
-        EVEN_K=depth % tile.depth == 0, PRECISION=precision_of(y.dtype), **over_rows(chip, tile, order, y.shape[1]),
+        s=w[0].weights.scale, s_second=w[-1].weights.scale, bias=or_other(bias, y), y=y, DEPTH=depth,
+        WIDTH=y.shape[1], stride_a=a.stride(0), **w[0].arguments(), SEGMENTS=len(w), BIAS=bias is not None, MAP=mapped,
+        MAP_A=map_rows, EVEN_K=depth % tile.depth == 0, PRECISION=precision_of(y.dtype),
+        **over_rows(chip, tile, order, y.shape[1]),
     )  # fmt: skip
 
 

@@ -63,7 +63,8 @@ def quantized_tile(
     row, byte = o + tl.arange(0, ROWS), i // PER + tl.arange(0, COLUMNS // PER)
     inside = (row < o_end)[:, None] & (byte * PER < i_end)[None, :]
     at = w + e.to(tl.int64) * stride_e + row.to(tl.int64)[:, None] * stride_o + byte[None, :]
-    word = tl.load(at, mask=inside, other=0).to(tl.int32)
+    NOTHING: tl.constexpr = 0x88 if FORMAT == "int4" else 0  # two numbers zero
+    word = tl.load(at, mask=inside, other=NOTHING).to(tl.int32)
     if PER == 1:
         x = element(word, 0, FORMAT)
         x = tl.where((word & 127) == 127, float("nan"), x)

@@ -97,10 +97,7 @@ class _Run:
 
     def __init__(self, rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles) -> None:
         self.rows, self.ids, self.weights = _rows_of(rows), expert_ids, weights.contiguous()
-        self.ups = [Matrix.of(w, transposed) for w in (w1, w_up) if w is not None]
-        if self.ups[0].layout != self.ups[-1].layout:  # a program reads a pair by one set of strides
-            self.ups = [Matrix.of(w.contiguous(), transposed) for w in (w1, w_up)]
-        self.down = Matrix.of(w2, transposed)
+        self.ups, self.down = Matrix.pair(w1, w_up, transposed), Matrix.of(w2, transposed)
         self.experts, self.top_k, self.pairs = w2.shape[0], expert_ids.shape[1], expert_ids.numel()
         self.d = rows.shape[1]
         self.f, self.out = (w2.shape[1], w2.shape[2]) if transposed else (w2.shape[2], w2.shape[1])
@@ -111,9 +108,9 @@ class _Run:
         # where a map's tile begins must be aligned too, and the up projection behind the gate's columns is not always
         self.aligned = self.f * rows.element_size() % 16 == 0
         behind = len(self.ups) == 1 and self.width > self.f and not interleaved and not self.ups[0].input_inner
-        self.mapped = chip.tensor_maps and all(can_map(m.stored) for m in (*self.ups, self.down))
+        self.mapped = chip.tensor_maps and all(m.can_map for m in (*self.ups, self.down))
         self.mapped = self.mapped and (self.aligned or not behind)
-        if chip.tensor_maps and not self.mapped and self.pairs:
+        if chip.tensor_maps and not self.mapped and self.pairs and self.down.format == "none":
             say_once(
                 "grouped_ffn",
                 "expert weights whose matrices do not begin and run on at multiples of 16 bytes cannot be read by TMA",
@@ -135,10 +132,11 @@ class _Run:
         handles = [u.handle(self.mapped, tile.depth, wide) for u in ups]
         self.launch(
             up_kernel,
-            x=self.rows, w_gate=handles[0], w_up=handles[-1], bias=or_other(bias, a), a=a, h=h if keep else a,
-            pair_of_row=order.pair_of_row, D=self.d, F=self.f, up_row=0 if len(ups) == 2 else self.f,
-            stride_x=self.rows.stride(0), **ups[0].strides, TOP_K=self.top_k, **form, KEEP=keep,
-            BIAS=bias is not None, MAP=self.mapped, K_INNER=ups[0].k_inner, EVEN_K=self.d % tile.depth == 0,
+            x=self.rows, w_gate=handles[0], w_up=handles[-1], s_gate=self.ups[0].scale, s_up=self.ups[-1].scale,
+            bias=or_other(bias, a), a=a, h=h if keep else a, pair_of_row=order.pair_of_row, D=self.d, F=self.f,
+            up_row=0 if len(ups) == 2 else self.f,
+            stride_x=self.rows.stride(0), **ups[0].arguments(), TOP_K=self.top_k, **form, KEEP=keep,
+            BIAS=bias is not None, MAP=self.mapped, EVEN_K=self.d % tile.depth == 0,
             PIECES=tile.pieces, **self._over_rows(tile, order, self.f),
         )  # fmt: skip
 
@@ -147,7 +145,7 @@ class _Run:
     ) -> None:
         rows_gemm(
             a, w, bias, y, order, tile, chip=self.chip, launch=self.launch, mapped=self.mapped,
-            map_rows=self.aligned or len(w) == 1,
+            map_rows=self.chip.tensor_maps and can_map(a) and (self.aligned or len(w) == 1),
         )  # fmt: skip
 
     def combine(self, order: Schedule, y_rows: Tensor, weights: Tensor | None, y: Tensor) -> None:
@@ -162,10 +160,10 @@ class _Run:
         tile, w = self.tiles.back, self.down.backward()
         self.launch(
             back_kernel,
-            grad=grad, w=w.handle(self.mapped, tile.depth, tile.columns), h=h, weights=self.weights,
+            grad=grad, w=w.handle(self.mapped, tile.depth, tile.columns), s=self.down.scale, h=h, weights=self.weights,
             dh=dh if want_h else h, sa=sa if want_2 else h, parts=parts if want_s else h,
-            pair_of_row=order.pair_of_row, D=self.out, F=self.f, N=self.pairs, stride_g=grad.stride(0), **w.strides,
-            TOP_K=self.top_k, **form, DH=want_h, SA=want_2, DS=want_s, MAP=self.mapped, K_INNER=w.k_inner,
+            pair_of_row=order.pair_of_row, D=self.out, F=self.f, N=self.pairs, stride_g=grad.stride(0), **w.arguments(),
+            TOP_K=self.top_k, **form, DH=want_h, SA=want_2, DS=want_s, MAP=self.mapped,
             EVEN_K=self.out % tile.depth == 0, PIECES=tile.pieces, **self._over_rows(tile, order, self.f),
         )  # fmt: skip
 

@@ -62,11 +62,12 @@ def _finish_back(
 
 @triton.jit
 def back_kernel(
-    grad, w, h, weights, dh, sa, parts, pair_of_row, offsets, tile_expert, tile_row, tiles,
-    D, F, N, stride_g, stride_e, stride_k, stride_n,
+    grad, w, s, h, weights, dh, sa, parts, pair_of_row, offsets, tile_expert, tile_row, tiles,
+    D, F, N, stride_g, stride_e, stride_k, stride_n, stride_se, stride_so,
     TOP_K: tl.constexpr, FORM: tl.constexpr, INTERLEAVED: tl.constexpr, DH: tl.constexpr, SA: tl.constexpr,
     DS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr,
-    MAP: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA'[i, f] = grad[row of place i] W2_e, and from it and H, BM x BN at a time:
 
@@ -93,10 +94,13 @@ def back_kernel(
                 gs = tl.load(g_rows + (k + ks)[None, :])
             else:
                 gs = tl.load(g_rows + (k + ks)[None, :], mask=(k + ks < D)[None, :], other=0.0)
-            ws = weight_tile(w, e, k, n, D, F, stride_e, stride_k, stride_n, BK, BN, MAP, K_INNER, EVEN_K)
+            ws = weight_tile(
+                w, s, e, k, n, D, F, stride_e, stride_k, stride_n, stride_se, stride_so,
+                BK, BN, MAP, K_INNER, EVEN_K, FORMAT, SCALED, dh.dtype.element_ty,
+            )  # fmt: skip
             da = tl.dot(gs, ws, da, input_precision=PRECISION)
-        s = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
-        share = _finish_back(da, s, h, dh, sa, place, valid, n, F, FORM, INTERLEAVED, DH, SA, DS, PIECES, BM, BN)
+        part = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
+        share = _finish_back(da, part, h, dh, sa, place, valid, n, F, FORM, INTERLEAVED, DH, SA, DS, PIECES, BM, BN)
         if DS:
             tl.store(parts + column.to(tl.int64) * N + place, share, mask=valid)
 

@@ -56,11 +56,12 @@ def _finish_up(
 
 @triton.jit
 def up_kernel(
-    x, w_gate, w_up, bias, a, h, pair_of_row, offsets, tile_expert, tile_row, tiles,
-    D, F, up_row, stride_x, stride_e, stride_k, stride_n,
+    x, w_gate, w_up, s_gate, s_up, bias, a, h, pair_of_row, offsets, tile_expert, tile_row, tiles,
+    D, F, up_row, stride_x, stride_e, stride_k, stride_n, stride_se, stride_so,
     TOP_K: tl.constexpr, FORM: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr, MAP: tl.constexpr,
-    K_INNER: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    K_INNER: tl.constexpr, EVEN_K: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A[i, f] = act(x[row of place i] W1_e^T + b1_e) and, if KEEP, H (the pre-activation), BM x BN at a time.
 
@@ -89,12 +90,16 @@ def up_kernel(
                 xs = tl.load(x_rows + (k + ks)[None, :])
             else:
                 xs = tl.load(x_rows + (k + ks)[None, :], mask=(k + ks < D)[None, :], other=0.0)
-            ws = weight_tile(w_gate, e, k, n, D, f_end, stride_e, stride_k, stride_n, BK, WIDE, MAP, K_INNER, EVEN_K)
+            ws = weight_tile(
+                w_gate, s_gate, e, k, n, D, f_end, stride_e, stride_k, stride_n, stride_se, stride_so,
+                BK, WIDE, MAP, K_INNER, EVEN_K, FORMAT, SCALED, a.dtype.element_ty,
+            )  # fmt: skip
             g = tl.dot(xs, ws, g, input_precision=PRECISION)
             if TWO:
                 vs = weight_tile(
-                    w_up, e, k, up_row + n, D, up_row + F, stride_e, stride_k, stride_n, BK, WIDE, MAP, K_INNER, EVEN_K
-                )
+                    w_up, s_up, e, k, up_row + n, D, up_row + F, stride_e, stride_k, stride_n, stride_se, stride_so,
+                    BK, WIDE, MAP, K_INNER, EVEN_K, FORMAT, SCALED, a.dtype.element_ty,
+                )  # fmt: skip
                 u = tl.dot(xs, vs, u, input_precision=PRECISION)
         _finish_up(g, u, bias, a, h, e, place, valid, column * BN, F, FORM, INTERLEAVED, KEEP, BIAS, PIECES, BM, BN)
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..activation_triton import GATED, activate
-from ..quantized_triton import element, is_nan, scale_of
+from ..quantized_triton import element, is_nan, scale_of, shift_of
 
 
 @triton.jit
@@ -83,9 +83,8 @@ def row_sums(
             s = tl.load(s_rows + at_scale // GROUP, mask=s_in, other=0)
             column = first + (tl.arange(0, KP * C) % C) * CHUNK
             part = _chunk_sums(w, x_chunk, x_chunk_live, column, LENGTH, FORMAT, BN, KP, C, P)
-            SHIFT: tl.constexpr = 256.0 if FORMAT == "fp8" else (16384.0 if FORMAT == "mxfp4" else 1.0)
             s, s_in = tl.reshape(scale_of(s, FORMAT), (BN, KP, C)), tl.reshape(s_in, (BN, KP, C))
-            acc += tl.where(s_in, (part * SHIFT) * s, 0.0)
+            acc += tl.where(s_in, (part * shift_of(FORMAT)) * s, 0.0)
     return tl.sum(acc, 2)
 
 

@@ -18,8 +18,9 @@ def forward(
     y = x.new_zeros(x.shape[0], out)  # rows that belong to nobody stay zero
     tile = _tiles(x, out, x.shape[1], w.shape[0], chip).down
     order = tiles_of(offsets, x.shape[0], tile.rows, launch=launch)
-    mapped = chip.tensor_maps and can_map(m.stored)
-    rows_gemm(_rows(x), [m.forward()], b, y, order, tile, chip=chip, launch=launch, mapped=mapped, map_rows=True)
+    mapped = chip.tensor_maps and m.can_map
+    x, how = _rows(x), {"chip": chip, "launch": launch, "mapped": mapped}
+    rows_gemm(x, [m.forward()], b, y, order, tile, map_rows=mapped and can_map(x), **how)
     return y
 
 
@@ -33,10 +34,10 @@ def backward(
     dx = x.new_zeros(x.shape) if needs[0] else x.new_empty(0)
     dw = w.new_empty(w.shape) if needs[1] else x.new_empty(0)
     db = b.new_empty(b.shape) if b is not None and needs[2] else x.new_empty(0)
-    mapped = chip.tensor_maps and can_map(m.stored)
+    mapped = chip.tensor_maps and m.can_map
     if needs[0]:
-        operand = [m.backward()]
-        rows_gemm(grad, operand, None, dx, order, tiles.down, chip=chip, launch=launch, mapped=mapped, map_rows=True)
+        how = {"chip": chip, "launch": launch, "mapped": mapped, "map_rows": mapped and can_map(grad)}
+        rows_gemm(grad, [m.backward()], None, dx, order, tiles.down, **how)
     if needs[1]:
         left, right = (x, grad) if transposed else (grad, x)
         dw_gemm(left, right, dw, None, order.offsets, order.offsets, 1, tiles.dw, chip=chip, launch=launch)
