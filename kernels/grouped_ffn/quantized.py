@@ -1,7 +1,7 @@
 """grouped_ffn on frozen weights in few bits (see ../quantized.py): gradients reach rows, router weights and biases.
 
-Many rows, other devices and every backward pass take one expert at a time, widened to the rows' type; the two
-launches of thin.py read few rows' weights as they are stored.
+On CUDA devices the Triton form reads the weights as they are stored and widens them in registers, forward and backward;
+elsewhere one expert at a time is widened to the rows' type.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import chip
 from ..activation import Activation
 from ..quantized import Quantized
-from ..routing import narrow_ids
 from . import plain
 
 _ARGS = (
@@ -67,26 +66,6 @@ def _forward(
     )
 
 
-def _on_cuda(
-    rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
-) -> tuple[Tensor, Tensor]:
-    why = chip.why_not(rows.device.index)
-    if why is None:
-        from . import thin
-
-        if not keep and thin.serves(rows):
-            first, up, last = _weights(w1, w_up, w2, formats, blocks)
-            act, ids = Activation.from_params(kind, gated, params), narrow_ids(expert_ids, last.shape[0])
-            found = chip.chip_of(rows.device.index)
-            y = thin.thin_forward(rows, ids, weights, first, up, last, b1, b2, act, False, interleaved, chip=found)
-            return y, rows.new_empty(0, (2 if gated else 1) * last.shape[2])
-        why = "no kernel widens quantized weights in its loads for these rows"
-    chip.say_once("grouped_ffn", why, "a loop that widens one expert after another")
-    return _forward(
-        rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
-    )
-
-
 def _backward(
     grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, formats, blocks, kind, params, gated, interleaved, needs
 ) -> tuple[Tensor, ...]:
@@ -98,9 +77,51 @@ def _backward(
     return out[0], out[1], out[5], out[6]
 
 
+def _on_triton(rows: Tensor, weights: tuple[Quantized | None, ...]) -> bool:
+    """Whether the Triton form serves; says once why not."""
+    there = [w for w in weights if w is not None]
+    why = chip.why_no_grouped_gemm(rows, there[0].shape[0])
+    for w in there:
+        across = w.block[1]
+        if across & (across - 1) and across < w.shape[2]:
+            why = why or f"a scale's columns must be a power of 2, or all of them, for the Triton form, got {across}"
+    if why is not None:
+        chip.say_once("grouped_ffn", why, "a loop that widens one expert after another, and waits for the device")
+    return why is None
+
+
+def _forward_on_cuda(
+    rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
+) -> tuple[Tensor, Tensor]:
+    packed = _weights(w1, w_up, w2, formats, blocks)
+    if not _on_triton(rows, packed):
+        rest = (formats, blocks, kind, params, gated, interleaved, keep)
+        return _forward(rows, expert_ids, weights, w1, w_up, w2, b1, b2, *rest)
+    from . import on_triton
+
+    form, where = (kind, params, gated, False, interleaved, keep), chip.chip_of(rows.device.index)
+    return on_triton.forward(rows, expert_ids, weights, *packed, b1, b2, *form, chip=where)
+
+
+def _backward_on_cuda(
+    grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, formats, blocks, kind, params, gated, interleaved, needs
+) -> tuple[Tensor, ...]:
+    packed = _weights(w1, w_up, w2, formats, blocks)
+    if not _on_triton(rows, packed):
+        rest = (formats, blocks, kind, params, gated, interleaved, needs)
+        return _backward(grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, *rest)
+    from . import on_triton
+
+    wanted = [needs[0], needs[1], False, False, False, needs[2], needs[3]]
+    form, where = (kind, params, gated, False, interleaved, wanted), chip.chip_of(rows.device.index)
+    out = on_triton.backward(grad, rows, expert_ids, weights, *packed, b1, b2, h, *form, chip=where)
+    return out[0], out[1], out[5], out[6]
+
+
 torch.library.impl("headgate::grouped_ffn_quantized", "CompositeExplicitAutograd", _forward)
-torch.library.impl("headgate::grouped_ffn_quantized", "cuda", _on_cuda)
+torch.library.impl("headgate::grouped_ffn_quantized", "cuda", _forward_on_cuda)
 torch.library.impl("headgate::grouped_ffn_quantized_backward", "CompositeExplicitAutograd", _backward)
+torch.library.impl("headgate::grouped_ffn_quantized_backward", "cuda", _backward_on_cuda)
 
 
 @torch.library.register_fake("headgate::grouped_ffn_quantized")
