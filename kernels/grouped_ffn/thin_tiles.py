@@ -49,17 +49,19 @@ def choose_thin(size: ThinSize, chip: Chip) -> ThinTile:
     threads, experts = 32 * _WARPS, power_of_2(size.together)
     if not size.rows_contiguous:
         outputs = _outputs(size, chip, 64 // size.halves, 16, 2)
-        steps = max(1, _LOADS // 2 * threads * size.per_chunk // (experts * outputs * size.halves))
-        return ThinTile(outputs, min(steps, power_of_2(size.length)), 1)
+        # with fewer values of x than threads, each thread reads those it needs instead of meeting the others
+        inputs = min(max(1, threads // 2 // experts), power_of_2(size.length))
+        loads = max(1, experts * inputs * outputs * size.halves // (size.per_chunk * threads))
+        return ThinTile(outputs, inputs, max(1, min(_LOADS // loads, -(-size.length // inputs))))
+    most = _LOADS if size.per_chunk < 32 else _LOADS // 2  # numbers of 4 bits take more registers than their loads
     chunk_count = -(-size.length // size.per_chunk)
     chunks = min(max(1, threads // experts), power_of_2(chunk_count))
     while chunks > 4 and -(-chunk_count // chunks) * chunks > 1.2 * chunk_count:
         chunks //= 2
     warps = max(1, min(_WARPS, experts * chunks // 32))
-    outputs = _outputs(size, chip, _LOADS // size.halves, 1, _WARPS_PER_PROCESSOR / warps)
+    outputs = _outputs(size, chip, most // size.halves, 1, _WARPS_PER_PROCESSOR / warps)
     loads = max(1, outputs * size.halves * experts * chunks // (32 * warps))
-    unroll = max(1, min(_LOADS // loads, -(-chunk_count // chunks)))
-    return ThinTile(outputs, chunks, unroll, warps)
+    return ThinTile(outputs, chunks, max(1, min(most // loads, -(-chunk_count // chunks))), warps)
 
 
 def _outputs(size: ThinSize, chip: Chip, most: int, least: int, per_processor: float) -> int:
