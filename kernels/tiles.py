@@ -22,6 +22,7 @@ class Size:
     itemsize: int
     gated: bool = True
     interleaved: bool = False
+    quantized: bool = False
 
     @property
     def rows_per_expert(self) -> float:
@@ -141,6 +142,8 @@ def choose(size: Size, chip: Chip) -> Tiles:
         down, dx = (long if f >= 1024 else short), (long if width >= 1024 else short)
         # what an epilogue holds of interleaved columns on top of 256 accumulators overflows the registers
         back = long if f >= 512 and not size.interleaved else Tile(128, 128, 64, 8, 4)
+        if size.interleaved and chip.capability >= 100:  # whose accumulators come to the registers all at once
+            back = replace(back, columns=64)
         dw = Tile(128, 256, 64, 8, 5)
     elif rows == 128:
         down = dx = dw = Tile(128, 128, 32, 8, 4)
@@ -155,6 +158,10 @@ def choose(size: Size, chip: Chip) -> Tiles:
         back, dx, dw = Tile(rows, 64, 64, 4, 3, 1, resident=2), down, Tile(64, 64, 32, 4, 5, 4, resident=2)
     if size.itemsize > 2:  # as many bytes per step; and a product in three parts (tf32x3) holds operands in registers
         up, down, back, dx, dw = (_for_fp32(t) for t in (up, down, back, dx, dw))
+    if size.quantized and rows == 128:  # weights pass through registers on their way
+        most = ((up, 64), (down, 128), (back, 64), (dx, 128))
+        up, down, back, dx = (replace(t, columns=min(t.columns, c)) for t, c in most)
+        down, dx = (replace(t, warps=8, resident=1) for t in (down, dx))
     return Tiles(
         _fit(up, size, chip, f, d, halves),
         _fit(down, size, chip, d, f),

@@ -103,14 +103,17 @@ class _Run:
         self.f, self.out = (w2.shape[1], w2.shape[2]) if transposed else (w2.shape[2], w2.shape[1])
         self.width = _width(w1, w_up, transposed)
         self.chip, self.launch = chip, launch
-        size = Size(self.pairs, self.d, self.f, self.experts, rows.element_size(), self.width > self.f, interleaved)
+        quantized = self.down.format != "none"
+        size = Size(
+            self.pairs, self.d, self.f, self.experts, rows.element_size(), self.width > self.f, interleaved, quantized
+        )
         self.tiles = tiles or choose(size, chip)
         # where a map's tile begins must be aligned too, and the up projection behind the gate's columns is not always
         self.aligned = self.f * rows.element_size() % 16 == 0
         behind = len(self.ups) == 1 and self.width > self.f and not interleaved and not self.ups[0].input_inner
         self.mapped = chip.tensor_maps and all(m.can_map for m in (*self.ups, self.down))
         self.mapped = self.mapped and (self.aligned or not behind)
-        if chip.tensor_maps and not self.mapped and self.pairs and self.down.format == "none":
+        if chip.tensor_maps and not self.mapped and self.pairs and not quantized:
             say_once(
                 "grouped_ffn",
                 "expert weights whose matrices do not begin and run on at multiples of 16 bytes cannot be read by TMA",

@@ -1,0 +1,72 @@
+"""The choice of tiles: pure, printable, within every chip's shared memory for every size."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from headgate.kernels.chip import CHIPS, H200, Chip
+from headgate.kernels.tiles import Size, candidates, choose, row_tile, shared_bytes
+
+SIZES = [
+    Size(pairs, d, f, experts, itemsize, gated, interleaved and gated, quantized and itemsize == 2)
+    for pairs, (d, f), experts, itemsize, gated, interleaved, quantized in itertools.product(
+        (0, 1, 40, 3000, 30_000, 2_000_000),
+        ((1, 1), (33, 70), (2048, 768), (2880, 2880), (7168, 2048)),
+        (1, 8, 256),
+        (2, 4),
+        (True, False),
+        (True, False),
+        (True, False),
+    )
+]
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda c: c.name)
+def test_every_choice_fits_the_chip(chip):
+    for size in SIZES:
+        tiles = choose(size, chip)
+        halves = 2 if size.gated else 1
+        for name in ("up", "down", "back", "dx", "dw"):
+            t = getattr(tiles, name)
+            used = shared_bytes(t, size.itemsize, halves if name == "up" else 1, indirect=name == "dw")
+            assert used * t.resident <= chip.shared_bytes, (name, t, size)
+            assert min(t.rows, t.columns, t.depth) >= 16, (name, t, size)
+            assert all(n & (n - 1) == 0 for n in (t.rows, t.columns, t.depth, t.warps, t.pieces)), (name, t, size)
+            assert t.columns // t.pieces >= 16, (name, t, size)
+        # an expert's rows are cut once for the forward pass and once for the backward pass
+        assert tiles.up.rows == tiles.down.rows
+        assert tiles.back.rows == tiles.dx.rows
+
+
+def test_rows_of_a_tile_follow_the_rows_of_an_expert():
+    rows = [row_tile(Size(pairs, 64, 64, 8, 2)) for pairs in (0, 8, 128, 129, 257, 513, 10_000)]
+    assert rows == [16, 16, 16, 32, 64, 128, 128]
+
+
+def test_it_prints_itself():
+    text = str(choose(Size(262144, 2048, 768, 128, 2), H200))
+    assert text.splitlines()[0] == "up   128x128x64, 8 warps, 4 stages, groups of 8, 1 per processor"
+    assert [line.split()[0] for line in text.splitlines()] == ["up", "down", "back", "dx", "dw"]
+
+
+def test_equal_questions_have_equal_answers():
+    assert choose(SIZES[-1], H200) == choose(SIZES[-1], H200)
+
+
+@pytest.mark.parametrize("pairs", [64, 262144])
+def test_candidates_begin_with_the_choice_and_fit(pairs):
+    size = Size(pairs, 2048, 768, 128, 2)
+    chosen, found = choose(size, H200), candidates(size, H200)
+    for name, tiles in found.items():
+        assert tiles[0] == getattr(chosen, name)
+        assert len(tiles) == len(set(tiles)) > 5
+        halves = 2 if name == "up" else 1
+        for t in tiles:
+            assert shared_bytes(t, 2, halves, indirect=name == "dw") * t.resident <= H200.shared_bytes
+
+
+def test_a_chip_without_room_is_refused_by_name():
+    with pytest.raises(ValueError, match="no tile fits the 2000 bytes of shared memory of toy"):
+        choose(SIZES[0], Chip("toy", 80, 1, 2000))
