@@ -27,7 +27,7 @@ from .shapes import STANDARD, tokens_of
 
 EXAMPLE = """examples:
   headgate bench compile --chips sm_80 sm_90 --shapes qwen3 gpt-oss
-  headgate bench compile --limit 2 --json builds.json      two configurations of each kernel and chip
+  headgate bench compile --limit 2 --json builds.json      two configurations of each kernel, chip and pass
 """
 DEFAULT_CHIPS = ("H200", "A100", "RTX3090", "RTX4090", "B200")
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", nargs="+", type=int, metavar="T", help="tokens per call (default: 1 to 65536)")
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help=f"of {', '.join(PASSES)} (default: all)")
     add("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"], metavar="DTYPE", help="default: bf16")
-    add("--limit", type=int, metavar="N", help="at most N configurations of each kernel and chip")
+    add("--limit", type=int, metavar="N", help="at most N configurations of each kernel, chip and pass")
     add("--processes", type=int, default=machine.cores(), metavar="N", help="default: %(default)s")
     add("--cache", metavar="DIR", help="Triton's cache (default: a temporary one, so that everything is built)")
     add("--all", action="store_true", help="print every configuration, not one line per kernel and chip")
@@ -68,9 +68,9 @@ def jobs_of(
     limit: int | None = None,
     dtypes: Sequence[str] = ("bf16",),
 ) -> list[Job]:
-    """What must be built for these cases, each once; with `limit`, so many of each kernel and chip, from the first
-    (few tokens) to the last (many), spread evenly."""
-    found: dict[tuple[str, str], dict[Job, None]] = {}
+    """What must be built for these cases, each once; with `limit`, so many of each kernel, chip and pass, from the last
+    (many tokens) to the first (few), spread evenly."""
+    found: dict[tuple[str, str, str], dict[Job, None]] = {}
     for name in shapes:
         shape = STANDARD[name]
         for chip in chips:
@@ -78,12 +78,12 @@ def jobs_of(
                 for kind, dtype in itertools.product(passes, dtypes):
                     for launched in record(shape, t, kind, chip, DTYPES[dtype]):
                         job = job_of(launched, chip)
-                        found.setdefault((job.name, chip.name), {})[job] = None
-    jobs = []
+                        found.setdefault((job.name, chip.name, kind), {})[job] = None
+    jobs: dict[Job, None] = {}
     for group in map(list, found.values()):
         n = len(group) if limit is None else min(limit, len(group))
-        jobs += [group[i * (len(group) - 1) // max(1, n - 1)] for i in range(n)]
-    return jobs
+        jobs |= {group[-1 - i * (len(group) - 1) // max(1, n - 1)]: None for i in range(n)}
+    return list(jobs)
 
 
 def run(args: argparse.Namespace) -> int:
