@@ -15,7 +15,7 @@ _LOADS = 8  # of 16 bytes, that a thread should have under way at once
 @dataclass(frozen=True)
 class ThinTile:
     """`outputs` results per program; `chunks` of 16 bytes per weight row and step (or, where the outputs are
-    contiguous, `chunks` inputs); `unroll` steps at a time."""
+    contiguous, `chunks` inputs); `unroll` steps at a time, or under way at once."""
 
     outputs: int
     chunks: int
@@ -50,9 +50,9 @@ def choose_thin(size: ThinSize, chip: Chip) -> ThinTile:
     if not size.rows_contiguous:
         outputs = _outputs(size, chip, 64 // size.halves, 16, 2)
         # with fewer values of x than threads, each thread reads those it needs instead of meeting the others
-        inputs = min(max(1, threads // 2 // experts), power_of_2(size.length))
-        loads = max(1, experts * inputs * outputs * size.halves // (size.per_chunk * threads))
-        return ThinTile(outputs, inputs, max(1, min(_LOADS // loads, -(-size.length // inputs))))
+        inputs = min(max(1, threads // experts), power_of_2(size.length))
+        loads = max(1, experts * inputs * outputs * size.halves // (size.per_chunk * 2 * threads))
+        return ThinTile(outputs, inputs, _LOADS // loads + 1, 2 * _WARPS)
     most = _LOADS if size.per_chunk < 32 else _LOADS // 2  # numbers of 4 bits take more registers than their loads
     chunk_count = -(-size.length // size.per_chunk)
     chunks = min(max(1, threads // experts), power_of_2(chunk_count))

@@ -91,13 +91,14 @@ def row_sums(
 @triton.jit
 def column_sums(
     x_rows, x_live, w_columns, in_range, stride_in,
-    LENGTH: tl.constexpr, BO: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
+    LENGTH: tl.constexpr, BO: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[BO, KP] fp32, as row_sums, of weights whose output columns are contiguous and inputs `stride_in` apart. x_rows
-    and x_live [KP * BK], w_columns [KP * BK, BO] at input 0, in_range [BO]."""
+    and x_live [KP * BK], w_columns [KP * BK, BO] at input 0, in_range [BO]. STAGES steps are under way at
+    once, to shared memory: a thread sums several columns, so its registers hold few loads."""
     acc = tl.zeros((KP * BK, BO), tl.float32)
     ks = tl.arange(0, KP * BK) % BK
-    for first in tl.range(0, LENGTH, BK, loop_unroll_factor=UNROLL):
+    for first in tl.range(0, LENGTH, BK, num_stages=STAGES):
         k = first + ks
         inside = x_live & (k < LENGTH)
         at = w_columns + k.to(tl.int64)[:, None] * stride_in
