@@ -114,6 +114,7 @@ class TestTriton:
             assert_close(got, want, dtype=torch.float32)
         assert torch.equal(got, router_logits_on_triton(x, w, b, chip=replace(A100, processors=4)))
 
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     def test_strides_and_nan_of_another_row(self, assert_close):
         x, w = torch.randn(20, 6).T, torch.randn(5, 40)[:, ::2]
         x[4], w[3] = torch.nan, torch.inf
