@@ -8,7 +8,7 @@ A grid has as many programs as the chip holds; each walks over tiles. How many t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -308,6 +308,8 @@ def dw_gemm(
     """dw [E, left's columns, right's columns] = left^T right over each expert's rows; side `gathered`, 0 or 1, is read
     at the row of the place's pair, a side that is not at the place itself."""
     items = dw.shape[0] * -(-dw.shape[1] // tile.rows) * -(-dw.shape[2] // tile.columns)
+    if gathered is None:  # no loads of indices to wait for: as many steps under way with half the stages
+        tile = replace(tile, stages=(tile.stages + 1) // 2)
     launch(
         dw_kernel, grid=(min(items, chip.processors * tile.resident),),
         left=left, right=right, dw=dw, pair_of_row=pair_of_row, offsets=offsets, E=dw.shape[0], M=dw.shape[1],
