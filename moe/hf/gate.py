@@ -90,9 +90,14 @@ def _numbers(thing: Any) -> dict[str, float]:
 
 @torch.compiler.assume_constant_result
 def activation_of(
-    module: nn.Module, gated: bool, interleaved: bool = False, normed: bool = False, function: str = "act_fn"
+    module: nn.Module,
+    gated: bool,
+    interleaved: bool = False,
+    normed: bool = False,
+    function: str = "act_fn",
+    instead: str = "two grouped matmuls around it",
 ) -> Activation | None:
-    """The Activation of an experts module, or None where its own gate must run; says the latter once.
+    """The Activation of an experts module, or None where its own gate must run (`instead`); says the latter once.
 
     The gate is `module._apply_gate` (transformers' contract) where there is one and `gated`, else `module.<function>`
     on the gate times up. `normed`: each expert's output is normalised before it is weighted, which no fused form does.
@@ -117,7 +122,7 @@ def activation_of(
     if found is None:
         warnings.warn(
             f"headgate: {type(module).__name__} has something of its own between its matmuls ({own}); its experts run "
-            "as two grouped matmuls around it, which is slower than the fused operation",
+            f"as {instead}, which is slower than the fused operation",
             stacklevel=3,
         )
     kept[modes] = (source, found)
