@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
+from .gpu import doctor as gpu
 
 # distribution -> the extra that brings it; None: comes with headgate itself
 PACKAGES = {
@@ -21,7 +22,6 @@ PACKAGES = {
     "transformers": "hf",
     "safetensors": "hf",
     "triton": "gpu",
-    "cupy-cuda13x": "gpu",
     "matplotlib": "plot",
 }
 EXTRAS = {
@@ -55,6 +55,7 @@ def examine() -> dict[str, Any]:
         "memory_available_bytes": available_bytes(),
         "python": sys.version.split()[0],
         "devices": _devices(),
+        "gpu": gpu.examine(),
         "versions": versions,
         "compiler": _compiler(),
         "missing_extras": {extra: EXTRAS[extra] for extra in sorted(lacking)},
@@ -88,9 +89,10 @@ def _machine_lines(found: dict[str, Any]) -> list[str]:
         ("threads", str(about["threads"])),
         ("devices", ", ".join(found["devices"])),
         ("python", found["python"]),
-        *((name, number or "not installed") for name, number in found["versions"].items()),
+        *((name, number or "not installed") for name, number in found["versions"].items() if name != "triton"),
         ("C++ compiler", found["compiler"] or "none found (install g++ or set CXX)"),
         ("grouped_ffn on CPU", about["headgate_form"]),
+        *gpu.rows(found["gpu"]),
     ]
     lines = [f"{name:<20}{value}" for name, value in rows]
     lines += [f"{'missing':<20}{use}: pip install 'headgate[{e}]'" for e, use in found["missing_extras"].items()]

@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from headgate import cli
 from headgate.bench import doctor
+from headgate.bench.gpu import doctor as gpu
+from headgate.kernels.chip import H200, Chip
 
 KINDS = ("moe", "compile", "roofline", "sweep")
 SUBCOMMANDS = (["demo"], ["doctor"], ["bench"], *(["bench", kind] for kind in KINDS))
@@ -77,6 +80,61 @@ def test_doctor_says_what_runs_here(capsys):
     assert found["machine"]["headgate_form"] in said
     for extra in found["missing_extras"]:
         assert f"pip install 'headgate[{extra}]'" in said
+
+
+def test_doctor_says_what_a_gpu_would_need(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert cli.main(["doctor"]) == 0
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().out
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "triton              not installed: pip install 'headgate[gpu]'" in said
+    assert "TRITON_INTERPRET" not in said
+    assert "headgate bench compile" not in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_doctor_without_a_gpu_says_so_and_what_can_be_done(capsys):
+    pytest.importorskip("triton")
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "GPU                 none that torch sees; torch is built" in said
+    assert "headgate bench compile builds every kernel" in said
+
+
+def test_doctor_describes_a_gpu_and_what_runs_there():
+    found = gpu.examine() | {"triton": "3.6.0", "triton_trouble": None, "interpreter": None}
+    found["devices"] = [
+        gpu.describe(H200, 139 * 2**30, None),
+        gpu.describe(Chip("Tesla V100", 70, 80, 98304), 16 * 2**30, "Tesla V100 is too old"),
+    ]
+    said = ["  ".join(row) for row in gpu.rows(found)]
+    assert said[:2] == [
+        "cuda:0  H200, compute capability 9.0, 139 GiB, 132 multiprocessors",
+        "  grouped_ffn, grouped_linear, topk, plan, router_logits: Triton",
+    ]
+    assert said[2] == "cuda:1  Tesla V100, compute capability 7.0, 16 GiB, 80 multiprocessors"
+    assert "  plan: a stable sort in torch" in said
+    assert "  because Tesla V100 is too old" in said
+    assert "triton  3.6.0" in said
+    assert not any("none that torch sees" in line or "bench compile" in line for line in said)
+
+
+@pytest.mark.parametrize(("version", "bad"), [("3.5.1", True), ("3.6.0", False), ("4.0.0+git", False), ("2.9", True)])
+def test_doctor_knows_the_oldest_triton(version, bad):
+    assert (gpu.too_old(version) is not None) == bad
+
+
+@pytest.mark.gpu
+def test_doctor_on_a_gpu(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    device = json.loads(capsys.readouterr().out)["gpu"]["devices"][0]
+    assert device["name"] == torch.cuda.get_device_name(0)
+    assert set(device["forms"].values()) == {"Triton"} or device["why_not_triton"]
+    assert cli.main(["doctor"]) == 0
+    assert f"compute capability {device['capability']}" in capsys.readouterr().out
 
 
 def folder(tmp_path, config, name):
