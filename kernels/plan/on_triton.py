@@ -192,7 +192,7 @@ def schedule(
     )  # fmt: skip
     if n <= _ONE_LAUNCH and _share is None:
         padded = max(16, triton.next_power_of_2(n))
-        against = min(padded, 256)
+        against = min(padded, 128)
         block = min(padded, 2048 // against)
         grid = (1 + triton.cdiv(n, block),)
         table = max(1, min(64, 4096 // width))
@@ -202,8 +202,8 @@ def schedule(
     grid, warps = (triton.cdiv(n, share),), max(1, min(16, max(block, width) // 128))
     hist = ints(grid[0] * width)
     launch(_count, grid, warps=warps, stages=1, ids=ids, hist=hist, N=n, E=experts, share=share, EP=width, BLOCK=block)
-    held = min(warps * 1024, 65536 // warps)  # numbers in registers: 32 a thread, but 8 where 16 warps share the file
-    rows = max(1, min(triton.next_power_of_2(grid[0]), 64, held // width))
+    held = min(warps * 512, 65536 // warps)  # numbers in registers: 16 a thread, but 8 where 16 warps share the file
+    rows = max(1, min(triton.next_power_of_2(grid[0]), 32, held // width))
     cut = dict(share=share, BLOCK=block, ROWS=rows, SLOTS=rows)
     launch(_place, grid, warps=warps, stages=1, ids=ids, hist=hist, **cut, **result)
     return out

@@ -37,7 +37,7 @@ def choose_logits(tokens: int, experts: int, hidden: int, per_chunk: int, chip: 
     >>> choose_logits(1, 128, 2048, 8, H200)
     LogitsTile(tokens=1, experts=1, chunks=128, warps=4)
     """
-    tile = min(8, triton.next_power_of_2(tokens))
+    tile = min(4, triton.next_power_of_2(tokens))
     wide = 4
     while wide > 1 and -(-tokens // tile) * -(-experts // wide) < chip.processors:
         wide //= 2
