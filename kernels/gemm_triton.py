@@ -275,7 +275,8 @@ def precision_of(dtype: torch.dtype) -> str:
     """How tl.dot multiplies: fp32 by torch's own rule for fp32 products, the rest as it is."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # both of torch's switches show here; get_float32_matmul_precision raises where this one was used to set it
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def or_other(t: Tensor | None, other: Tensor) -> Tensor:

@@ -207,3 +207,18 @@ def test_results_do_not_depend_on_how_many_programs_there_are(use, problem):
         use(replace(A100, processors=processors))
         runs.append(p.run())
     assert all(torch.equal(runs[0][n], other[n]) for other in runs[1:] for n in other)
+
+
+@pytest.mark.parametrize(("said", "precision"), [("none", "tf32x3"), ("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_fp32_products_follow_torchs_newer_switch(said, precision):
+    """Where it was used, torch.get_float32_matmul_precision raises."""
+    from headgate.kernels.gemm_triton import precision_of
+
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = said
+        assert precision_of(torch.float32) == precision
+        assert precision_of(torch.bfloat16) == "ieee"
+    finally:
+        switch.fp32_precision = before
