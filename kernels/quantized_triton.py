@@ -59,7 +59,9 @@ def quantized_tile(
     """fp32 weights [ROWS, COLUMNS] of expert e from (o, i), zero from o_end and i_end on. `w` uint8, `s` the scales;
     BLOCK_ROWS x BLOCK_COLUMNS of them share one, and COLUMNS is a part or a multiple of BLOCK_COLUMNS."""
     PER: tl.constexpr = 1 if FORMAT == "fp8" else 2
-    GROUPS: tl.constexpr = COLUMNS // BLOCK_COLUMNS if COLUMNS > BLOCK_COLUMNS else 1
+    # a block that is no power of two is all of a row (on_triton's caller sees to it): one scale, however short the row
+    MANY: tl.constexpr = COLUMNS > BLOCK_COLUMNS and BLOCK_COLUMNS & (BLOCK_COLUMNS - 1) == 0
+    GROUPS: tl.constexpr = COLUMNS // BLOCK_COLUMNS if MANY else 1
     row, byte = o + tl.arange(0, ROWS), i // PER + tl.arange(0, COLUMNS // PER)
     inside = (row < o_end)[:, None] & (byte * PER < i_end)[None, :]
     at = w + e.to(tl.int64) * stride_e + row.to(tl.int64)[:, None] * stride_o + byte[None, :]

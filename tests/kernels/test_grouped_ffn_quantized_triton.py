@@ -95,3 +95,18 @@ def test_more_rows_than_the_thin_form_and_no_backward(assert_close):
     assert h.shape == (0, 68)
     want, _ = truth(tensors, act, interleaved, torch.float32, torch.zeros_like(y))
     assert_close(y, want, dtype=torch.float32)
+
+
+def test_rows_shorter_than_a_tile_with_one_scale(assert_close):
+    from headgate.kernels.grouped_ffn import on_triton
+
+    tensors, act, interleaved = case("halves", "fp8", torch.float32, rows=9, d=5, f=3)
+    for place, columns in ((3, 5), (5, 3)):  # neither divides a tile's 16 columns
+        tensors[place] = quantize(torch.randn(tensors[place].shape), "fp8", block=(1, columns))
+    rest = (act.kind, act.params, True, False, interleaved)
+    y, h = on_triton.forward(*tensors, *rest, True, chip=replace(A100, processors=3))
+    grad = torch.randn_like(y)
+    out = on_triton.backward(grad, *tensors, h, *rest, [True, *[False] * 6], chip=replace(A100, processors=3))
+    want, grads = truth(tensors, act, interleaved, torch.float32, grad)
+    assert_close(y, want, dtype=torch.float32)
+    assert_close(out[0], grads["x"], dtype=torch.float32)
