@@ -1,0 +1,49 @@
+"""What the GPU tests of modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture
+def nothing_waits():
+    """with nothing_waits(): whatever makes the host wait for the device is an error."""
+
+    @contextmanager
+    def watch() -> Iterator[None]:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return watch
+
+
+@pytest.fixture
+def captured():
+    """captured(step) -> `step` as a CUDA graph: each call replays it and returns its output."""
+
+    def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    return capture
