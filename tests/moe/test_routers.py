@@ -5,7 +5,6 @@ from importlib import import_module
 
 import pytest
 import torch
-import transformers
 
 from headgate.kernels.routing import Routing
 from headgate.moe.routers import ROUTERS, Router, SigmoidRouter, SoftmaxRouter
@@ -102,6 +101,7 @@ def test_unknown_names_are_refused():
 
 
 def _theirs(family, router_class, **config):
+    transformers = pytest.importorskip("transformers")
     settings = getattr(transformers, router_class.split("TopK")[0].split("Topk")[0] + "Config")(
         hidden_size=20, **config
     )
