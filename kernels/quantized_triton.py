@@ -63,7 +63,8 @@ def quantized_tile(
     MANY: tl.constexpr = COLUMNS > BLOCK_COLUMNS and BLOCK_COLUMNS & (BLOCK_COLUMNS - 1) == 0
     GROUPS: tl.constexpr = COLUMNS // BLOCK_COLUMNS if MANY else 1
     row, byte = o + tl.arange(0, ROWS), i // PER + tl.arange(0, COLUMNS // PER)
-    inside = (row < o_end)[:, None] & (byte * PER < i_end)[None, :]
+    # counted in bytes, for only then is it known that neighbours are inside together: loads of many bytes, not of one
+    inside = (row < o_end)[:, None] & (byte < i_end // PER)[None, :]
     at = w + e.to(tl.int64) * stride_e + row.to(tl.int64)[:, None] * stride_o + byte[None, :]
     NOTHING: tl.constexpr = 0x88 if FORMAT == "int4" else 0  # two numbers zero
     word = tl.load(at, mask=inside, other=NOTHING).to(tl.int32)
