@@ -1,4 +1,5 @@
-"""How a Triton kernel is started, and the one place that knows what differs between Triton's versions.
+"""How a Triton kernel is started, and the one place for what differs between Triton's versions: nothing that the
+kernels use, from 3.6 to 3.9.
 
 Every host function takes `launch` as an argument: the benchmark's compiler and its roofline hand over one that takes
 notes in place of running.
