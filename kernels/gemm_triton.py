@@ -36,6 +36,13 @@ def find_tile(index, tiles, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def whole(x, BY: tl.constexpr):
+    """x, which the host has seen to be a multiple of BY, as something the compiler knows to be one: it learns of
+    multiples of 16 by itself, and 8 elements of 2 bytes are enough for the widest loads and stores."""
+    return x // BY * BY
+
+
+@triton.jit
 def weight_tile(
     w, s, e, k, n, k_end, n_end, stride_e, stride_k, stride_n, stride_se, stride_so,
     BK: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr,
@@ -77,11 +84,16 @@ def rows_kernel(
     DEPTH, WIDTH, stride_a, stride_e, stride_k, stride_n, stride_se, stride_so,
     SEGMENTS: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, MAP: tl.constexpr, MAP_A: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMAT: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FORMAT: tl.constexpr, SCALED: tl.constexpr, BY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y[i, n] = A[i, :DEPTH] W_e + b_e for rows in expert order: the down projection, and dX = dH W1 of the backward
     pass. SEGMENTS 2: A has DEPTH more columns, for w_second (a pair of gate and up). MAP_A: `a` is a tensor map."""
+    if BY > 1:
+        DEPTH, WIDTH, stride_a, stride_e = whole(DEPTH, BY), whole(WIDTH, BY), whole(stride_a, BY), whole(stride_e, BY)
+        if K_INNER:
+            stride_n = whole(stride_n, BY)
+        else:
+            stride_k = whole(stride_k, BY)
     live, columns = tl.load(tiles), tl.cdiv(WIDTH, BN)
     ks = tl.arange(0, BK)
     for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
@@ -121,13 +133,15 @@ def rows_kernel(
 def dw_kernel(
     left, right, dw, pair_of_row, offsets, E, M, WIDTH, stride_l, stride_r,
     TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, BY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW_e[m, n] = sum over the places i of expert e of left[i, m] * right[i, n], BM x BN at a time, BK places a step.
 
     A gathered side is read at the row of the place's pair, the other at the place itself. Both are zero past the
     expert's last place; an expert without places gets zeros.
     """
+    if BY > 1:
+        M, WIDTH, stride_l, stride_r = whole(M, BY), whole(WIDTH, BY), whole(stride_l, BY), whole(stride_r, BY)
     tall, columns = tl.cdiv(M, BM), tl.cdiv(WIDTH, BN)
     steps = tl.arange(0, BK)
     for index in tl.range(tl.program_id(0), E * tall * columns, tl.num_programs(0)):
@@ -171,7 +185,7 @@ def column_sum_kernel(
     e, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     first, end = tl.load(offsets + e), tl.load(offsets + e + 1)
     acc = tl.zeros((BR, BN), tl.float32)
-    for i in range(first, end, BR):
+    for i in tl.range(first, end, BR, num_stages=3):
         place = i + tl.arange(0, BR)
         valid = place < end
         row, inside = place, valid[:, None] & (n < WIDTH)[None, :]
@@ -201,6 +215,11 @@ class Operand:
             "stride_e": e, "stride_k": k, "stride_n": n, "stride_se": m.scale.stride(0), "stride_so": m.scale.stride(1),
             "K_INNER": self.k_inner, "FORMAT": m.format, "SCALED": m.scaled,
         }  # fmt: skip
+
+    @property
+    def outer_strides(self) -> tuple[int, int]:
+        """Between experts, and between an expert's rows as they are stored."""
+        return self.weights.stored.stride(0), self.weights.stored.stride(1)
 
     def handle(self, mapped: bool, bk: int, bn: int) -> Any:
         """What a kernel gets: a tensor map for tiles of bk x bn, or the tensor."""
@@ -279,6 +298,11 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+def by_eight(*numbers: int) -> int:
+    """BY of `whole`: 8 where all of these are multiples of it, else 1."""
+    return 8 if all(n % 8 == 0 for n in numbers) else 1
+
+
 def or_other(t: Tensor | None, other: Tensor) -> Tensor:
     """A kernel's pointer argument cannot be None; the one given instead is not read."""
     return other if t is None else t.contiguous()
@@ -297,7 +321,8 @@ def rows_gemm(
         a=tensor_map(a, [tile.rows, tile.depth]) if map_rows else a, w=handles[0], w_second=handles[-1],
         s=w[0].weights.scale, s_second=w[-1].weights.scale, bias=or_other(bias, y), y=y, DEPTH=depth,
         WIDTH=y.shape[1], stride_a=a.stride(0), **w[0].arguments(), SEGMENTS=len(w), BIAS=bias is not None, MAP=mapped,
-        MAP_A=map_rows, EVEN_K=depth % tile.depth == 0, PRECISION=precision_of(y.dtype),
+        MAP_A=map_rows, BY=by_eight(depth, y.shape[1], a.stride(0), *w[0].outer_strides),
+        EVEN_K=depth % tile.depth == 0, PRECISION=precision_of(y.dtype),
         **over_rows(chip, tile, order, y.shape[1]),
     )  # fmt: skip
 
@@ -315,7 +340,8 @@ def dw_gemm(
         dw_kernel, grid=(min(items, chip.processors * tile.resident),),
         left=left, right=right, dw=dw, pair_of_row=pair_of_row, offsets=offsets, E=dw.shape[0], M=dw.shape[1],
         WIDTH=dw.shape[2], stride_l=left.stride(0), stride_r=right.stride(0), TOP_K=top_k, GATHER_LEFT=gathered == 0,
-        GATHER_RIGHT=gathered == 1, PRECISION=precision_of(dw.dtype), **blocks(tile),
+        GATHER_RIGHT=gathered == 1, BY=by_eight(dw.shape[1], dw.shape[2], left.stride(0), right.stride(0)),
+        PRECISION=precision_of(dw.dtype), **blocks(tile),
     )  # fmt: skip
 
 

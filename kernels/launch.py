@@ -8,6 +8,7 @@ notes in place of running.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -40,12 +41,14 @@ def tensor_map(t: Tensor, block: Sequence[int]) -> Any:
 
 
 def can_map(t: Tensor) -> bool:
-    """Whether TMA can address `t`: last axis contiguous, every other stride and the address a multiple of 16 bytes."""
+    """Whether TMA can address `t`: last axis contiguous, every other stride and the address a multiple of 16 bytes,
+    and each stride a multiple of the next."""
     size = t.element_size()
     return (
         t.numel() > 0
         and t.stride(-1) == 1
         and all(s > 0 and s * size % 16 == 0 for s in t.stride()[:-1])
+        and all(outer % inner == 0 for outer, inner in pairwise(t.stride()[:-1]))
         and max(t.shape) < 2**31
         and (t.device.type == "meta" or t.data_ptr() % 16 == 0)
     )

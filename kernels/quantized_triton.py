@@ -76,6 +76,7 @@ def quantized_tile(
     group = i // BLOCK_COLUMNS + tl.arange(0, GROUPS)
     there = (row < o_end)[:, None] & (group * BLOCK_COLUMNS < i_end)[None, :]
     s_at = s + e.to(tl.int64) * stride_se + (row // BLOCK_ROWS).to(tl.int64)[:, None] * stride_so + group[None, :]
-    scale = tl.where(there, scale_of(tl.load(s_at, mask=there, other=0), FORMAT) * shift_of(FORMAT), 0.0)
-    wide = tl.reshape(x, (ROWS, GROUPS, COLUMNS // GROUPS)) * scale[:, :, None]
+    scale = tl.where(there, scale_of(tl.load(s_at, mask=there, other=0), FORMAT), 0.0)
+    # in this order, for the largest scales times the shift are infinite
+    wide = tl.reshape(x * shift_of(FORMAT), (ROWS, GROUPS, COLUMNS // GROUPS)) * scale[:, :, None]
     return tl.reshape(wide, (ROWS, COLUMNS))

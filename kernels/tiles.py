@@ -25,6 +25,11 @@ class Size:
     quantized: bool = False
 
     @property
+    def odd(self) -> bool:
+        """Whether rows do not begin at multiples of 16 bytes of half types: narrow loads, and registers for them."""
+        return bool(self.hidden % 8 or self.intermediate % 8)
+
+    @property
     def rows_per_expert(self) -> float:
         """Rows an expert gets when every expert that can be hit is hit equally often."""
         return self.pairs / max(1, min(self.experts, self.pairs))
@@ -78,11 +83,15 @@ class Tiles:
         return "\n".join(f"{f.name:<5}{getattr(self, f.name)}" for f in fields(self))
 
 
-def shared_bytes(tile: Tile, itemsize: int, weights: int = 1, indirect: bool = False) -> int:
+def shared_bytes(tile: Tile, itemsize: int, weights: int = 1, indirect: bool = False, quantized: bool = False) -> int:
     """Shared memory that a program's pipeline takes: `weights` tiles of weights per step. An `indirect` loop, whose
-    loads wait for loads of indices, keeps half as many steps in flight as it has stages."""
+    loads wait for loads of indices, keeps half as many steps in flight as it has stages. Quantized weights come as
+    bytes, and one step of them is there widened, too."""
     buffers = (tile.stages + 1) // 2 if indirect else tile.stages
-    return buffers * tile.depth * (tile.rows + weights * tile.columns) * itemsize
+    wide = weights * tile.columns * itemsize
+    if quantized:
+        return tile.depth * (buffers * (tile.rows * itemsize + weights * tile.columns) + wide)
+    return buffers * tile.depth * (tile.rows * itemsize + wide)
 
 
 def _fit(
@@ -100,7 +109,8 @@ def _fit(
 
     def fits(t: Tile) -> bool:
         epilogue = t.rows * t.columns * 4 // t.pieces
-        need = max(shared_bytes(t, size.itemsize, weights, indirect), epilogue) + 2048
+        used = shared_bytes(t, size.itemsize, weights, indirect, size.quantized and not indirect)
+        need = max(used, epilogue) + 2048
         return need * t.resident <= chip.shared_bytes
 
     while not fits(tile):
@@ -158,6 +168,11 @@ def choose(size: Size, chip: Chip) -> Tiles:
         back, dx, dw = Tile(rows, 64, 64, 4, 3, 1, resident=2), down, Tile(64, 64, 32, 4, 5, 4, resident=2)
     if size.itemsize > 2:  # as many bytes per step; and a product in three parts (tf32x3) holds operands in registers
         up, down, back, dx, dw = (_for_fp32(t) for t in (up, down, back, dx, dw))
+    if size.odd:
+        up, down, back, dx, dw = (_for_odd(t) for t in (up, down, back, dx, dw))
+        back = replace(back, columns=min(32, back.columns), depth=min(32, back.depth))
+    if size.quantized and rows < 64:
+        down = replace(down, columns=32)
     if size.quantized and rows == 128:  # weights pass through registers on their way
         most = ((up, 64), (down, 128), (back, 64), (dx, 128))
         up, down, back, dx = (replace(t, columns=min(t.columns, c)) for t, c in most)
@@ -169,6 +184,12 @@ def choose(size: Size, chip: Chip) -> Tiles:
         _fit(dx, size, chip, d, width),
         _fit(dw, size, chip, d, 1 << 30, indirect=True),
     )
+
+
+def _for_odd(tile: Tile) -> Tile:
+    if tile.rows < 64:
+        return replace(tile, columns=max(16, tile.columns // 2), depth=max(16, tile.depth // 2))
+    return replace(tile, columns=min(64, tile.columns // 2), depth=max(16, tile.depth // 2), warps=8, resident=1)
 
 
 def _for_fp32(tile: Tile) -> Tile:

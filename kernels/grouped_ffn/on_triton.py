@@ -13,7 +13,7 @@ from torch import Tensor
 from ..activation import Activation
 from ..activation_triton import form_of
 from ..chip import Chip, say_once
-from ..gemm_triton import Matrix, Operand, column_sum, dw_gemm, or_other, over_rows, precision_of, rows_gemm
+from ..gemm_triton import Matrix, Operand, by_eight, column_sum, dw_gemm, or_other, over_rows, precision_of, rows_gemm
 from ..launch import Launch, can_map, launch
 from ..plan.on_triton import Schedule, schedule
 from ..tiles import Size, Tile, Tiles, choose
@@ -140,7 +140,8 @@ class _Run:
             up_row=0 if len(ups) == 2 else self.f,
             stride_x=self.rows.stride(0), **ups[0].arguments(), TOP_K=self.top_k, **form, KEEP=keep,
             BIAS=bias is not None, MAP=self.mapped, EVEN_K=self.d % tile.depth == 0,
-            PIECES=tile.pieces, **self._over_rows(tile, order, self.f),
+            BY=by_eight(self.d, self.f, self.rows.stride(0), *ups[0].outer_strides), PIECES=tile.pieces,
+            **self._over_rows(tile, order, self.f),
         )  # fmt: skip
 
     def rows_gemm(
@@ -167,7 +168,8 @@ class _Run:
             dh=dh if want_h else h, sa=sa if want_2 else h, parts=parts if want_s else h,
             pair_of_row=order.pair_of_row, D=self.out, F=self.f, N=self.pairs, stride_g=grad.stride(0), **w.arguments(),
             TOP_K=self.top_k, **form, DH=want_h, SA=want_2, DS=want_s, MAP=self.mapped,
-            EVEN_K=self.out % tile.depth == 0, PIECES=tile.pieces, **self._over_rows(tile, order, self.f),
+            BY=by_eight(self.out, self.f, grad.stride(0), *w.outer_strides), EVEN_K=self.out % tile.depth == 0,
+            PIECES=tile.pieces, **self._over_rows(tile, order, self.f),
         )  # fmt: skip
 
     def dw(self, order: Schedule, left: Tensor, right: Tensor, dw: Tensor, gathered: int, swap: bool) -> None:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..activation_triton import GATED, activate, activate_backward
-from ..gemm_triton import find_tile, weight_tile
+from ..gemm_triton import find_tile, weight_tile, whole
 from .triton_common import halves, interleave_columns, left_right
 
 
@@ -67,7 +67,7 @@ def back_kernel(
     TOP_K: tl.constexpr, FORM: tl.constexpr, INTERLEAVED: tl.constexpr, DH: tl.constexpr, SA: tl.constexpr,
     DS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr,
     MAP: tl.constexpr, K_INNER: tl.constexpr, EVEN_K: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA'[i, f] = grad[row of place i] W2_e, and from it and H, BM x BN at a time:
 
@@ -78,6 +78,12 @@ def back_kernel(
     with s the router weight of the place's pair. The contraction is swapped, so the experts' outputs are not needed
     (Guo et al., SonicMoE, 2025). The epilogue takes its columns in PIECES.
     """
+    if BY > 1:
+        D, F, stride_g, stride_e = (whole(D, BY), whole(F, BY), whole(stride_g, BY), whole(stride_e, BY))
+        if K_INNER:
+            stride_n = whole(stride_n, BY)
+        else:
+            stride_k = whole(stride_k, BY)
     live, columns = tl.load(tiles), tl.cdiv(F, BN)
     ks = tl.arange(0, BK)
     for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):

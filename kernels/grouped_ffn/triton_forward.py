@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..activation_triton import GATED, activate
-from ..gemm_triton import find_tile, weight_tile
+from ..gemm_triton import find_tile, weight_tile, whole
 from .triton_common import halves, left_right
 
 
@@ -61,7 +61,7 @@ def up_kernel(
     TOP_K: tl.constexpr, FORM: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr, MAP: tl.constexpr,
     K_INNER: tl.constexpr, EVEN_K: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A[i, f] = act(x[row of place i] W1_e^T + b1_e) and, if KEEP, H (the pre-activation), BM x BN at a time.
 
@@ -70,6 +70,18 @@ def up_kernel(
     begins in w_up; H has the weights' own order of columns. The epilogue
     takes its columns in PIECES, for fewer registers.
     """
+    if BY > 1:
+        D, F, up_row, stride_x, stride_e = (
+            whole(D, BY),
+            whole(F, BY),
+            whole(up_row, BY),
+            whole(stride_x, BY),
+            whole(stride_e, BY),
+        )
+        if K_INNER:
+            stride_n = whole(stride_n, BY)
+        else:
+            stride_k = whole(stride_k, BY)
     live, columns = tl.load(tiles), tl.cdiv(F, BN)
     WIDE: tl.constexpr = 2 * BN if INTERLEAVED else BN
     TWO: tl.constexpr = FORM[GATED] and not INTERLEAVED

@@ -30,7 +30,9 @@ def test_every_choice_fits_the_chip(chip):
         halves = 2 if size.gated else 1
         for name in ("up", "down", "back", "dx", "dw"):
             t = getattr(tiles, name)
-            used = shared_bytes(t, size.itemsize, halves if name == "up" else 1, indirect=name == "dw")
+            used = shared_bytes(
+                t, size.itemsize, halves if name == "up" else 1, name == "dw", size.quantized and name != "dw"
+            )
             assert used * t.resident <= chip.shared_bytes, (name, t, size)
             assert min(t.rows, t.columns, t.depth) >= 16, (name, t, size)
             assert all(n & (n - 1) == 0 for n in (t.rows, t.columns, t.depth, t.warps, t.pieces)), (name, t, size)
