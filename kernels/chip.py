@@ -51,7 +51,7 @@ def chip_of(index: int) -> Chip:
         p.name,
         10 * p.major + p.minor,
         p.multi_processor_count,
-        p.shared_memory_per_block_optin,
+        p.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # the stubs lack it
         known.bandwidth_GBps if known else None,
         known.bf16_TFLOPs if known else None,
     )

@@ -252,9 +252,10 @@ class Matrix:
     @classmethod
     def pair(cls, w: Tensor | Quantized, second: Tensor | Quantized | None, transposed: bool) -> list[Matrix]:
         """One or two, of one layout: a program reads both by one set of strides."""
-        both = [cls.of(w, transposed)] if second is None else [cls.of(w, transposed), cls.of(second, transposed)]
+        given = [w] if second is None else [w, second]
+        both = [cls.of(t, transposed) for t in given]
         if len({(m.input_inner, m.stored.stride(), m.scale.stride()) for m in both}) > 1:
-            both = [cls.of(t.copy() if isinstance(t, Quantized) else t.contiguous(), transposed) for t in (w, second)]
+            both = [cls.of(t.copy() if isinstance(t, Quantized) else t.contiguous(), transposed) for t in given]
         return both
 
     @property

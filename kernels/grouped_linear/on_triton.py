@@ -19,8 +19,10 @@ def forward(
     tile = _tiles(x, out, x.shape[1], w.shape[0], chip).down
     order = tiles_of(offsets, x.shape[0], tile.rows, launch=launch)
     mapped = chip.tensor_maps and m.can_map
-    x, how = _rows(x), {"chip": chip, "launch": launch, "mapped": mapped}
-    rows_gemm(x, [m.forward()], b, y, order, tile, map_rows=mapped and can_map(x), **how)
+    x = _rows(x)
+    rows_gemm(
+        x, [m.forward()], b, y, order, tile, chip=chip, launch=launch, mapped=mapped, map_rows=mapped and can_map(x)
+    )
     return y
 
 
@@ -36,8 +38,10 @@ def backward(
     db = b.new_empty(b.shape) if b is not None and needs[2] else x.new_empty(0)
     mapped = chip.tensor_maps and m.can_map
     if needs[0]:
-        how = {"chip": chip, "launch": launch, "mapped": mapped, "map_rows": mapped and can_map(grad)}
-        rows_gemm(grad, [m.backward()], None, dx, order, tiles.down, **how)
+        rows_gemm(
+            grad, [m.backward()], None, dx, order, tiles.down,
+            chip=chip, launch=launch, mapped=mapped, map_rows=mapped and can_map(grad),
+        )  # fmt: skip
     if needs[1]:
         left, right = (x, grad) if transposed else (grad, x)
         dw_gemm(left, right, dw, None, order.offsets, order.offsets, 1, tiles.dw, chip=chip, launch=launch)
