@@ -195,9 +195,9 @@ def topk_on_triton(
 def _cut(tokens: int, columns: int) -> tuple[int, int, bool]:
     """(rows of a block, warps of a program, whether one program takes all) for rows of `columns` scores.
 
-    One program that takes all needs no zeroed counts: worth it as long as 8 warps hold the scores in registers.
+    One program that takes all needs no zeroed counts: worth it as long as their warps hold the scores in registers.
     """
     all_rows = triton.next_power_of_2(max(tokens, 1))
     if all_rows * columns <= 8192:
-        return all_rows, max(1, min(8, all_rows * columns // 128, all_rows)), True
+        return all_rows, max(1, min(16 if columns > 64 else 8, all_rows * columns // 128, all_rows)), True
     return max(1, 512 // columns), max(1, columns // 512), False
