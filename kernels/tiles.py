@@ -79,6 +79,12 @@ class Tiles:
     dx: Tile
     dw: Tile
 
+    def using(self, name: str, tile: Tile) -> Tiles:
+        """These with another tile for one product; the one that works on the same list of row tiles takes its rows."""
+        partner = {"up": "down", "down": "up", "back": "dx", "dx": "back"}.get(name)
+        partners = {partner: replace(getattr(self, partner), rows=tile.rows)} if partner else {}
+        return replace(self, **{name: tile, **partners})
+
     def __str__(self) -> str:
         return "\n".join(f"{f.name:<5}{getattr(self, f.name)}" for f in fields(self))
 
@@ -199,15 +205,14 @@ def _for_fp32(tile: Tile) -> Tile:
 
 
 def candidates(size: Size, chip: Chip) -> dict[str, list[Tile]]:
-    """Tiles that a sweep may try in place of the chosen ones, for each GEMM; the chosen one is among them."""
-    chosen, rows = choose(size, chip), row_tile(size)
+    """Tiles that a sweep may try in place of the chosen ones, for each GEMM, the chosen one first. See Tiles.using."""
+    chosen, here = choose(size, chip), row_tile(size)
     width, halves = (2 * size.intermediate, 2) if size.gated else (size.intermediate, 1)
-    columns = (32, 64, 128, 256) if rows < 128 else (64, 128, 256)
-    depths = (64, 128, 256) if rows < 64 else (32, 64)
     shapes = [
         Tile(rows, c, k, w, s, g, r)
-        for c in columns
-        for k in depths
+        for rows in (here, max(16, here // 2), min(128, 2 * here))
+        for c in ((32, 64, 128, 256) if rows < 128 else (64, 128, 256))
+        for k in ((64, 128, 256) if rows < 64 else (32, 64))
         for w, r in ((4, 2), (8, 1), (4, 3))
         for s in (3, 4, 5)
         for g in ((1,) if rows < 64 else (4, 8, 16))

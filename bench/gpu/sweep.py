@@ -11,7 +11,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ class Sweep:
         self.candidates = tiles.candidates(self.size, self.chip)
 
     def candidates_of(self, gemm: str, limit: int) -> list[Any]:
-        """The chosen tile first, then others of its rows."""
+        """The chosen tile first, then others."""
         chosen = getattr(self.chosen, gemm)
         others = [t for t in self.candidates[gemm] if t != chosen]
         n = min(limit - 1, len(others))
@@ -105,7 +104,7 @@ class Sweep:
     def _pass(self, kind: str, m: Any, through: Callable, gemm: str, tile: Any) -> Any:
         from ...kernels.grouped_ffn import on_triton
 
-        tiles = replace(self.chosen, **{gemm: tile})
+        tiles = self.chosen.using(gemm, tile)
         if kind == "forward":
             return on_triton.forward(*m.forward(keep=True), chip=self.chip, launch=through, tiles=tiles)
         return on_triton.backward(*m.backward(), chip=self.chip, launch=through, tiles=tiles)

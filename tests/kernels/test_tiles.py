@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,14 @@ def test_candidates_begin_with_the_choice_and_fit(pairs):
         halves = 2 if name == "up" else 1
         for t in tiles:
             assert shared_bytes(t, 2, halves, indirect=name == "dw") * t.resident <= H200.shared_bytes
+
+
+def test_products_of_one_pass_keep_one_list_of_row_tiles():
+    chosen = choose(Size(262144, 2048, 768, 128, 2), H200)
+    for name, partner in (("up", "down"), ("dx", "back")):
+        other = chosen.using(name, replace(getattr(chosen, name), rows=64))
+        assert getattr(other, partner) == replace(getattr(chosen, partner), rows=64)
+    assert chosen.using("dw", replace(chosen.dw, rows=64)).back == chosen.back
 
 
 def test_a_chip_without_room_is_refused_by_name():
