@@ -6,6 +6,7 @@ choice.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields, replace
 
 from .chip import Chip
@@ -139,6 +140,7 @@ def row_tile(size: Size) -> int:
     return 128 if mean > 64 else 64 if mean > 32 else 32 if mean > 16 else 16
 
 
+@functools.lru_cache(maxsize=256)  # pure, and asked at every call
 def choose(size: Size, chip: Chip) -> Tiles:
     """The tiles for a problem on a chip.
 

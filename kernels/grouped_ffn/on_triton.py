@@ -79,7 +79,7 @@ def backward(
         dx_rows = run.new(run.pairs, run.d)
         ups = [m.backward() for m in run.ups]
         run.rows_gemm(run.tiles.dx, order, dh, ups, None, dx_rows)
-        del dh
+        del dh, part
         run.combine(order, dx_rows, None, dx)
     return out
 
