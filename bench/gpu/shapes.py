@@ -1,4 +1,4 @@
-"""The standard shapes of the GPU benchmarks: six models as they are, and the set of the SonicMoE paper."""
+"""The standard shapes of the GPU benchmarks: models as they are, and the set of the SonicMoE paper."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ MODELS: Mapping[str, Shape] = UNSCALED | {
         experts=512,
         top_k=10,
         scaling="Qwen3-Next-80B-A3B as it is",
-    )
+    ),
+    # a width that is a multiple of 8 and not of 16
+    "gpt-oss-tp8": replace(
+        UNSCALED["gpt-oss"], name="gpt-oss-tp8", intermediate=360, scaling="gpt-oss-20b's experts cut over 8 ranks"
+    ),
 }
 # T, D, F, E, K of the kernel benchmarks in Guo et al., SonicMoE, 2025 (figures 13 and 14)
 _SONIC = (
@@ -74,6 +78,7 @@ _CHOICES = {
     "qwen3-next": _RENORMALIZED,
     "olmoe": Choice(),
     "gpt-oss": Choice(options=MappingProxyType({"score": "topk_softmax"})),
+    "gpt-oss-tp8": Choice(options=MappingProxyType({"score": "topk_softmax"})),
     "deepseek": Choice(
         True,
         MappingProxyType({"score": "sigmoid", "groups": 8, "topk_groups": 4, "renormalize": True, "scale": 2.5}),

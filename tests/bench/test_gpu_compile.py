@@ -55,6 +55,19 @@ def test_every_kernel_fits_its_chip_and_spills_nothing(tmp_path):
     assert f"{len(found)} builds, 0 at fault" in done.stdout
 
 
+def test_widths_that_are_no_multiple_of_16_keep_their_wide_loads(tmp_path):
+    """8 elements are 16 bytes: a compiler that knows only of multiples of 16 would load narrowly, and spill."""
+    file = tmp_path / "builds.json"
+    done = run(
+        "--chips", "sm_90", "--shapes", "gpt-oss-tp8", "--tokens", "4096", "--passes", "forward", "backward",
+        "--json", str(file),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [r for r in json.loads(file.read_text())["builds"] if r["kernel"] in GEMMS]
+    assert {r["kernel"] for r in found} == {*GEMMS}
+    assert all(r["tma"] + r["cp_async"] > 0 for r in found)
+
+
 def test_every_kernel_that_is_launched_anywhere_is_among_them():
     """What the sources hand to a launch, against what the passes of the standard shapes really launch."""
     root = Path(builds.__file__).parents[2] / "kernels"

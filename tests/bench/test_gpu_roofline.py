@@ -20,7 +20,7 @@ CASES = [(s, t) for s in STANDARD.values() for t in tokens_of(s)]
 
 
 def test_the_standard_shapes_are_all_there():
-    assert list(MODELS) == ["mixtral", "qwen3", "olmoe", "gpt-oss", "deepseek", "qwen3-next"]
+    assert list(MODELS) == ["mixtral", "qwen3", "olmoe", "gpt-oss", "deepseek", "qwen3-next", "gpt-oss-tp8"]
     assert len(SONIC) == len(SONIC_TOKENS) == 11
     assert min(t for _, t in CASES) == 1
     assert max(t for _, t in CASES) == 65536
