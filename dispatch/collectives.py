@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives  # registers the operators
 from torch import Tensor
 
 _ops = torch.ops._c10d_functional

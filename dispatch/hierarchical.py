@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..kernels.routing import Routing
 from .agreement import Agreement, held_experts, localised
 from .all_to_all import Ticket, checked, exchange
 from .linear import back, send
 from .wire import Wires
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Hierarchical:

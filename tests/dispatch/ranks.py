@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.checkpoint import checkpoint
 
 from headgate.dispatch import DISPATCHERS, AllGather, AllToAll, Hierarchical, Local, SliceAllReduce, collectives
 from headgate.dispatch.volume import distinct_parts
@@ -113,6 +114,8 @@ def adjoint(name):
         rows, local, ticket = dispatcher.dispatch(x, case.routing())
         assert local.expert_ids.shape[0] == local.weights.shape[0] == rows.shape[0], what
         assert local.num_experts == len(dispatcher.local_experts(case.experts)), what
+        pairs = ((case.ids >= 0) & (case.ids < case.experts)).sum()
+        assert summed((local.expert_ids >= 0).sum()) == pairs, f"{what}: each pair is one rank's to compute"
         torch.manual_seed(dist.get_rank())
         r = torch.randn_like(rows)
         left, right = summed((rows * r).sum()), (x * dispatcher.combine(r, ticket)).sum()
@@ -203,6 +206,53 @@ def half_precision(name):
     assert y.dtype == dx.dtype == torch.bfloat16
     close(y.float(), case.mine(y1).float(), "y", 4e-2)
     close(dx.float(), case.mine(dx1).float(), "dx", 4e-2)
+
+
+def sums_of_half_precision_rows_are_taken_in_fp32(name):
+    """256 + 1 + 1 + 1 is 256 in bf16, where each step is rounded, and 260 where only the sum is."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    dispatcher = make(name)
+    routing = Routing.from_topk(torch.arange(size)[None], torch.ones(1, size), size)
+    rows, _, ticket = dispatcher.dispatch(torch.ones(1, size, dtype=torch.bfloat16), routing)
+    r = torch.ones_like(rows)
+    r[:, rank] = 256  # each column has its 256 from another rank, whatever the order of the sum
+    y = dispatcher.combine(r, ticket)
+    # two levels: 256 + 1, rounded, from one node and 2 from the other
+    expected = {2: 256, 4: 258 if name == "hierarchical" else 260}[size]
+    assert (y == expected).all(), y
+
+
+def only_the_gradients_that_are_wanted(name):
+    case, dispatcher = cases(name)["uneven"], make(name)
+    whole = []
+    for wants_x, wants_weights in ((True, True), (True, False), (False, True)):
+        torch.manual_seed(3)
+        experts = Experts(case.experts, D, F, dispatcher=dispatcher, dtype=torch.float64)
+        x = case.mine(case.x).clone().requires_grad_(wants_x)
+        weights = case.mine(case.weights).clone().requires_grad_(wants_weights)
+        y = experts(x, Routing.from_topk(case.mine(case.ids), weights, case.experts))
+        (y * case.mine(case.g)).sum().backward()
+        whole = whole or [x.grad, weights.grad, experts.w_down.grad]
+        for found, expected, wanted in zip((x.grad, weights.grad), whole, (wants_x, wants_weights), strict=False):
+            assert (found is not None) == wanted
+            assert found is None or torch.equal(found, expected)
+        assert torch.equal(experts.w_down.grad, whole[2])
+        with torch.no_grad():
+            assert torch.equal(experts(x, Routing.from_topk(case.mine(case.ids), weights, case.experts)), y)
+
+
+def recomputed_in_the_backward_pass(name):
+    case, dispatcher = cases(name)["uneven"], make(name)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        layer = MoE(D, F, case.experts, 2, dispatcher=dispatcher, dtype=torch.float64)
+        x = case.mine(case.x).clone().requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        (y * case.mine(case.g)).sum().backward()
+        gradients.append([x.grad, *(p.grad for p in layer.parameters())])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
 
 
 def same_bits(name):
@@ -453,7 +503,8 @@ def wires_of_the_backward_pass(name):
     case = cases(name)["even"]
     for wire in ("bf16", "fp8", "int8"):
         gradients, outputs = [], []
-        for d in (make(name), make(name, backward_wire=wire), make(name, backward_wire=("exact", wire))):
+        for formats in ("exact", wire, (wire, "exact"), ("exact", wire)):
+            d = make(name, backward_wire=formats)
             x = case.mine(case.x).clone().requires_grad_()
             rows, _, ticket = d.dispatch(x, case.routing())
             y = d.combine(rows, ticket)
@@ -539,6 +590,8 @@ def a_part_of_the_ranks_can_be_the_group():
 for each_name in MANY:
     for each_check in (
         *(adjoint, backward_is_the_other, experts_equal_one_rank, layer_equals_one_rank, half_precision, same_bits),
+        *(sums_of_half_precision_rows_are_taken_in_fp32, only_the_gradients_that_are_wanted),
+        *(recomputed_in_the_backward_pass,),
         *(second_derivative, a_nan_stays_with_its_token, the_expected_collectives_and_no_others, disagreement),
         *((wires_keep_their_bounds, wires_of_the_backward_pass) if each_name in WIRED else ()),
     ):
