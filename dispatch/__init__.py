@@ -1,8 +1,18 @@
 """First floor: moves token rows to the ranks of their experts and back. One file per dispatcher, one line per file."""
 
+from .all_gather import AllGather
+from .all_to_all import AllToAll
+from .hierarchical import Hierarchical
 from .local import Local
 from .protocol import Dispatcher
+from .slice_all_reduce import SliceAllReduce
 
-__all__ = ["DISPATCHERS", "Dispatcher", "Local"]
+__all__ = ["DISPATCHERS", "AllGather", "AllToAll", "Dispatcher", "Hierarchical", "Local", "SliceAllReduce"]
 
-DISPATCHERS: dict[str, type[Dispatcher]] = {"local": Local}
+DISPATCHERS: dict[str, type[Dispatcher]] = {
+    "local": Local,
+    "all_gather": AllGather,
+    "all_to_all": AllToAll,
+    "hierarchical": Hierarchical,
+    "slice_all_reduce": SliceAllReduce,
+}

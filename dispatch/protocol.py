@@ -27,6 +27,10 @@ from ..kernels.routing import Routing
 class Dispatcher(Protocol):
     """Moves token rows to the experts' ranks and back. It knows process groups and no nn.Module."""
 
+    def local_experts(self, num_experts: int) -> range:
+        """Which of E experts this rank holds. Raises ValueError where they cannot be shared out."""
+        ...
+
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Any]:
         """(rows [R, D], their local routing, ticket) of x [T, D] and its routing over all experts.
 

@@ -22,6 +22,13 @@ class Experts(nn.Module):
     an Activation, which says itself whether it is gated. `dispatcher` brings each row to the rank of its experts and
     back; None: this rank holds them all.
 
+    With a dispatcher over several ranks the weights are [E/G, ...], those of `local_experts` (a range of expert
+    numbers); routing still counts over all E. A rank draws the initial values of all E experts and keeps its own: with
+    the same seed the ranks together hold the layer of one rank (on the CPU to the bit), and their random states stay
+    equal. An expert's gradient is that of the sum of all ranks' losses, since its tokens come from all of them (with
+    SliceAllReduce, where all ranks have the same tokens, that of the one loss). Where other gradients are averaged over
+    ranks, as DDP does to the router's, divide it by the number of ranks.
+
     >>> experts = Experts(num_experts=4, hidden_size=16, intermediate_size=32)
     >>> routing = Routing.from_topk(torch.tensor([[0, 3], [1, -1]]), torch.tensor([[0.7, 0.3], [1.0, 0.0]]), 4)
     >>> experts(torch.randn(2, 16), routing).shape
@@ -49,13 +56,14 @@ class Experts(nn.Module):
             if size < 1:
                 raise ValueError(f"Experts: {name} must be at least 1, got {size}")
         if dispatcher is not None and (isinstance(dispatcher, type) or not isinstance(dispatcher, Dispatcher)):
-            raise TypeError(f"Experts: dispatcher must be an object with dispatch and combine, got {dispatcher!r}")
+            raise TypeError(f"Experts: dispatcher must be an object such as AllToAll(group), got {dispatcher!r}")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation = as_activation(activation, gated)
         self.dispatcher = Local() if dispatcher is None else dispatcher
+        self.local_experts = self.dispatcher.local_experts(num_experts)
 
         def new(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+            return nn.Parameter(torch.empty(len(self.local_experts), *shape, device=device, dtype=dtype))
 
         width = 2 * intermediate_size if self.activation.gated else intermediate_size
         self.w_gate_up, self.w_down = new(width, hidden_size), new(hidden_size, intermediate_size)
@@ -66,7 +74,14 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Uniform weights within 1 / sqrt(inputs), as nn.Linear; biases zero."""
         for w in (self.w_gate_up, self.w_down):
-            nn.init.uniform_(w, -(w.shape[2] ** -0.5), w.shape[2] ** -0.5)
+            bound = w.shape[2] ** -0.5
+            if len(self.local_experts) == self.num_experts:
+                nn.init.uniform_(w, -bound, bound)
+                continue
+            others = torch.empty_like(w[0])  # drawn and forgotten: experts must differ from rank to rank
+            for e in range(self.num_experts):
+                held = e in self.local_experts
+                nn.init.uniform_(w[e - self.local_experts.start] if held else others, -bound, bound)
         for b in (self.b_gate_up, self.b_down):
             if b is not None:
                 nn.init.zeros_(b)
@@ -89,4 +104,5 @@ class Experts(nn.Module):
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, activation={self.activation.kind!r}, "
             f"gated={self.activation.gated}, bias={self.b_down is not None}, dispatcher={self.dispatcher}"
+            + ("" if len(self.local_experts) == self.num_experts else f", local_experts={self.local_experts}")
         )

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(ROOT.glob("*.md"))
@@ -22,11 +23,15 @@ def test_the_readmes_examples_run(example, monkeypatch):
         )  # fmt: skip
         model = transformers.AutoModelForCausalLM.from_config(small)
         monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
-    exec(compile(example, "README.md", "exec"), {})
+    try:
+        exec(compile(example, "README.md", "exec"), {})
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

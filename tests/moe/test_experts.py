@@ -125,7 +125,7 @@ def test_unknown_activation_is_refused():
 
 
 def test_a_dispatcher_must_be_one():
-    with pytest.raises(TypeError, match="Experts: dispatcher must be an object with dispatch and combine, got 'local'"):
+    with pytest.raises(TypeError, match=r"dispatcher must be an object such as .*, got 'local'"):
         Experts(4, 6, 5, dispatcher="local")
-    with pytest.raises(TypeError, match="must be an object with dispatch and combine, got <class"):
+    with pytest.raises(TypeError, match=r"must be an object such as .*, got <class"):
         Experts(4, 6, 5, dispatcher=type(Experts(4, 6, 5).dispatcher))
