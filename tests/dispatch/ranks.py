@@ -443,6 +443,16 @@ def disagreement(name):
 
 
 @check
+def ranks_of_one_node_that_disagree_all_hear_of_it():
+    """Ranks of one number agree with each other, across nodes; inside the nodes it comes out."""
+    odd = dist.get_rank() % 2
+    dispatcher = make("hierarchical")
+    routing = Routing.from_topk(torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), 16 if odd else 8)
+    with pytest.raises(ValueError, match=r"num_experts must be .*, got 16 on rank [13] and 8 on rank [02]"):
+        dispatcher.dispatch(torch.zeros(3, D), routing)
+
+
+@check
 def a_call_too_few_is_noticed():
     dispatcher = AllToAll()
     routing = Routing.from_topk(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), 4)
@@ -560,8 +570,9 @@ def rows_that_do_not_fit_the_dispatch_are_refused():
     for name in MANY:
         d = make(name)
         rows, _, ticket = d.dispatch(case.mine(case.x), case.routing())
-        with pytest.raises(ValueError, match=f"rows must be the {len(rows)} of this dispatch"):
-            d.combine(torch.cat([rows, torch.zeros(1, D)]), ticket)
+        for wrong in (torch.cat([rows, torch.zeros(1, D)]), rows[:, 1:], rows[None]):
+            with pytest.raises(ValueError, match=r"rows must be \[R, D\] as this dispatch gave them, \(\d+, 5\), got"):
+                d.combine(wrong, ticket)
 
 
 @check
