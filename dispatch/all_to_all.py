@@ -114,8 +114,8 @@ class AllToAll:
 
     `group`: the ranks that share the experts; None: all. `wire` and `backward_wire`: formats of rows on the way
     ("exact", "bf16", "fp8", "int8", see dispatch/wire.py), or a pair of them for dispatch and combine; router weights
-    always travel exact, sums are taken in fp32 (fp64 for fp64 rows). `name` is part of what ranks agree on: with one for each layer, an order of layers that
-    differs between ranks is an error.
+    always travel exact, sums are taken in fp32 (fp64 for fp64 rows). `name` is part of what ranks agree on: with one
+    for each layer, an order of layers that differs between ranks is an error.
 
     A dispatch is two collectives: an all-to-all of the row counts and the agreement (one wait for the device), and one
     message per row with its ids and weights. Combine, and the backward pass of each, are one more. With a token's

@@ -463,6 +463,16 @@ def a_call_too_few_is_noticed():
         dispatcher.dispatch(torch.zeros(1, 2), routing)
 
 
+@check
+def slice_all_reduce_can_check_the_first_call_only():
+    dispatcher = SliceAllReduce(check="first")
+    routing = Routing.from_topk(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), 4)
+    for expected in ({AG: 1}, {}, {}):
+        with CommDebugMode() as mode:
+            dispatcher.dispatch(torch.zeros(1, 2), routing)
+        assert counted(mode) == expected
+
+
 # --- wire formats -------------------------------------------------------------------------------------------------
 
 
