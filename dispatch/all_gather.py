@@ -60,7 +60,7 @@ class Ticket:
 
     route: Everyone
     tokens: int
-    rows: int
+    shape: torch.Size
     dtype: torch.dtype
 
 
@@ -106,12 +106,12 @@ class AllGather:
             ids = F.pad(ids, (0, 0, 0, missing), value=-1)
         route = Everyone(self.agreement.group, self.agreement.size)
         rows, ids, weights = send(x, ids, weights, route, (self.wires.dispatch, self.wires.dispatch_backward))
-        ticket = Ticket(route, tokens, rows.shape[0], x.dtype)
+        ticket = Ticket(route, tokens, rows.shape, x.dtype)
         return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
     @torch.compiler.disable
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
-        rows = checked("AllGather", rows, ticket.rows, ticket.dtype)
+        rows = checked("AllGather", rows, ticket.shape, ticket.dtype)
         y = back(rows, ticket.route, (self.wires.combine, self.wires.combine_backward))
         return y[: ticket.tokens]
 

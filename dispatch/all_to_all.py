@@ -97,14 +97,15 @@ class Ticket:
     """What combine needs of a dispatch: the routes, outermost first, and what came and left."""
 
     routes: tuple[Exchange, ...]
-    rows: int
+    shape: torch.Size
     dtype: torch.dtype
 
 
-def checked(who: str, rows: Tensor, received: int, dtype: torch.dtype) -> Tensor:
+def checked(who: str, rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The rows for combine in the dtype that came: a wrong number of them must not reach the collective."""
-    if rows.dim() != 2 or rows.shape[0] != received:
-        raise ValueError(f"{who}: rows must be the {received} of this dispatch [R, D], got {tuple(rows.shape)}")
+    if rows.shape != shape:
+        rule = f"rows must be [R, D] as this dispatch gave them, {tuple(shape)}"
+        raise ValueError(f"{who}: {rule}, got {tuple(rows.shape)}")
     return rows.to(dtype)
 
 
@@ -113,8 +114,8 @@ class AllToAll:
 
     `group`: the ranks that share the experts; None: all. `wire` and `backward_wire`: formats of rows on the way
     ("exact", "bf16", "fp8", "int8", see dispatch/wire.py), or a pair of them for dispatch and combine; router weights
-    and sums never lose a bit. `name` is part of what ranks agree on: with one for each layer, an order of layers that
-    differs between ranks is an error.
+    always travel exact, sums are taken in fp32 (fp64 for fp64 rows). `name` is part of what ranks agree on: with one
+    for each layer, an order of layers that differs between ranks is an error.
 
     A dispatch is two collectives: an all-to-all of the row counts and the agreement (one wait for the device), and one
     message per row with its ids and weights. Combine, and the backward pass of each, are one more. With a token's
@@ -152,11 +153,11 @@ class AllToAll:
         assert route is not None
         wires = (self.wires.dispatch, self.wires.dispatch_backward)
         rows, ids, weights = send(x, routing.expert_ids, routing.weights, route, wires)
-        return rows, Routing(localised(ids, held), weights, len(held)), Ticket((route,), rows.shape[0], x.dtype)
+        return rows, Routing(localised(ids, held), weights, len(held)), Ticket((route,), rows.shape, x.dtype)
 
     @torch.compiler.disable
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
-        rows = checked("AllToAll", rows, ticket.rows, ticket.dtype)
+        rows = checked("AllToAll", rows, ticket.shape, ticket.dtype)
         return back(rows, ticket.routes[0], (self.wires.combine, self.wires.combine_backward))
 
     def __repr__(self) -> str:

@@ -102,13 +102,13 @@ class Hierarchical:
         held = self.local_experts(routing.num_experts)
         assert second is not None
         rows, ids, weights = send(rows, ids, weights, second, wires)
-        ticket = Ticket((first, second), rows.shape[0], x.dtype)
+        ticket = Ticket((first, second), rows.shape, x.dtype)
         return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
     @torch.compiler.disable
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
         wires = (self.wires.combine, self.wires.combine_backward)
-        y = checked("Hierarchical", rows, ticket.rows, ticket.dtype)
+        y = checked("Hierarchical", rows, ticket.shape, ticket.dtype)
         for route in reversed(ticket.routes):
             y = back(y, route, wires)
         return y

@@ -40,7 +40,7 @@ class Ticket:
     """What combine needs of a dispatch: the route, and what came and left."""
 
     route: Replicated
-    rows: int
+    shape: torch.Size
     dtype: torch.dtype
 
 
@@ -78,12 +78,12 @@ class SliceAllReduce:
         held = self.local_experts(routing.num_experts)
         route = Replicated(self.agreement.group)
         rows, ids, weights = send(x, routing.expert_ids, routing.weights, route, ("exact", "exact"))
-        ticket = Ticket(route, rows.shape[0], x.dtype)
+        ticket = Ticket(route, rows.shape, x.dtype)
         return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
     @torch.compiler.disable
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
-        rows = checked("SliceAllReduce", rows, ticket.rows, ticket.dtype)
+        rows = checked("SliceAllReduce", rows, ticket.shape, ticket.dtype)
         return back(rows, ticket.route, ("exact", "exact"))
 
     def __repr__(self) -> str:

@@ -74,7 +74,7 @@ def cases(name: str, dtype=torch.float64) -> dict[str, Case]:
     """Even and uneven tokens, all to one rank, more choices than ranks, nobody anywhere, ids of no expert."""
     torch.manual_seed(7)
     size, replicated = dist.get_world_size(), name == "slice_all_reduce"
-    even, uneven = [6] * size, [5, 0, 9, 1][:size]
+    even, uneven = [6] * size, [5, 0, 9, 1, 0, 3, 6, 2][:size]
     experts = 4 * size
 
     def different(tokens, k, among):
@@ -163,7 +163,7 @@ def experts_equal_one_rank(name):
 
 def layer_equals_one_rank(name):
     size, experts = dist.get_world_size(), 4 * dist.get_world_size()
-    case = Case(torch.zeros(0, 3), experts, [4, 0, 7, 2][:size], name == "slice_all_reduce")
+    case = Case(torch.zeros(0, 3), experts, [4, 0, 7, 2, 1, 0, 5, 3][:size], name == "slice_all_reduce")
     results = []
     for d in (make(name), None):
         torch.manual_seed(3)
@@ -217,8 +217,8 @@ def sums_of_half_precision_rows_are_taken_in_fp32(name):
     r = torch.ones_like(rows)
     r[:, rank] = 256  # each column has its 256 from another rank, whatever the order of the sum
     y = dispatcher.combine(r, ticket)
-    # two levels: 256 + 1, rounded, from one node and 2 from the other
-    expected = {2: 256, 4: 258 if name == "hierarchical" else 260}[size]
+    # two levels: 256 + 1, rounded, from one node and 2 from each other
+    expected = {2: (256, 256), 4: (260, 258), 8: (264, 262)}[size][name == "hierarchical"]
     assert (y == expected).all(), y
 
 
@@ -443,14 +443,34 @@ def disagreement(name):
 
 
 @check
+def ranks_of_one_node_that_disagree_all_hear_of_it():
+    """Ranks of one number agree with each other, across nodes; inside the nodes it comes out."""
+    odd = dist.get_rank() % 2
+    dispatcher = make("hierarchical")
+    routing = Routing.from_topk(torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), 16 if odd else 8)
+    with pytest.raises(ValueError, match=r"num_experts must be .*, got 16 on rank [1357] and 8 on rank [0246]"):
+        dispatcher.dispatch(torch.zeros(3, D), routing)
+
+
+@check
 def a_call_too_few_is_noticed():
     dispatcher = AllToAll()
-    routing = Routing.from_topk(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), 4)
+    routing = Routing.from_topk(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), 8)
     dispatcher.dispatch(torch.zeros(1, 2), routing)
     if dist.get_rank() == 1:
         dispatcher.agreement.calls += 1  # as after a call that only this rank made
     with pytest.raises(ValueError, match="call must be the same on every rank, got 3 on rank 1 and 2 on rank 0"):
         dispatcher.dispatch(torch.zeros(1, 2), routing)
+
+
+@check
+def slice_all_reduce_can_check_the_first_call_only():
+    dispatcher = SliceAllReduce(check="first")
+    routing = Routing.from_topk(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), 8)
+    for expected in ({AG: 1}, {}, {}):
+        with CommDebugMode() as mode:
+            dispatcher.dispatch(torch.zeros(1, 2), routing)
+        assert counted(mode) == expected
 
 
 # --- wire formats -------------------------------------------------------------------------------------------------
@@ -560,8 +580,9 @@ def rows_that_do_not_fit_the_dispatch_are_refused():
     for name in MANY:
         d = make(name)
         rows, _, ticket = d.dispatch(case.mine(case.x), case.routing())
-        with pytest.raises(ValueError, match=f"rows must be the {len(rows)} of this dispatch"):
-            d.combine(torch.cat([rows, torch.zeros(1, D)]), ticket)
+        for wrong in (torch.cat([rows, torch.zeros(1, D)]), rows[:, 1:], rows[None]):
+            with pytest.raises(ValueError, match=r"rows must be \[R, D\] as this dispatch gave them, \(\d+, 5\), got"):
+                d.combine(wrong, ticket)
 
 
 @check
@@ -578,11 +599,11 @@ def a_part_of_the_ranks_can_be_the_group():
     size = dist.get_world_size()
     mesh = dist.init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("half", "rank"))
     group = mesh.get_group("rank")
-    routing = Routing.from_topk(torch.tensor([[0, 3], [2, 1]]), torch.ones(2, 2), 4)
+    routing = Routing.from_topk(torch.tensor([[0, 3], [2, 1]]), torch.ones(2, 2), 8)
     dispatchers = [AllGather(group), AllToAll(group), SliceAllReduce(group), Hierarchical(group, 1)]
     for d in [*dispatchers, Hierarchical.of_mesh(mesh)]:
         over = size if isinstance(d, Hierarchical) and d.size == size else size // 2
-        assert len(d.local_experts(4)) == 4 // over
+        assert len(d.local_experts(8)) == 8 // over
         rows, _, ticket = d.dispatch(torch.ones(2, D), routing)
         assert d.combine(rows, ticket).shape == (2, D)
 
