@@ -36,6 +36,25 @@ def find_tile(index, tiles, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def row_tile(index, live, columns, tile_expert, tile_row, offsets, BM: tl.constexpr, GROUP: tl.constexpr):
+    """Work item `index` over rows in expert order: (expert, first place, places [BM], which of them are the expert's,
+    column tile)."""
+    tile, column = find_tile(index, live, columns, GROUP)
+    e, first = tl.load(tile_expert + tile), tl.load(tile_row + tile)
+    place = first + tl.arange(0, BM)
+    return e, first, place, place < tl.load(offsets + e + 1), column
+
+
+@triton.jit
+def whole_strides(stride_k, stride_n, K_INNER: tl.constexpr, BY: tl.constexpr):
+    """The stride that is not 1, as a multiple of BY; see `whole`."""
+    if K_INNER:
+        return stride_k, whole(stride_n, BY)
+    else:
+        return whole(stride_k, BY), stride_n
+
+
+@triton.jit
 def whole(x, BY: tl.constexpr):
     """x, which the host has seen to be a multiple of BY, as something the compiler knows to be one: it learns of
     multiples of 16 by itself, and 8 elements of 2 bytes are enough for the widest loads and stores."""
@@ -90,17 +109,11 @@ def rows_kernel(
     pass. SEGMENTS 2: A has DEPTH more columns, for w_second (a pair of gate and up). MAP_A: `a` is a tensor map."""
     if BY > 1:
         DEPTH, WIDTH, stride_a, stride_e = whole(DEPTH, BY), whole(WIDTH, BY), whole(stride_a, BY), whole(stride_e, BY)
-        if K_INNER:
-            stride_n = whole(stride_n, BY)
-        else:
-            stride_k = whole(stride_k, BY)
+        stride_k, stride_n = whole_strides(stride_k, stride_n, K_INNER, BY)
     live, columns = tl.load(tiles), tl.cdiv(WIDTH, BN)
     ks = tl.arange(0, BK)
     for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
-        tile, column = find_tile(index, live, columns, GROUP)
-        e, first = tl.load(tile_expert + tile), tl.load(tile_row + tile)
-        place = first + tl.arange(0, BM)
-        valid = place < tl.load(offsets + e + 1)
+        e, first, place, valid, column = row_tile(index, live, columns, tile_expert, tile_row, offsets, BM, GROUP)
         n = column * BN
         acc = tl.zeros((BM, BN), tl.float32)
         for segment in tl.static_range(SEGMENTS):

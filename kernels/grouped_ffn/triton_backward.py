@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..activation_triton import GATED, activate, activate_backward
-from ..gemm_triton import find_tile, weight_tile, whole
+from ..gemm_triton import row_tile, weight_tile, whole, whole_strides
 from .triton_common import halves, interleave_columns, left_right
 
 
@@ -80,17 +80,11 @@ def back_kernel(
     """
     if BY > 1:
         D, F, stride_g, stride_e = (whole(D, BY), whole(F, BY), whole(stride_g, BY), whole(stride_e, BY))
-        if K_INNER:
-            stride_n = whole(stride_n, BY)
-        else:
-            stride_k = whole(stride_k, BY)
+        stride_k, stride_n = whole_strides(stride_k, stride_n, K_INNER, BY)
     live, columns = tl.load(tiles), tl.cdiv(F, BN)
     ks = tl.arange(0, BK)
     for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
-        tile, column = find_tile(index, live, columns, GROUP)
-        e, first = tl.load(tile_expert + tile), tl.load(tile_row + tile)
-        place = first + tl.arange(0, BM)
-        valid = place < tl.load(offsets + e + 1)
+        e, _, place, valid, column = row_tile(index, live, columns, tile_expert, tile_row, offsets, BM, GROUP)
         pair = tl.load(pair_of_row + place, mask=valid, other=0)
         g_rows = grad + (pair // TOP_K).to(tl.int64)[:, None] * stride_g
         n = column * BN
