@@ -33,6 +33,11 @@ def launch(kernel: Any, grid: Sequence[int], *, warps: int = 4, stages: int = 2,
         kernel[tuple(grid)](**arguments, num_warps=warps, num_stages=stages)
 
 
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """x, copied only where neighbours in a row are not neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def tensor_map(t: Tensor, block: Sequence[int]) -> Any:
     """A descriptor of `t` for loads of `block` by TMA; see `can_map`. Out of bounds it reads zero."""
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..activation import Activation, as_activation
+from ..chip import say_once
 from ..quantized import Quantized
 from ..routing import Routing
 from . import on_cpu, on_gpu, plain, quantized
@@ -35,7 +36,7 @@ torch.library.impl("headgate::grouped_ffn_backward", "cuda", on_gpu.backward)
 
 @torch.library.impl("headgate::grouped_ffn", "CompositeExplicitAutograd")
 def _(rows, *rest):
-    plain.warn_once(rows.device.type)
+    say_once("grouped_ffn", f"{rows.device.type} has no kernel of its own yet", "a loop of matmuls over experts")
     return plain.forward(rows, *rest)
 
 

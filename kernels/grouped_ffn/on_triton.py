@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..activation import Activation
 from ..activation_triton import form_of
 from ..chip import Chip, say_once
 from ..gemm_triton import Matrix, Operand, by_eight, column_sum, dw_gemm, or_other, over_rows, precision_of, rows_gemm
-from ..launch import Launch, can_map, launch
+from ..launch import Launch, can_map, launch, with_contiguous_rows
 from ..plan.on_triton import Schedule, schedule
 from ..tiles import Size, Tile, Tiles, choose
 from . import thin
@@ -50,7 +51,7 @@ def backward(
     run = _Run(rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles)
     form = {"FORM": form_of(Activation.from_params(kind, gated, params)), "INTERLEAVED": interleaved}
     order = run.schedule(run.tiles.back.rows)
-    grad = _rows_of(grad)
+    grad = with_contiguous_rows(grad)
     dx, ds, d1, du, d2, db1, db2 = out = tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else run.new(0)
         for t, need in zip((rows, weights, w1, w_up, w2, b1, b2), needs, strict=True)
@@ -88,15 +89,11 @@ def _width(w1: Tensor, w_up: Tensor | None, transposed: bool) -> int:
     return sum(w.shape[2 if transposed else 1] for w in (w1, w_up) if w is not None)
 
 
-def _rows_of(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _Run:
     """The tensors, sizes and tiles of one pass, and one method per kernel."""
 
     def __init__(self, rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles) -> None:
-        self.rows, self.ids, self.weights = _rows_of(rows), expert_ids, weights.contiguous()
+        self.rows, self.ids, self.weights = with_contiguous_rows(rows), expert_ids, weights.contiguous()
         self.ups, self.down = Matrix.pair(w1, w_up, transposed), Matrix.of(w2, transposed)
         self.experts, self.top_k, self.pairs = w2.shape[0], expert_ids.shape[1], expert_ids.numel()
         self.d = rows.shape[1]
@@ -153,7 +150,7 @@ class _Run:
         )  # fmt: skip
 
     def combine(self, order: Schedule, y_rows: Tensor, weights: Tensor | None, y: Tensor) -> None:
-        block = min(1024, _power_of_2(y.shape[1]))
+        block = min(1024, max(16, triton.next_power_of_2(y.shape[1])))
         self.launch(
             combine_kernel, grid=(y.shape[0], -(-y.shape[1] // block)), warps=4 if block > 256 else 1, stages=1,
             y_rows=y_rows, row_of_pair=order.row_of_pair, offsets=order.offsets, weights=or_other(weights, y_rows), y=y,
@@ -192,7 +189,3 @@ class _Run:
 
     def column_sum(self, order: Schedule, values: Tensor, out: Tensor, weights: Tensor | None) -> None:
         column_sum(values, out, weights, order.pair_of_row, order.offsets, self.top_k, launch=self.launch)
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << max(4, (n - 1).bit_length())

@@ -7,22 +7,11 @@ up for a pair).
 
 from __future__ import annotations
 
-import functools
-import warnings
-
 import torch
 from torch import Tensor
 
 from ..activation import Activation
 from ..plan import plan
-
-
-@functools.cache
-def warn_once(device: str) -> None:
-    """Says once per kind of device that this form serves it."""
-    warnings.warn(
-        f"headgate: grouped_ffn has no kernel of its own for {device} yet; it runs as a loop of matmuls", stacklevel=3
-    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

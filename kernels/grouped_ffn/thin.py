@@ -14,7 +14,7 @@ from torch import Tensor
 from ..activation import Activation
 from ..activation_triton import form_of
 from ..chip import Chip
-from ..launch import Launch, launch
+from ..launch import Launch, launch, with_contiguous_rows
 from ..quantized import Quantized
 from .thin_tiles import MAX_ROWS, ThinSize, ThinTile, choose_thin, power_of_2
 from .triton_thin import thin_down_kernel, thin_up_kernel
@@ -46,7 +46,7 @@ def thin_forward(
 ) -> Tensor:
     """y [R, D] of grouped_ffn; arguments as there, `expert_ids` int32. Between the two launches the activations
     [R*K, F] are in rows' dtype. `tiles`: of the up and of the down projection, chosen where not given."""
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = with_contiguous_rows(rows)
     expert_ids, weights = expert_ids.contiguous(), weights.contiguous()
     experts, (top_k, pairs) = w2.shape[0], (expert_ids.shape[1], expert_ids.numel())
     out, f = (w2.shape[2], w2.shape[1]) if transposed else (w2.shape[1], w2.shape[2])

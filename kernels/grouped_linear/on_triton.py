@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..chip import Chip
 from ..gemm_triton import Matrix, column_sum, dw_gemm, rows_gemm
-from ..launch import Launch, can_map, launch
+from ..launch import Launch, can_map, launch, with_contiguous_rows
 from ..plan.on_triton import tiles_of
 from ..tiles import Size, Tiles, choose
 
@@ -19,7 +19,7 @@ def forward(
     tile = _tiles(x, out, x.shape[1], w.shape[0], chip).down
     order = tiles_of(offsets, x.shape[0], tile.rows, launch=launch)
     mapped = chip.tensor_maps and m.can_map
-    x = _rows(x)
+    x = with_contiguous_rows(x)
     rows_gemm(
         x, [m.forward()], b, y, order, tile, chip=chip, launch=launch, mapped=mapped, map_rows=mapped and can_map(x)
     )
@@ -30,7 +30,7 @@ def backward(
     grad: Tensor, x: Tensor, offsets: Tensor, w: Tensor, b: Tensor | None, transposed: bool, needs: list[bool],
     *, chip: Chip, launch: Launch = launch,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad, x, m = _rows(grad), _rows(x), Matrix.of(w, transposed)
+    grad, x, m = with_contiguous_rows(grad), with_contiguous_rows(x), Matrix.of(w, transposed)
     tiles = _tiles(x, x.shape[1], grad.shape[1], w.shape[0], chip)
     order = tiles_of(offsets, x.shape[0], tiles.down.rows, launch=launch)
     dx = x.new_zeros(x.shape) if needs[0] else x.new_empty(0)
@@ -53,7 +53,3 @@ def backward(
 def _tiles(x: Tensor, columns: int, depth: int, experts: int, chip: Chip) -> Tiles:
     """`down` is the tile of rows [N, depth] times [depth, columns]."""
     return choose(Size(x.shape[0], columns, depth, experts, x.element_size(), gated=False), chip)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -219,3 +219,12 @@ class TestGroupedFfn:
         del leaves["b_gate_up"]
         with pytest.raises(ValueError, match="w_up must have w_gate's format, block and scales"):
             self.run(pair, w2, leaves, ids)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int4", "mxfp4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(format, value):
+    w = torch.randn(1, 4, 64)
+    w[0, 1, 2] = value
+    with pytest.raises(ValueError, match="w must be finite"):
+        quantize(w, format)
