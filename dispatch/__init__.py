@@ -2,12 +2,24 @@
 
 from .all_gather import AllGather
 from .all_to_all import AllToAll
+from .compose import Compose
+from .fold import Fold
 from .hierarchical import Hierarchical
 from .local import Local
 from .protocol import Dispatcher
 from .slice_all_reduce import SliceAllReduce
 
-__all__ = ["DISPATCHERS", "AllGather", "AllToAll", "Dispatcher", "Hierarchical", "Local", "SliceAllReduce"]
+__all__ = [
+    "DISPATCHERS",
+    "AllGather",
+    "AllToAll",
+    "Compose",
+    "Dispatcher",
+    "Fold",
+    "Hierarchical",
+    "Local",
+    "SliceAllReduce",
+]
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
     "local": Local,
