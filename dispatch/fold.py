@@ -183,11 +183,22 @@ class Fold:
         rank = dist.get_rank()
         for ranks in self.sizes.ranks(names).flatten(1).sort(1).values.tolist():
             if rank in ranks:
-                if tuple(ranks) not in self._groups:
-                    new = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
-                    self._groups[tuple(ranks)] = new
-                return self._groups[tuple(ranks)]
+                return self._group(ranks)
         raise AssertionError(f"rank {rank} is in no group of {names}")
+
+    def _group(self, ranks: list[int]) -> dist.ProcessGroup:
+        if tuple(ranks) not in self._groups:
+            self._groups[tuple(ranks)] = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
+        return self._groups[tuple(ranks)]
+
+    def blocks(self, name: str, count: int) -> dist.ProcessGroup:
+        """The `count` neighbours in group(name) that this rank stands among."""
+        ranks, at = dist.get_process_group_ranks(self.group(name)), self.rank(name)
+        return self._group(ranks[at - at % count : at - at % count + count])
+
+    def strided(self, name: str, step: int) -> dist.ProcessGroup:
+        """Every `step`-th rank of group(name), this one among them: with blocks(name, step) they make up the group."""
+        return self._group(dist.get_process_group_ranks(self.group(name))[self.rank(name) % step :: step])
 
     def size(self, *names: str) -> int:
         return self.group(*names).size()
@@ -195,11 +206,18 @@ class Fold:
     def rank(self, *names: str) -> int:
         return self.group(*names).rank()
 
+    def flat(self, *names: str) -> DeviceMesh:
+        """The ranks of group(*names) as a mesh of one dimension, for FSDP2."""
+        return DeviceMesh.from_group(self.group(*names), self.device_type, mesh_dim_names=("_".join(names),))
+
     def _mesh(self, *names: str) -> DeviceMesh:
         ranks = self.sizes.ranks(names)
         mine = next(r for r in ranks if dist.get_rank() in r)
         groups = [self.group(name) for name in names]
         return DeviceMesh.from_group(groups, self.device_type, mesh=mine, mesh_dim_names=names)
+
+    def __deepcopy__(self, memo: object) -> Fold:
+        return self  # groups cannot be copied, and need not be
 
     def __repr__(self) -> str:
         return f"Fold({self.sizes.shown()})"
