@@ -1,20 +1,12 @@
-"""One rank of the checks on many ranks: `python ranks.py RANK SIZE STORE OUT`, started by test_ranks.py.
-
-Runs every check of CHECKS in order, on all ranks at once, and writes to OUT a line of JSON for each: its name and "" or
-what went wrong. After a failure the ranks are out of step: it stops there.
-"""
+"""The checks of dispatchers on many ranks: what each rank runs (tests/support/ranks_runner.py), for test_ranks.py."""
 
 from __future__ import annotations
 
 import copy
-import json
 import re
-import sys
-import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import pytest
 import torch
@@ -617,25 +609,3 @@ for each_name in MANY:
         *((wires_keep_their_bounds, wires_of_the_backward_pass) if each_name in WIRED else ()),
     ):
         CHECKS[f"{each_name}: {each_check.__name__}"] = lambda f=each_check, n=each_name: f(n)
-
-
-def main(rank: int, size: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    files = dist.FileStore(store, size)
-    dist.init_process_group("gloo", store=files, rank=rank, world_size=size, timeout=timedelta(seconds=30))
-    with open(out, "w") as lines:
-        for name, function in CHECKS.items():
-            torch.manual_seed(0)
-            try:
-                function()
-                wrong = ""
-            except Exception:
-                wrong = traceback.format_exc()
-            print(json.dumps([name, wrong]), file=lines, flush=True)
-            if wrong:
-                return
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
