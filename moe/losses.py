@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,6 +11,13 @@ from torch import Tensor
 from ..kernels.routing import Routing
 
 _EPS = 1e-20
+
+
+@dataclass(frozen=True)
+class TokenRanks:
+    group: dist.ProcessGroup
+    average: int
+    sequence: dist.ProcessGroup | None = None
 
 
 def load_balancing_loss(routing: Routing, *, sequences: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:

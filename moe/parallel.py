@@ -43,9 +43,7 @@ class Parallel:
         return {p for experts in self.experts.values() for p in experts.parameters(recurse=False)}
 
     def __deepcopy__(self, memo: object) -> Parallel:
-        raise TypeError(
-            "parallelize: a module must be copied before it is parallelized: its gradient hooks stay behind"
-        )
+        raise TypeError("parallelize: a module must be copied before it is parallelized: its hooks stay behind")
 
 
 def parallelize(
@@ -78,8 +76,7 @@ def parallelize(
 
     After backward() gradients follow DDP's convention: the average over the dp * cp data-parallel ranks of the gradient
     of each rank's loss, where the tp ranks of one have one loss together. So expert gradients are summed over all ranks
-    that sent rows and over edp, the router's, the shared expert's and all others over the stage, and divided by dp * cp.
-    With several backward passes to a step see `no_sync`; the norm over all ranks is `clip_grad_norm_`. The losses and
+    that sent rows and over edp, all others (router, shared expert) over the stage, and divided by dp * cp. With several backward passes to a step see `no_sync`; the norm over all ranks is `clip_grad_norm_`. The losses and
     the capacity of MoE layers go by the whole batch of the stage.
 
     Raises ValueError / TypeError before anything is changed: a module without experts or parallelized already, E not
@@ -240,7 +237,7 @@ def _shard_fully(module: nn.Module, parallel: Parallel, replicated: bool) -> Non
         else:
             for parameter in experts.parameters():
                 parallel.sync.add(parameter, Share(f.group("edp"), 1 / average))
-    rest = {p for p in module.parameters()} - parallel.expert_parameters()
+    rest = set(module.parameters()) - parallel.expert_parameters()
     if rest:
         mesh = f.flat(*(("dp", "cp") if replicated else ("dp", "cp", "tp")))
         fully_shard(module, mesh=mesh, ignored_params=parallel.expert_parameters())

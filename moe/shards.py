@@ -1,4 +1,4 @@
-"""Experts cut over ranks: which part of each weight a rank holds, and how the parts become what a step computes with."""
+"""Experts cut over ranks: which part of each weight a rank holds, and what a step computes with."""
 
 from __future__ import annotations
 
