@@ -47,13 +47,13 @@ class Sizes:
         left, right = prod(new.attention), prod(new.experts)
         if left != right:
             raise ValueError(
-                f"Fold: dp * cp * tp must equal edp * ep * etp, got {new.shown()}, which is {left} and {right}; "
-                f"possible: {new.nearest(world)}"
+                f"Fold: dp * cp * tp must equal edp * ep * etp, got {new}, which is {left} and {right}; "
+                f"possible: {_listed(new.nearest(world))}"
             )
         if left * pp != world:
             raise ValueError(
-                f"Fold: pp * dp * cp * tp must be the world's {world} ranks, got {new.shown()}, which is {left * pp}; "
-                f"possible: {new.nearest(world)}"
+                f"Fold: pp * dp * cp * tp must be the world's {world} ranks, got {new}, which is {left * pp}; "
+                f"possible: {_listed(new.nearest(world))}"
             )
         return new
 
@@ -70,12 +70,12 @@ class Sizes:
         """Ranks of a pipeline stage."""
         return prod(self.attention)
 
-    def shown(self) -> str:
+    def __str__(self) -> str:
         named = [f"{n}={getattr(self, n)}" for n in (*ATTENTION, *EXPERTS)] + ([f"pp={self.pp}"] if self.pp > 1 else [])
         return " ".join(named)
 
-    def nearest(self, world: int, count: int = 3) -> str:
-        """The possible folds of `world` ranks that are fewest doublings away from these sizes."""
+    def nearest(self, world: int, count: int = 3) -> list[Sizes]:
+        """The possible folds of `world` ranks that are fewest doublings away from these sizes, best first."""
         pp = self.pp if world % self.pp == 0 else 1
 
         def away(other: tuple[int, int, int], mine: tuple[int, int, int]) -> float:
@@ -87,7 +87,7 @@ class Sizes:
 
         both = [(a + e, at, et) for a, at in best(self.attention) for e, et in best(self.experts)]
         both.sort(key=lambda b: b[0])
-        return "; ".join(Sizes(*at, *et, pp).shown() for _, at, et in both[:count])
+        return [Sizes(*at, *et, pp) for _, at, et in both[:count]]
 
     def ranks(self, names: tuple[str, ...]) -> torch.Tensor:
         """int64, one dimension for each of `names` and before them one for each group of such ranks.
@@ -220,7 +220,11 @@ class Fold:
         return self  # groups cannot be copied, and need not be
 
     def __repr__(self) -> str:
-        return f"Fold({self.sizes.shown()})"
+        return f"Fold({self.sizes})"
+
+
+def _listed(sizes: list[Sizes]) -> str:
+    return "; ".join(map(str, sizes))
 
 
 def _timeout_of_the_world(device_type: str) -> timedelta | None:

@@ -76,8 +76,9 @@ def parallelize(
 
     After backward() gradients follow DDP's convention: the average over the dp * cp data-parallel ranks of the gradient
     of each rank's loss, where the tp ranks of one have one loss together. So expert gradients are summed over all ranks
-    that sent rows and over edp, all others (router, shared expert) over the stage, and divided by dp * cp. With several backward passes to a step see `no_sync`; the norm over all ranks is `clip_grad_norm_`. The losses and
-    the capacity of MoE layers go by the whole batch of the stage.
+    that sent rows and over edp, all others (router, shared expert) over the stage, and divided by dp * cp. Several
+    backward passes to a step: see `no_sync`. The norm over all ranks: `clip_grad_norm_`. The losses and the capacity of
+    MoE layers go by the whole batch of the stage.
 
     Raises ValueError / TypeError before anything is changed: a module without experts or parallelized already, E not
     divisible by ep or F by etp (by name), ranks whose parameters differ.
