@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from .shared import SharedExpert
 from .sync import GradientSync, Share, copies_of, local, norm_of
 
 ACTIVATIONS = ("sharded", "replicated")
+ADAPT_EVERY = 100  # calls between two looks at what "auto" goes by
 _PARALLEL = "_headgate_parallel"
 Make = Callable[[dist.ProcessGroup], Dispatcher]
 
@@ -89,14 +91,15 @@ def parallelize(
     _check(module, fold, activations, dispatcher)
     found = dict(_experts_of(module))
     plans = {name: _plan(name, experts, fold) for name, experts in found.items()}
-    same_on_every_rank(module, fold.group("dp", "cp", "tp"))
     layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
     choose = _Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node)
+    same_on_every_rank(module, {**choose.options(), "fsdp": fsdp}, fold.group("dp", "cp", "tp"))
     for name, experts in found.items():
         layer = layers.get(id(experts))
         num_experts, cuts = plans[name]
         make = choose.of(name, 1 if layer is None else layer.top_k)
-        shards = Shards(fold, num_experts, cuts, make, choose.inner(name), choose.replicated)
+        how: dict[str, Any] = {"replicated": choose.replicated, "every": ADAPT_EVERY if dispatcher == "auto" else 0}
+        shards = Shards(fold, num_experts, cuts, make, choose.inner(name), **how)
         experts.spread(shards) if isinstance(experts, Experts) else cut_experts(experts, shards)
         if layer is not None:
             layer.token_ranks = choose.token_ranks()
@@ -171,6 +174,12 @@ class _Choice:
     wire: str | tuple[str, str]
     backward_wire: str | tuple[str, str]
     ranks_per_node: int | None
+
+    def options(self) -> dict[str, object]:
+        """What all ranks must have chosen alike."""
+        named = "a function" if callable(self.dispatcher) else self.dispatcher
+        said = {f: getattr(self, f) for f in ("activations", "wire", "backward_wire")}
+        return {"dispatcher": named, **said, "ranks_per_node": self._ranks_per_node()}
 
     @property
     def replicated(self) -> bool:

@@ -210,6 +210,24 @@ def a_degree_says_what_travels():
 
 
 @check
+def the_degree_follows_the_rows():
+    """Few rows travel themselves; many leave the weights to travel. All ranks choose alike, and say why."""
+    size = dist.get_world_size()
+    mine = headgate.parallelize(layer(), Fold({"dp": size}, {"etp": size}))
+    shards = mine.experts.dispatcher
+    shards._every = 1
+    for tokens, expected in ((1 if dist.get_rank() else 3, size), (3000, 1), (0, size)):
+        mine(torch.randn(tokens, D))
+        assert shards.degree == expected, shards.why()
+        assert f"taken: r = {expected}" in shards.why()
+    whole = layer()
+    torch.manual_seed(dist.get_rank())
+    for tokens in (3, 3000):
+        x = torch.randn(tokens, D)
+        close(mine(x), whole(x), f"{tokens} tokens, r = {shards.degree}")
+
+
+@check
 def gradients_that_add_up():
     """Two backward passes to a step, synchronised each or only at the last: one with both batches."""
     whole, halves = [slice(0, 8)], [slice(0, 4), slice(4, 8)]
@@ -348,9 +366,28 @@ def ranks_that_built_another_module_are_named():
     if dist.get_rank() == size - 1:
         with torch.no_grad():
             made.shared.ffn.w_down[0, 0, 0] += 1
-    with pytest.raises(ValueError, match=f"shared.ffn.w_down must be the same on every rank .* on rank {size - 1} and"):
+    with pytest.raises(
+        ValueError, match=f"shared.ffn.w_down must be the same on every rank, .* on rank {size - 1} and"
+    ):
         headgate.parallelize(made, fold)
     assert made.experts.w_down.shape[0] == E
+    words = f"dispatcher must be the same on every rank, got 'all_gather' on rank {size - 1} and None on rank 0"
+    with pytest.raises(ValueError, match=words):
+        headgate.parallelize(layer(), fold, dispatcher="all_gather" if dist.get_rank() == size - 1 else None)
+
+
+@check
+def ranks_that_ask_for_different_folds_are_named():
+    size = dist.get_world_size()
+    odd = dist.get_rank() == size - 1
+    with pytest.raises(
+        ValueError, match=f"Fold: (tp|dp) must be .* on rank {size - 1} and {size if size > 2 else '.'} on rank 0"
+    ):
+        Fold({"tp": size} if odd else {"dp": size}, {"ep": size})
+    with pytest.raises(
+        ValueError, match=f"Fold: pp must be the same on every rank, got -1 on rank {size - 1} and 1 on"
+    ):
+        Fold({"dp": size}, {"ep": size}, pp="one" if odd else 1)
 
 
 @check
