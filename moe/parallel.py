@@ -25,7 +25,7 @@ from .layer import MoE
 from .losses import TokenRanks
 from .shards import Cut, Shards, cut_experts, shards_of
 from .shared import SharedExpert
-from .sync import GradientSync, Share, copies_of, local, norm_of
+from .sync import GradientSync, Share, copies_of, gradient_of, norm_of
 
 ACTIVATIONS = ("sharded", "replicated")
 ADAPT_EVERY = 100  # calls between two looks at what "auto" goes by
@@ -153,8 +153,10 @@ def _plan(name: str, experts: nn.Module, fold: Fold) -> tuple[int, dict[str, Cut
     what, s = name or type(experts).__name__, fold.sizes
     if isinstance(experts, Experts) and not isinstance(experts.dispatcher, Local):
         raise ValueError(f"parallelize: {what} must have no dispatcher of its own, got {experts.dispatcher}")
-    ours = isinstance(experts, Experts)
-    num_experts, cuts = (experts.num_experts, experts.cuts()) if ours else cuts_of_experts(what, experts, s.etp)
+    if isinstance(experts, Experts):
+        num_experts, cuts = experts.num_experts, experts.cuts()
+    else:
+        num_experts, cuts = cuts_of_experts(what, experts, s.etp)
     if num_experts % s.ep:
         raise ValueError(f"parallelize: ep must divide the {num_experts} experts of {what}, got ep={s.ep}")
     for parameter, cut in cuts.items():
@@ -193,7 +195,7 @@ class _Choice:
         kind = self.dispatcher or self._default(top_k, per_node)
         if kind == "slice_all_reduce":
             return partial(SliceAllReduce, name=name)
-        options = {"wire": self.wire, "backward_wire": self.backward_wire, "name": name}
+        options: dict[str, Any] = {"wire": self.wire, "backward_wire": self.backward_wire, "name": name}
         if kind in ("hierarchical", "auto"):
             options["ranks_per_node"] = per_node
         return partial(DISPATCHERS[kind], **options)
@@ -294,7 +296,7 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
     parallel = parallel_of(module)
     f, mine = parallel.fold, parallel.expert_parameters()
     pieces = [
-        (local(p.grad), copies_of(p, f.size("edp") if p in mine else f.sizes.stage))
+        (gradient_of(p), copies_of(p, f.size("edp") if p in mine else f.sizes.stage))
         for p in module.parameters()
         if p.grad is not None
     ]
