@@ -17,6 +17,7 @@ import headgate
 from headgate.dispatch import DISPATCHERS, AllToAll, Fold
 from headgate.kernels.routing import Routing
 from headgate.moe import MoE
+from headgate.moe.capacity import Capacity
 from headgate.moe.shards import shards_of
 from headgate.moe.sync import local
 
@@ -42,6 +43,7 @@ def check(function):
 def layer(dtype=torch.float32, seed=3, **options) -> MoE:
     torch.manual_seed(seed)
     form = dict(shared_intermediate_size=8, bias=True, router_options={"renormalize": True}, dtype=dtype)
+    form |= dict(load_balancing_coef=0.1, z_loss_coef=0.01)
     made = MoE(D, F, E, K, **{**form, **options})
     with torch.no_grad():
         for b in (made.experts.b_gate_up, made.experts.b_down):
@@ -98,6 +100,10 @@ def once(fold: Fold, options=None, **how) -> None:
     what = f"{fold} {how}"
     close(y2, y1[part], f"{what}: y")
     close(x2.grad / average, x1.grad[part], f"{what}: dx")
+    for name, loss in whole.aux_losses.items():
+        close(mine.aux_losses[name], loss, f"{what}: {name}")
+    if whole.capacity is not None:
+        assert mine.last_overflow.dropped_total == whole.last_overflow.dropped > 0, what
     compare(whole, mine, lambda p: p.grad, f"{what}: gradient")
     norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
     close(headgate.clip_grad_norm_(mine, 0.5).float(), norm, f"{what}: norm")
@@ -124,6 +130,20 @@ def other_forms_of_layers():
     for options in ({"gated": False, "activation": "gelu"}, {"bias": False, "shared_intermediate_size": 0}):
         for fold in some_folds():
             once(fold, options)
+
+
+@check
+def tokens_dropped_or_not():
+    """The capacity of the whole batch: the same pairs go as in one process."""
+    for drop in ("weight", "position"):
+        for sizes in list(Fold.possible(dist.get_world_size()))[:: 1 if dist.get_world_size() < 4 else 5]:
+            once(make_fold(sizes), {"capacity": Capacity(0.7, drop=drop, scope="batch")})
+
+
+@check
+def two_levels_of_routing():
+    for fold in some_folds():
+        once(fold, {"router": "bilevel", "router_options": {"nodes": 4, "topk_nodes": 3}, "bias": False})
 
 
 @check
@@ -231,13 +251,14 @@ def the_degree_follows_the_rows():
 def gradients_that_add_up():
     """Two backward passes to a step, synchronised each or only at the last: one with both batches."""
     whole, halves = [slice(0, 8)], [slice(0, 4), slice(4, 8)]
+    plain = {"load_balancing_coef": 0.0, "z_loss_coef": 0.0}  # two half batches balance otherwise than a whole one
     for fold in some_folds():
         for how in ({}, {"fsdp": True}):
             torch.manual_seed(dist.get_rank())
             x, g = torch.randn(8, D), torch.randn(8, D)
             results = []
             for pause, pieces in ((False, whole), (False, halves), (True, halves)):
-                mine = headgate.parallelize(layer(), fold, **how)
+                mine = headgate.parallelize(layer(**plain), fold, **how)
                 for piece in pieces:
                     quiet = pause and piece is not pieces[-1]
                     with headgate.no_sync(mine) if quiet else contextlib.nullcontext():
