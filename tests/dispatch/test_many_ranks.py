@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import register_pytree_node
 
-from headgate.dispatch import DISPATCHERS, AllGather, AllToAll, Compose, Hierarchical, collectives
+from headgate.dispatch import (
+    DISPATCHERS,
+    AllGather,
+    AllToAll,
+    Compose,
+    Dispatcher,
+    Hierarchical,
+    SliceAllReduce,
+    collectives,
+)
 from headgate.dispatch.volume import distinct_parts
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts
@@ -53,16 +64,25 @@ def _range(*ends):
     return range(*ends) if all(isinstance(end, int) for end in ends) else Span(*ends)
 
 
+def by_rank(function: Callable) -> Callable:
+    """`function` for one rank after the other, on what is that rank's; its results put together again."""
+
+    def of_one_rank(*args, **kwargs):
+        with _disable_current_modes():  # the mode stands aside anyway, but looks at each operation: that takes time
+            return function(*args, **kwargs)
+
+    return local_tensor.maybe_run_for_local_tensor(of_one_rank)
+
+
 @contextmanager
 def many_ranks(size: int) -> Iterator[Callable[[Callable[[int], Tensor]], Tensor]]:
     """Inside, what runs is `size` ranks. Yields `each`: a function of the rank -> the LocalTensor of its results.
 
-    The library's code asks for four things that LocalTensorMode leaves open: the number of a rank in a group; a tensor of
-    numbers, a range and a maximum where these are not the same on every rank. And where it takes tensors apart by such
-    numbers, in functions of tensors that know no other rank, these run rank by rank.
+    The library asks for four things that LocalTensorMode leaves open: the number of a rank in a group; and a tensor of
+    numbers, a range and a maximum where these differ between ranks. It indexes with such numbers in functions of one
+    rank's tensors, which the mode would run operation by operation and not always can: they run rank by rank.
     """
-    by_rank = local_tensor.maybe_run_for_local_tensor
-    rank_by_rank = ("destinations", "tokens_of_places", "sum_at_places", "localised")
+    one_ranks = ("destinations", "tokens_of_places", "sum_at_places", "localised", "pack", "unpack")
 
     def get_rank(group: dist.ProcessGroup | None = None) -> torch.SymInt:
         # A group here is rank 0's; it stands for those of all ranks, as a dimension of a mesh has them.
@@ -78,7 +98,7 @@ def many_ranks(size: int) -> Iterator[Callable[[Callable[[int], Tensor]], Tensor
             for module in [m for name, m in sys.modules.items() if name.startswith("headgate.dispatch.")]:
                 patch.setattr(module, "range", _range, raising=False)
                 patch.setattr(module, "max", by_rank(builtins.max), raising=False)
-                for name in rank_by_rank:
+                for name in one_ranks:
                     if hasattr(module, name):
                         patch.setattr(module, name, by_rank(getattr(module, name)))
             yield mode.rank_map
@@ -96,17 +116,15 @@ def ints(values: list[int | torch.SymInt], size: int) -> list[list[int]]:
     return [[local_tensor._map_to_rank_local_val(v, r) for v in values] for r in range(size)]
 
 
-def make(kind: str, size: int):
-    def groups(inner: int) -> list[dist.ProcessGroup]:
-        mesh = dist.init_device_mesh("cpu", (size // inner, inner), mesh_dim_names=("outer", "inner"))
-        return mesh, mesh.get_group(0), mesh.get_group(1)
-
+def make(kind: str, size: int) -> Dispatcher:
+    if kind not in ("hierarchical", "compose"):
+        return DISPATCHERS[kind]()
+    inner = NODE if kind == "hierarchical" else SLICES
+    with _disable_current_modes():  # quicker
+        mesh = dist.init_device_mesh("cpu", (size // inner, inner))
     if kind == "hierarchical":
-        return Hierarchical.of_mesh(groups(NODE)[0])
-    if kind == "compose":
-        _, ep, etp = groups(SLICES)
-        return Compose(AllToAll(ep), AllGather(etp, sliced=True))
-    return DISPATCHERS[kind]()
+        return Hierarchical.of_mesh(mesh)
+    return Compose(AllToAll(mesh.get_group(0)), AllGather(mesh.get_group(1), sliced=True))
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
@@ -131,24 +149,23 @@ class Case:
         return lambda r: t.clone() if self.replicated else t.split(self.tokens)[r].clone()
 
 
-CASES = ["uneven", "all to one rank", "more choices than ranks", "holes", "no expert"]
+CASES = ["uneven", "all to one rank", "more choices than ranks"]
 
 
 def draw(what: str, size: int, kind: str) -> Case:
-    """2 experts to a rank. Of uneven tokens every seventh rank has none, and nobody chooses expert 5."""
+    """2 experts to a rank. Uneven: every seventh rank has no token, rank 1 and a few tokens elsewhere choose no expert
+    or fewer, and expert 5 is chosen by nobody."""
     uneven, even, experts = [r * 5 % 7 for r in range(size)], [2] * size, 2 * size
 
     def different(tokens: list[int], k: int, among: list[int]) -> Tensor:
         return torch.stack([torch.tensor(among)[torch.randperm(len(among))[:k]] for _ in range(sum(tokens))])
 
-    holes = different(even, 2, list(range(experts)))
-    holes[::3, 0], holes[1::5], holes[2:4] = -1, experts, -1
+    holes = different(uneven, 3, [e for e in range(experts) if e != 5])
+    holes[::3, 0], holes[1::5, 1:], holes[: uneven[1]] = -1, experts, -1
     ids, tokens = {
-        "uneven": (different(uneven, 3, [e for e in range(experts) if e != 5]), uneven),
+        "uneven": (holes, uneven),
         "all to one rank": (different(even, 2, [experts - 6, experts - 5]), even),
         "more choices than ranks": (different(even, size + 4, list(range(experts))), even),
-        "holes": (holes, even),
-        "no expert": (torch.full_like(holes, -1), even),
     }[what]
     return Case(ids, tokens, experts, replicated=kind == "slice_all_reduce")
 
@@ -205,13 +222,13 @@ def spread(whole: Experts, kind: str, size: int, each) -> Experts:
     experts, f = (whole.num_experts * SLICES, F // SLICES) if kind == "compose" else (whole.num_experts, F)
     layer = Experts(experts // size, D, f, bias=True, dtype=torch.float64, dispatcher=None)
     layer.dispatcher = make(kind, size)
+
+    def start(name: str, p: Tensor, rank: int) -> Tensor:
+        once = name != "b_down" or kind != "compose" or rank % SLICES == 0
+        return held(name, p, rank, kind, size) * float(once)
+
     for name, p in whole.named_parameters():
-
-        def start(rank: int, name=name, p=p.detach()) -> Tensor:
-            once = name != "b_down" or kind != "compose" or rank % SLICES == 0
-            return held(name, p, rank, kind, size) * float(once)
-
-        setattr(layer, name, nn.Parameter(each(start)))
+        setattr(layer, name, nn.Parameter(each(partial(start, name, p.detach()))))
     return layer
 
 
@@ -238,4 +255,136 @@ def test_the_layer_is_that_of_one_rank(kind, size, what):
         expected = [held(name, p1.grad, r, kind, size) for r in range(size)]
         close(torch.stack(parts(p.grad)), torch.stack(expected), name, 1e-11)
     if what == "uneven":
-        assert not w1.grad.numel() or not whole.w_down.grad[5].any(), "somebody chose expert 5"
+        assert not whole.w_down.grad[5].any(), "somebody chose expert 5"
+
+
+# --- what travels ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def recorded(size: int) -> Iterator[list[tuple[str, int, list[list[int]]]]]:
+    """Collects of each collective its name, the bytes of a row, and the rows of each rank: to whom, or how many."""
+    seen: list[tuple[str, int, list[list[int]]]] = []
+
+    def recording(name: str, original: Callable) -> Callable:
+        def collective(x: Tensor, *rest):
+            rows = rest[1] if name == "all_to_all" else [x.shape[0]]
+            seen.append((name, x.shape[1] * x.element_size(), ints(rows, size)))
+            y = original(x, *rest)
+            if name == "all_to_all":  # LocalTensorMode goes by what is sent alone
+                assert [len(t) for t in parts(y)] == [sum(received) for received in ints(rest[0], size)]
+            return y
+
+        return collective
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_to_all", "all_gather", "reduce_scatter", "all_reduce"):
+            patch.setattr(collectives, name, recording(name, getattr(collectives, name)))
+        yield seen
+
+
+def distinct(ids: Tensor, each: int, numbers: Iterable[int], experts: int) -> list[int]:
+    """For each number n the tokens that have an expert in the n-th `each` of them."""
+    chosen = [{e // each for e in row if 0 <= e < experts} for row in ids.tolist()]
+    return [sum(n in row for row in chosen) for n in numbers]
+
+
+def expected_rows(kind: str, case: Case, size: int) -> list[tuple[str, list[list[int]]]]:
+    """The collectives of a dispatch and a combine and their rows, by what the dispatchers promise."""
+    ranks, mine = range(size), [case.of_rank(case.ids)(r) for r in range(size)]
+    longest = max(map(len, mine))
+
+    def of(n: int) -> list[list[int]]:
+        return [[n]] * size
+
+    if kind == "all_gather":
+        return [("all_gather", of(1)), ("all_gather", of(longest)), ("reduce_scatter", of(size * longest))]
+    if kind == "slice_all_reduce":
+        return [("all_gather", of(1)), ("all_reduce", of(longest))]
+    if kind == "all_to_all":
+        there = [distinct(ids, 2, ranks, case.experts) for ids in mine]
+        back = [list(column) for column in zip(*there, strict=True)]
+        return [("all_to_all", rows) for rows in ([[1] * size] * size, there, back)]
+    nodes = [range(first, first + NODE) for first in range(0, size, NODE)]
+    there = [distinct(ids, 2 * NODE, range(len(nodes)), case.experts) for ids in mine]
+    peers = [range(r % NODE, size, NODE) for r in ranks]
+    passed = [torch.cat([mine[p] for p in peers[r]]) for r in ranks]  # each rank passes on what its number's ranks have
+    inside = [distinct(ids, 2, nodes[r // NODE], case.experts) for r, ids in zip(ranks, passed, strict=True)]
+    back_inside = [[inside[p][r % NODE] for p in nodes[r // NODE]] for r in ranks]
+    back = [[there[p][r // NODE] for p in peers[r]] for r in ranks]
+    first, second = [[1] * len(nodes)] * size, [[1] * NODE] * size
+    return [("all_to_all", rows) for rows in (first, there, second, inside, back_inside, back)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", [name for name in DISPATCHERS if name != "local"])
+@pytest.mark.parametrize("what", CASES)
+def test_a_row_travels_once_to_each_rank_or_node_that_needs_it(kind, size, what):
+    case = draw(what, size, kind)
+    with many_ranks(size) as each, recorded(size) as seen:
+        dispatcher, rows, _, ticket = dispatched(case, kind, size, each)
+        there = len(seen)
+        dispatcher.combine(rows, ticket)
+    assert [(name, rows) for name, _, rows in seen] == expected_rows(kind, case, size)
+    widths = [width for _, width, _ in seen]
+    if kind != "slice_all_reduce":  # of two collectives the second moves rows, with ids and weights beside them
+        assert set(widths[1:there:2]) == {D * 8 + case.ids.shape[1] * (4 + 8)}
+    assert set(widths[there:]) == {D * 8}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_even_router_sends_what_the_volume_formula_says(size):
+    tokens, experts, k, nodes = 40, 4 * size, 20, size // NODE
+    ids = torch.rand(tokens * size, experts).topk(k).indices
+    case = Case(ids, [tokens] * size, experts)
+    per_rank, per_node = (distinct_parts(experts, k, n) for n in (size, nodes))
+    with many_ranks(size) as each:
+        routes = [r for kind in ("all_to_all", "hierarchical") for r in dispatched(case, kind, size, each)[3].routes]
+        direct, across, inside = (torch.tensor(ints(route.sent, size)) for route in routes)
+    rank = torch.arange(size)[:, None]
+    elsewhere = rank != rank.T, rank // NODE != rank.T // NODE
+
+    def per_token(sent: Tensor, counts: Tensor) -> float:
+        return sent[counts].sum().item() / len(ids)
+
+    assert per_token(direct, elsewhere[0]) == pytest.approx(per_rank * (size - 1) / size, rel=0.02)
+    assert per_token(direct, elsewhere[1]) == pytest.approx(per_rank * (nodes - 1) / nodes, rel=0.02)
+    other_node, other_rank = torch.arange(nodes) != rank // NODE, torch.arange(NODE) != rank % NODE
+    assert per_token(across, other_node) == pytest.approx(per_node * (nodes - 1) / nodes, rel=0.02)
+    assert per_token(inside, other_rank) == pytest.approx(per_rank * (NODE - 1) / NODE, rel=0.02)
+
+
+# --- one rank by itself ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_rank_finds_its_groups_and_its_experts(size):
+    """Each rank's own constructors, one after the other, in a world that does not answer."""
+    torch.manual_seed(3)
+    whole = Experts(2 * size, 2, 1)
+    for rank in range(size):
+        dist.init_process_group("fake", rank=rank, world_size=size)
+        try:
+            two = Hierarchical(ranks_per_node=NODE)
+            assert two.across.ranks == list(range(rank % NODE, size, NODE))
+            assert two.inside.ranks == list(range(rank // NODE * NODE, (rank // NODE + 1) * NODE))
+            for dispatcher in (two, AllToAll(), AllGather(), SliceAllReduce()):
+                assert dispatcher.local_experts(2 * size) == range(2 * rank, 2 * rank + 2)
+            torch.manual_seed(3)
+            layer = Experts(2 * size, 2, 1, dispatcher=two)
+            assert torch.equal(layer.w_down, whole.w_down[2 * rank : 2 * rank + 2])
+        finally:
+            dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["all_to_all", "all_gather", "slice_all_reduce"])
+def test_the_rank_that_is_a_call_ahead_is_named(kind, size):
+    odd, case = size - 3, draw("uneven", size, "slice_all_reduce")
+    with many_ranks(size) as each:
+        dispatcher = make(kind, size)
+        ids, weights = each(case.of_rank(case.ids)), each(case.of_rank(case.weights))
+        dispatcher.agreement.calls = torch.SymInt(local_tensor.LocalIntNode({r: int(r == odd) for r in range(size)}))
+        words = f"call must be the same on every rank, got 2 on rank {odd} and 1 on rank 0$"
+        with pytest.raises(ValueError, match=words):
+            dispatcher.dispatch(each(case.of_rank(case.x)), Routing.from_topk(ids, weights, case.experts))
