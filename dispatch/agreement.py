@@ -21,7 +21,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GRADIENTS = ("none", "x", "weights", "x and weights")
 FIELDS = (
     *("dispatcher", "name", "call", "num_experts", "top_k", "hidden_size", "dtype", "weights_dtype"),
-    *("wire", "backward_wire", "gradients", "tokens"),
+    *("wire", "backward_wire", "gradients", "tokens", "capacity"),
 )
 _FREE = -1  # a field that ranks need not agree on in this call
 
@@ -59,8 +59,8 @@ class Agreement:
     def __deepcopy__(self, memo: object) -> Agreement:
         return Agreement(self.who, self.group, self.name, self.wires)  # a group cannot be copied, and need not be
 
-    def header(self, x: Tensor, routing: Routing, tokens: int = _FREE) -> list[int]:
-        """This rank's values of FIELDS for its next call. `tokens`: where all ranks must have as many."""
+    def header(self, x: Tensor, routing: Routing, tokens: int = _FREE, capacity: int = _FREE) -> list[int]:
+        """This rank's values of FIELDS for its next call. `tokens`, `capacity`: where all ranks must have the same."""
         if x.dim() != 2 or x.shape[0] != routing.expert_ids.shape[0]:
             raise ValueError(
                 f"{self.who}: x must be [T, D] with a row for each of the routing's "
@@ -78,7 +78,7 @@ class Agreement:
             *(_DTYPES.index(x.dtype), _DTYPES.index(routing.weights.dtype)),
             _pair(wires.dispatch, wires.combine),
             _pair(wires.dispatch_backward, wires.combine_backward),
-            *(gradients, tokens),
+            *(gradients, tokens, capacity),
         ]
 
     def exchange(

@@ -102,7 +102,7 @@ class Hierarchical:
         held = self.local_experts(routing.num_experts)
         assert second is not None
         rows, ids, weights = send(rows, ids, weights, second, wires)
-        ticket = Ticket((first, second), rows.shape, x.dtype)
+        ticket = Ticket((first, second), x.shape[0], rows.shape, x.dtype)
         return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
     @torch.compiler.disable
