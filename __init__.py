@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "MoE": "moe.layer",
     "Experts": "moe.experts",
+    "Capacity": "moe.capacity",
     "replace": "moe.hf",
     "restore": "moe.hf",
     "record": "moe.record",
