@@ -2,12 +2,24 @@
 
 from .all_gather import AllGather
 from .all_to_all import AllToAll
+from .auto import Auto
 from .hierarchical import Hierarchical
 from .local import Local
+from .measure import measure
 from .protocol import Dispatcher
 from .slice_all_reduce import SliceAllReduce
 
-__all__ = ["DISPATCHERS", "AllGather", "AllToAll", "Dispatcher", "Hierarchical", "Local", "SliceAllReduce"]
+__all__ = [
+    "DISPATCHERS",
+    "AllGather",
+    "AllToAll",
+    "Auto",
+    "Dispatcher",
+    "Hierarchical",
+    "Local",
+    "SliceAllReduce",
+    "measure",
+]
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
     "local": Local,
@@ -15,4 +27,5 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
     "all_to_all": AllToAll,
     "hierarchical": Hierarchical,
     "slice_all_reduce": SliceAllReduce,
+    "auto": Auto,
 }

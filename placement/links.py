@@ -205,13 +205,22 @@ class Prediction:
         return f"{self.dispatcher}: {1e6 * self.seconds:,.0f} us modelled = " + " + ".join(parts)
 
 
-def predict(dispatcher: str, case: Case, links: Links, back: Links | None = None, *, counts: bool = True) -> Prediction:
+def predict(
+    dispatcher: str,
+    case: Case,
+    links: Links,
+    back: Links | None = None,
+    *,
+    rows: Rows | None = None,
+    counts: bool = True,
+) -> Prediction:
     """Seconds of dispatch and of combine. `back`: the links as combine uses them, where they differ.
 
-    `counts`: the row counts travel first, as Headgate's dispatchers need it; DeepEP's low-latency kernels do not.
-    Raises ValueError where the case cannot be (see rows_per_token).
+    `rows`: what a rank sends, where it was counted; None: what an even router makes it send, and then ValueError where
+    the case cannot be (see rows_per_token). `counts`: the row counts travel first, as Headgate's dispatchers need it;
+    DeepEP's low-latency kernels do not.
     """
-    rows, nothing = case.rows(dispatcher), Rows(0.0, 0.0)
+    rows, nothing = case.rows(dispatcher) if rows is None else rows, Rows(0.0, 0.0)
     nodes, per_node = case.ranks // case.ranks_per_node, case.ranks_per_node
     back = links if back is None else back
     ahead: tuple[Step, ...] = ()

@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
         given = getattr(args, name)
         if min(given if isinstance(given, list | tuple) else [given]) <= 0:
             raise ValueError(f"links: --{name.replace('_', '-')} must be positive, got {given}")
-    sizes = Sizes(
-        args.hidden_size, args.experts, args.top_k, *args.bytes, args.ranks_per_node, args.at_most_nodes or None
-    )
+    there, back = args.bytes
+    limit = args.at_most_nodes or None
+    sizes = Sizes(args.hidden_size, args.experts, args.top_k, there, back, args.ranks_per_node, limit)
     published = fitted()
     found = points(*published)
     used = [_changed(links, args.inside, args.across) for links in published]

@@ -27,7 +27,7 @@ def draw(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], path: Path,
     from matplotlib import pyplot
 
     tokens = list(dict.fromkeys(r["tokens"] for r in rows))
-    figure = pyplot.figure(figsize=(max(10, 4.2 * len(tokens)), 8.6), layout="constrained")
+    figure: Any = pyplot.figure(figsize=(max(10, 4.2 * len(tokens)), 8.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     for axis, direction in zip(above.subplots(1, 2), DIRECTIONS, strict=True):
         _fit(axis, [p for p in points if p.direction == direction and p.kernels == "low-latency"], direction)
