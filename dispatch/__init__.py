@@ -2,10 +2,12 @@
 
 from .all_gather import AllGather
 from .all_to_all import AllToAll
+from .auto import Auto
 from .compose import Compose
 from .fold import Fold
 from .hierarchical import Hierarchical
 from .local import Local
+from .measure import measure
 from .protocol import Dispatcher
 from .slice_all_reduce import SliceAllReduce
 
@@ -13,12 +15,14 @@ __all__ = [
     "DISPATCHERS",
     "AllGather",
     "AllToAll",
+    "Auto",
     "Compose",
     "Dispatcher",
     "Fold",
     "Hierarchical",
     "Local",
     "SliceAllReduce",
+    "measure",
 ]
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
@@ -27,4 +31,5 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
     "all_to_all": AllToAll,
     "hierarchical": Hierarchical,
     "slice_all_reduce": SliceAllReduce,
+    "auto": Auto,
 }
