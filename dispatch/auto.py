@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -22,6 +20,7 @@ from .all_gather import AllGather
 from .all_to_all import AllToAll, destinations
 from .hierarchical import Hierarchical
 from .measure import measure
+from .pending import Pending
 from .protocol import Dispatcher
 from .wire import Wires, message
 
@@ -79,9 +78,7 @@ class Auto:
     these must be the same on every rank; of the links those of the group's first rank are used.
 
     The choice is the same on every rank, and a function of the counted routing, the links and the formats. It does not
-    change while the backward pass of an earlier call is to come: with activation checkpointing that pass calls
-    `dispatch` again, and must get the rows it got before. Then the ranks count again in the next call. (A checkpointed
-    graph that runs backward twice is not seen the second time: leave `every` beyond the calls of such a run.)
+    change while the backward pass of an earlier call is to come (pending.py); then the ranks count again in the next.
 
     Memory and the time to sort, copy and sum rows are not weighed: AllGather makes R = G * max T rows.
     """
@@ -124,14 +121,7 @@ class Auto:
         self.ranks_per_node, self.links, self.every = ranks_per_node, links, every
         self.found: Found | None = None
         self._due = False
-        self._waiting: WeakSet[_Graph] = WeakSet()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Auto:
-        new = object.__new__(type(self))
-        memo[id(self)] = new
-        kept = {key: copy.deepcopy(value, memo) for key, value in vars(self).items() if key != "_waiting"}
-        vars(new).update(kept, _waiting=WeakSet())
-        return new
+        self._pending = Pending()
 
     def local_experts(self, num_experts: int) -> range:
         return held_experts("Auto", num_experts, self.agreement.rank, self.agreement.size)
@@ -144,7 +134,7 @@ class Auto:
         choice = self.choice
         assert choice is not None
         rows, local, ticket = self.dispatchers[choice].dispatch(x, routing)
-        self._wait_for(rows)
+        self._pending.note(rows)
         return rows, local, Ticket(choice, ticket)
 
     @torch.compiler.disable
@@ -159,7 +149,7 @@ class Auto:
         none = slice(0, 0)  # the bytes of a message show in one of no rows
         there = message(x[none], [ids[none], routing.weights[none]], self.wires.dispatch)[0].shape[1]
         back = message(x[none], [], self.wires.combine)[0].shape[1]
-        own: list[float] = [len(x), len(self._waiting) > 0, there, back]
+        own: list[float] = [len(x), bool(self._pending), there, back]
         own += [v for link in (self.links.inside, self.links.across) for v in (link.latency_us, link.bandwidth_GBps)]
         flows = traffic(ids, routing.num_experts, self.agreement.rank, size, per_node)
         mine = flows.new_zeros(len(own), size)
@@ -174,13 +164,6 @@ class Auto:
         case = Case(size, per_node, int(max(tokens)), routing.num_experts, ids.shape[1], there, back)
         self.found = weigh(self.agreement.calls, moved, case, links, list(self.dispatchers))
 
-    def _wait_for(self, rows: Tensor) -> None:
-        """Notes that a backward pass is to come, for as long as its graph lives and has not run."""
-        if rows.grad_fn is not None:
-            graph, waiting = _Graph(), self._waiting
-            waiting.add(graph)
-            rows.grad_fn.register_hook(lambda *_: waiting.discard(graph))
-
     @property
     def choice(self) -> str | None:
         """The name of the dispatcher in use; None before the first call."""
@@ -192,10 +175,6 @@ class Auto:
 
     def __repr__(self) -> str:
         return f"Auto({self.agreement}, candidates={list(self.dispatchers)}, choice={self.choice!r})"
-
-
-class _Graph:
-    """Stands for one call's graph; the graph holds it."""
 
 
 def _said(link: Link) -> str:

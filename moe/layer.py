@@ -112,7 +112,7 @@ class MoE(nn.Module):
         if self.training and routing.scores is not None:
             y = self._with_losses(y, routing, sequences=math.prod(x.shape[:-2]))
         self.last_routing = replace(kept.detach(), logits=None)
-        return y.reshape(x.shape)
+        return y if x.dim() == 2 else y.reshape(x.shape)
 
     def _tokens(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..dispatch import DISPATCHERS, AllGather, Dispatcher, Fold, Local, SliceAllReduce
+from ..dispatch import DISPATCHERS, AllGather, Dispatcher, Fold, Hierarchical, Local, SliceAllReduce, measure
+from ..placement.links import Links
 from .agree import same_on_every_rank
 from .experts import Experts
 from .hf.experts import cuts_of_experts
@@ -93,11 +94,13 @@ def parallelize(
     plans = {name: _plan(name, experts, fold) for name, experts in found.items()}
     layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
     choose = _Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node)
+    device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
     same_on_every_rank(module, {**choose.options(), "fsdp": fsdp}, fold.group("dp", "cp", "tp"))
+    links = choose.links(device)
     for name, experts in found.items():
         layer = layers.get(id(experts))
         num_experts, cuts = plans[name]
-        make = choose.of(name, 1 if layer is None else layer.top_k)
+        make = choose.of(name, 1 if layer is None else layer.top_k, links)
         how: dict[str, Any] = {"replicated": choose.replicated, "every": ADAPT_EVERY if dispatcher == "auto" else 0}
         shards = Shards(fold, num_experts, cuts, make, choose.inner(name), **how)
         experts.spread(shards) if isinstance(experts, Experts) else cut_experts(experts, shards)
@@ -187,7 +190,13 @@ class _Choice:
     def replicated(self) -> bool:
         return self.activations == "replicated"
 
-    def of(self, name: str, top_k: int) -> Make:
+    def links(self, device: torch.device) -> Links | None:
+        """What "auto" goes by, measured once for all layers."""
+        if self.dispatcher != "auto" or self.fold.size("ep") == 1:
+            return None
+        return measure(Hierarchical(self.fold.group("ep"), self._ranks_per_node()), device=device)
+
+    def of(self, name: str, top_k: int, links: Links | None) -> Make:
         """The function from the ep group to the dispatcher of a layer, `name` telling it from others."""
         if callable(self.dispatcher):
             return self.dispatcher
@@ -198,6 +207,8 @@ class _Choice:
         options: dict[str, Any] = {"wire": self.wire, "backward_wire": self.backward_wire, "name": name}
         if kind in ("hierarchical", "auto"):
             options["ranks_per_node"] = per_node
+        if kind == "auto":
+            options |= {"links": links, "every": ADAPT_EVERY}
         return partial(DISPATCHERS[kind], **options)
 
     def inner(self, name: str) -> Make:

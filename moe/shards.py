@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..dispatch import Compose, Dispatcher, Fold, Local, collectives
+from ..dispatch import Auto, Compose, Dispatcher, Fold, Local, collectives
 from ..dispatch.all_to_all import destinations
+from ..dispatch.pending import Pending
 from ..kernels.routing import Routing
 
 _SHARDS = "_headgate_shards"
@@ -92,6 +93,7 @@ class Shards:
         self.fold, self.num_experts, self.cuts = fold, num_experts, dict(cuts)
         self._outer, self._inner, self._replicated, self._every = outer, inner, replicated, every
         self.weight_bytes, self._calls, self._bytes = 0, 0, dict[int, float]()
+        self._due, self._pending = False, Pending()
         self.held = range(fold.rank("ep") * each, (fold.rank("ep") + 1) * each)
         self._dispatchers: dict[int, Dispatcher] = {}
         self.set_degree(self.etp)
@@ -116,10 +118,13 @@ class Shards:
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Any]:
         if self._every and not self._replicated:
-            if self._calls % self._every == 0:
-                self._adapt(x, routing)
+            self._due = self._due or self._calls % self._every == 0
             self._calls += 1
+            if self._due:
+                self._adapt(x, routing)
         rows, local, ticket = self.dispatcher.dispatch(x, routing)
+        if self._every:
+            self._pending.note(rows if rows is not x else local.weights)
         return rows, local, (self.dispatcher, ticket)
 
     def combine(self, rows: Tensor, ticket: Any) -> Tensor:
@@ -137,18 +142,22 @@ class Shards:
         """Takes the degree with the fewest bytes for these rows, the same on all ranks that share the experts."""
         ep = self.fold.size("ep")
         copies, _ = destinations(routing.expert_ids, range(self.num_experts), ep)
-        total = collectives.all_reduce(copies.sum()[None], self.fold.group("ep", "etp"))
-        rows = int(total) / self.fold.size("ep", "etp")
+        mine = torch.stack([copies.sum(), copies.new_tensor(bool(self._pending))])
+        total, pending = collectives.all_reduce(mine, self.fold.group("ep", "etp")).tolist()
+        self._due = bool(pending)
+        if pending:  # a backward pass that may call forward again must find what it found
+            return
+        rows = total / self.fold.size("ep", "etp")
         passes = 2 if torch.is_grad_enabled() else 1
         self._bytes = degree_bytes(rows * x.shape[1] * x.element_size(), self.weight_bytes, ep, self.etp, passes)
         self.set_degree(min(self._bytes, key=lambda r: (self._bytes[r], -r)))
 
     def why(self) -> str:
-        """What each degree would move, and which was taken."""
-        if not self._bytes:
-            return f"r = {self.degree}, as set"
+        """What each degree would move, which was taken, and what its dispatcher says of itself."""
         lines = [f"r = {r}: {b / 1e6:.3f} MB a rank" for r, b in self._bytes.items()]
-        return "\n".join([*lines, f"taken: r = {self.degree}, by {self.dispatcher}"])
+        lines.append(f"taken: r = {self.degree}, by {self.dispatcher}")
+        outer = getattr(self.dispatcher, "outer", self.dispatcher)
+        return "\n".join([*lines, outer.why()] if isinstance(outer, Auto) else lines)
 
     def gathered(self, name: str, w: Tensor) -> Tensor:
         """The parameter `name`, of which w is this rank's part, as this degree computes with it; differentiable."""
