@@ -5,9 +5,10 @@ from .all_to_all import AllToAll
 from .hierarchical import Hierarchical
 from .local import Local
 from .protocol import Dispatcher
+from .rollcall import DeadRanks
 from .slice_all_reduce import SliceAllReduce
 
-__all__ = ["DISPATCHERS", "AllGather", "AllToAll", "Dispatcher", "Hierarchical", "Local", "SliceAllReduce"]
+__all__ = ["DISPATCHERS", "AllGather", "AllToAll", "DeadRanks", "Dispatcher", "Hierarchical", "Local", "SliceAllReduce"]
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
     "local": Local,
