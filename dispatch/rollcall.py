@@ -129,10 +129,12 @@ def call(
 ) -> tuple[dict[int, str], dict[int, str]]:
     """The roll call itself: (rank -> name of the dead, rank -> error of those that answered).
 
-    It has two rounds, who is here and whom do you miss, of at most `grace` seconds each, so that all who answer come to
-    the same names. A rank that is in the roll call of another group, or has left one with a name that is news here, is
-    no dead rank: it is why this rank waited in vain, and it knows the name.
+    It has two rounds, who is here and whom do you miss, so that all who answer come to the same names. The second waits
+    for those who came at the end of the first, whose own first round takes `grace` seconds too. A rank that is in the
+    roll call of another group, or has left one with a name that is news here, is not dead: it is why this rank waited
+    in vain, and it knows the name.
     """
+    begun = time.monotonic()
     others, last = set(ranks) - {me}, _read(store, me)
     known = set(last.missing or ()) if last and last.group != group else set()
 
@@ -141,25 +143,24 @@ def call(
 
     mine = Page(group, error)
     _write(store, me, mine)
-    answered = _gather(store, others, counts, grace)
+    answered = _gather(store, others, counts, begun + grace)
     mine = replace(mine, missing=sorted(others - answered.keys()))
     _write(store, me, mine)
-    heard = _gather(store, answered, lambda page: page.missing is not None, grace)
+    heard = _gather(store, answered, lambda page: page.missing is not None, begun + 2.5 * grace)
     dead = others - heard.keys()
     dead.update(*(page.missing or () for page in heard.values()))
     names = {rank: _name(store, rank) for rank in dead}
     _write(store, me, replace(mine, done=True))
     if me == 0:  # the store may live in this process: the others must have read it before it can end
-        _gather(store, heard, lambda page: page.done, grace)
+        _gather(store, heard, lambda page: page.done, begun + 3.5 * grace)
     return names, {rank: page.error for rank, page in heard.items()}
 
 
 def _gather(
-    store: dist.Store, ranks: Collection[int], wanted: Callable[[Page], bool], seconds: float
+    store: dist.Store, ranks: Collection[int], wanted: Callable[[Page], bool], deadline: float
 ) -> dict[int, Page]:
-    """The pages that are as wanted: when all are, or after `seconds`."""
+    """The pages that are as wanted: when all are, or at the deadline."""
     pages: dict[int, Page] = {}
-    deadline = time.monotonic() + seconds
     while True:
         for rank in set(ranks) - pages.keys():
             page = _read(store, rank)
