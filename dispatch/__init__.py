@@ -9,6 +9,7 @@ from .hierarchical import Hierarchical
 from .local import Local
 from .measure import measure
 from .protocol import Dispatcher
+from .rollcall import DeadRanks
 from .slice_all_reduce import SliceAllReduce
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "AllToAll",
     "Auto",
     "Compose",
+    "DeadRanks",
     "Dispatcher",
     "Fold",
     "Hierarchical",

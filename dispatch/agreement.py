@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kernels.routing import Routing
 from . import collectives
+from .rollcall import sign_in
 from .wire import FORMATS, Wires
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -55,6 +56,7 @@ class Agreement:
         self.who, self.name, self.wires, self.calls = who, name, wires, 0
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.ranks = dist.get_process_group_ranks(self.group)
+        sign_in(self.group)
 
     def __deepcopy__(self, memo: object) -> Agreement:
         return Agreement(self.who, self.group, self.name, self.wires)  # a group cannot be copied, and need not be

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import collectives
 from .agreement import disagreement
+from .rollcall import time_out
 
 ATTENTION = ("dp", "cp", "tp")
 EXPERTS = ("edp", "ep", "etp")
@@ -160,7 +161,7 @@ class Fold:
             device_type = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
         _agree({**(attention or {}), **(experts or {}), "pp": pp}, device_type)
         self.sizes = Sizes.of(attention or {}, experts or {}, pp, dist.get_world_size())
-        self.device_type, self._timeout = device_type, timeout or _timeout_of_the_world(device_type)
+        self.device_type, self._timeout = device_type, timeout or time_out(dist.group.WORLD)  # type: ignore[arg-type]
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {} if like is None else like._groups
         self.attention = self._mesh(*ATTENTION)
         self.experts = self._mesh("ep", "edp", "etp")
@@ -243,8 +244,3 @@ def _agree(asked: Mapping[str, int], device_type: str) -> None:
 
 def _listed(sizes: list[Sizes]) -> str:
     return "; ".join(map(str, sizes))
-
-
-def _timeout_of_the_world(device_type: str) -> timedelta | None:
-    backend = dist.group.WORLD._get_backend(torch.device(device_type))  # type: ignore[union-attr]
-    return getattr(backend.options, "_timeout", None)

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from ..dispatch import collectives
+
 SMALL = 1 << 18  # elements: gradients up to this size travel together at the end
 
 
@@ -36,7 +38,7 @@ class GradientSync:
     def __init__(self) -> None:
         self.shares: dict[nn.Parameter, Share] = {}
         self._on = True
-        self._pending: list[tuple[dist.Work, Tensor, Tensor]] = []
+        self._pending: list[tuple[dist.Work, dist.ProcessGroup, Tensor, Tensor]] = []
         self._small: list[nn.Parameter] = []
         self._called = False
 
@@ -72,8 +74,7 @@ class GradientSync:
 
     def _reduce(self, grad: Tensor, group: dist.ProcessGroup) -> None:
         dense = grad.contiguous()
-        work = dist.all_reduce(dense, op=dist.ReduceOp.AVG, group=group, async_op=True)
-        self._pending.append((work, dense, grad))
+        self._pending.append((collectives.start_average(dense, group), group, dense, grad))
 
     def _finish(self) -> None:
         try:
@@ -85,8 +86,8 @@ class GradientSync:
             for (group, _), grads in buckets.items():
                 flat.append((torch.cat([g.reshape(-1) for g in grads]), grads))
                 self._reduce(flat[-1][0], group)
-            for work, dense, grad in self._pending:
-                work.wait()
+            for work, group, dense, grad in self._pending:
+                collectives.finish(work, group)
                 if dense is not grad:
                     grad.copy_(dense)
             for whole, grads in flat:
@@ -125,5 +126,5 @@ def norm_of(gradients: Iterable[tuple[Tensor, int]], device: torch.device) -> Te
         wide = grad if grad.dtype == torch.float64 else grad.float()
         total += wide.norm().double().square() / copies
     if dist.is_initialized():
-        dist.all_reduce(total)
+        total = collectives.all_reduce(total, dist.group.WORLD)  # type: ignore[arg-type]
     return total.sqrt()
