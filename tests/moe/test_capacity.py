@@ -94,6 +94,15 @@ def test_pad_promises_a_bound_and_nothing_else_does():
     assert limited.counts.max() == 5
 
 
+@pytest.mark.parametrize("drop", DROPS)
+def test_reads_no_value(drop):
+    """On tensors without values: nothing waits for a device."""
+    routing = Routing.from_topk(torch.zeros(9, 2, dtype=torch.int32, device="meta"), torch.ones(9, 2, device="meta"), 4)
+    limited, overflow = limit(routing, Capacity(1.0, drop, pad=True))
+    assert overflow.capacity == limited.capacity == 5
+    assert {t.device.type for t in (limited.weights, limited.counts, overflow.dropped)} == {"meta"}
+
+
 def test_scores_and_logits_stay():
     routing = topk(torch.randn(33, 8), 2)
     limited, _ = limit(routing, Capacity(0.5))
