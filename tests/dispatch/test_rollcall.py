@@ -127,6 +127,23 @@ def test_in_a_new_group_only_those_are_named_that_died_since():
     assert roll(*((rank, "new", (0, 1, 2)) for rank in (0, 2)), store=store) == {0: [1], 2: [1]}
 
 
+def test_the_rank_that_may_host_the_store_leaves_last():
+    store = dist.HashStore()
+
+    def page(done):
+        store.set("headgate/rollcall/1", json.dumps({"group": "g", "error": "", "missing": [], "done": done}))
+
+    def read_at_leisure():
+        time.sleep(0.5)
+        store.set("all is read", "")
+        page(done=True)
+
+    page(done=False)
+    threading.Thread(target=read_at_leisure).start()
+    call(store, "g", (0, 1), 0, "", 1.0)
+    assert store.check(["all is read"])
+
+
 def test_the_error_keeps_its_ranks_in_a_pickle():
     error = pickle.loads(pickle.dumps(DeadRanks("rank 3 did not answer", (3,))))
     assert (str(error), error.ranks) == ("rank 3 did not answer", (3,))
