@@ -18,10 +18,11 @@ from ...dispatch.wire import FORMATS
 from .. import report as plain
 from ..hardware import describe
 from ..moe import _positive, _progress, _unwritable, _write
-from ..shapes import DTYPES, PASSES
+from ..shapes import DTYPES, PASSES, Case
 from .contestants import CONTESTANTS, TRANSFORMERS, with_wires
 from .launch import RANK, launch
-from .overhead import run_overhead
+from .overhead import SHAPE, run_overhead
+from .overhead import TOKENS as LARGE
 from .report import CAUTION, any_refused, case_lines, legend, load_note, ratios
 from .world import SHAPES
 
@@ -31,6 +32,7 @@ EXAMPLE = """examples:
   headgate bench dispatch                               three shapes, fp32 and bf16, 4 ranks on 2 nodes: minutes
   headgate bench dispatch --shapes fine --contestants all_to_all plain --wires fp8 int8 --json out.json
   headgate bench dispatch --overhead                    one rank: Experts with Local beside grouped_ffn
+  headgate bench dispatch --overhead --threads 1 --clock cpu      the same on a machine that does other work
 """
 
 
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=_positive, default=4, metavar="G", help="processes, one thread each (default: 4)")
     add("--ranks-per-node", type=_positive, default=2, metavar="g", help="which count as one node (default: 2)")
     add("--shapes", nargs="+", choices=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)} (default: all)")
-    add("--tokens", type=_positive, metavar="T", help=f"of each rank (default: {TOKENS}; with --overhead in all: 2048)")
+    add("--tokens", type=_positive, metavar="T", help=f"of each rank (default: {TOKENS}; {LARGE} with --overhead)")
     add("--dtypes", nargs="+", choices=list(DTYPES), metavar="DTYPE", help="of fp32, bf16, fp16 (default: fp32 bf16)")
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help="of forward, train (default: both)")
     add("--contestants", nargs="+", choices=list(CONTESTANTS), metavar="NAME", help=f"of {', '.join(CONTESTANTS)}")
@@ -75,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="end the run after this long without news (default: 120)",
     )
+    add("--threads", type=_positive, metavar="N", help="with --overhead: threads (default: torch's choice)")
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="with --overhead: cpu, with --threads 1 only, for its own time",
+    )
     add("--json", metavar="FILE", help="write everything, all samples included, to FILE; - for standard output")
 
 
@@ -90,13 +99,15 @@ def run(args: argparse.Namespace, command: Sequence[str] = RANK) -> int:
     def show(lines: list[str]) -> None:
         print("\n".join(lines), "\n", sep="", file=text, flush=True)
 
+    if args.threads:
+        torch.set_num_threads(args.threads)
     machine = describe() | ({} if args.overhead else {"threads": 1, "ranks": args.ranks})
     report: dict[str, Any] = {"version": 1, "machine": machine, "settings": _plain(args), "cases": []}
     show([*plain.machine_lines(machine | {"load_1min": None}), *load_note(machine)])
     began, failed = time.monotonic(), ""
     try:
         if args.overhead:
-            _overhead(args, report, show)
+            failed = "; ".join(_overhead(args, report, show))
         else:
             show([f"ranks     {args.ranks}, {args.ranks_per_node} a node, one thread each", *CAUTION, "", *legend()])
             _ranks(args, report, show, command)
@@ -149,12 +160,16 @@ def job(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _overhead(args: argparse.Namespace, report: dict[str, Any], show) -> None:
+def _overhead(args: argparse.Namespace, report: dict[str, Any], show) -> list[str]:
+    """Why cases were left out, if any were."""
+    cases = [
+        Case(SHAPE, args.tokens or LARGE, dtype, kind)
+        for dtype, kind in itertools.product(args.dtypes or ["fp32", "bf16"], args.passes or PASSES)
+    ]
     budget = args.budget or (4.0 if args.quick else 20.0)
-    report["cases"], report["figures"] = run_overhead(
-        args.dtypes, args.passes, budget, lambda case: show(plain.case_lines(case)), args.tokens or 2048
-    )
-    show(plain.figure_lines(report["figures"]))
+    left_out = run_overhead(cases, budget, args.clock, lambda case: show(plain.case_lines(case)), report)
+    show([*left_out, *(plain.figure_lines(report["figures"]) if report["figures"] else [])])
+    return left_out
 
 
 def _refuse(args: argparse.Namespace) -> str | None:
@@ -168,7 +183,11 @@ def _refuse(args: argparse.Namespace) -> str | None:
     if args.json and (problem := _unwritable(args.json)):
         return problem
     if args.overhead:
+        if args.clock == "cpu" and args.threads != 1:
+            return f"--clock cpu must come with --threads 1, got --threads {args.threads}"
         return None
+    if args.threads or args.clock != "wall":
+        return "--threads and --clock must come with --overhead: a rank has one thread"
     if args.ranks < 2:
         return f"--ranks must be at least 2, got {args.ranks}"
     if args.ranks % args.ranks_per_node:
@@ -187,6 +206,6 @@ def _refuse(args: argparse.Namespace) -> str | None:
 def _plain(args: argparse.Namespace) -> dict[str, Any]:
     kept = (
         *("overhead", "quick", "ranks", "ranks_per_node", "shapes", "tokens", "dtypes", "passes", "contestants"),
-        *("wires", "skew", "budget", "timeout"),
+        *("wires", "skew", "budget", "timeout", "threads", "clock"),
     )
     return {k: getattr(args, k) for k in kept}

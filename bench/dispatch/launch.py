@@ -61,7 +61,7 @@ def _follow(job: dict[str, Any], folder: Path, processes: Sequence[subprocess.Po
 
 def _lines(news) -> list[str]:
     """The whole lines that are new; half a line waits for its end."""
-    found = []
+    found: list[str] = []
     while True:
         at = news.tell()
         line = news.readline()

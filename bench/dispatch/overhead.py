@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from ...moe import Experts
-from ..case import Bench, Settings
+from ..case import Bench, LeftOut, Settings
+from ..measure import interleave
 from ..rivals import IMPLEMENTATIONS, Forward
-from ..shapes import DTYPES, PASSES, SHAPES, Case, Problem, as_routing
+from ..shapes import SHAPES, Case, Problem, as_routing
 
 SHAPE, TOKENS, REACH = SHAPES["qwen3"], 2048, 3.0  # E 64, K 8, D 1024, F 512; percent
+ROUNDS = (9, 60)
 
 
 def experts(problem: Problem) -> Forward:
@@ -22,34 +25,55 @@ def experts(problem: Problem) -> Forward:
     return lambda x, ids, weights: layer(x, as_routing(s, ids, weights))
 
 
-def run_overhead(
-    dtypes: list[str], passes: list[str], budget_s: float, show: Callable[[dict[str, Any]], None], tokens: int = TOKENS
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(cases, figures): both in turns, numbers first, as `headgate bench moe` does it; a figure is the median of the
-    ratios of neighbouring samples, in percent above 1."""
-    table = {"headgate": IMPLEMENTATIONS["headgate"], "experts": experts}
-    bench = Bench(Settings(rivals=("experts",), bounds=(), budget_s=budget_s, implementations=table))
-    cases, figures = [], []
-    for dtype in dtypes or list(DTYPES)[:2]:
-        for kind in passes or PASSES:
-            result = bench.run(Case(SHAPE, tokens, dtype, kind))
-            cases.append(result)
-            figures.append(figure(result))
-            show(result)
-    return cases, figures
+class Overhead:
+    """Measures cases one after another: numbers first, in turns, as `headgate bench moe` does it. `clock`: "wall", or
+    "cpu" with one thread, which bears other work on the machine."""
+
+    def __init__(self, budget_s: float, clock: str) -> None:
+        table = {"headgate": IMPLEMENTATIONS["headgate"], "experts": experts}
+        self.bench = Bench(Settings(budget_s=budget_s, clock=clock, implementations=table))
+
+    def run(self, case: Case) -> dict[str, Any]:
+        s = self.bench.settings
+        problem = self.bench.problem(case)
+        who = {name: self.bench.enter(case, problem, name) for name in s.implementations}
+        slowest = max(w.first_s * w.calls for w in who.values())
+        rounds = interleave(who, max(s.budget_s, 20 * slowest), s.clock, rounds=ROUNDS)
+        found = {name: w.summary() for name, w in who.items()}
+        medians = [statistics.median(w.samples_s) for w in who.values()]
+        return {
+            "shape": asdict(case.shape), "tokens": case.tokens, "dtype": case.dtype, "pass": case.kind,
+            "rounds": rounds, "pairs": case.tokens * case.shape.top_k,
+            "experts_hit": sum(c > 0 for c in problem.counts(0)), "implementations": found, "memory": {},
+            "ratios": {"times_headgate": {"headgate": 1.0, "experts": medians[1] / medians[0]}},
+        }  # fmt: skip
 
 
 def figure(result: dict[str, Any]) -> dict[str, Any]:
-    """One row of the table of figures (bench/figures.py)."""
-    found = result["implementations"]
-    bare, whole = (found.get(n, {}) for n in ("headgate", "experts"))
-    value, aside = None, bare.get("refused") or whole.get("refused") or result.get("skipped", "")
-    if "samples_s" in bare and "samples_s" in whole:
-        pairs = zip(whole["samples_s"], bare["samples_s"], strict=True)
-        value = 100 * (statistics.median(w / b for w, b in pairs) - 1)
-        aside = f"ratio of medians {whole['median_s'] / bare['median_s']:.4f}, {result['rounds']} rounds"
-    verdict = "not measured" if value is None else "PASS" if value <= REACH else "short"
-    text = f"T {result['tokens']} {result['dtype']} {result['pass']}: Experts with Local above grouped_ffn"
+    """A row of the table of figures (bench/figures.py): the median of the ratios of neighbouring samples, in percent
+    above 1."""
+    bare, whole = (result["implementations"][n]["samples_s"] for n in ("headgate", "experts"))
+    value = 100 * (statistics.median(w / b for w, b in zip(whole, bare, strict=True)) - 1)
     return {
-        "case": text, "value": value, "reach": REACH, "stretch": None, "unit": "%", "verdict": verdict, "aside": aside,
+        "case": f"T {result['tokens']} {result['dtype']} {result['pass']}: Experts with Local above grouped_ffn",
+        "value": value, "reach": REACH, "stretch": None, "unit": "%", "verdict": "PASS" if value <= REACH else "short",
+        "aside": f"ratio of medians {result['ratios']['times_headgate']['experts']:.4f}, {result['rounds']} rounds",
     }  # fmt: skip
+
+
+def run_overhead(
+    cases: list[Case], budget_s: float, clock: str, show: Callable[[dict[str, Any]], None], report: dict[str, Any]
+) -> list[str]:
+    """Fills the report's `cases` and `figures`; returns why cases were left out: wrong numbers, too little memory."""
+    overhead, problems = Overhead(budget_s, clock), []
+    report["figures"] = []
+    for case in cases:
+        try:
+            result = overhead.run(case)
+        except LeftOut as left:
+            problems.append(f"{case}: {left.kind}: {left.reason}")
+            continue
+        report["cases"].append(result)
+        report["figures"].append(figure(result))
+        show(result)
+    return problems

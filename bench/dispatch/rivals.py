@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,11 +78,9 @@ def transformers(implementation: str, shared: bool) -> Callable[[World, str], St
     """
 
     def build(world: World, wire: str) -> Step:
-        module = experts_module(world.problem)
-        config = module.config
-        config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
-        layer = "layers.*.mlp."
-        plan = {key.removeprefix(layer): style for key, style in config.base_model_ep_plan.items()}  # type: ignore[union-attr]
+        module: Any = experts_module(world.problem)
+        module.config._experts_implementation = "grouped_mm"
+        plan = {key.removeprefix("layers.*.mlp."): style for key, style in module.config.base_model_ep_plan.items()}
         size = world.layout.ranks
         if shared:
             ep = tp = dist.init_device_mesh("cpu", (size,), mesh_dim_names=("ep",))
@@ -92,7 +91,7 @@ def transformers(implementation: str, shared: bool) -> Callable[[World, str], St
         block.experts = module
         apply = import_module("transformers.distributed.expert_parallel").apply_expert_parallelism
         apply(block, ep, tp, plan, implementation)
-        return Step(module, module.gate_up_proj, module.down_proj)  # type: ignore[arg-type]
+        return Step(module, module.gate_up_proj, module.down_proj)
 
     return build
 

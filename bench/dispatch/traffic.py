@@ -91,4 +91,4 @@ def _group(named: Any) -> dist.ProcessGroup:
     """From a group, its name, or the box in which c10d's operators hand it on."""
     if not isinstance(named, str | dist.ProcessGroup):
         named = dist.ProcessGroup.unbox(named)
-    return _resolve_process_group(named if isinstance(named, str) else named.group_name)
+    return _resolve_process_group(named if isinstance(named, str) else named.group_name)  # type: ignore[arg-type]
