@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ...dispatch import AllGather, AllToAll, Dispatcher, Hierarchical, SliceAllReduce
-from ...dispatch.wire import FORMATS
 from ...moe import Experts
 from ..check import TOLERANCE
 from ..shapes import DTYPES, as_routing
@@ -141,5 +140,5 @@ def with_wires(names: list[str], wires: list[str]) -> list[str]:
     """The names, each that knows wire formats followed by itself with each of them."""
     found = []
     for name in names:
-        found += [name, *(f"{name}/{w}" for w in wires if name in WIRED and w in FORMATS)]
+        found += [name, *(f"{name}/{w}" for w in wires if name in WIRED)]
     return found

@@ -32,6 +32,9 @@ from .volume import even, exact
 from .world import Inputs, Layout, World
 
 Tell = Callable[[dict[str, Any]], None]
+Moved = tuple[
+    list[int], list[int], dict[str, int]
+]  # bytes of a rank: of rows to each, of counts to each, by collective
 
 
 @dataclass
@@ -70,10 +73,10 @@ def slowest(seconds: list[float]) -> list[float]:
     return times.tolist()
 
 
-def check(world: World, entrant: Entrant, train: bool) -> list[list[int]]:
+def check(world: World, entrant: Entrant, train: bool) -> list[Moved]:
     """Output and, in training, all gradients against one process; bytes against the formula, on every rank.
 
-    Returns, of every rank, bytes of rows to each rank. Raises WrongNumbers on every rank.
+    Returns what every rank moved. Raises WrongNumbers on every rank.
     """
     with Traffic() as traffic:
         y = entrant.run(train)
@@ -166,7 +169,7 @@ def _case(world: World, kind: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bytes(world: World, who: Contestant, found: list[Any], train: bool) -> dict[str, Any]:
+def _bytes(world: World, who: Contestant, found: list[Moved], train: bool) -> dict[str, Any]:
     """Sums over ranks, per token of the whole batch; `even`: by formula, of a router that chooses evenly."""
     layout, tokens = world.layout, world.layout.ranks * world.tokens
     sent = torch.tensor([row for row, _, _ in found])

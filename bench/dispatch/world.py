@@ -33,9 +33,6 @@ class Layout:
     def nodes(self) -> int:
         return self.ranks // self.ranks_per_node
 
-    def node(self, rank: int) -> int:
-        return rank // self.ranks_per_node
-
     def off_rank(self) -> Tensor:
         """bool [G, G]: sender and receiver are two."""
         return ~torch.eye(self.ranks, dtype=torch.bool)
@@ -102,9 +99,8 @@ class World:
     def inputs(self, shared: bool) -> Inputs:
         p, at = self.problem, self.mine(shared)
         ids, weights = p.routings[0]
-        leaves = (t.detach()[at].clone().requires_grad_() for t in (p.x, weights))
-        x, own_weights = leaves
-        return Inputs(x, ids[at].clone(), own_weights, p.grad[at].clone())
+        x, weights = (t.detach()[at].clone().requires_grad_() for t in (p.x, weights))
+        return Inputs(x, ids[at].clone(), weights, p.grad[at].clone())
 
 
 def _batch(shape: Shape, tokens: int, dtype: torch.dtype, skew: float, parameters) -> Problem:
