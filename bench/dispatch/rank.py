@@ -122,10 +122,9 @@ def enter(world: World, who: Contestant) -> Entrant:
     return Entrant(who, step, world.inputs(who.shared))
 
 
-def measure(
-    world: World, table: Mapping[str, Contestant], names: list[str], passes: list[str], budget_s: float, tell: Tell
-) -> None:
+def measure(world: World, table: Mapping[str, Contestant], names: list[str], job: dict[str, Any], tell: Tell) -> None:
     """Checks all, then times those that are right, in turns; tells a case for each pass."""
+    passes, clock = job["passes"], job["clock"]
     entrants: dict[str, Entrant] = {}
     out: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in passes}
     for name in names:
@@ -143,23 +142,23 @@ def measure(
     for kind in passes:
         here = f"{world.shape.name} {world.dtype} {kind}"
         timed = {name: _timed(e, kind == "train", tell, f"{here}: timing {name}") for name, e in entrants.items()}
-        rounds = interleave(timed, budget_s, rounds=(5, 40))
+        for who in timed.values():  # the slowest rank's time, so that all choose the same number of rounds
+            who.first_s = slowest([sample(who, 0, clock)])[0]
+        rounds = interleave(timed, job["budget_s"], clock, rounds=(5, 40))
         for name, who in timed.items():
             who.samples_s = slowest(who.samples_s)
             out[kind][name] = who.summary() | {"shared": entrants[name].who.shared} | out[kind][name]
-        tell({"case": _case(world, kind) | {"rounds": rounds, "implementations": out[kind]}})
+        tell({"case": _case(world, kind) | {"clock": clock, "rounds": rounds, "implementations": out[kind]}})
 
 
 def _timed(entrant: Entrant, train: bool, tell: Tell, what: str) -> Timed:
-    """Ranks start together; the warm-up's time is the slowest rank's, so that all choose the same number of rounds."""
+    """Ranks start each sample together."""
 
     def after() -> None:
         entrant.clear()
         tell({"progress": what})
 
-    timed = Timed(lambda _: entrant.run(train), after, dist.barrier)
-    timed.first_s = slowest([sample(timed, 0)])[0]
-    return timed
+    return Timed(lambda _: entrant.run(train), after, dist.barrier)
 
 
 def _case(world: World, kind: str) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def run(job: dict[str, Any], rank: int, table: Mapping[str, Contestant], tell: T
         shape = Shape(**wanted["shape"])
         tell({"progress": f"{shape.name} {wanted['dtype']}: one process, for the truth"})
         world = World(layout, rank, shape, wanted["tokens"], wanted["dtype"], job["skew"])
-        measure(world, table, wanted["contestants"], job["passes"], job["budget_s"], tell)
+        measure(world, table, wanted["contestants"], job, tell)
 
 
 def main(folder: str, rank: int, table: Mapping[str, Contestant] = CONTESTANTS) -> None:

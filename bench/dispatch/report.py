@@ -46,7 +46,7 @@ def case_lines(case: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{s['name']}  T {case['tokens_per_rank']} on each of {case['ranks']} ranks, {nodes} nodes  {case['dtype']}  "
         f"{case['pass']}   D {s['hidden']}, F {s['intermediate']}, E {s['experts']}, K {s['top_k']}; "
-        f"{case['rounds']} rounds",
+        f"{case['rounds']} rounds{', processor time' if case['clock'] == 'cpu' else ''}",
         f"  {'':<21} {'step':>10} {'ratio':>7}   {'bytes/token that leave a rank':>29} {'(even)':>9}"
         f"  {'its node':>9} {'(even)':>9}   {'counts':>6}  by",
     ]
