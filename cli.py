@@ -36,6 +36,7 @@ BENCH_EXAMPLE = """examples:
 # name -> (module of its options and its run, what it is)
 BENCHMARKS = {
     "moe": (".bench.moe", "the expert layer beside its rivals"),
+    "dispatch": (".bench.dispatch.command", "the dispatchers beside rivals, on gloo ranks of this machine"),
     "compile": (".bench.gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
     "roofline": (".bench.gpu.roofline", "FLOPs, bytes and floor time of every launch"),
     "sweep": (".bench.gpu.sweep", "the chosen tiles beside all others, on a GPU"),
