@@ -18,6 +18,8 @@ _WHERE = {
     "no_sync": "moe.parallel",
     "clip_grad_norm_": "moe.parallel",
     "set_degree": "moe.parallel",
+    "save_checkpoint": "moe.checkpoint",
+    "load_checkpoint": "moe.checkpoint",
     "Routing": "kernels.routing",
     "grouped_ffn": "kernels.grouped_ffn",
     "Trace": "placement.trace",

@@ -130,6 +130,7 @@ class Fold:
 
     device_type  the device that the groups work on; None: the accelerator that torch sees, else "cpu"
     timeout      of the groups made here; None: that of the default group
+    like         another fold, whose groups are used again where they are of the same ranks
 
     Every rank must make the same folds in the same order. Raises ValueError where the sizes do not fit, with the rule
     and the nearest folds that do, where torch.distributed is not initialised or the world has another size; TypeError
@@ -148,6 +149,7 @@ class Fold:
         *,
         device_type: str | None = None,
         timeout: timedelta | None = None,
+        like: Fold | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise ValueError("Fold: torch.distributed must be initialised (torchrun, init_process_group), got none")
@@ -155,7 +157,7 @@ class Fold:
         if device_type is None:
             device_type = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
         self.device_type, self._timeout = device_type, timeout or _timeout_of_the_world(device_type)
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {} if like is None else like._groups
         self.attention = self._mesh(*ATTENTION)
         self.experts = self._mesh("ep", "edp", "etp")
         for names in ((*ATTENTION,), ("dp", "cp"), ("cp", "tp"), ("ep", "etp"), ("pp",)):

@@ -19,6 +19,9 @@ class TokenRanks:
     average: int
     sequence: dist.ProcessGroup | None = None
 
+    def __deepcopy__(self, memo: object) -> TokenRanks:
+        return self  # groups cannot be copied, and need not be
+
 
 def load_balancing_loss(routing: Routing, *, sequences: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:
     """E * sum_e f_e P_e: f_e = tokens that chose e / T, P_e = mean score of e. fp32 scalar; K where load is even.

@@ -119,7 +119,7 @@ def _check(module: nn.Module, fold: Fold, activations: str, dispatcher: str | Ma
     if not (dispatcher is None or isinstance(dispatcher, str) or callable(dispatcher)):
         raise TypeError(f"parallelize: dispatcher must be a name, a function of a group or None, got {dispatcher!r}")
     for name, part in module.named_modules():
-        if _PARALLEL in vars(part) or shards_of(part) is not None:
+        if is_parallel(part) or shards_of(part) is not None:
             raise ValueError(f"parallelize: module must not be parallelized already, got one whose {name or 'root'} is")
     s = fold.sizes
     if activations == "replicated" and s.ep * s.etp != s.tp:
@@ -233,21 +233,29 @@ def _shard_fully(module: nn.Module, parallel: Parallel, replicated: bool) -> Non
     average = f.size("dp", "cp")
     for experts in parallel.experts.values():
         if f.size("edp") > 1:
-            fully_shard(experts, mesh=f.experts["edp"])
-            experts.set_gradient_divide_factor(average)
+            _divide(fully_shard(experts, mesh=f.experts["edp"]), average)
         else:
             for parameter in experts.parameters():
                 parallel.sync.add(parameter, Share(f.group("edp"), 1 / average))
     rest = set(module.parameters()) - parallel.expert_parameters()
     if rest:
         mesh = f.flat(*(("dp", "cp") if replicated else ("dp", "cp", "tp")))
-        fully_shard(module, mesh=mesh, ignored_params=parallel.expert_parameters())
-        module.set_gradient_divide_factor(average)
+        _divide(fully_shard(module, mesh=mesh, ignored_params=parallel.expert_parameters()), average)
+
+
+def _divide(module: FSDPModule, average: int) -> None:
+    """Gradients become the sum over the mesh's ranks divided by `average`, not by how many they are."""
+    module.set_force_sum_reduction_for_comms(True)  # or FSDP2 asks gloo for a sum that only NCCL has
+    module.set_gradient_divide_factor(average)
+
+
+def is_parallel(module: nn.Module) -> bool:
+    return _PARALLEL in vars(module)
 
 
 def parallel_of(module: nn.Module) -> Parallel:
     """What parallelize left at the module. Raises ValueError where it has not been parallelized."""
-    if _PARALLEL not in vars(module):
+    if not is_parallel(module):
         raise ValueError(f"{type(module).__name__} must be parallelized (headgate.parallelize), got one that is not")
     return vars(module)[_PARALLEL]
 
