@@ -128,3 +128,67 @@ def the_model_under_every_fold():
     world = dist.get_world_size()
     for sizes in list(Fold.possible(world))[:: 1 if world <= 4 else SOME_OF_8]:
         once(Fold.of(sizes))
+
+
+def decoders() -> dict[str, nn.Module]:
+    """Small transformers models: norms of q and k over all heads, over one, none, and fewer heads of keys."""
+    import transformers
+
+    def make(name: str, **more) -> nn.Module:
+        torch.manual_seed(5)
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=32, hidden_size=D, num_hidden_layers=2, num_attention_heads=HEADS,
+            num_experts_per_tok=2, pad_token_id=None, eos_token_id=None, bos_token_id=None, attn_implementation="sdpa", initializer_range=0.3, **more,
+        )  # fmt: skip
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+    sizes = dict(num_key_value_heads=4, intermediate_size=FFN, head_dim=8)
+    return {
+        "OLMoE": make("Olmoe", num_experts=E, num_key_value_heads=HEADS, intermediate_size=FFN),
+        "Qwen3": make("Qwen3Moe", num_experts=E, moe_intermediate_size=FFN, norm_topk_prob=True, **sizes),
+        "Mixtral": make("Mixtral", num_local_experts=E, sliding_window=None, **sizes),
+    }
+
+
+@check
+def transformers_decoders():
+    world = dist.get_world_size()
+    folds = [Fold({"cp": 2, "tp": 2, "dp": world // 4}, {"ep": world // 2, "edp": 2})]
+    if world == 4:  # 4 heads of keys at most
+        folds += [Fold({"tp": 4}, {"ep": 2, "etp": 2}), Fold({"cp": 4}, {"ep": 4}), Fold({"dp": 2, "cp": 2}, {"etp": 4})]
+    for fold in folds:
+        for (name, whole), mine in zip(decoders().items(), decoders().values(), strict=True):
+            headgate.parallelize(headgate.parallelize_attention(mine, fold), fold)
+            ids = torch.randint(32, (B, S), generator=torch.Generator().manual_seed(7))
+            g = torch.randn(B, S, 32, generator=torch.Generator().manual_seed(8))
+            y1, y2 = whole(input_ids=ids).logits, mine(input_ids=mine_of(fold, ids)).logits
+            close(y2, mine_of(fold, y1), f"{name} {fold}: logits")
+            ((y1 * g).sum() / fold.size("dp", "cp")).backward()
+            (y2 * mine_of(fold, g)).sum().backward()
+            compare(whole, mine, f"{name} {fold}")
+
+
+@check
+def two_pipeline_stages():
+    """Stages made by hand and torch's own schedule, in two micro-batches."""
+    half = dist.get_world_size() // 2
+    fold = Fold({"tp": 2, "dp": half // 2}, {"ep": 2, "edp": half // 2}, pp=2)
+    x, g = batch()
+    whole, stages = model(), model()
+    mine = nn.Sequential(stages[fold.stage])
+    spread_attention(mine, fold)
+    headgate.parallelize(mine, fold)
+    average = fold.size("dp", "cp")
+    y1 = whole(x)
+    ((y1 * g).sum() / average).backward()
+    between = mine_of(fold, x).chunk(2)[0].requires_grad_()
+    first = between.detach() if fold.stage == 0 else between
+    group = fold.group("pp")
+    stage = PipelineStage(mine, fold.stage, 2, x.device, input_args=first, output_args=between, group=group)
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda y, g: (y * g).sum(), scale_grads=False)
+    if fold.stage == 0:
+        schedule.step(mine_of(fold, x))
+    else:
+        close(schedule.step(target=mine_of(fold, g)), mine_of(fold, y1), "pp=2: y")
+    same_parameters(nn.Sequential(whole[fold.stage]), mine, lambda p: p.grad, "pp=2: gradient")
+    close(headgate.clip_grad_norm_(mine, float("inf")).float(), norm(whole), "pp=2: norm")
