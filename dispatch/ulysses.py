@@ -14,7 +14,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def ulysses(q: Tensor, k: Tensor, v: Tensor, attend: Attend, group: dist.ProcessGroup) -> Tensor:
-    """Attention of q [B, H, S/G, d] over k and v [B, H', S/G, d], where the G ranks of `group` hold S positions in a row.
+    """Attention of q [B, H, S/G, d] over k and v [B, H', S/G, d]: the G ranks of `group` hold S positions in a row.
 
     One all-to-all gives every rank H/G of the heads and all S positions, `attend` (q [B, H/G, S, d], k and v
     [B, H'/G, S, d]) -> [B, H/G, S, d] is any attention there is, and a second brings its output home: [B, H, S/G, d].
@@ -59,4 +59,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, size: int) -> None:
         )
     for name, heads in (("q", q.shape[1]), ("k and v", k.shape[1])):
         if heads % size:
-            raise ValueError(f"ulysses: the heads of {name} must be a multiple of the group's {size} ranks, got {heads}")
+            raise ValueError(f"ulysses: heads of {name} must be a multiple of the group's {size} ranks, got {heads}")

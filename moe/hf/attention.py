@@ -1,8 +1,8 @@
 """parallelize_attention: the attention of a transformers model over the tp and cp ranks of a Fold, in place.
 
 Between attention modules every rank keeps its own part of each sequence, so that embeddings, norms, routers and the
-head need no care at all. Inside them PyTorch's tensor parallelism cuts the projections, and Ulysses (dispatch/ulysses.py)
-exchanges heads and positions around scaled_dot_product_attention. Nothing is said about FSDP here.
+head need no care at all. Inside them PyTorch's tensor parallelism cuts the projections, and dispatch/ulysses.py
+exchanges heads and positions around scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def parallelize_attention(model: nn.Module, fold: Fold) -> nn.Module:
     causal over the whole sequence. With cp == tp == 1 nothing is done.
 
     Serves models whose layers all have q_proj, k_proj, v_proj and o_proj, attend fully and run
-    scaled_dot_product_attention, with norms of q and k over a head or over all of them (Llama, Qwen3, OLMoE, Mixtral and
-    the like). Sequences must not be padded or packed: attention_mask, position_ids and past_key_values must be None. A
+    scaled_dot_product_attention, with norms of q and k over a head or over all of them (Qwen3, OLMoE, Mixtral and the
+    like). Sequences must not be padded or packed: attention_mask, position_ids and past_key_values must be None. A
     loss of the model's own (`labels`) would miss the tokens beyond a rank's part: shift the labels before cutting them.
 
     Raises ValueError / TypeError before anything is changed: other attention, heads that tp * cp does not divide,
@@ -141,7 +141,7 @@ def _plan(name: str, attention: Any) -> dict[str, ParallelStyle]:
         over_heads = size == linear.out_features != attention.head_dim
         if size not in (0, attention.head_dim, linear.out_features):
             raise ValueError(
-                f"parallelize_attention: {name}.{letter}_norm must be over a head ({attention.head_dim}) or all of them "
+                f"parallelize_attention: {name}.{letter}_norm must be over a head ({attention.head_dim}) or over all "
                 f"({linear.out_features}), got {size} weights"
             )
         plan[f"{letter}_proj"] = ColwiseParallel(use_local_output=not over_heads)

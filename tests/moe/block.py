@@ -138,7 +138,8 @@ def decoders() -> dict[str, nn.Module]:
         torch.manual_seed(5)
         config = getattr(transformers, f"{name}Config")(
             vocab_size=32, hidden_size=D, num_hidden_layers=2, num_attention_heads=HEADS,
-            num_experts_per_tok=2, pad_token_id=None, eos_token_id=None, bos_token_id=None, attn_implementation="sdpa", initializer_range=0.3, **more,
+            num_experts_per_tok=2, initializer_range=0.3, attn_implementation="sdpa",
+            pad_token_id=None, eos_token_id=None, bos_token_id=None, **more,
         )  # fmt: skip
         return transformers.AutoModelForCausalLM.from_config(config)
 
@@ -155,7 +156,11 @@ def transformers_decoders():
     world = dist.get_world_size()
     folds = [Fold({"cp": 2, "tp": 2, "dp": world // 4}, {"ep": world // 2, "edp": 2})]
     if world == 4:  # 4 heads of keys at most
-        folds += [Fold({"tp": 4}, {"ep": 2, "etp": 2}), Fold({"cp": 4}, {"ep": 4}), Fold({"dp": 2, "cp": 2}, {"etp": 4})]
+        folds += [
+            Fold({"tp": 4}, {"ep": 2, "etp": 2}),
+            Fold({"cp": 4}, {"ep": 4}),
+            Fold({"dp": 2, "cp": 2}, {"etp": 4}),
+        ]
     for fold in folds:
         for (name, whole), mine in zip(decoders().items(), decoders().values(), strict=True):
             headgate.parallelize(headgate.parallelize_attention(mine, fold), fold)
