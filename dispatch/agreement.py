@@ -36,7 +36,7 @@ def disagreement(headers: Sequence[Sequence[int]], ranks: Sequence[int]) -> Comp
     A pure function of what every rank sees, so that all come to the same words; a tie goes to the lowest rank.
     """
     for field, values in enumerate(zip(*headers, strict=True)):
-        if len(set(values)) > 1:
+        if any(v != values[0] for v in values):
             most = max(values, key=lambda v: (values.count(v), -values.index(v)))
             odd = next(i for i, v in enumerate(values) if v != most)
             return field + 1, ranks[odd], values[odd], ranks[values.index(most)], most

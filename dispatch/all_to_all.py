@@ -39,16 +39,8 @@ class Exchange:
         outgoing, inverse = message(rows, beside, wire)
         wide = None if rows is None or wire == "exact" else sum_dtype(rows.dtype)
         home, moved = inverse(collectives.all_to_all(outgoing, self.sent, self.received, self.group), wide)
-        y = None if home is None or rows is None else self._sum(home, rows.dtype)
-        return y, [self._sum(t, t.dtype) for t in moved]
-
-    def _sum(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """For each token the sum of the rows at its places, ranks rising: no atomics, the same bits on every run."""
-        total = rows.new_zeros(self.place.shape[0], rows.shape[1], dtype=sum_dtype(dtype))
-        if rows.shape[0]:
-            for at in self.place.unbind(1):
-                total += torch.where(at[:, None] >= 0, rows.index_select(0, at.clamp_min(0)), 0)
-        return total.to(dtype)
+        y = None if home is None or rows is None else sum_at_places(home, self.place, rows.dtype)
+        return y, [sum_at_places(t, self.place, t.dtype) for t in moved]
 
 
 def destinations(ids: Tensor, held: range, group_size: int) -> tuple[Tensor, Tensor]:
@@ -79,6 +71,15 @@ def tokens_of_places(place: Tensor, rows: int) -> Tensor:
     tokens = torch.arange(place.shape[0], device=place.device)[:, None].expand_as(place)
     where = torch.where(place >= 0, place, rows)
     return place.new_zeros(rows + 1).scatter_(0, where.flatten(), tokens.flatten())[:rows]
+
+
+def sum_at_places(rows: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
+    """For each token the sum of the rows at its places, ranks rising: no atomics, the same bits on every run."""
+    total = rows.new_zeros(place.shape[0], rows.shape[1], dtype=sum_dtype(dtype))
+    if rows.shape[0]:
+        for at in place.unbind(1):
+            total += torch.where(at[:, None] >= 0, rows.index_select(0, at.clamp_min(0)), 0)
+    return total.to(dtype)
 
 
 def exchange(

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from . import collectives
+from .agreement import disagreement
+
 ATTENTION = ("dp", "cp", "tp")
 EXPERTS = ("edp", "ep", "etp")
 
@@ -132,9 +135,9 @@ class Fold:
     timeout      of the groups made here; None: that of the default group
     like         another fold, whose groups are used again where they are of the same ranks
 
-    Every rank must make the same folds in the same order. Raises ValueError where the sizes do not fit, with the rule
-    and the nearest folds that do, where torch.distributed is not initialised or the world has another size; TypeError
-    where a size is no integer.
+    Every rank must make the same folds in the same order. Raises ValueError where the ranks ask for different ones
+    (with rank and name, on every rank), where the sizes do not fit (with the rule and the nearest folds that do), and
+    where torch.distributed is not initialised; TypeError where a size is no integer.
 
     >>> fold = headgate.Fold(attention=dict(dp=2, tp=2), experts=dict(ep=4))  # under torchrun --nproc-per-node 4
     >>> fold.size("dp"), fold.group("ep").size()
@@ -153,9 +156,10 @@ class Fold:
     ) -> None:
         if not dist.is_initialized():
             raise ValueError("Fold: torch.distributed must be initialised (torchrun, init_process_group), got none")
-        self.sizes = Sizes.of(attention or {}, experts or {}, pp, dist.get_world_size())
         if device_type is None:
             device_type = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+        _agree({**(attention or {}), **(experts or {}), "pp": pp}, device_type)
+        self.sizes = Sizes.of(attention or {}, experts or {}, pp, dist.get_world_size())
         self.device_type, self._timeout = device_type, timeout or _timeout_of_the_world(device_type)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {} if like is None else like._groups
         self.attention = self._mesh(*ATTENTION)
@@ -223,6 +227,18 @@ class Fold:
 
     def __repr__(self) -> str:
         return f"Fold({self.sizes})"
+
+
+def _agree(asked: Mapping[str, int], device_type: str) -> None:
+    """Raises ValueError on every rank where they ask for different folds: no group is made by some of them only."""
+    names = (*ATTENTION, *EXPERTS, "pp")
+    sizes = [asked.get(name, 1) for name in names]
+    mine = torch.tensor([[s if hasattr(s, "__index__") else -1 for s in sizes]], device=device_type)
+    everybody = collectives.all_gather(mine, dist.group.WORLD).tolist()  # type: ignore[arg-type]
+    field, odd, value, other, common = disagreement(everybody, range(len(everybody)))
+    if field:
+        got = f"{value} on rank {odd} and {common} on rank {other}"
+        raise ValueError(f"Fold: {names[field - 1]} must be the same on every rank, got {got}")
 
 
 def _listed(sizes: list[Sizes]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,13 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def same_on_every_rank(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Raises ValueError, on every rank of the group, where parameters or buffers differ in name, shape, dtype or bits.
+def same_on_every_rank(module: nn.Module, options: Mapping[str, object], group: dist.ProcessGroup) -> None:
+    """Raises ValueError, on every rank of the group, where options, parameters or buffers differ: in name, shape,
+    dtype or bits.
 
     One all-gather of a number, and of the names where that differs. Of what is on the meta device or a DTensor only
     shape and dtype are compared.
     """
-    found = {name: _digest(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+    found: dict[str, object] = {name: repr(option) for name, option in options.items()}
+    found |= {name: _digest(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
     whole = int.from_bytes(hashlib.sha256(repr(found).encode()).digest()[:7], "big")
     device = next((t.device for t in module.parameters() if t.device.type != "meta"), torch.device("cpu"))
     mine = torch.tensor([whole], device=device)
@@ -24,7 +28,7 @@ def same_on_every_rank(module: nn.Module, group: dist.ProcessGroup) -> None:
     dist.all_gather(everybody, mine, group=group)
     if len({int(t) for t in everybody}) == 1:
         return
-    tables: list[dict[str, tuple] | None] = [None] * group.size()
+    tables: list[dict[str, object] | None] = [None] * group.size()
     dist.all_gather_object(tables, found, group=group)
     ranks = dist.get_process_group_ranks(group)
     first = tables[0] or {}
@@ -32,10 +36,10 @@ def same_on_every_rank(module: nn.Module, group: dist.ProcessGroup) -> None:
         for name in (*first, *(table or {})):
             here, there = first.get(name), (table or {}).get(name)
             if here != there:
+                advice = "" if name in options else ": build the module from the same seed on every rank, or load it"
                 raise ValueError(
-                    f"parallelize: {name} must be the same on every rank before it is cut, "
-                    f"got {_shown(there)} on rank {rank} and {_shown(here)} on rank {ranks[0]}: "
-                    "build the module from the same seed, or load it, on every rank"
+                    f"parallelize: {name} must be the same on every rank, "
+                    f"got {_shown(there)} on rank {rank} and {_shown(here)} on rank {ranks[0]}{advice}"
                 )
 
 
@@ -48,8 +52,8 @@ def _digest(t: Tensor) -> tuple:
     return (tuple(t.shape), str(t.dtype), int(bits.sum(dtype=torch.int64)))
 
 
-def _shown(digest: tuple | None) -> str:
-    if digest is None:
-        return "none"
+def _shown(digest: Any) -> str:
+    if digest is None or isinstance(digest, str):
+        return digest or "none"
     shape, dtype, *bits = digest
     return f"{shape} {dtype}" + (f" with checksum {bits[0] & 0xFFFFFFFF:x}" if bits else "")

@@ -253,19 +253,20 @@ def _fresh_state(
     module: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
 ) -> dict[nn.Parameter, dict[str, Any]]:
     """Empty state of the optimizer, in this fold's shapes, for every field that the checkpoint has."""
-    cuts, fresh = _cuts(module), {}
+    cuts, fresh = _cuts(module), dict[nn.Parameter, dict[str, Any]]()
+    on_device = any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)
     fields = sorted({key.split("/")[1] for key in saved if key.startswith(f"{_STATE}/")})
     for parameter, name in _named(module, optimizer):
         keys = [name, f"{name}.0"] if name in cuts and cuts[name][0].blocks > 1 else [name]
-        state = {}
+        state: dict[str, Any] = {}
         for field in fields:
             there = next((saved[k] for k in (f"{_STATE}/{field}/{key}" for key in keys) if k in saved), None)
             if isinstance(there, TensorStorageMetadata):
-                scalar = len(there.size) == 0
-                on = dict(dtype=there.properties.dtype)
-                on_device = any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)
-                where = parameter.device if on_device else torch.device("cpu")
-                state[field] = torch.zeros((), device=where, **on) if scalar else torch.zeros_like(parameter, **on)
+                dtype = there.properties.dtype
+                if there.size:
+                    state[field] = torch.zeros_like(parameter, dtype=dtype)
+                else:
+                    state[field] = torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")
             elif there is not None:
                 state[field] = None
         if state:

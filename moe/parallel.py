@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,10 @@ from .layer import MoE
 from .losses import TokenRanks
 from .shards import Cut, Shards, cut_experts, shards_of
 from .shared import SharedExpert
-from .sync import GradientSync, Share, copies_of, local, norm_of
+from .sync import GradientSync, Share, copies_of, gradient_of, norm_of
 
 ACTIVATIONS = ("sharded", "replicated")
+ADAPT_EVERY = 100  # calls between two looks at what "auto" goes by
 _PARALLEL = "_headgate_parallel"
 Make = Callable[[dist.ProcessGroup], Dispatcher]
 
@@ -89,14 +91,15 @@ def parallelize(
     _check(module, fold, activations, dispatcher)
     found = dict(_experts_of(module))
     plans = {name: _plan(name, experts, fold) for name, experts in found.items()}
-    same_on_every_rank(module, fold.group("dp", "cp", "tp"))
     layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
     choose = _Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node)
+    same_on_every_rank(module, {**choose.options(), "fsdp": fsdp}, fold.group("dp", "cp", "tp"))
     for name, experts in found.items():
         layer = layers.get(id(experts))
         num_experts, cuts = plans[name]
         make = choose.of(name, 1 if layer is None else layer.top_k)
-        shards = Shards(fold, num_experts, cuts, make, choose.inner(name), choose.replicated)
+        how: dict[str, Any] = {"replicated": choose.replicated, "every": ADAPT_EVERY if dispatcher == "auto" else 0}
+        shards = Shards(fold, num_experts, cuts, make, choose.inner(name), **how)
         experts.spread(shards) if isinstance(experts, Experts) else cut_experts(experts, shards)
         if layer is not None:
             layer.token_ranks = choose.token_ranks()
@@ -150,8 +153,10 @@ def _plan(name: str, experts: nn.Module, fold: Fold) -> tuple[int, dict[str, Cut
     what, s = name or type(experts).__name__, fold.sizes
     if isinstance(experts, Experts) and not isinstance(experts.dispatcher, Local):
         raise ValueError(f"parallelize: {what} must have no dispatcher of its own, got {experts.dispatcher}")
-    ours = isinstance(experts, Experts)
-    num_experts, cuts = (experts.num_experts, experts.cuts()) if ours else cuts_of_experts(what, experts, s.etp)
+    if isinstance(experts, Experts):
+        num_experts, cuts = experts.num_experts, experts.cuts()
+    else:
+        num_experts, cuts = cuts_of_experts(what, experts, s.etp)
     if num_experts % s.ep:
         raise ValueError(f"parallelize: ep must divide the {num_experts} experts of {what}, got ep={s.ep}")
     for parameter, cut in cuts.items():
@@ -172,6 +177,12 @@ class _Choice:
     backward_wire: str | tuple[str, str]
     ranks_per_node: int | None
 
+    def options(self) -> dict[str, object]:
+        """What all ranks must have chosen alike."""
+        named = "a function" if callable(self.dispatcher) else self.dispatcher
+        said = {f: getattr(self, f) for f in ("activations", "wire", "backward_wire")}
+        return {"dispatcher": named, **said, "ranks_per_node": self._ranks_per_node()}
+
     @property
     def replicated(self) -> bool:
         return self.activations == "replicated"
@@ -184,7 +195,7 @@ class _Choice:
         kind = self.dispatcher or self._default(top_k, per_node)
         if kind == "slice_all_reduce":
             return partial(SliceAllReduce, name=name)
-        options = {"wire": self.wire, "backward_wire": self.backward_wire, "name": name}
+        options: dict[str, Any] = {"wire": self.wire, "backward_wire": self.backward_wire, "name": name}
         if kind in ("hierarchical", "auto"):
             options["ranks_per_node"] = per_node
         return partial(DISPATCHERS[kind], **options)
@@ -285,7 +296,7 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
     parallel = parallel_of(module)
     f, mine = parallel.fold, parallel.expert_parameters()
     pieces = [
-        (local(p.grad), copies_of(p, f.size("edp") if p in mine else f.sizes.stage))
+        (gradient_of(p), copies_of(p, f.size("edp") if p in mine else f.sizes.stage))
         for p in module.parameters()
         if p.grad is not None
     ]

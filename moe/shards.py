@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..dispatch import Compose, Dispatcher, Fold, Local, collectives
+from ..dispatch.all_to_all import destinations
 from ..kernels.routing import Routing
 
 _SHARDS = "_headgate_shards"
@@ -71,15 +72,26 @@ class Shards:
 
     A change of degree moves no weight and changes no gradient: the parts are the same. `outer` makes the dispatcher of
     an ep group, `inner` that of ranks with slices of the same experts; with `replicated` rows only r = etp makes sense.
+    With `every` > 0 the degree that moves fewest bytes for the rows of the moment is taken anew every so many calls, by
+    an all-reduce of one number; `why()` says by which figures.
     """
 
     def __init__(
-        self, fold: Fold, num_experts: int, cuts: Mapping[str, Cut], outer: Make, inner: Make, replicated: bool
+        self,
+        fold: Fold,
+        num_experts: int,
+        cuts: Mapping[str, Cut],
+        outer: Make,
+        inner: Make,
+        *,
+        replicated: bool = False,
+        every: int = 0,
     ) -> None:
         ep, self.etp = fold.size("ep"), fold.size("etp")
         each = num_experts // ep
         self.fold, self.num_experts, self.cuts = fold, num_experts, dict(cuts)
-        self._outer, self._inner, self._replicated = outer, inner, replicated
+        self._outer, self._inner, self._replicated, self._every = outer, inner, replicated, every
+        self.weight_bytes, self._calls, self._bytes = 0, 0, dict[int, float]()
         self.held = range(fold.rank("ep") * each, (fold.rank("ep") + 1) * each)
         self._dispatchers: dict[int, Dispatcher] = {}
         self.set_degree(self.etp)
@@ -103,6 +115,10 @@ class Shards:
         return self.held
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Any]:
+        if self._every and not self._replicated:
+            if self._calls % self._every == 0:
+                self._adapt(x, routing)
+            self._calls += 1
         rows, local, ticket = self.dispatcher.dispatch(x, routing)
         return rows, local, (self.dispatcher, ticket)
 
@@ -116,6 +132,23 @@ class Shards:
         outer = self._outer(self.fold.group("ep")) if self.fold.size("ep") > 1 else None
         inner = self._inner(self.fold.blocks("etp", degree)) if degree > 1 else None
         return Compose(outer, inner) if outer and inner else outer or inner or Local()
+
+    def _adapt(self, x: Tensor, routing: Routing) -> None:
+        """Takes the degree with the fewest bytes for these rows, the same on all ranks that share the experts."""
+        ep = self.fold.size("ep")
+        copies, _ = destinations(routing.expert_ids, range(self.num_experts), ep)
+        total = collectives.all_reduce(copies.sum()[None], self.fold.group("ep", "etp"))
+        rows = int(total) / self.fold.size("ep", "etp")
+        passes = 2 if torch.is_grad_enabled() else 1
+        self._bytes = degree_bytes(rows * x.shape[1] * x.element_size(), self.weight_bytes, ep, self.etp, passes)
+        self.set_degree(min(self._bytes, key=lambda r: (self._bytes[r], -r)))
+
+    def why(self) -> str:
+        """What each degree would move, and which was taken."""
+        if not self._bytes:
+            return f"r = {self.degree}, as set"
+        lines = [f"r = {r}: {b / 1e6:.3f} MB a rank" for r, b in self._bytes.items()]
+        return "\n".join([*lines, f"taken: r = {self.degree}, by {self.dispatcher}"])
 
     def gathered(self, name: str, w: Tensor) -> Tensor:
         """The parameter `name`, of which w is this rank's part, as this degree computes with it; differentiable."""
@@ -142,6 +175,22 @@ class Shards:
         return f"Shards(1/{self.etp} of F, degree={self.degree}, {self.dispatcher})"
 
 
+def degree_bytes(row_bytes: float, weight_bytes: float, ep: int, etp: int, passes: int) -> dict[int, float]:
+    """Bytes that leave a rank in a step for each degree r: rows there and back, weights there and gradients back.
+
+    `row_bytes` of the rows that a rank gets from its ep group, `weight_bytes` of the parameters that it keeps, `passes`
+    1 forward, 2 forward and backward. Hwang et al., Tutel (2023), section 3.2.1, with r = 0 their data parallelism.
+
+    >>> degree_bytes(row_bytes=1.0, weight_bytes=10.0, ep=1, etp=2, passes=2)  # few rows: let them travel
+    {0: 20.0, 1: 20.0, 2: 4.0}
+    """
+    found = {0: passes * (ep * etp - 1) * weight_bytes}
+    for r in (r for r in range(1, etp + 1) if etp % r == 0):
+        rows = 2 * passes * row_bytes * ((ep - 1) / ep + r - 1)
+        found[r] = rows + passes * (etp // r - 1) * weight_bytes
+    return found
+
+
 def shards_of(module: nn.Module) -> Shards | None:
     """The Shards of an experts module, or None where it is whole."""
     return vars(module).get(_SHARDS)
@@ -160,4 +209,5 @@ def cut_experts(module: nn.Module, shards: Shards) -> None:
         full = getattr(module, name)
         part = cut.of(full.detach(), shards.held, etp, rank)
         setattr(module, name, nn.Parameter(part, requires_grad=full.requires_grad))
+        shards.weight_bytes += part.numel() * part.element_size()
     vars(module)[_SHARDS] = shards

@@ -71,7 +71,7 @@ class GradientSync:
         if parameter.numel() <= SMALL:
             self._small.append(parameter)
             return
-        self._reduce(local(parameter.grad), self.shares[parameter].group)
+        self._reduce(gradient_of(parameter), self.shares[parameter].group)
 
     def _reduce(self, grad: Tensor, group: dist.ProcessGroup) -> None:
         dense = grad.contiguous()
@@ -82,7 +82,7 @@ class GradientSync:
         try:
             buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
             for parameter in self._small:
-                grad = local(parameter.grad)
+                grad = gradient_of(parameter)
                 buckets.setdefault((self.shares[parameter].group, grad.dtype), []).append(grad)
             flat = []
             for (group, _), grads in buckets.items():
@@ -102,6 +102,12 @@ class GradientSync:
 def local(t: Tensor) -> Tensor:
     """What this rank holds of t: its own part of a DTensor, or t."""
     return t.to_local() if isinstance(t, DTensor) else t
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """This rank's part of the gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return local(parameter.grad)
 
 
 def copies_of(parameter: Tensor, ranks: int) -> int:

@@ -17,6 +17,7 @@ import headgate
 from headgate.dispatch import DISPATCHERS, AllToAll, Fold
 from headgate.kernels.routing import Routing
 from headgate.moe import MoE
+from headgate.moe.capacity import Capacity
 from headgate.moe.shards import shards_of
 from headgate.moe.sync import local
 
@@ -42,6 +43,7 @@ def check(function):
 def layer(dtype=torch.float32, seed=3, **options) -> MoE:
     torch.manual_seed(seed)
     form = dict(shared_intermediate_size=8, bias=True, router_options={"renormalize": True}, dtype=dtype)
+    form |= dict(load_balancing_coef=0.1, z_loss_coef=0.01)
     made = MoE(D, F, E, K, **{**form, **options})
     with torch.no_grad():
         for b in (made.experts.b_gate_up, made.experts.b_down):
@@ -98,6 +100,10 @@ def once(fold: Fold, options=None, **how) -> None:
     what = f"{fold} {how}"
     close(y2, y1[part], f"{what}: y")
     close(x2.grad / average, x1.grad[part], f"{what}: dx")
+    for name, loss in whole.aux_losses.items():
+        close(mine.aux_losses[name], loss, f"{what}: {name}")
+    if whole.capacity is not None:
+        assert mine.last_overflow.dropped_total == whole.last_overflow.dropped > 0, what
     compare(whole, mine, lambda p: p.grad, f"{what}: gradient")
     norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
     close(headgate.clip_grad_norm_(mine, 0.5).float(), norm, f"{what}: norm")
@@ -124,6 +130,20 @@ def other_forms_of_layers():
     for options in ({"gated": False, "activation": "gelu"}, {"bias": False, "shared_intermediate_size": 0}):
         for fold in some_folds():
             once(fold, options)
+
+
+@check
+def tokens_dropped_or_not():
+    """The capacity of the whole batch: the same pairs go as in one process."""
+    for drop in ("weight", "position"):
+        for sizes in list(Fold.possible(dist.get_world_size()))[:: 1 if dist.get_world_size() < 4 else 5]:
+            once(make_fold(sizes), {"capacity": Capacity(0.7, drop=drop, scope="batch")})
+
+
+@check
+def two_levels_of_routing():
+    for fold in some_folds():
+        once(fold, {"router": "bilevel", "router_options": {"nodes": 4, "topk_nodes": 3}, "bias": False})
 
 
 @check
@@ -210,16 +230,35 @@ def a_degree_says_what_travels():
 
 
 @check
+def the_degree_follows_the_rows():
+    """Few rows travel themselves; many leave the weights to travel. All ranks choose alike, and say why."""
+    size = dist.get_world_size()
+    mine = headgate.parallelize(layer(), Fold({"dp": size}, {"etp": size}))
+    shards = mine.experts.dispatcher
+    shards._every = 1
+    for tokens, expected in ((1 if dist.get_rank() else 3, size), (3000, 1), (0, size)):
+        mine(torch.randn(tokens, D))
+        assert shards.degree == expected, shards.why()
+        assert f"taken: r = {expected}" in shards.why()
+    whole = layer()
+    torch.manual_seed(dist.get_rank())
+    for tokens in (3, 3000):
+        x = torch.randn(tokens, D)
+        close(mine(x), whole(x), f"{tokens} tokens, r = {shards.degree}")
+
+
+@check
 def gradients_that_add_up():
     """Two backward passes to a step, synchronised each or only at the last: one with both batches."""
     whole, halves = [slice(0, 8)], [slice(0, 4), slice(4, 8)]
+    plain = {"load_balancing_coef": 0.0, "z_loss_coef": 0.0}  # two half batches balance otherwise than a whole one
     for fold in some_folds():
         for how in ({}, {"fsdp": True}):
             torch.manual_seed(dist.get_rank())
             x, g = torch.randn(8, D), torch.randn(8, D)
             results = []
             for pause, pieces in ((False, whole), (False, halves), (True, halves)):
-                mine = headgate.parallelize(layer(), fold, **how)
+                mine = headgate.parallelize(layer(**plain), fold, **how)
                 for piece in pieces:
                     quiet = pause and piece is not pieces[-1]
                     with headgate.no_sync(mine) if quiet else contextlib.nullcontext():
@@ -348,9 +387,28 @@ def ranks_that_built_another_module_are_named():
     if dist.get_rank() == size - 1:
         with torch.no_grad():
             made.shared.ffn.w_down[0, 0, 0] += 1
-    with pytest.raises(ValueError, match=f"shared.ffn.w_down must be the same on every rank .* on rank {size - 1} and"):
+    with pytest.raises(
+        ValueError, match=f"shared.ffn.w_down must be the same on every rank, .* on rank {size - 1} and"
+    ):
         headgate.parallelize(made, fold)
     assert made.experts.w_down.shape[0] == E
+    words = f"dispatcher must be the same on every rank, got 'all_gather' on rank {size - 1} and None on rank 0"
+    with pytest.raises(ValueError, match=words):
+        headgate.parallelize(layer(), fold, dispatcher="all_gather" if dist.get_rank() == size - 1 else None)
+
+
+@check
+def ranks_that_ask_for_different_folds_are_named():
+    size = dist.get_world_size()
+    odd = dist.get_rank() == size - 1
+    with pytest.raises(
+        ValueError, match=f"Fold: (tp|dp) must be .* on rank {size - 1} and {size if size > 2 else '.'} on rank 0"
+    ):
+        Fold({"tp": size} if odd else {"dp": size}, {"ep": size})
+    with pytest.raises(
+        ValueError, match=f"Fold: pp must be the same on every rank, got -1 on rank {size - 1} and 1 on"
+    ):
+        Fold({"dp": size}, {"ep": size}, pp="one" if odd else 1)
 
 
 @check

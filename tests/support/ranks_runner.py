@@ -11,8 +11,8 @@ in order with a process group (gloo) over all ranks. The test has a fixture that
     def test_on_every_rank(results, check):
         passed_on_every_rank(results, check)
 
-Beside the test's own process: `python ranks_runner.py SCRIPT RANK SIZE FOLDER` is one rank. It writes to FOLDER/RANK.json
-a line for each check: its name and "" or what went wrong. After a failure the ranks are out of step: it stops there.
+One rank is `python ranks_runner.py SCRIPT RANK SIZE FOLDER`. It writes to FOLDER/RANK.json a line for each check: its
+name and "" or what went wrong. After a failure the ranks are out of step: it stops there.
 """
 
 from __future__ import annotations
