@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...dispatch import Fold
 from ...kernels.routing import Routing
 from ...moe.hf.attention import parallelize_attention
-from ...moe.losses import attach_loss, load_balancing_loss
+from ...moe.losses import TokenRanks, attach_loss, load_balancing_loss
 from ...moe.parallel import parallelize
 from ..demo.model import BALANCE, build
 from ..demo.tour import Model
@@ -58,13 +58,13 @@ def build_stage(options: Options, fold: Fold, device: torch.device) -> Stage:
 
 def _balance(stage: Stage, fold: Fold, parts: int) -> None:
     """Every router's load-balancing loss rides on its weights: over the micro-batch of all ranks of the stage."""
-    group, layers = fold.group("dp", "cp", "tp"), stage.config.num_hidden_layers
-    coef = BALANCE / (layers * parts * fold.size("tp"))  # gradients are summed over tp, and averaged over the others
+    ranks = TokenRanks(fold.group("dp", "cp", "tp"), average=fold.size("dp", "cp"))
+    coef = BALANCE / (stage.config.num_hidden_layers * parts)
 
     def attach(gate: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, ids = output
         scores = logits.float().softmax(-1)
-        loss = load_balancing_loss(Routing(ids.int(), weights, scores.shape[1], scores=scores), group=group)
+        loss = load_balancing_loss(Routing(ids.int(), weights, scores.shape[1], scores=scores), ranks=ranks)
         return logits, attach_loss(weights, coef * loss), ids
 
     for layer in stage.model.layers.values():

@@ -51,8 +51,8 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm_1, self.attention, self.norm_2 = nn.RMSNorm(D), Attention(), nn.RMSNorm(D)
-        options = dict(shared_intermediate_size=4, shared_gate=True, router_options={"renormalize": True})
-        self.moe = headgate.MoE(D, FFN, E, K, **options)
+        options = dict(shared_intermediate_size=4, shared_gate=True, load_balancing_coef=0.5, z_loss_coef=0.1)
+        self.moe = headgate.MoE(D, FFN, E, K, router_options={"renormalize": True}, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm_1(x))
@@ -113,6 +113,9 @@ def once(fold: Fold, layers: int = 2) -> None:
     (y2 * mine_of(fold, g)).sum().backward()
     close(y2, mine_of(fold, y1), f"{fold}: y")
     close(x2.grad / average, mine_of(fold, x1.grad), f"{fold}: dx")
+    for one, other in zip(whole, mine, strict=True):
+        for name, loss in one.moe.aux_losses.items():
+            close(other.moe.aux_losses[name], loss, f"{fold}: {name}")
     compare(whole, mine, str(fold))
 
 
@@ -184,8 +187,9 @@ def two_pipeline_stages():
     spread_attention(mine, fold)
     headgate.parallelize(mine, fold)
     average = fold.size("dp", "cp")
-    y1 = whole(x)
-    ((y1 * g).sum() / average).backward()
+    micro = [torch.cat([rows.chunk(2)[at] for rows in t.chunk(average)]) for at in range(2) for t in (x, g)]
+    for part, weight in zip(micro[::2], micro[1::2], strict=True):  # losses of balance are of a micro-batch
+        ((whole(part) * weight).sum() / average).backward()
     between = mine_of(fold, x).chunk(2)[0].requires_grad_()
     first = between.detach() if fold.stage == 0 else between
     group = fold.group("pp")
@@ -194,6 +198,6 @@ def two_pipeline_stages():
     if fold.stage == 0:
         schedule.step(mine_of(fold, x))
     else:
-        close(schedule.step(target=mine_of(fold, g)), mine_of(fold, y1), "pp=2: y")
+        close(schedule.step(target=mine_of(fold, g)), mine_of(fold, whole(x)), "pp=2: y")
     same_parameters(nn.Sequential(whole[fold.stage]), mine, lambda p: p.grad, "pp=2: gradient")
     close(headgate.clip_grad_norm_(mine, float("inf")).float(), norm(whole), "pp=2: norm")
