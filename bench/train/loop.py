@@ -60,9 +60,8 @@ class Trainer:
         """Forward and backward of all micro-batches; their losses, on the ranks of the last stage."""
         losses: list[Tensor] = []
         if self.schedule is not None:
-            inputs = (ids,) if self.stage.first else ()
-            last = {"target": targets, "losses": losses} if self.stage.last else {}
-            self.schedule.step(*inputs, **last)
+            inputs, wanted = (ids,) if self.stage.first else (), targets if self.stage.last else None
+            self.schedule.step(*inputs, target=wanted, losses=losses if self.stage.last else None)
             return losses
         parts = list(zip(ids.chunk(self.options.parts), targets.chunk(self.options.parts), strict=True))
         for at, (x, wanted) in enumerate(parts, 1):
@@ -89,7 +88,8 @@ class Trainer:
 
     def train(self, screen: Screen) -> dict[str, list[float]]:
         """Runs the steps that are left; what each gave."""
-        options, found = self.options, {"loss": [], "grad_norm": [], "tokens_per_s": []}
+        options = self.options
+        found: dict[str, list[float]] = {"loss": [], "grad_norm": [], "tokens_per_s": []}
         batches = self.corpus.batches(options.batch, options.shape.length, options.seed)
         for _ in range(self.step):  # those of the runs before
             next(batches)

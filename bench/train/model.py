@@ -30,7 +30,7 @@ class Stage(nn.Module):
         held = range(stage * count // stages, (stage + 1) * count // stages)
         self.first, self.last = stage == 0, stage == stages - 1
         self.config = model.config
-        self.model = nn.Module()
+        self.model: Model = nn.Module()
         self.model.rotary_emb = whole.rotary_emb
         if self.first:
             self.model.embed_tokens = whole.embed_tokens
@@ -49,7 +49,7 @@ class Stage(nn.Module):
 
 def build_stage(options: Options, fold: Fold, device: torch.device) -> Stage:
     """This rank's part of the model, ready to train."""
-    model = parallelize_attention(build(options.shape, options.seed), fold)
+    model: Model = parallelize_attention(build(options.shape, options.seed), fold)
     stage = Stage(model, fold.stage, fold.size("pp")).to(device)
     _balance(stage, fold, options.parts)
     parallelize(stage, fold, dispatcher=options.dispatcher, wire=options.wire, backward_wire=options.wire)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,10 @@ Found = TypeVar("Found")
 def process_group(seconds: float) -> Iterator[None]:
     """The process group of all ranks that torchrun started, or of this process alone; NCCL where torch sees GPUs."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(seconds=seconds), **alone)
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(
+        backend, timeout=timedelta(seconds=seconds), **({} if "WORLD_SIZE" in os.environ else alone)
+    )
     try:
         yield
     finally:

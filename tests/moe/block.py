@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from ranks_compare import close, norm, same_parameters
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -135,8 +136,6 @@ def the_model_under_every_fold():
 
 def decoders() -> dict[str, nn.Module]:
     """Small transformers models: norms of q and k over all heads, over one, none, and fewer heads of keys."""
-    import transformers
-
     def make(name: str, **more) -> nn.Module:
         torch.manual_seed(5)
         config = getattr(transformers, f"{name}Config")(
