@@ -15,6 +15,7 @@ _WHERE = {
     "record": "moe.record",
     "Fold": "dispatch.fold",
     "parallelize": "moe.parallel",
+    "parallelize_attention": "moe.hf.attention",
     "no_sync": "moe.parallel",
     "clip_grad_norm_": "moe.parallel",
     "set_degree": "moe.parallel",

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from .experts import Experts
 from .hf.experts import cuts_of_experts, is_decorated
 from .hf.experts import refusal as refused
-from .parallel import is_parallel
+from .parallel import is_parallel, parallel_of
 from .shards import Cut, Shards, shards_of
 from .shared import SharedExpert
 
@@ -218,11 +218,16 @@ def _named(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[nn
 
 
 def _groups_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The settings of the optimizer's groups, and the names of their parameters on all pipeline stages."""
     names = dict(_named(module, optimizer))
-    return [
-        {**{k: v for k, v in group.items() if k != "params"}, "names": [names[p] for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
+    held = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    fold = next((parallel_of(part).fold for part in module.modules() if is_parallel(part)), None)
+    if fold is not None and fold.size("pp") > 1:
+        stages: list[list[list[str]]] = [[] for _ in range(fold.size("pp"))]
+        dist.all_gather_object(stages, held, group=fold.group("pp"))
+        held = [[name for stage in group for name in stage] for group in zip(*stages, strict=True)]
+    settings = ({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
+    return [{**kept, "names": sorted(group)} for kept, group in zip(settings, held, strict=True)]
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

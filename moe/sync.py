@@ -46,6 +46,9 @@ class GradientSync:
         self.shares[parameter] = share
         if not parameter.requires_grad:
             return
+        if isinstance(parameter, DTensor):
+            # Norms under SequenceParallel leave a part of the sum on each rank; norms and clipping want it whole.
+            parameter.register_hook(lambda grad: grad.redistribute(placements=parameter.placements))
         if share.factor != 1:
             # Before it is added to what stands in .grad: that has had its factor.
             parameter.register_hook(lambda grad: grad * share.factor)
