@@ -8,6 +8,7 @@ from .hierarchical import Hierarchical
 from .local import Local
 from .protocol import Dispatcher
 from .slice_all_reduce import SliceAllReduce
+from .symmetric import Symmetric
 
 __all__ = [
     "DISPATCHERS",
@@ -19,6 +20,7 @@ __all__ = [
     "Hierarchical",
     "Local",
     "SliceAllReduce",
+    "Symmetric",
 ]
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
@@ -27,4 +29,5 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
     "all_to_all": AllToAll,
     "hierarchical": Hierarchical,
     "slice_all_reduce": SliceAllReduce,
+    "symmetric": Symmetric,
 }
