@@ -3,6 +3,7 @@
 from .all_gather import AllGather
 from .all_to_all import AllToAll
 from .compose import Compose
+from .deep_ep import DeepEP
 from .fold import Fold
 from .hierarchical import Hierarchical
 from .local import Local
@@ -12,9 +13,11 @@ from .symmetric import Symmetric
 
 __all__ = [
     "DISPATCHERS",
+    "ENGINES",
     "AllGather",
     "AllToAll",
     "Compose",
+    "DeepEP",
     "Dispatcher",
     "Fold",
     "Hierarchical",
@@ -31,3 +34,6 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
     "slice_all_reduce": SliceAllReduce,
     "symmetric": Symmetric,
 }
+
+# Dispatchers on somebody else's kernels: `why_not()` says what is missing here, or None.
+ENGINES: dict[str, type[DeepEP]] = {"deep_ep": DeepEP}

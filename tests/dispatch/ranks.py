@@ -1,4 +1,4 @@
-"""One rank of the checks on many ranks: `python ranks.py RANK SIZE STORE OUT`, started by test_ranks.py.
+"""One rank of the checks on many ranks: `python ranks.py RANK SIZE STORE OUT`, started by conftest.py.
 
 Runs every check of CHECKS in order, on all ranks at once, and writes to OUT a line of JSON for each: its name and "" or
 what went wrong. After a failure the ranks are out of step: it stops there.
@@ -6,6 +6,7 @@ what went wrong. After a failure the ranks are out of step: it stops there.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -611,7 +612,7 @@ def a_layer_with_a_dispatcher_can_be_copied():
 def a_part_of_the_ranks_can_be_the_group():
     """Each half of the ranks a layer of its own; a DeviceMesh for two levels."""
     size = dist.get_world_size()
-    mesh = dist.init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("half", "rank"))
+    mesh = dist.init_device_mesh(torch.get_default_device().type, (2, size // 2), mesh_dim_names=("half", "rank"))
     group = mesh.get_group("rank")
     routing = Routing.from_topk(torch.tensor([[0, 3], [2, 1]]), torch.ones(2, 2), 8)
     dispatchers = [AllGather(group), AllToAll(group), SliceAllReduce(group), Hierarchical(group, 1), Symmetric(group)]
@@ -641,9 +642,9 @@ def one_sided_copies_give_the_bits_of_messages():
 
 @check
 def a_window_grows_in_step_and_leaves_no_file():
-    before = set(os.listdir(window.shared_folder()))
     d, opened, original = Symmetric(), [], window.CPUWindow
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(window, "shared_folder", os.getcwd)  # the folder of this test alone
         patch.setattr(window, "CPUWindow", lambda *arguments: opened.append(arguments[1]) or original(*arguments))
         for tokens in (1, 30, 600, 800, 2, 2000):  # only the last rank has many
             tokens = tokens if dist.get_rank() == dist.get_world_size() - 1 else 1
@@ -654,7 +655,7 @@ def a_window_grows_in_step_and_leaves_no_file():
     # 600 rows of 1000 * 4 + 1 * (4 + 4) bytes are 2.4 MB; 800 want more than that, and get twice as much
     assert opened == [n * 2**20 for n in (1, 3, 6, 12)]
     dist.barrier()
-    assert not {name for name in set(os.listdir(window.shared_folder())) - before if name.startswith("headgate-")}
+    assert not [name for name in os.listdir() if name.startswith("headgate-")]
 
 
 @check
@@ -662,13 +663,13 @@ def memory_that_cannot_be_shared_is_an_error_on_every_rank():
     """The last rank is as on another machine, first for its own file and then for those of the others."""
     size, rank = dist.get_world_size(), dist.get_rank()
     routing = Routing.from_topk(torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), size)
-    for broken in ("shared_folder", "_mapped"):
+    mapped = window._mapped
+    elsewhere = {"shared_folder": lambda: "/nowhere", "_mapped": lambda name, nbytes: mapped("/nowhere", nbytes)}
+    for name, instead in elsewhere.items():
         d = Symmetric()
         with pytest.MonkeyPatch.context() as patch:
             if rank == size - 1:
-                mapped = window._mapped
-                elsewhere = {"shared_folder": lambda: "/nowhere", "_mapped": lambda name, n: mapped("/nowhere", n)}
-                patch.setattr(window, broken, elsewhere[broken])
+                patch.setattr(window, name, instead)
             words = rf"^Symmetric: group must be ranks of one machine, .* got on rank {size - 1}: .*No such file"
             with pytest.raises(ValueError, match=words):
                 d.dispatch(torch.zeros(3, D), routing)
@@ -687,12 +688,18 @@ for each_name in MANY:
         CHECKS[f"{each_name}: {each_check.__name__}"] = lambda f=each_check, n=each_name: f(n)
 
 
-def main(rank: int, size: int, store: str, out: str) -> None:
+def main(checks: dict[str, Callable[[], None]], args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    files = dist.FileStore(store, size)
-    dist.init_process_group("gloo", store=files, rank=rank, world_size=size, timeout=timedelta(seconds=30))
-    with open(out, "w") as lines:
-        for name, function in CHECKS.items():
+    if args.device == "cuda":
+        index = args.rank if args.backend == "nccl" else 0  # ranks on gloo share one GPU
+        torch.cuda.set_device(index)
+        torch.set_default_device(f"cuda:{index}")
+    files, timeout = dist.FileStore(args.store, args.size), timedelta(seconds=args.timeout)
+    dist.init_process_group(args.backend, store=files, rank=args.rank, world_size=args.size, timeout=timeout)
+    with open(args.out, "w") as lines:
+        for name, function in checks.items():
+            if not re.match(args.only, name):
+                continue
             torch.manual_seed(0)
             try:
                 function()
@@ -705,5 +712,19 @@ def main(rank: int, size: int, store: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+def start(checks: dict[str, Callable[[], None]]) -> None:
+    """`only`: a pattern that the names of the checks to run begin with; `timeout` in s, of the group."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rank", type=int)
+    parser.add_argument("size", type=int)
+    parser.add_argument("store")
+    parser.add_argument("out")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="gloo")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--timeout", type=float, default=30)
+    main(checks, parser.parse_args())
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    start(CHECKS)

@@ -1,11 +1,7 @@
 """Every dispatcher on 2 and on 4 gloo ranks: ranks.py holds the checks, all run by one start of the processes."""
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,30 +21,9 @@ def _checks() -> list[str]:
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
-def results(request, tmp_path_factory) -> list[tuple[dict[str, str], str]]:
+def results(request, run_ranks) -> list[tuple[dict[str, str], str]]:
     """For each rank: check -> what went wrong ("" for nothing), and what the process printed."""
-    size, folder = request.param, tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HEADGATE_CPU": "plain"}
-    processes = []
-    for rank in range(size):
-        command = [sys.executable, RANKS, str(rank), str(size), folder / "store", folder / f"{rank}.json"]
-        with open(folder / f"{rank}.log", "w") as log:
-            processes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log))
-    deadline = time.monotonic() + 180
-    try:
-        for process in processes:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        pass  # the checks that are missing say it
-    finally:
-        for process in processes:
-            process.kill()
-    found = []
-    for rank in range(size):
-        lines = folder / f"{rank}.json"
-        done = dict(map(json.loads, lines.read_text().splitlines())) if lines.exists() else {}
-        found.append((done, (folder / f"{rank}.log").read_text()))
-    return found
+    return run_ranks("ranks.py", request.param)
 
 
 @pytest.mark.parametrize("check", _checks())
