@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -91,8 +92,8 @@ class DeepEP:
 
     A dispatch is one all-gather of a few integers (the agreement, and that no rank has more than `max_tokens`) and
     ElasticBuffer.dispatch, which waits for the device to learn R. Combine is ElasticBuffer.combine; the backward pass
-    of each is the other, on the layout that the forward pass left. With `deterministic`, which sorts the rows that came,
-    their order is the same on every run, and so are the bits of the experts' gradients.
+    of each is the other, on the layout that the forward pass left. `deterministic` sorts the rows that came, so that
+    their order is the same on every run, and with it the bits of the experts' gradients.
 
     It has not run on a GPU yet: the suite runs it on a model of ElasticBuffer that moves rows over gloo
     (tests/dispatch/elastic.py), written from DeepEP 2.1.0 (dd758ca).
@@ -145,14 +146,10 @@ class DeepEP:
             raise ValueError(f"DeepEP: group must work on NCCL for CUDA, got {backends.get('cuda')}")
         # The buffer takes the group's communicator, which NCCL makes at the first collective: this one.
         mine = torch.tensor([[self.max_tokens, self.hidden_size, self.top_k]], device="cuda")
-        sizes = collectives.all_gather(mine, group).tolist()
-        for rank, theirs in zip(self.agreement.ranks, sizes, strict=True):
-            if theirs != sizes[0]:
-                rule = "(max_tokens, hidden_size, top_k) must be the same on every rank"
-                raise ValueError(
-                    f"DeepEP: {rule}, got {tuple(theirs)} on rank {rank} and {tuple(sizes[0])} on rank "
-                    f"{self.agreement.ranks[0]}"
-                )
+        sizes = list(map(tuple, collectives.all_gather(mine, group).tolist()))
+        if len(set(sizes)) > 1:
+            got = dict(zip(self.agreement.ranks, sizes, strict=True))
+            raise ValueError(f"DeepEP: (max_tokens, hidden_size, top_k) must be the same on every rank, got {got}")
         import deep_ep
 
         return deep_ep.ElasticBuffer(
@@ -202,10 +199,9 @@ class DeepEP:
             raise ValueError(f"DeepEP: x must have at most {self.max_tokens} rows, got {max(tokens)} on rank {rank}")
 
     def __deepcopy__(self, memo: object) -> DeepEP:
-        """Of the same buffer, which cannot be copied."""
-        sizes = {"max_tokens": self.max_tokens, "hidden_size": self.hidden_size, "top_k": self.top_k}
-        own = {"deterministic": self.deterministic, "buffer": self.buffer, "name": self.agreement.name}
-        return DeepEP(self.agreement.group, **sizes, **own)
+        twin = copy.copy(self)  # of the same buffer, which cannot be copied
+        twin.agreement = copy.deepcopy(self.agreement)
+        return twin
 
     def __repr__(self) -> str:
         return f"DeepEP({self.agreement}, max_tokens={self.max_tokens})"

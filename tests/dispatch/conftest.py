@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def run_ranks(tmp_path_factory):
-    """run_ranks(script, size, *arguments, seconds=180, **environment) -> for each rank: check -> what went wrong ("" for
+    """run_ranks(script, size, *arguments, seconds=180, **environment) -> for each rank: check -> what went wrong ("" if
     nothing), and what the process printed."""
 
     def run(script: str, size: int, *arguments: str, seconds: float = 180, **environment: str):

@@ -94,9 +94,8 @@ def experts_equal_one_rank():
             experts = Experts(case.experts, D, F, dispatcher=d, dtype=torch.bfloat16)
             part = case.mine if d is dispatcher else lambda t: t
             x, weights = (part(t).clone().requires_grad_() for t in (case.x, case.weights))
-            ids = part(case.ids)
-            call = lambda x, w, e=experts, ids=ids: e(x, Routing.from_topk(ids, w, case.experts))  # noqa: E731
-            y = checkpoint(call, x, weights, use_reentrant=False)
+            routing = Routing.from_topk(part(case.ids), weights, case.experts)
+            y = checkpoint(experts, x, routing, use_reentrant=False)
             (y * part(case.g)).sum().backward()
             results.append([y.detach(), x.grad, weights.grad])
         for name, a, b in zip(("y", "dx", "router weights"), *results, strict=True):
@@ -109,11 +108,17 @@ def gradients_of_the_router_weights_alone_and_of_gradients():
     weights = case.mine(case.weights).clone().requires_grad_()
     ids = case.mine(case.ids)
     _, local, _ = dispatcher.dispatch(case.mine(case.x), Routing.from_topk(ids, weights, case.experts))
-    (dw,) = torch.autograd.grad(local.weights.square().sum(), weights, create_graph=True)
+    (dw,) = torch.autograd.grad(local.weights.square().sum(), weights, create_graph=True, retain_graph=True)
     held = ((ids >= 0) & (ids < case.experts)).float()
     assert torch.equal(dw, 2 * weights * held)
     (ddw,) = torch.autograd.grad((dw * 3).sum(), weights)
     assert torch.equal(ddw, 6 * held)
+    # S^T v in the weights, and so S u where u is: zero where another rank holds the expert
+    v = torch.ones_like(local.weights).requires_grad_()
+    u = case.mine(case.weights)
+    (dw,) = torch.autograd.grad(local.weights, weights, v, create_graph=True)
+    (dv,) = torch.autograd.grad((dw * u).sum(), v)
+    assert torch.equal(dv, dispatcher.dispatch(case.mine(case.x), case.routing())[1].weights)
 
 
 @check

@@ -1,7 +1,7 @@
 """DeepEP V2's ElasticBuffer as far as DeepEP uses it, moving rows over gloo: what it takes, refuses and gives back.
 
 Written from deep_ep/buffers/elastic.py, csrc/elastic/buffer.hpp and the kernels of DeepEP 2.1.0 (dd758ca), in the
-layout that does not expand, deterministic, on one node. Where the real one leaves memory as it was, this one has NaN.
+layout that does not expand, deterministic, on one node.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ class ElasticBuffer:
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
 
     def dispatch(
-        self, x, topk_idx=None, topk_weights=None, num_experts=None, num_max_tokens_per_rank=None, num_sms=0, handle=None
+        self,
+        x,
+        topk_idx=None,
+        topk_weights=None,
+        num_experts=None,
+        num_max_tokens_per_rank=None,
+        num_sms=0,
+        handle=None,
     ):
         assert num_sms or num_experts  # it works out the one from the other
         assert x.dtype == torch.bfloat16

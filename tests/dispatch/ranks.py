@@ -11,7 +11,6 @@ import copy
 import json
 import os
 import re
-import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager

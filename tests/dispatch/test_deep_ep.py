@@ -19,9 +19,8 @@ def group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_it_fits_the_interface_of_its_kernels(run_ranks, checks_of, all_is_well, size):
-    all_is_well(run_ranks("deep_ep_ranks.py", size), checks_of("deep_ep_ranks.py"))
+def test_it_fits_the_interface_of_its_kernels(run_ranks, checks_of, all_is_well):
+    all_is_well(run_ranks("deep_ep_ranks.py", 4), checks_of("deep_ep_ranks.py"))
 
 
 def test_every_engine_is_a_dispatcher_and_says_whether_it_can_run():
@@ -46,7 +45,7 @@ def test_sizes_that_the_kernels_do_not_take(sizes, words):
 
 def test_what_is_missing_is_said_in_the_order_of_need(group, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="^DeepEP: device must be a CUDA GPU, got none that torch sees$"):
+    with pytest.raises(ValueError, match=r"^DeepEP: device must be a CUDA GPU, got none that torch sees$"):
         DeepEP(**SIZES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
@@ -54,15 +53,15 @@ def test_what_is_missing_is_said_in_the_order_of_need(group, monkeypatch):
         DeepEP(**SIZES)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     if importlib.util.find_spec("deep_ep") is None:
-        with pytest.raises(ValueError, match=r"^DeepEP: deep_ep must be installed \(python setup\.py install in .* got no"):
+        with pytest.raises(ValueError, match=r"^DeepEP: deep_ep must be installed \(python setup\.py .* got no"):
             DeepEP(**SIZES)
     monkeypatch.setattr(DeepEP, "why_not", staticmethod(lambda: None))
-    with pytest.raises(ValueError, match="^DeepEP: group must work on NCCL for CUDA, got gloo$"):
+    with pytest.raises(ValueError, match=r"^DeepEP: group must work on NCCL for CUDA, got gloo$"):
         DeepEP(**SIZES)
 
 
 def test_it_needs_torch_distributed():
-    with pytest.raises(ValueError, match=r"DeepEP: group must be given, or torch\.distributed be initialised, got None"):
+    with pytest.raises(ValueError, match=r"DeepEP: group must be given, or torch\.distributed be initialised"):
         DeepEP(**SIZES)
 
 
