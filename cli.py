@@ -39,6 +39,7 @@ BENCHMARKS = {
     "compile": (".bench.gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
     "roofline": (".bench.gpu.roofline", "FLOPs, bytes and floor time of every launch"),
     "sweep": (".bench.gpu.sweep", "the chosen tiles beside all others, on a GPU"),
+    "links": (".bench.links", "the links behind published tables, and which dispatcher wins where"),
 }
 
 

@@ -2,12 +2,15 @@
 
 from .all_gather import AllGather
 from .all_to_all import AllToAll
+from .auto import Auto
 from .compose import Compose
 from .deep_ep import DeepEP
 from .fold import Fold
 from .hierarchical import Hierarchical
 from .local import Local
+from .measure import measure
 from .protocol import Dispatcher
+from .rollcall import DeadRanks
 from .slice_all_reduce import SliceAllReduce
 from .symmetric import Symmetric
 
@@ -16,7 +19,9 @@ __all__ = [
     "ENGINES",
     "AllGather",
     "AllToAll",
+    "Auto",
     "Compose",
+    "DeadRanks",
     "DeepEP",
     "Dispatcher",
     "Fold",
@@ -24,6 +29,7 @@ __all__ = [
     "Local",
     "SliceAllReduce",
     "Symmetric",
+    "measure",
 ]
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
@@ -33,6 +39,7 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
     "hierarchical": Hierarchical,
     "slice_all_reduce": SliceAllReduce,
     "symmetric": Symmetric,
+    "auto": Auto,
 }
 
 # Dispatchers on somebody else's kernels: `why_not()` says what is missing here, or None.

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ..kernels.routing import Routing
 from . import collectives
+from .rollcall import sign_in
 from .wire import FORMATS, Wires
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GRADIENTS = ("none", "x", "weights", "x and weights")
 FIELDS = (
     *("dispatcher", "name", "call", "num_experts", "top_k", "hidden_size", "dtype", "weights_dtype"),
-    *("wire", "backward_wire", "gradients", "tokens"),
+    *("wire", "backward_wire", "gradients", "tokens", "capacity"),
 )
 _FREE = -1  # a field that ranks need not agree on in this call
 
@@ -36,7 +37,7 @@ def disagreement(headers: Sequence[Sequence[int]], ranks: Sequence[int]) -> Comp
     A pure function of what every rank sees, so that all come to the same words; a tie goes to the lowest rank.
     """
     for field, values in enumerate(zip(*headers, strict=True)):
-        if len(set(values)) > 1:
+        if any(v != values[0] for v in values):
             most = max(values, key=lambda v: (values.count(v), -values.index(v)))
             odd = next(i for i, v in enumerate(values) if v != most)
             return field + 1, ranks[odd], values[odd], ranks[values.index(most)], most
@@ -55,12 +56,13 @@ class Agreement:
         self.who, self.name, self.wires, self.calls = who, name, wires, 0
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.ranks = dist.get_process_group_ranks(self.group)
+        sign_in(self.group)
 
     def __deepcopy__(self, memo: object) -> Agreement:
         return Agreement(self.who, self.group, self.name, self.wires)  # a group cannot be copied, and need not be
 
-    def header(self, x: Tensor, routing: Routing, tokens: int = _FREE) -> list[int]:
-        """This rank's values of FIELDS for its next call. `tokens`: where all ranks must have as many."""
+    def header(self, x: Tensor, routing: Routing, tokens: int = _FREE, capacity: int = _FREE) -> list[int]:
+        """This rank's values of FIELDS for its next call. `tokens`, `capacity`: where all ranks must have the same."""
         if x.dim() != 2 or x.shape[0] != routing.expert_ids.shape[0]:
             raise ValueError(
                 f"{self.who}: x must be [T, D] with a row for each of the routing's "
@@ -78,7 +80,7 @@ class Agreement:
             *(_DTYPES.index(x.dtype), _DTYPES.index(routing.weights.dtype)),
             _pair(wires.dispatch, wires.combine),
             _pair(wires.dispatch_backward, wires.combine_backward),
-            *(gradients, tokens),
+            *(gradients, tokens, capacity),
         ]
 
     def exchange(

@@ -67,9 +67,9 @@ class Ticket:
 class AllGather:
     """Experts E/G to a rank, in rank order; every rank sees every row and computes those that chose its experts.
 
-    With `sliced` each rank holds a slice (of F) of every expert instead, and computes its part of the sum for every row:
-    expert tensor parallelism, usually inside a Compose. Other arguments as for AllToAll. A rank with fewer tokens than another adds rows of zeros, which choose no expert and cost
-    no product, so R = G * max T.
+    With `sliced` each rank holds a slice (of F) of every expert instead and computes its part of the sum for every
+    row: expert tensor parallelism, usually inside a Compose. Other arguments as for AllToAll. A rank with fewer tokens
+    than another adds rows of zeros, which choose no expert and cost no product, so R = G * max T.
 
     A dispatch is two all-gathers: the token counts and the agreement (one wait for the device), and one message per row
     with its ids and weights, so that (G - 1) * max T messages of D * b + K * (4 + w) bytes leave a rank, in a ring.

@@ -96,7 +96,7 @@ class DeepEP:
     their order is the same on every run, and with it the bits of the experts' gradients.
 
     It has not run on a GPU yet: the suite runs it on a model of ElasticBuffer that moves rows over gloo
-    (tests/dispatch/elastic.py), written from DeepEP 2.1.0 (dd758ca).
+    (tests/support/elastic.py), written from DeepEP 2.1.0 (dd758ca).
 
     Raises ValueError / TypeError where it cannot run: no CUDA device, one older than sm_90, no deep_ep, a group without
     NCCL, or sizes that the kernels do not take; and on every rank, before rows move, where the ranks disagree.

@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from . import collectives
+from .agreement import disagreement
+from .rollcall import time_out
+
 ATTENTION = ("dp", "cp", "tp")
 EXPERTS = ("edp", "ep", "etp")
 
@@ -47,13 +51,13 @@ class Sizes:
         left, right = prod(new.attention), prod(new.experts)
         if left != right:
             raise ValueError(
-                f"Fold: dp * cp * tp must equal edp * ep * etp, got {new.shown()}, which is {left} and {right}; "
-                f"possible: {new.nearest(world)}"
+                f"Fold: dp * cp * tp must equal edp * ep * etp, got {new}, which is {left} and {right}; "
+                f"possible: {_listed(new.nearest(world))}"
             )
         if left * pp != world:
             raise ValueError(
-                f"Fold: pp * dp * cp * tp must be the world's {world} ranks, got {new.shown()}, which is {left * pp}; "
-                f"possible: {new.nearest(world)}"
+                f"Fold: pp * dp * cp * tp must be the world's {world} ranks, got {new}, which is {left * pp}; "
+                f"possible: {_listed(new.nearest(world))}"
             )
         return new
 
@@ -70,12 +74,12 @@ class Sizes:
         """Ranks of a pipeline stage."""
         return prod(self.attention)
 
-    def shown(self) -> str:
+    def __str__(self) -> str:
         named = [f"{n}={getattr(self, n)}" for n in (*ATTENTION, *EXPERTS)] + ([f"pp={self.pp}"] if self.pp > 1 else [])
         return " ".join(named)
 
-    def nearest(self, world: int, count: int = 3) -> str:
-        """The possible folds of `world` ranks that are fewest doublings away from these sizes."""
+    def nearest(self, world: int, count: int = 3) -> list[Sizes]:
+        """The possible folds of `world` ranks that are fewest doublings away from these sizes, best first."""
         pp = self.pp if world % self.pp == 0 else 1
 
         def away(other: tuple[int, int, int], mine: tuple[int, int, int]) -> float:
@@ -87,7 +91,7 @@ class Sizes:
 
         both = [(a + e, at, et) for a, at in best(self.attention) for e, et in best(self.experts)]
         both.sort(key=lambda b: b[0])
-        return "; ".join(Sizes(*at, *et, pp).shown() for _, at, et in both[:count])
+        return [Sizes(*at, *et, pp) for _, at, et in both[:count]]
 
     def ranks(self, names: tuple[str, ...]) -> torch.Tensor:
         """int64, one dimension for each of `names` and before them one for each group of such ranks.
@@ -130,10 +134,11 @@ class Fold:
 
     device_type  the device that the groups work on; None: the accelerator that torch sees, else "cpu"
     timeout      of the groups made here; None: that of the default group
+    like         another fold, whose groups are used again where they are of the same ranks
 
-    Every rank must make the same folds in the same order. Raises ValueError where the sizes do not fit, with the rule
-    and the nearest folds that do, where torch.distributed is not initialised or the world has another size; TypeError
-    where a size is no integer.
+    Every rank must make the same folds in the same order. Raises ValueError where the ranks ask for different ones
+    (with rank and name, on every rank), where the sizes do not fit (with the rule and the nearest folds that do), and
+    where torch.distributed is not initialised; TypeError where a size is no integer.
 
     >>> fold = headgate.Fold(attention=dict(dp=2, tp=2), experts=dict(ep=4))  # under torchrun --nproc-per-node 4
     >>> fold.size("dp"), fold.group("ep").size()
@@ -148,14 +153,16 @@ class Fold:
         *,
         device_type: str | None = None,
         timeout: timedelta | None = None,
+        like: Fold | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise ValueError("Fold: torch.distributed must be initialised (torchrun, init_process_group), got none")
-        self.sizes = Sizes.of(attention or {}, experts or {}, pp, dist.get_world_size())
         if device_type is None:
             device_type = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-        self.device_type, self._timeout = device_type, timeout or _timeout_of_the_world(device_type)
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        _agree({**(attention or {}), **(experts or {}), "pp": pp}, device_type)
+        self.sizes = Sizes.of(attention or {}, experts or {}, pp, dist.get_world_size())
+        self.device_type, self._timeout = device_type, timeout or time_out(dist.group.WORLD)  # type: ignore[arg-type]
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {} if like is None else like._groups
         self.attention = self._mesh(*ATTENTION)
         self.experts = self._mesh("ep", "edp", "etp")
         for names in ((*ATTENTION,), ("dp", "cp"), ("cp", "tp"), ("ep", "etp"), ("pp",)):
@@ -183,11 +190,22 @@ class Fold:
         rank = dist.get_rank()
         for ranks in self.sizes.ranks(names).flatten(1).sort(1).values.tolist():
             if rank in ranks:
-                if tuple(ranks) not in self._groups:
-                    new = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
-                    self._groups[tuple(ranks)] = new
-                return self._groups[tuple(ranks)]
+                return self._group(ranks)
         raise AssertionError(f"rank {rank} is in no group of {names}")
+
+    def _group(self, ranks: list[int]) -> dist.ProcessGroup:
+        if tuple(ranks) not in self._groups:
+            self._groups[tuple(ranks)] = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
+        return self._groups[tuple(ranks)]
+
+    def blocks(self, name: str, count: int) -> dist.ProcessGroup:
+        """The `count` neighbours in group(name) that this rank stands among."""
+        ranks, at = dist.get_process_group_ranks(self.group(name)), self.rank(name)
+        return self._group(ranks[at - at % count : at - at % count + count])
+
+    def strided(self, name: str, step: int) -> dist.ProcessGroup:
+        """Every `step`-th rank of group(name), this one among them: with blocks(name, step) they make up the group."""
+        return self._group(dist.get_process_group_ranks(self.group(name))[self.rank(name) % step :: step])
 
     def size(self, *names: str) -> int:
         return self.group(*names).size()
@@ -195,16 +213,34 @@ class Fold:
     def rank(self, *names: str) -> int:
         return self.group(*names).rank()
 
+    def flat(self, *names: str) -> DeviceMesh:
+        """The ranks of group(*names) as a mesh of one dimension, for FSDP2."""
+        return DeviceMesh.from_group(self.group(*names), self.device_type, mesh_dim_names=("_".join(names),))
+
     def _mesh(self, *names: str) -> DeviceMesh:
         ranks = self.sizes.ranks(names)
         mine = next(r for r in ranks if dist.get_rank() in r)
         groups = [self.group(name) for name in names]
         return DeviceMesh.from_group(groups, self.device_type, mesh=mine, mesh_dim_names=names)
 
+    def __deepcopy__(self, memo: object) -> Fold:
+        return self  # groups cannot be copied, and need not be
+
     def __repr__(self) -> str:
-        return f"Fold({self.sizes.shown()})"
+        return f"Fold({self.sizes})"
 
 
-def _timeout_of_the_world(device_type: str) -> timedelta | None:
-    backend = dist.group.WORLD._get_backend(torch.device(device_type))  # type: ignore[union-attr]
-    return getattr(backend.options, "_timeout", None)
+def _agree(asked: Mapping[str, int], device_type: str) -> None:
+    """Raises ValueError on every rank where they ask for different folds: no group is made by some of them only."""
+    names = (*ATTENTION, *EXPERTS, "pp")
+    sizes = [asked.get(name, 1) for name in names]
+    mine = torch.tensor([[s if hasattr(s, "__index__") else -1 for s in sizes]], device=device_type)
+    everybody = collectives.all_gather(mine, dist.group.WORLD).tolist()  # type: ignore[arg-type]
+    field, odd, value, other, common = disagreement(everybody, range(len(everybody)))
+    if field:
+        got = f"{value} on rank {odd} and {common} on rank {other}"
+        raise ValueError(f"Fold: {names[field - 1]} must be the same on every rank, got {got}")
+
+
+def _listed(sizes: list[Sizes]) -> str:
+    return "; ".join(map(str, sizes))

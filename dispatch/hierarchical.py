@@ -12,6 +12,7 @@ from ..kernels.routing import Routing
 from .agreement import Agreement, held_experts, localised
 from .all_to_all import Ticket, checked, exchange
 from .linear import back, send
+from .rollcall import time_out
 from .wire import Wires
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Hierarchical:
             )
         node, local = divmod(whole.rank, ranks_per_node)
         inside = whole.ranks[node * ranks_per_node : (node + 1) * ranks_per_node]
-        self._join(_new_group(whole.ranks[local::ranks_per_node]), _new_group(inside), name)
+        across = _new_group(whole.ranks[local::ranks_per_node], whole.group)
+        self._join(across, _new_group(inside, whole.group), name)
 
     @classmethod
     def of_mesh(
@@ -102,7 +104,7 @@ class Hierarchical:
         held = self.local_experts(routing.num_experts)
         assert second is not None
         rows, ids, weights = send(rows, ids, weights, second, wires)
-        ticket = Ticket((first, second), rows.shape, x.dtype)
+        ticket = Ticket((first, second), x.shape[0], rows.shape, x.dtype)
         return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
     @torch.compiler.disable
@@ -118,5 +120,5 @@ class Hierarchical:
         return f"Hierarchical(nodes={self.across.size}, ranks_per_node={self.inside.size}{named})"
 
 
-def _new_group(ranks: list[int]) -> dist.ProcessGroup:
-    return dist.new_group(ranks, use_local_synchronization=True)
+def _new_group(ranks: list[int], like: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group(ranks, timeout=time_out(like), use_local_synchronization=True)

@@ -131,7 +131,8 @@ class Symmetric:
         route = Fetch(token_of_row, place, sent, received, self.agreement.group, counts, self.shelf)
         wires = (self.wires.dispatch, self.wires.dispatch_backward)
         rows, ids, weights = send(x, routing.expert_ids, routing.weights, route, wires)
-        return rows, Routing(localised(ids, held), weights, len(held)), Ticket((route,), rows.shape, x.dtype)
+        ticket = Ticket((route,), x.shape[0], rows.shape, x.dtype)
+        return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
     @torch.compiler.disable
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:

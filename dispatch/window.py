@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import collectives
+
 LEAST = 2**20  # bytes: windows are multiples of it, so that small messages need not open a new one as they grow
 _BARRIER_TIMEOUT_MS = 600_000  # torch's default for NCCL; after it the kernel traps, and its process with it
 
@@ -45,13 +47,13 @@ class CPUWindow:
         except OSError as error:
             why = str(error)
         try:
-            told = _told(group, (mine, why))
+            told = collectives.all_gather_objects((mine, why), group)
             if not any(why for _, why in told):
                 try:
                     self.parts = [_mapped(name, nbytes) for name, _ in told]
                 except OSError as error:  # a rank of another machine
                     why = str(error)
-                told = _told(group, (mine, why))
+                told = collectives.all_gather_objects((mine, why), group)
         finally:
             if mine:
                 os.unlink(mine)
@@ -61,7 +63,7 @@ class CPUWindow:
                 raise ValueError(f"{rule}, got on rank {rank}: {why}")
 
     def barrier(self) -> None:
-        dist.barrier(self.group)
+        collectives.barrier(self.group)
 
 
 class GPUWindow:
@@ -113,9 +115,3 @@ def shared_folder() -> str:
 def _mapped(name: str, nbytes: int) -> Tensor:
     with open(name, "r+b") as file:
         return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
-
-
-def _told(group: dist.ProcessGroup, mine: tuple[str, str]) -> list[tuple[str, str]]:
-    everybody: list[tuple[str, str]] = [mine] * group.size()
-    dist.all_gather_object(everybody, mine, group)
-    return everybody

@@ -13,7 +13,7 @@ from headgate.bench import doctor
 from headgate.bench.gpu import doctor as gpu
 from headgate.kernels.chip import H200, Chip
 
-KINDS = ("moe", "compile", "roofline", "sweep")
+KINDS = ("moe", "compile", "roofline", "sweep", "links")
 SUBCOMMANDS = (["demo"], ["doctor"], ["bench"], *(["bench", kind] for kind in KINDS))
 
 

@@ -1,13 +1,14 @@
-"""One rank of the checks of DeepEP, as ranks.py is of the others': on its kernels where there are GPUs, on a model of
-their interface (elastic.py) elsewhere. Rows are small integers, so that every sum is exact."""
+"""The checks of DeepEP on many ranks, as ranks.py has those of the others: on its kernels where the ranks have GPUs, on
+a model of their interface (tests/support/elastic.py) elsewhere. Most rows are small integers, whose sums are exact."""
 
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import elastic
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from headgate.dispatch import AllToAll, DeepEP, Local
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts
+
+sys.path.append(str(Path(__file__).parent))
+import ranks
 
 CHECKS = {}
 D, F, T, K = 256, 6, 64, 16
@@ -152,7 +156,3 @@ def a_copy_shares_the_buffer():
     twin = copy.deepcopy(dispatcher)
     assert twin.buffer is dispatcher.buffer
     assert repr(twin) == repr(dispatcher)
-
-
-if __name__ == "__main__":
-    ranks.start(CHECKS)

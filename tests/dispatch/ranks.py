@@ -1,21 +1,14 @@
-"""One rank of the checks on many ranks: `python ranks.py RANK SIZE STORE OUT`, started by conftest.py.
-
-Runs every check of CHECKS in order, on all ranks at once, and writes to OUT a line of JSON for each: its name and "" or
-what went wrong. After a failure the ranks are out of step: it stops there.
-"""
+"""The checks of dispatchers on many ranks: what each rank runs (tests/support/ranks_runner.py), for test_ranks.py."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
+import dataclasses
 import os
 import re
-import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import pytest
 import torch
@@ -27,6 +20,8 @@ from headgate.dispatch import (
     DISPATCHERS,
     AllGather,
     AllToAll,
+    Compose,
+    Fold,
     Hierarchical,
     Local,
     SliceAllReduce,
@@ -37,6 +32,7 @@ from headgate.dispatch import (
 from headgate.dispatch.volume import distinct_parts
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts, MoE
+from headgate.placement.links import Link, Links
 
 CHECKS: dict[str, Callable[[], None]] = {}
 D, F = 5, 6
@@ -51,9 +47,12 @@ def make(kind: str, **options):
     """A dispatcher over all ranks; nodes of two ranks where there are levels."""
     if kind == "hierarchical":
         return Hierarchical(ranks_per_node=2 if dist.get_world_size() > 2 else 1, **options)
+    if kind == "auto":
+        options = {"links": LINKS, "ranks_per_node": 2 if dist.get_world_size() > 2 else 1} | options
     return DISPATCHERS[kind](**options)
 
 
+LINKS = Links(Link(10, 1), Link(20, 1))  # so that few bytes take the fewest rounds
 MANY = [name for name in DISPATCHERS if name != "local"]
 WIRED = [name for name in MANY if name != "slice_all_reduce"]
 
@@ -308,6 +307,7 @@ EXPECTED = {
     "hierarchical": ([A2A] * 4, [A2A] * 2, [A2A] * 2, [A2A] * 2),
     "slice_all_reduce": ([AG], [AR], [], [AR]),
     "symmetric": ([AG], [], [], []),
+    "auto": ([AR, A2A, A2A], [A2A], [A2A], [A2A]),
 }
 
 
@@ -332,8 +332,8 @@ def the_expected_collectives_and_no_others(name):
         return result, counted(mode)
 
     routing = Routing(routing.expert_ids, weights, routing.num_experts)
-    rows, _, ticket = dispatcher.dispatch(x, routing)  # once before: Symmetric opens its window
-    dispatcher.combine(rows, ticket)
+    if name == "symmetric":  # its first call opens a window, once
+        dispatcher.dispatch(x, routing)
     (rows, local, ticket), first = seen(lambda: dispatcher.dispatch(x, routing))
     r = (rows.detach() * local.weights.sum(1, keepdim=True).detach()).requires_grad_()
     y, second = seen(lambda: dispatcher.combine(r, ticket))
@@ -477,6 +477,56 @@ def a_call_too_few_is_noticed():
         dispatcher.dispatch(torch.zeros(1, 2), routing)
 
 
+def limited(case: Case, capacity: int = 4) -> Routing:
+    """The case's routing without an expert's pairs beyond the first `capacity` of this rank."""
+    routing = case.routing()
+    ids = routing.expert_ids.clone()
+    for e in range(case.experts):
+        at = (ids.flatten() == e).nonzero().flatten()[capacity:]
+        ids.view(-1)[at] = -1
+    return Routing(ids, routing.weights, routing.num_experts, capacity=capacity)
+
+
+@check
+def padded_to_capacity_the_shapes_do_not_depend_on_the_choice():
+    """As many rows to every rank, and the numbers of the same routing without padding."""
+    size, shapes = dist.get_world_size(), set()
+    for what in ("even", "all to one rank", "holes", "no expert"):
+        case = cases("all_to_all")[what]
+        routing, results = limited(case), []
+        for r in (routing, Routing(routing.expert_ids, routing.weights, routing.num_experts)):
+            torch.manual_seed(3)
+            experts = Experts(case.experts, D, F, bias=True, dispatcher=AllToAll(), dtype=torch.float64)
+            x, w = case.mine(case.x).clone().requires_grad_(), r.weights.clone().requires_grad_()
+            r = dataclasses.replace(r, weights=w)
+            y = experts(x, r)
+            (y * case.mine(case.g)).sum().backward()
+            results.append([y.detach(), x.grad, w.grad, *(p.grad for p in experts.parameters())])
+        for a, b in zip(*results, strict=True):
+            close(a, b, what, 1e-12)
+        with bytes_between_ranks() as seen:
+            rows, _, ticket = AllToAll().dispatch(case.mine(case.x), routing)
+            y = AllToAll().combine(rows, ticket)
+        assert y.shape == (6, D)
+        shapes.add((tuple(rows.shape), routing.expert_ids.shape[1], *(tuple(moved) for _, moved in seen)))
+    assert len(shapes) == 1, shapes
+    assert next(iter(shapes))[0] == (size * min(6, 4 * 4), D)
+
+
+@check
+def padded_to_capacity_later_calls_need_no_counts():
+    case = cases("all_to_all")["even"]
+    for check, expected in (("first", [{AG: 1, A2A: 1}, {A2A: 1}, {A2A: 1}]), ("always", [{AG: 1, A2A: 1}] * 2)):
+        dispatcher = AllToAll(check=check)
+        for wanted in expected:
+            with CommDebugMode() as mode:
+                dispatcher.dispatch(case.mine(case.x), limited(case))
+            assert counted(mode) == wanted, check
+    size, odd = dist.get_world_size(), dist.get_rank() == dist.get_world_size() - 1
+    with pytest.raises(ValueError, match=f"capacity must be the same on every rank, got 5 on rank {size - 1} and 4 on"):
+        AllToAll().dispatch(case.mine(case.x), limited(case, 5 if odd else 4))
+
+
 @check
 def slice_all_reduce_can_check_the_first_call_only():
     dispatcher = SliceAllReduce(check="first")
@@ -524,6 +574,7 @@ def wires_keep_their_bounds(name):
         assert not len(rows) or not torch.equal(rows, coarse), f"{wire}: dispatch is not lossy at all"
         y, coarse_y = exact.combine(rows, ticket), lossy.combine(rows, coarse_ticket)
         value, allowed = rows, torch.zeros_like(rows)
+        ticket = getattr(ticket, "ticket", ticket)  # that of the dispatcher chosen
         routes = ticket.routes if hasattr(ticket, "routes") else (ticket.route,)
         for route in reversed(routes):
             error = grown(value, allowed, wire)
@@ -622,6 +673,195 @@ def a_part_of_the_ranks_can_be_the_group():
         assert d.combine(rows, ticket).shape == (2, D)
 
 
+# --- compositions -------------------------------------------------------------------------------------------------
+
+
+def compositions() -> dict[str, Compose]:
+    """Two dispatchers, one inside the other: over half of the ranks, and between neighbours."""
+    half = max(dist.get_world_size() // 2, 1)
+    fold = Fold({"dp": dist.get_world_size()}, {"ep": half, "etp": dist.get_world_size() // half})
+    ep, etp = fold.group("ep"), fold.group("etp")
+    return {
+        "all-to-all, gathered slices": Compose(AllToAll(ep), AllGather(etp, sliced=True)),
+        "two levels, gathered slices": Compose(Hierarchical(ep, min(half, 2)), AllGather(etp, sliced=True)),
+        "all-gather, all-to-all": Compose(AllGather(ep), AllToAll(etp)),
+        "all-to-all twice": Compose(AllToAll(ep), AllToAll(etp)),
+        "all-reduce, slices reduced": Compose(SliceAllReduce(ep), SliceAllReduce(etp, sliced=True)),
+    }
+
+
+@check
+def a_composition_is_an_operator_and_its_adjoint():
+    for name, dispatcher in compositions().items():
+        replicated = isinstance(dispatcher.outer, SliceAllReduce)
+        for what, case in cases("slice_all_reduce" if replicated else "all_to_all").items():
+            x = case.mine(case.x).clone().requires_grad_()
+            rows, local, ticket = dispatcher.dispatch(x, case.routing())
+            assert local.num_experts == len(dispatcher.local_experts(case.experts)), (name, what)
+            torch.manual_seed(dist.get_rank())
+            r = torch.randn_like(rows).requires_grad_()
+            y = dispatcher.combine(r, ticket)
+            left, right = summed((rows * r).sum()), (x * y).sum().detach()
+            size, right = summed((rows * r).abs().sum()).item(), right if replicated else summed(right)
+            assert abs(left - right).item() <= 1e-12 * size, f"{name}, {what}: {left} and {right}"
+            close(torch.autograd.grad((rows * r.detach()).sum(), x)[0], y.detach(), f"{name}, {what}")
+            g = case.mine(case.g)
+            close(
+                torch.autograd.grad((y * g).sum(), r)[0], dispatcher.dispatch(g, case.routing())[0], f"{name}, {what}"
+            )
+
+
+@check
+def a_composition_has_the_collectives_of_its_parts():
+    dispatcher, case = compositions()["all-to-all, gathered slices"], cases("all_to_all")["uneven"]
+    with CommDebugMode() as mode:
+        rows, _, ticket = dispatcher.dispatch(case.mine(case.x), case.routing())
+    assert counted(mode) == {A2A: 2, AG: 2}
+    with CommDebugMode() as mode:
+        dispatcher.combine(rows, ticket)
+    assert counted(mode) == {RS: 1, A2A: 1}
+
+
+@check
+def a_composition_is_made_of_dispatchers():
+    with pytest.raises(TypeError, match="Compose: inner must be a dispatcher such as AllToAll"):
+        Compose(AllToAll(), AllGather)
+
+
+# --- the choice ---------------------------------------------------------------------------------------------------
+
+FAR = Links(Link(1, 1), Link(1, 1e-3))
+
+
+def everywhere(t) -> list:
+    """The object of every rank."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, t)
+    return found
+
+
+def to_both_ranks_of_a_node() -> Case:
+    """Token t goes to all ranks of node t mod N: half as many rows across, by node, as by rank."""
+    size = dist.get_world_size()
+    per_node = 2 if size > 2 else 1
+    first = torch.arange(6 * size) % (size // per_node) * per_node * 4
+    return Case(torch.stack([first, first + 4 * (per_node - 1) + 1], 1), 4 * size, [6] * size, False)
+
+
+@check
+def auto_is_the_dispatcher_that_it_chose():
+    """Row for row; and it has chosen: every token to every rank, few bytes, a slow link between nodes."""
+    two = to_both_ranks_of_a_node()
+    for links, case, expected in [
+        (FAR, cases("auto")["more choices than ranks"], "all_gather"),
+        (LINKS, two, "all_to_all"),
+        (FAR, two, "hierarchical" if dist.get_world_size() > 2 else "all_to_all"),
+    ]:
+        chosen, auto = make(expected), make("auto", links=links)
+        rows, local, ticket = auto.dispatch(case.mine(case.x), case.routing())
+        assert auto.choice == expected, auto.why()
+        same, same_local, same_ticket = chosen.dispatch(case.mine(case.x), case.routing())
+        assert torch.equal(rows, same), expected
+        assert torch.equal(local.expert_ids, same_local.expert_ids), expected
+        assert torch.equal(auto.combine(rows, ticket), chosen.combine(same, same_ticket)), expected
+
+
+@check
+def auto_counts_the_rows_that_the_dispatchers_move():
+    size, rank = dist.get_world_size(), dist.get_rank()
+    per_node = 2 if size > 2 else 1
+    for what, case in cases("auto").items():
+        auto = make("auto")
+        auto.dispatch(case.mine(case.x), case.routing())
+        _, _, one = AllToAll().dispatch(case.mine(case.x), case.routing())
+        _, _, two = make("hierarchical").dispatch(case.mine(case.x), case.routing())
+        node = range(rank // per_node * per_node, (rank // per_node + 1) * per_node)
+        moved = []
+        for way in ("sent", "received"):
+            direct = getattr(one.routes[0], way)
+            across, inside = (getattr(route, way) for route in two.routes)
+            near = sum(n for r, n in enumerate(direct) if r in node and r != rank)
+            far = sum(n for r, n in enumerate(direct) if r not in node)
+            passed = sum(n for r, n in enumerate(inside) if r != rank % per_node)
+            over = sum(n for r, n in enumerate(across) if r != rank // per_node)
+            moved.append((near, far, passed, over))
+        most = [max(n) for n in zip(*(flow for flows in everywhere(moved) for flow in flows), strict=True)]
+        found = auto.found.rows
+        assert [found["all_to_all"].inside, found["all_to_all"].across] == most[:2], what
+        assert [found["hierarchical"].inside, found["hierarchical"].across] == most[2:], what
+        every = max(case.tokens)
+        nodes = size // per_node
+        assert (found["all_gather"].inside, found["all_gather"].across) == (every * (size - nodes), every * (nodes - 1))
+
+
+@check
+def ranks_with_different_routings_and_links_choose_alike():
+    """Alone each would choose something else: the first rank keeps its tokens, the others send them everywhere."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    k = 3 * size
+    ids = torch.arange(k).repeat(4 * rank + 1, 1) if rank else torch.arange(2).repeat(5, 1)
+    ids = torch.nn.functional.pad(ids, (0, k - ids.shape[1]), value=-1)
+    routing = Routing.from_topk(ids, torch.ones(ids.shape), 4 * size)
+    auto = make("auto", links=Links(Link(1 + rank, 1), Link(1 + 5 * rank, 1 if rank else 1e-3)))
+    rows, _, ticket = auto.dispatch(torch.ones(len(ids), D), routing)
+    assert len(set(everywhere((auto.choice, auto.why())))) == 1
+    assert auto.found.links == Links(Link(1, 1), Link(1, 1e-3)), "those of the first rank"
+    assert auto.found.tokens == 4 * size - 3
+    assert auto.combine(rows, ticket).shape == (len(ids), D)
+
+
+@check
+def auto_counts_in_one_of_every_calls_and_chooses_anew():
+    few, many = cases("auto")["no expert"], to_both_ranks_of_a_node()
+    auto = make("auto", links=FAR, every=3)
+    choices = []
+    for case in (few, many, many, many, few, many):
+        with CommDebugMode() as mode:
+            auto.dispatch(case.mine(case.x), case.routing())
+        choices.append((auto.choice, counted(mode).get(AR, 0)))
+    # with no row to send only latency counts: one round beats two
+    after = "hierarchical" if dist.get_world_size() > 2 else "all_to_all"
+    expected = [("all_to_all", 1), ("all_to_all", 0), ("all_to_all", 0), (after, 1), (after, 0), (after, 0)]
+    assert choices == expected, choices
+
+
+@check
+def the_choice_waits_for_backward_passes_to_come():
+    """Recomputation gets the rows of its forward pass, though a count in between would choose another dispatcher."""
+    few, many = cases("auto")["no expert"], to_both_ranks_of_a_node()
+    gradients, auto = [], make("auto", links=FAR, every=1)
+    for d in (auto, AllToAll()):
+        torch.manual_seed(3)
+        experts = Experts(many.experts, D, F, dispatcher=d, dtype=torch.float64)
+        x, idle = (c.mine(c.x).clone().requires_grad_() for c in (many, few))
+        nothing = checkpoint(experts, idle, few.routing(), use_reentrant=False)
+        y = checkpoint(experts, x, many.routing(), use_reentrant=False)
+        for part in ((y * many.mine(many.g)).sum(), nothing.sum()):
+            assert auto.choice == "all_to_all", "a graph still waits"
+            part.backward()
+        gradients.append([x.grad, *(p.grad for p in experts.parameters())])
+    for a, b in zip(*gradients, strict=True):
+        close(a, b, "gradients")
+    auto.dispatch(many.mine(many.x), many.routing())
+    assert auto.choice == ("hierarchical" if dist.get_world_size() > 2 else "all_to_all"), auto.why()
+
+
+@check
+def links_are_measured_and_the_same_on_every_rank():
+    size = dist.get_world_size()
+    auto = DISPATCHERS["auto"](ranks_per_node=2 if size > 2 else 1)
+    case = cases("auto")["even"]
+    auto.dispatch(case.mine(case.x), case.routing())
+    links = auto.links
+    assert len(set(everywhere(links))) == 1
+    assert links == auto.found.links
+    assert (links.inside == Link(0, float("inf"))) == (size == 2), "a node of one rank has no link inside"
+    assert links.across.latency_us > 0
+    again = copy.deepcopy(auto)
+    again.dispatch(case.mine(case.x), case.routing())
+    assert (again.choice, again.found.rows) == (auto.choice, auto.found.rows)
+
+
 # --- one-sided copies ---------------------------------------------------------------------------------------------
 
 
@@ -685,45 +925,3 @@ for each_name in MANY:
         *((wires_keep_their_bounds, wires_of_the_backward_pass) if each_name in WIRED else ()),
     ):
         CHECKS[f"{each_name}: {each_check.__name__}"] = lambda f=each_check, n=each_name: f(n)
-
-
-def main(checks: dict[str, Callable[[], None]], args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    if args.device == "cuda":
-        index = args.rank if args.backend == "nccl" else 0  # ranks on gloo share one GPU
-        torch.cuda.set_device(index)
-        torch.set_default_device(f"cuda:{index}")
-    files, timeout = dist.FileStore(args.store, args.size), timedelta(seconds=args.timeout)
-    dist.init_process_group(args.backend, store=files, rank=args.rank, world_size=args.size, timeout=timeout)
-    with open(args.out, "w") as lines:
-        for name, function in checks.items():
-            if not re.match(args.only, name):
-                continue
-            torch.manual_seed(0)
-            try:
-                function()
-                wrong = ""
-            except Exception:
-                wrong = traceback.format_exc()
-            print(json.dumps([name, wrong]), file=lines, flush=True)
-            if wrong:
-                return
-    dist.destroy_process_group()
-
-
-def start(checks: dict[str, Callable[[], None]]) -> None:
-    """`only`: a pattern that the names of the checks to run begin with; `timeout` in s, of the group."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("rank", type=int)
-    parser.add_argument("size", type=int)
-    parser.add_argument("store")
-    parser.add_argument("out")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backend", default="gloo")
-    parser.add_argument("--only", default="")
-    parser.add_argument("--timeout", type=float, default=30)
-    main(checks, parser.parse_args())
-
-
-if __name__ == "__main__":
-    start(CHECKS)

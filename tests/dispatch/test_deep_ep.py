@@ -2,13 +2,16 @@
 
 import importlib.util
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks_runner import Rank, checks_of, passed_on_every_rank, run_ranks
 
 from headgate.dispatch import ENGINES, DeepEP, Dispatcher
 
+RANKS = Path(__file__).with_name("deep_ep_ranks.py")
 SIZES = {"max_tokens": 8, "hidden_size": 256, "top_k": 2}
 
 
@@ -19,8 +22,14 @@ def group():
     dist.destroy_process_group()
 
 
-def test_it_fits_the_interface_of_its_kernels(run_ranks, checks_of, all_is_well):
-    all_is_well(run_ranks("deep_ep_ranks.py", 4), checks_of("deep_ep_ranks.py"))
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[Rank]:
+    return run_ranks(RANKS, 4, tmp_path_factory.mktemp("deep_ep"))
+
+
+@pytest.mark.parametrize("check", checks_of(RANKS))
+def test_on_a_model_of_its_kernels(results, check):
+    passed_on_every_rank(results, check)
 
 
 def test_every_engine_is_a_dispatcher_and_says_whether_it_can_run():

@@ -5,48 +5,47 @@ None of it has run on a GPU yet.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from ranks_runner import checks_of, passed_on_every_rank, run_ranks
 
 from headgate.dispatch import DISPATCHERS, ENGINES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 GPUS = torch.cuda.device_count()
 several = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 CUDA devices, torch sees {GPUS}")
-MANY = [name for name in DISPATCHERS if name != "local"]
-CUDA = ("--device", "cuda", "--timeout", "120")
+RANKS = Path(__file__).with_name("ranks.py")
 
 
-def named(checks: list[str], name: str) -> list[str]:
-    """The checks of one dispatcher, without those that count collectives' bytes or look at the CPU's windows."""
-    return [check for check in checks if check.startswith(f"{name}: ")]
+def run(folder: Path, script: Path, size: int, backend: str, only: str, **environment: str) -> None:
+    """The checks of a script whose names begin with `only`, all in one test."""
+    results = run_ranks(script, size, folder, 540, backend, only, **environment)
+    checks = [check for check in checks_of(script) if check.startswith(only)]
+    assert checks
+    for check in checks:
+        passed_on_every_rank(results, check)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_symmetric_with_many_ranks_on_one_gpu(run_ranks, checks_of, all_is_well, size):
-    """NCCL refuses two ranks on a GPU: gloo carries the counts, symmetric memory the rows. The ranks take turns on the
-    device, so a barrier waits for as many time slices."""
-    only = "symmetric: |one_sided_copies"
-    found = run_ranks(
-        "ranks.py", size, *CUDA, "--only", only, seconds=540, TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1"
-    )
-    checks = checks_of("ranks.py")
-    all_is_well(found, [*named(checks, "symmetric"), "one_sided_copies_give_the_bits_of_messages"])
+@pytest.mark.parametrize("only", ["symmetric: ", "one_sided_copies_give_the_bits_of_messages"])
+def test_symmetric_with_many_ranks_on_one_gpu(size, only, tmp_path):
+    """NCCL refuses two ranks on one GPU: gloo carries the counts, symmetric memory the rows. The ranks take turns on
+    the device, so that each barrier lasts some time slices."""
+    run(tmp_path, RANKS, size, "cuda:gloo", only, TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1")
 
 
 @several
-@pytest.mark.parametrize("name", MANY)
-def test_on_nccl(run_ranks, checks_of, all_is_well, name):
-    size = 4 if GPUS >= 4 else 2
-    found = run_ranks("ranks.py", size, *CUDA, "--backend", "nccl", "--only", f"{name}: ", seconds=540)
-    all_is_well(found, named(checks_of("ranks.py"), name))
+@pytest.mark.parametrize("name", [name for name in DISPATCHERS if name != "local"])
+def test_on_nccl(name, tmp_path):
+    run(tmp_path, RANKS, 4 if GPUS >= 4 else 2, "nccl", f"{name}: ")
 
 
 @several
 @pytest.mark.parametrize("name", ENGINES)
-def test_engines_on_nccl(run_ranks, checks_of, all_is_well, name):
+def test_engines_on_nccl(name, tmp_path):
     why = ENGINES[name].why_not()
     if why:
         pytest.skip(f"{ENGINES[name].__name__}: {why}")
-    found = run_ranks(f"{name}_ranks.py", 2, *CUDA, "--backend", "nccl", seconds=540)
-    all_is_well(found, checks_of(f"{name}_ranks.py"))
+    run(tmp_path, Path(__file__).with_name(f"{name}_ranks.py"), 2, "nccl", "")
