@@ -99,9 +99,15 @@ class Agreement:
 
     def gather(self, header: list[int], tokens: int, device: torch.device) -> tuple[list[int], Complaint]:
         """The tokens of each rank of the group, and what is wrong: one all-gather of a few integers."""
-        mine = torch.tensor([[tokens, *_NONE, *header]], device=device)
-        rows = collectives.all_gather(mine, self.group).tolist()
-        return [row[0] for row in rows], self._verdict([row[1:] for row in rows])
+        rows, complaint = self.table(header, torch.tensor([tokens], device=device))
+        return [row[0] for row in rows], complaint
+
+    def table(self, header: list[int], counts: Tensor) -> tuple[list[list[int]], Complaint]:
+        """`counts` int64 [C] of each rank of the group, as many on each, and what is wrong: one all-gather."""
+        mine = torch.cat([torch.tensor([*_NONE, *header], device=counts.device), counts])
+        rows = collectives.all_gather(mine[None], self.group).tolist()
+        n = len(_NONE) + len(header)
+        return [row[n:] for row in rows], self._verdict([row[:n] for row in rows])
 
     def _verdict(self, rows: list[list[int]]) -> Complaint:
         for row in rows:

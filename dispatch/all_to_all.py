@@ -34,14 +34,19 @@ class Exchange:
     def send(self, rows: Tensor | None, beside: Sequence[Tensor], wire: str) -> tuple[Tensor | None, list[Tensor]]:
         outgoing, inverse = message(rows, beside, wire)
         copies = outgoing.index_select(0, self.token_of_row)
-        return inverse(collectives.all_to_all(copies, self.received, self.sent, self.group), None)
+        return inverse(self.move(copies, home=False), None)
 
     def back(self, rows: Tensor | None, beside: Sequence[Tensor], wire: str) -> tuple[Tensor | None, list[Tensor]]:
         outgoing, inverse = message(rows, beside, wire)
         wide = None if rows is None or wire == "exact" else sum_dtype(rows.dtype)
-        home, moved = inverse(collectives.all_to_all(outgoing, self.sent, self.received, self.group), wide)
+        home, moved = inverse(self.move(outgoing, home=True), wide)
         y = None if home is None or rows is None else sum_at_places(home, self.place, rows.dtype)
         return y, [sum_at_places(t, self.place, t.dtype) for t in moved]
+
+    def move(self, x: Tensor, home: bool) -> Tensor:
+        """x uint8 [N, B] in the order of their receivers -> [M, B] in that of their senders; `home`: the way back."""
+        received, sent = (self.sent, self.received) if home else (self.received, self.sent)
+        return collectives.all_to_all(x, received, sent, self.group)
 
 
 def destinations(ids: Tensor, held: range, group_size: int, room: int | None = None) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ in order with a process group (gloo) over all ranks. The test has a fixture that
     def test_on_every_rank(results, check):
         passed_on_every_rank(results, check)
 
-One rank is `python ranks_runner.py SCRIPT RANK SIZE FOLDER`. It writes to FOLDER/RANK.json a line for each check: its
-name and "" or what went wrong. After a failure the ranks are out of step: it stops there.
+One rank is `python ranks_runner.py SCRIPT RANK SIZE FOLDER BACKEND ONLY`. It writes to FOLDER/RANK.json a line for each
+check: its name and "" or what went wrong. After a failure the ranks are out of step: it stops there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -55,12 +56,24 @@ def checks_of(script: Path) -> dict[str, Callable[[], None]]:
     return module.CHECKS
 
 
-def run_ranks(script: Path, size: int, folder: Path, seconds: float = 180) -> list[Rank]:
-    """Runs all checks of `script` on `size` ranks, in the empty folder `folder`; what came of it, rank by rank."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HEADGATE_CPU": "plain"}
+def run_ranks(
+    script: Path,
+    size: int,
+    folder: Path,
+    seconds: float = 180,
+    backend: str = "gloo",
+    only: str = "",
+    **environment: str,
+) -> list[Rank]:
+    """Runs the checks of `script` on `size` ranks, in the empty folder `folder`; what came of it, rank by rank.
+
+    `backend`: "gloo"; "cuda:gloo" (all ranks on one GPU, new tensors there) or "nccl" (each on its own). `only`: a
+    pattern that the names of the checks to run begin with.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HEADGATE_CPU": "plain", **environment}
     processes = []
     for rank in range(size):
-        command = [sys.executable, __file__, script, str(rank), str(size), folder]
+        command = [sys.executable, __file__, script, str(rank), str(size), folder, backend, only]
         with open(folder / f"{rank}.log", "w") as log:
             processes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log))
     deadline = time.monotonic() + seconds
@@ -87,12 +100,20 @@ def passed_on_every_rank(results: list[Rank], check: str) -> None:
         assert not done[check], f"rank {rank}:\n{done[check]}"
 
 
-def main(script: Path, rank: int, size: int, folder: Path) -> None:
+def main(script: Path, rank: int, size: int, folder: Path, backend: str, only: str) -> None:
     torch.set_num_threads(1)
+    timeout = timedelta(seconds=30)
+    if backend != "gloo":
+        device = rank if backend == "nccl" else 0
+        torch.cuda.set_device(device)
+        torch.set_default_device(f"cuda:{device}")
+        timeout *= 4  # the first calls compile kernels
     files = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=files, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    dist.init_process_group(backend.removeprefix("cuda:"), store=files, rank=rank, world_size=size, timeout=timeout)
     with open(folder / f"{rank}.json", "w") as lines:
         for name, function in checks_of(script).items():
+            if not re.match(only, name):
+                continue
             torch.manual_seed(0)
             try:
                 function()
@@ -106,4 +127,4 @@ def main(script: Path, rank: int, size: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), *sys.argv[5:])
