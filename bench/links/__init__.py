@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...placement.links import Link, Links
 from .published import fitted, points
+from .variants import variant_lines
 from .winners import Sizes, check_lines, fit_lines, link_lines, row, winner_lines
 
 EXAMPLE = """examples:
@@ -67,7 +68,19 @@ def run(args: argparse.Namespace) -> int:
     used = [_changed(links, args.inside, args.across) for links in published]
     rows = [row(sizes, ranks, tokens, *used) for tokens in args.tokens for ranks in args.ranks]
     out = sys.stderr if args.json == "-" else sys.stdout
-    lines = [FIRST, *link_lines(*published), "", *fit_lines(found), "", *check_lines(), "", SECOND, _second(sizes)]
+    lines = [
+        FIRST,
+        *link_lines(*published),
+        "",
+        *fit_lines(found),
+        "",
+        *variant_lines(),
+        "",
+        *check_lines(),
+        "",
+        SECOND,
+        _second(sizes),
+    ]
     if used != list(published):
         lines += link_lines(*used)
     print("\n".join([*lines, *winner_lines(rows)]), file=out)

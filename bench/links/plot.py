@@ -41,7 +41,7 @@ def draw(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], path: Path,
     handles, labels = axes[0].get_legend_handles_labels()
     below.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     below.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
     pyplot.close(figure)
 
 

@@ -2,11 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from headgate import cli
 from headgate.bench.links import published
-from headgate.bench.links.published import FITTED, HELD_OUT, LOW_LATENCY, at_the_card, fitted, low_latency_GBps, points
+from headgate.bench.links.published import (
+    EXPERTS,
+    FITTED,
+    HELD_OUT,
+    LOW_LATENCY,
+    PER_NODE,
+    TOP_K,
+    at_the_card,
+    fitted,
+    low_latency,
+    low_latency_GBps,
+    points,
+)
+from headgate.bench.links.variants import busiest, mean, variants
 from headgate.bench.links.winners import OURS, Sizes, row
 from headgate.placement.links import H800_CX7
 
@@ -43,6 +57,34 @@ def test_the_normal_kernels_between_nodes_were_not_used_and_come_out_near():
         found = errors("normal", direction, "not used")
         assert set(found) == {16, 32, 64}
         assert max(map(abs, found.values())) < 0.12
+
+
+def test_no_variant_with_as_few_parameters_foretells_combine_within_5_percent():
+    found = variants()
+    assert len(found) == 7
+    for direction in ("dispatch", "combine"):
+        same = [errors("low-latency", direction, "held out")[r] for r in HELD_OUT]
+        assert found[f"at once, {direction}"][0] == pytest.approx(same)
+    for name, (wrong, _) in found.items():
+        assert (max(map(abs, wrong)) > 0.05) == (not name.endswith("dispatch")), name
+    link = found["the busiest rank, dispatch"][1]
+    assert link.bandwidth_GBps > 50, "more than the card has"
+
+
+def test_the_busiest_of_many_ranks_gets_what_a_simulation_gives_it():
+    ranks, case = 32, low_latency(32)
+    rng = np.random.default_rng(0)
+    most = []
+    for _ in range(40):
+        scores = rng.random((case.tokens * ranks, EXPERTS))
+        ids = np.argpartition(scores, -TOP_K, axis=1)[:, -TOP_K:] // (EXPERTS // ranks)
+        node = np.arange(len(ids)) // case.tokens // PER_NODE
+        got = [
+            np.bincount(ids[node != n].ravel(), minlength=ranks)[n * PER_NODE : (n + 1) * PER_NODE] for n in range(4)
+        ]
+        most.append(max(map(max, got)))
+    assert np.mean(most) == pytest.approx(busiest(ranks), rel=0.01)
+    assert np.mean(most) > 1.04 * mean(ranks)
 
 
 def test_our_bytes_are_those_of_the_published_bandwidths():
