@@ -136,6 +136,7 @@ def the_model_under_every_fold():
 
 def decoders() -> dict[str, nn.Module]:
     """Small transformers models: norms of q and k over all heads, over one, none, and fewer heads of keys."""
+
     def make(name: str, **more) -> nn.Module:
         torch.manual_seed(5)
         config = getattr(transformers, f"{name}Config")(
