@@ -75,7 +75,7 @@ def test_the_busiest_of_many_ranks_gets_what_a_simulation_gives_it():
     ranks, case = 32, low_latency(32)
     rng = np.random.default_rng(0)
     most = []
-    for _ in range(40):
+    for _ in range(12):
         scores = rng.random((case.tokens * ranks, EXPERTS))
         ids = np.argpartition(scores, -TOP_K, axis=1)[:, -TOP_K:] // (EXPERTS // ranks)
         node = np.arange(len(ids)) // case.tokens // PER_NODE
@@ -83,7 +83,7 @@ def test_the_busiest_of_many_ranks_gets_what_a_simulation_gives_it():
             np.bincount(ids[node != n].ravel(), minlength=ranks)[n * PER_NODE : (n + 1) * PER_NODE] for n in range(4)
         ]
         most.append(max(map(max, got)))
-    assert np.mean(most) == pytest.approx(busiest(ranks), rel=0.01)
+    assert np.mean(most) == pytest.approx(busiest(ranks), rel=0.015)
     assert np.mean(most) > 1.04 * mean(ranks)
 
 
