@@ -38,7 +38,10 @@ from headgate.moe import Experts
 local_tensor = pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
 
 D, F, NODE, SLICES = 5, 6, 8, 2
-KINDS = [*(name for name in DISPATCHERS if name != "local"), "compose"]
+# One rank; memory that processes share; one of the others, once it has counted (tests/dispatch/test_auto.py).
+ELSEWHERE = ("local", "symmetric", "auto")
+PLAIN = [name for name in DISPATCHERS if name not in ELSEWHERE]
+KINDS = [*PLAIN, "compose"]
 SIZES = [16, 32, 64]
 
 
@@ -317,7 +320,7 @@ def expected_rows(kind: str, case: Case, size: int) -> list[tuple[str, list[list
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", [name for name in DISPATCHERS if name != "local"])
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("what", CASES)
 def test_a_row_travels_once_to_each_rank_or_node_that_needs_it(kind, size, what):
     case = draw(what, size, kind)
