@@ -4,9 +4,8 @@ a model of their interface (tests/support/elastic.py) elsewhere. Most rows are s
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
+import dispatch_cases as ranks
 import elastic
 import pytest
 import torch
@@ -16,9 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from headgate.dispatch import AllToAll, DeepEP, Local
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts
-
-sys.path.append(str(Path(__file__).parent))
-import ranks
 
 CHECKS = {}
 D, F, T, K = 256, 6, 64, 16

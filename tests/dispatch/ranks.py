@@ -3,118 +3,45 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import os
-import re
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from dispatch_cases import (
+    A2A,
+    AG,
+    AR,
+    CHECKS,
+    MANY,
+    RS,
+    WIRED,
+    Case,
+    D,
+    F,
+    bytes_between_ranks,
+    cases,
+    check,
+    close,
+    counted,
+    make,
+    summed,
+)
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
 
-from headgate.dispatch import (
-    DISPATCHERS,
-    AllGather,
-    AllToAll,
-    Compose,
-    Fold,
-    Hierarchical,
-    Local,
-    SliceAllReduce,
-    Symmetric,
-    collectives,
-    window,
-)
+from headgate.dispatch import AllGather, AllToAll, Hierarchical, Local, SliceAllReduce, Symmetric
 from headgate.dispatch.volume import distinct_parts
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts, MoE
-from headgate.placement.links import Link, Links
 
-CHECKS: dict[str, Callable[[], None]] = {}
-D, F = 5, 6
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
-
-
-def make(kind: str, **options):
-    """A dispatcher over all ranks; nodes of two ranks where there are levels."""
-    if kind == "hierarchical":
-        return Hierarchical(ranks_per_node=2 if dist.get_world_size() > 2 else 1, **options)
-    if kind == "auto":
-        options = {"links": LINKS, "ranks_per_node": 2 if dist.get_world_size() > 2 else 1} | options
-    return DISPATCHERS[kind](**options)
-
-
-LINKS = Links(Link(10, 1), Link(20, 1))  # so that few bytes take the fewest rounds
-MANY = [name for name in DISPATCHERS if name != "local"]
-WIRED = [name for name in MANY if name != "slice_all_reduce"]
-
-
-@dataclass
-class Case:
-    """Tokens of all ranks, known to each; `replicated`: every rank has them all, as SliceAllReduce wants."""
-
-    ids: torch.Tensor
-    experts: int
-    tokens: list[int]
-    replicated: bool
-    dtype: torch.dtype = torch.float64
-
-    def __post_init__(self):
-        total = sum(self.tokens)
-        self.x = torch.randn(total, D, dtype=torch.float64).to(self.dtype)
-        self.g = torch.randn(total, D, dtype=torch.float64).to(self.dtype)
-        self.weights = torch.rand(self.ids.shape, dtype=torch.float64).to(self.dtype)
-
-    def mine(self, t: torch.Tensor) -> torch.Tensor:
-        return t if self.replicated else t.split(self.tokens)[dist.get_rank()]
-
-    def routing(self) -> Routing:
-        return Routing.from_topk(self.mine(self.ids), self.mine(self.weights), self.experts)
-
-
-def cases(name: str, dtype=torch.float64) -> dict[str, Case]:
-    """Even and uneven tokens, all to one rank, more choices than ranks, nobody anywhere, ids of no expert."""
-    torch.manual_seed(7)
-    size, replicated = dist.get_world_size(), name == "slice_all_reduce"
-    even, uneven = [6] * size, [5, 0, 9, 1, 0, 3, 6, 2][:size]
-    experts = 4 * size
-
-    def different(tokens, k, among):
-        return torch.stack([torch.randperm(among)[:k] for _ in range(tokens)])
-
-    holes = different(sum(even), 2, experts)
-    holes[::3, 0], holes[1::4] = -1, experts
-    drawn = {
-        "even": (different(sum(even), 2, experts), even),
-        "uneven": (different(sum(uneven), 2, experts), uneven),
-        "all to one rank": (different(sum(even), 2, 4), even),
-        "more choices than ranks": (different(sum(uneven), 3 * size, experts), uneven),
-        "no expert": (torch.full((sum(even), 2), -1), even),
-        "holes": (holes, even),
-        "no tokens": (holes[:0], [0] * size),
-    }
-    return {what: Case(ids, experts, tokens, replicated, dtype) for what, (ids, tokens) in drawn.items()}
-
-
-def summed(t: torch.Tensor) -> torch.Tensor:
-    t = t.detach().clone()
-    dist.all_reduce(t)
-    return t
-
-
-def close(actual, expected, what, tolerance=1e-12):
-    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    if expected.numel():
-        error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
-        assert error <= tolerance * max(size, 1e-300), f"{what}: error {error:.3g} of {size:.3g}"
+sys.path.append(str(Path(__file__).parent))
+import ranks_auto  # noqa: F401  # these add checks of their own
+import ranks_compose  # noqa: F401
+import ranks_padded  # noqa: F401
+import ranks_window  # noqa: F401
+from ranks_wire import wires_keep_their_bounds, wires_of_the_backward_pass
 
 
 def adjoint(name):
@@ -300,7 +227,6 @@ def a_nan_stays_with_its_token(name):
 # --- what travels ------------------------------------------------------------------------------------------------
 
 # (dispatch, combine, backward of combine, backward of dispatch), by short names of collectives
-A2A, AG, RS, AR = "all_to_all", "all_gather", "reduce_scatter", "all_reduce"
 EXPECTED = {
     "all_gather": ([AG, AG], [RS], [AG], [RS]),
     "all_to_all": ([A2A, A2A], [A2A], [A2A], [A2A]),
@@ -309,14 +235,6 @@ EXPECTED = {
     "symmetric": ([AG], [], [], []),
     "auto": ([AR, A2A, A2A], [A2A], [A2A], [A2A]),
 }
-
-
-def counted(mode: CommDebugMode) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for op, n in mode.get_comm_counts().items():
-        name = re.sub(r"_(into_tensor|single|tensor|base)", "", str(op).split(".")[-1])
-        found[name] = found.get(name, 0) + n
-    return found
 
 
 def the_expected_collectives_and_no_others(name):
@@ -343,23 +261,6 @@ def the_expected_collectives_and_no_others(name):
         assert found == {c: expected.count(c) for c in expected}, f"{found}, expected {expected}"
     assert x.grad is not None
     assert weights.grad is not None
-
-
-@contextmanager
-def bytes_between_ranks():
-    """Collects (group's ranks, bytes to each of them) of every all-to-all."""
-    seen, original = [], collectives.all_to_all
-
-    def all_to_all(x, received, sent, group):
-        each = x[:1].numel() * x.element_size() if len(x) else 0
-        seen.append((dist.get_process_group_ranks(group), [n * each for n in sent]))
-        return original(x, received, sent, group)
-
-    collectives.all_to_all = all_to_all
-    try:
-        yield seen
-    finally:
-        collectives.all_to_all = original
 
 
 @check
@@ -477,56 +378,6 @@ def a_call_too_few_is_noticed():
         dispatcher.dispatch(torch.zeros(1, 2), routing)
 
 
-def limited(case: Case, capacity: int = 4) -> Routing:
-    """The case's routing without an expert's pairs beyond the first `capacity` of this rank."""
-    routing = case.routing()
-    ids = routing.expert_ids.clone()
-    for e in range(case.experts):
-        at = (ids.flatten() == e).nonzero().flatten()[capacity:]
-        ids.view(-1)[at] = -1
-    return Routing(ids, routing.weights, routing.num_experts, capacity=capacity)
-
-
-@check
-def padded_to_capacity_the_shapes_do_not_depend_on_the_choice():
-    """As many rows to every rank, and the numbers of the same routing without padding."""
-    size, shapes = dist.get_world_size(), set()
-    for what in ("even", "all to one rank", "holes", "no expert"):
-        case = cases("all_to_all")[what]
-        routing, results = limited(case), []
-        for r in (routing, Routing(routing.expert_ids, routing.weights, routing.num_experts)):
-            torch.manual_seed(3)
-            experts = Experts(case.experts, D, F, bias=True, dispatcher=AllToAll(), dtype=torch.float64)
-            x, w = case.mine(case.x).clone().requires_grad_(), r.weights.clone().requires_grad_()
-            r = dataclasses.replace(r, weights=w)
-            y = experts(x, r)
-            (y * case.mine(case.g)).sum().backward()
-            results.append([y.detach(), x.grad, w.grad, *(p.grad for p in experts.parameters())])
-        for a, b in zip(*results, strict=True):
-            close(a, b, what, 1e-12)
-        with bytes_between_ranks() as seen:
-            rows, _, ticket = AllToAll().dispatch(case.mine(case.x), routing)
-            y = AllToAll().combine(rows, ticket)
-        assert y.shape == (6, D)
-        shapes.add((tuple(rows.shape), routing.expert_ids.shape[1], *(tuple(moved) for _, moved in seen)))
-    assert len(shapes) == 1, shapes
-    assert next(iter(shapes))[0] == (size * min(6, 4 * 4), D)
-
-
-@check
-def padded_to_capacity_later_calls_need_no_counts():
-    case = cases("all_to_all")["even"]
-    for check, expected in (("first", [{AG: 1, A2A: 1}, {A2A: 1}, {A2A: 1}]), ("always", [{AG: 1, A2A: 1}] * 2)):
-        dispatcher = AllToAll(check=check)
-        for wanted in expected:
-            with CommDebugMode() as mode:
-                dispatcher.dispatch(case.mine(case.x), limited(case))
-            assert counted(mode) == wanted, check
-    size, odd = dist.get_world_size(), dist.get_rank() == dist.get_world_size() - 1
-    with pytest.raises(ValueError, match=f"capacity must be the same on every rank, got 5 on rank {size - 1} and 4 on"):
-        AllToAll().dispatch(case.mine(case.x), limited(case, 5 if odd else 4))
-
-
 @check
 def slice_all_reduce_can_check_the_first_call_only():
     dispatcher = SliceAllReduce(check="first")
@@ -535,95 +386,6 @@ def slice_all_reduce_can_check_the_first_call_only():
         with CommDebugMode() as mode:
             dispatcher.dispatch(torch.zeros(1, 2), routing)
         assert counted(mode) == expected
-
-
-# --- wire formats -------------------------------------------------------------------------------------------------
-
-
-def bound(t: torch.Tensor, wire: str) -> torch.Tensor:
-    """The stated largest error of each element (dispatch/wire.py), and 2^-22 of the row's largest for arithmetic."""
-    if wire == "exact" or not t.numel():
-        return torch.zeros_like(t)
-    m = t.abs().amax(1, keepdim=True)
-    if wire == "bf16":
-        return t.abs() * 2**-8 + 2**-134
-    s = (m / (448 if wire == "fp8" else 127)).clamp_min(2**-126)
-    error = torch.maximum(t.abs() * 2**-4, s * 2**-10) if wire == "fp8" else (s / 2).expand_as(t)
-    return error + 2**-22 * m
-
-
-def grown(t: torch.Tensor, error: torch.Tensor, wire: str) -> torch.Tensor:
-    """The bound after another rounding of numbers that are already off by `error`."""
-    return error + bound(t.abs() + error, wire)
-
-
-def wires_keep_their_bounds(name):
-    for wire in ("bf16", "fp8", "int8"):
-        exact, lossy = make(name), make(name, wire=wire)
-        levels = 2 if name == "hierarchical" else 1
-        case = cases(name)["uneven"]
-        x = case.mine(case.x)
-        rows, local, ticket = exact.dispatch(x, case.routing())
-        coarse, same, coarse_ticket = lossy.dispatch(x, case.routing())
-        assert torch.equal(local.expert_ids, same.expert_ids), wire
-        assert torch.equal(local.weights, same.weights), wire
-        allowed = torch.zeros_like(rows)
-        for _ in range(levels):
-            allowed = grown(rows, allowed, wire)
-        assert ((rows - coarse).abs() <= allowed).all(), f"{wire}: dispatch"
-        assert not len(rows) or not torch.equal(rows, coarse), f"{wire}: dispatch is not lossy at all"
-        y, coarse_y = exact.combine(rows, ticket), lossy.combine(rows, coarse_ticket)
-        value, allowed = rows, torch.zeros_like(rows)
-        ticket = getattr(ticket, "ticket", ticket)  # that of the dispatcher chosen
-        routes = ticket.routes if hasattr(ticket, "routes") else (ticket.route,)
-        for route in reversed(routes):
-            error = grown(value, allowed, wire)
-            value, _ = route.back(value, [], "exact")
-            allowed, _ = route.back(error, [], "exact")
-        allowed = allowed[: len(y)] + 1e-9
-        assert ((y - coarse_y).abs() <= allowed).all(), f"{wire}: combine"
-
-
-def wires_of_the_backward_pass(name):
-    case = cases(name)["even"]
-    for wire in ("bf16", "fp8", "int8"):
-        gradients, outputs = [], []
-        for formats in ("exact", wire, (wire, "exact"), ("exact", wire)):
-            d = make(name, backward_wire=formats)
-            x = case.mine(case.x).clone().requires_grad_()
-            rows, _, ticket = d.dispatch(x, case.routing())
-            y = d.combine(rows, ticket)
-            (y * case.mine(case.g)).sum().backward()
-            gradients.append(x.grad)
-            outputs.append(y.detach())
-        assert torch.equal(outputs[0], outputs[1]), f"{wire}: forward"
-        differs = [not torch.equal(gradients[0], g) for g in gradients[1:]]
-        assert all(differs), f"{wire}: backward is exact"
-        close(gradients[1], gradients[0], wire, {"bf16": 2e-2, "fp8": 0.3, "int8": 5e-2}[wire])
-
-
-@check
-def narrow_rows_are_fewer_bytes():
-    size = {"exact": 8 * D, "bf16": 2 * D, "fp8": D + 4, "int8": D + 4}
-    case = cases("all_to_all")["even"]
-    for wire, each in size.items():
-        d = AllToAll(wire=("exact", wire))
-        with bytes_between_ranks() as seen:
-            rows, _, ticket = d.dispatch(case.mine(case.x), case.routing())
-            d.combine(rows, ticket)
-        assert seen[-1][1] == [n * each for n in ticket.routes[0].received], wire
-
-
-@check
-def a_row_with_an_overflow_arrives_as_nan():
-    case = cases("all_to_all")["even"]
-    case.x[3, 1] = float("inf")
-    for wire in ("fp8", "int8"):
-        rows, _, ticket = AllToAll(wire=(wire, "exact")).dispatch(case.mine(case.x), case.routing())
-        y = AllToAll().combine(rows, ticket)
-        broken = torch.zeros(len(case.x), D, dtype=torch.bool)
-        broken[3] = True
-        assert torch.equal(y.isnan(), case.mine(broken)), wire
 
 
 # --- use ----------------------------------------------------------------------------------------------------------
@@ -671,249 +433,6 @@ def a_part_of_the_ranks_can_be_the_group():
         assert len(d.local_experts(8)) == 8 // over
         rows, _, ticket = d.dispatch(torch.ones(2, D), routing)
         assert d.combine(rows, ticket).shape == (2, D)
-
-
-# --- compositions -------------------------------------------------------------------------------------------------
-
-
-def compositions() -> dict[str, Compose]:
-    """Two dispatchers, one inside the other: over half of the ranks, and between neighbours."""
-    half = max(dist.get_world_size() // 2, 1)
-    fold = Fold({"dp": dist.get_world_size()}, {"ep": half, "etp": dist.get_world_size() // half})
-    ep, etp = fold.group("ep"), fold.group("etp")
-    return {
-        "all-to-all, gathered slices": Compose(AllToAll(ep), AllGather(etp, sliced=True)),
-        "two levels, gathered slices": Compose(Hierarchical(ep, min(half, 2)), AllGather(etp, sliced=True)),
-        "all-gather, all-to-all": Compose(AllGather(ep), AllToAll(etp)),
-        "all-to-all twice": Compose(AllToAll(ep), AllToAll(etp)),
-        "all-reduce, slices reduced": Compose(SliceAllReduce(ep), SliceAllReduce(etp, sliced=True)),
-    }
-
-
-@check
-def a_composition_is_an_operator_and_its_adjoint():
-    for name, dispatcher in compositions().items():
-        replicated = isinstance(dispatcher.outer, SliceAllReduce)
-        for what, case in cases("slice_all_reduce" if replicated else "all_to_all").items():
-            x = case.mine(case.x).clone().requires_grad_()
-            rows, local, ticket = dispatcher.dispatch(x, case.routing())
-            assert local.num_experts == len(dispatcher.local_experts(case.experts)), (name, what)
-            torch.manual_seed(dist.get_rank())
-            r = torch.randn_like(rows).requires_grad_()
-            y = dispatcher.combine(r, ticket)
-            left, right = summed((rows * r).sum()), (x * y).sum().detach()
-            size, right = summed((rows * r).abs().sum()).item(), right if replicated else summed(right)
-            assert abs(left - right).item() <= 1e-12 * size, f"{name}, {what}: {left} and {right}"
-            close(torch.autograd.grad((rows * r.detach()).sum(), x)[0], y.detach(), f"{name}, {what}")
-            g = case.mine(case.g)
-            close(
-                torch.autograd.grad((y * g).sum(), r)[0], dispatcher.dispatch(g, case.routing())[0], f"{name}, {what}"
-            )
-
-
-@check
-def a_composition_has_the_collectives_of_its_parts():
-    dispatcher, case = compositions()["all-to-all, gathered slices"], cases("all_to_all")["uneven"]
-    with CommDebugMode() as mode:
-        rows, _, ticket = dispatcher.dispatch(case.mine(case.x), case.routing())
-    assert counted(mode) == {A2A: 2, AG: 2}
-    with CommDebugMode() as mode:
-        dispatcher.combine(rows, ticket)
-    assert counted(mode) == {RS: 1, A2A: 1}
-
-
-@check
-def a_composition_is_made_of_dispatchers():
-    with pytest.raises(TypeError, match="Compose: inner must be a dispatcher such as AllToAll"):
-        Compose(AllToAll(), AllGather)
-
-
-# --- the choice ---------------------------------------------------------------------------------------------------
-
-FAR = Links(Link(1, 1), Link(1, 1e-3))
-
-
-def everywhere(t) -> list:
-    """The object of every rank."""
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, t)
-    return found
-
-
-def to_both_ranks_of_a_node() -> Case:
-    """Token t goes to all ranks of node t mod N: half as many rows across, by node, as by rank."""
-    size = dist.get_world_size()
-    per_node = 2 if size > 2 else 1
-    first = torch.arange(6 * size) % (size // per_node) * per_node * 4
-    return Case(torch.stack([first, first + 4 * (per_node - 1) + 1], 1), 4 * size, [6] * size, False)
-
-
-@check
-def auto_is_the_dispatcher_that_it_chose():
-    """Row for row; and it has chosen: every token to every rank, few bytes, a slow link between nodes."""
-    two = to_both_ranks_of_a_node()
-    for links, case, expected in [
-        (FAR, cases("auto")["more choices than ranks"], "all_gather"),
-        (LINKS, two, "all_to_all"),
-        (FAR, two, "hierarchical" if dist.get_world_size() > 2 else "all_to_all"),
-    ]:
-        chosen, auto = make(expected), make("auto", links=links)
-        rows, local, ticket = auto.dispatch(case.mine(case.x), case.routing())
-        assert auto.choice == expected, auto.why()
-        same, same_local, same_ticket = chosen.dispatch(case.mine(case.x), case.routing())
-        assert torch.equal(rows, same), expected
-        assert torch.equal(local.expert_ids, same_local.expert_ids), expected
-        assert torch.equal(auto.combine(rows, ticket), chosen.combine(same, same_ticket)), expected
-
-
-@check
-def auto_counts_the_rows_that_the_dispatchers_move():
-    size, rank = dist.get_world_size(), dist.get_rank()
-    per_node = 2 if size > 2 else 1
-    for what, case in cases("auto").items():
-        auto = make("auto")
-        auto.dispatch(case.mine(case.x), case.routing())
-        _, _, one = AllToAll().dispatch(case.mine(case.x), case.routing())
-        _, _, two = make("hierarchical").dispatch(case.mine(case.x), case.routing())
-        node = range(rank // per_node * per_node, (rank // per_node + 1) * per_node)
-        moved = []
-        for way in ("sent", "received"):
-            direct = getattr(one.routes[0], way)
-            across, inside = (getattr(route, way) for route in two.routes)
-            near = sum(n for r, n in enumerate(direct) if r in node and r != rank)
-            far = sum(n for r, n in enumerate(direct) if r not in node)
-            passed = sum(n for r, n in enumerate(inside) if r != rank % per_node)
-            over = sum(n for r, n in enumerate(across) if r != rank // per_node)
-            moved.append((near, far, passed, over))
-        most = [max(n) for n in zip(*(flow for flows in everywhere(moved) for flow in flows), strict=True)]
-        found = auto.found.rows
-        assert [found["all_to_all"].inside, found["all_to_all"].across] == most[:2], what
-        assert [found["hierarchical"].inside, found["hierarchical"].across] == most[2:], what
-        every = max(case.tokens)
-        nodes = size // per_node
-        assert (found["all_gather"].inside, found["all_gather"].across) == (every * (size - nodes), every * (nodes - 1))
-
-
-@check
-def ranks_with_different_routings_and_links_choose_alike():
-    """Alone each would choose something else: the first rank keeps its tokens, the others send them everywhere."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    k = 3 * size
-    ids = torch.arange(k).repeat(4 * rank + 1, 1) if rank else torch.arange(2).repeat(5, 1)
-    ids = torch.nn.functional.pad(ids, (0, k - ids.shape[1]), value=-1)
-    routing = Routing.from_topk(ids, torch.ones(ids.shape), 4 * size)
-    auto = make("auto", links=Links(Link(1 + rank, 1), Link(1 + 5 * rank, 1 if rank else 1e-3)))
-    rows, _, ticket = auto.dispatch(torch.ones(len(ids), D), routing)
-    assert len(set(everywhere((auto.choice, auto.why())))) == 1
-    assert auto.found.links == Links(Link(1, 1), Link(1, 1e-3)), "those of the first rank"
-    assert auto.found.tokens == 4 * size - 3
-    assert auto.combine(rows, ticket).shape == (len(ids), D)
-
-
-@check
-def auto_counts_in_one_of_every_calls_and_chooses_anew():
-    few, many = cases("auto")["no expert"], to_both_ranks_of_a_node()
-    auto = make("auto", links=FAR, every=3)
-    choices = []
-    for case in (few, many, many, many, few, many):
-        with CommDebugMode() as mode:
-            auto.dispatch(case.mine(case.x), case.routing())
-        choices.append((auto.choice, counted(mode).get(AR, 0)))
-    # with no row to send only latency counts: one round beats two
-    after = "hierarchical" if dist.get_world_size() > 2 else "all_to_all"
-    expected = [("all_to_all", 1), ("all_to_all", 0), ("all_to_all", 0), (after, 1), (after, 0), (after, 0)]
-    assert choices == expected, choices
-
-
-@check
-def the_choice_waits_for_backward_passes_to_come():
-    """Recomputation gets the rows of its forward pass, though a count in between would choose another dispatcher."""
-    few, many = cases("auto")["no expert"], to_both_ranks_of_a_node()
-    gradients, auto = [], make("auto", links=FAR, every=1)
-    for d in (auto, AllToAll()):
-        torch.manual_seed(3)
-        experts = Experts(many.experts, D, F, dispatcher=d, dtype=torch.float64)
-        x, idle = (c.mine(c.x).clone().requires_grad_() for c in (many, few))
-        nothing = checkpoint(experts, idle, few.routing(), use_reentrant=False)
-        y = checkpoint(experts, x, many.routing(), use_reentrant=False)
-        for part in ((y * many.mine(many.g)).sum(), nothing.sum()):
-            assert auto.choice == "all_to_all", "a graph still waits"
-            part.backward()
-        gradients.append([x.grad, *(p.grad for p in experts.parameters())])
-    for a, b in zip(*gradients, strict=True):
-        close(a, b, "gradients")
-    auto.dispatch(many.mine(many.x), many.routing())
-    assert auto.choice == ("hierarchical" if dist.get_world_size() > 2 else "all_to_all"), auto.why()
-
-
-@check
-def links_are_measured_and_the_same_on_every_rank():
-    size = dist.get_world_size()
-    auto = DISPATCHERS["auto"](ranks_per_node=2 if size > 2 else 1)
-    case = cases("auto")["even"]
-    auto.dispatch(case.mine(case.x), case.routing())
-    links = auto.links
-    assert len(set(everywhere(links))) == 1
-    assert links == auto.found.links
-    assert (links.inside == Link(0, float("inf"))) == (size == 2), "a node of one rank has no link inside"
-    assert links.across.latency_us > 0
-    again = copy.deepcopy(auto)
-    again.dispatch(case.mine(case.x), case.routing())
-    assert (again.choice, again.found.rows) == (auto.choice, auto.found.rows)
-
-
-# --- one-sided copies ---------------------------------------------------------------------------------------------
-
-
-@check
-def one_sided_copies_give_the_bits_of_messages():
-    for what, case in cases("symmetric", torch.bfloat16).items():
-        results = []
-        for d in (Symmetric(), AllToAll()):
-            x, weights = (case.mine(t).clone().requires_grad_() for t in (case.x, case.weights))
-            rows, local, ticket = d.dispatch(x, Routing.from_topk(case.mine(case.ids), weights, case.experts))
-            y = d.combine(rows * local.weights.sum(1, keepdim=True), ticket)
-            (y * case.mine(case.g)).sum().backward()
-            results.append([rows.detach(), local.expert_ids, y.detach(), x.grad, weights.grad])
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b), what
-
-
-@check
-def a_window_grows_in_step_and_leaves_no_file():
-    d, opened, original = Symmetric(), [], window.CPUWindow
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window, "shared_folder", os.getcwd)  # the folder of this test alone
-        patch.setattr(window, "CPUWindow", lambda *arguments: opened.append(arguments[1]) or original(*arguments))
-        for tokens in (1, 30, 600, 800, 2, 2000):  # only the last rank has many
-            tokens = tokens if dist.get_rank() == dist.get_world_size() - 1 else 1
-            ids = torch.arange(tokens).view(tokens, 1) % dist.get_world_size()
-            x = torch.randn(tokens, 1000)
-            rows, _, ticket = d.dispatch(x, Routing.from_topk(ids, torch.ones(tokens, 1), dist.get_world_size()))
-            assert torch.equal(d.combine(rows, ticket), x)
-    # 600 rows of 1000 * 4 + 1 * (4 + 4) bytes are 2.4 MB; 800 want more than that, and get twice as much
-    assert opened == [n * 2**20 for n in (1, 3, 6, 12)]
-    dist.barrier()
-    assert not [name for name in os.listdir() if name.startswith("headgate-")]
-
-
-@check
-def memory_that_cannot_be_shared_is_an_error_on_every_rank():
-    """The last rank is as on another machine, first for its own file and then for those of the others."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    routing = Routing.from_topk(torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), size)
-    mapped = window._mapped
-    elsewhere = {"shared_folder": lambda: "/nowhere", "_mapped": lambda name, nbytes: mapped("/nowhere", nbytes)}
-    for name, instead in elsewhere.items():
-        d = Symmetric()
-        with pytest.MonkeyPatch.context() as patch:
-            if rank == size - 1:
-                patch.setattr(window, name, instead)
-            words = rf"^Symmetric: group must be ranks of one machine, .* got on rank {size - 1}: .*No such file"
-            with pytest.raises(ValueError, match=words):
-                d.dispatch(torch.zeros(3, D), routing)
-        rows, _, ticket = d.dispatch(torch.ones(3, D), routing)  # and it can go on
-        assert torch.equal(d.combine(rows, ticket), torch.ones(3, D))
 
 
 for each_name in MANY:
