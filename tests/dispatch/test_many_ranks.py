@@ -31,7 +31,7 @@ from headgate.dispatch import (
     SliceAllReduce,
     collectives,
 )
-from headgate.dispatch.volume import distinct_parts
+from headgate.placement.volume import distinct_parts
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts
 
