@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
 
-from headgate.dispatch import DISPATCHERS, AllGather, AllToAll, Hierarchical, Local, SliceAllReduce, collectives
+from headgate.dispatch import DISPATCHERS, AllGather, AllToAll, Auto, Hierarchical, Local, SliceAllReduce, collectives
 from headgate.dispatch.volume import distinct_parts
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts, MoE
@@ -606,7 +606,7 @@ def a_part_of_the_ranks_can_be_the_group():
     mesh = dist.init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("half", "rank"))
     group = mesh.get_group("rank")
     routing = Routing.from_topk(torch.tensor([[0, 3], [2, 1]]), torch.ones(2, 2), 8)
-    dispatchers = [AllGather(group), AllToAll(group), SliceAllReduce(group), Hierarchical(group, 1)]
+    dispatchers = [AllGather(group), AllToAll(group), SliceAllReduce(group), Hierarchical(group, 1), Auto(group)]
     for d in [*dispatchers, Hierarchical.of_mesh(mesh)]:
         over = size if isinstance(d, Hierarchical) and d.size == size else size // 2
         assert len(d.local_experts(8)) == 8 // over
