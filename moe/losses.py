@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..dispatch import collectives
 from ..kernels.routing import Routing
 
 _EPS = 1e-20
@@ -41,8 +42,7 @@ def load_balancing_loss(routing: Routing, *, sequences: int = 1, group: dist.Pro
         counts = _count(routing.expert_ids, experts, sequences).to(mean.dtype)
     if group is None:
         return experts * (counts / max(tokens // sequences, 1) * mean).sum() / sequences
-    total = torch.cat([counts[0], counts.new_full((1,), tokens)])
-    dist.all_reduce(total, group=group)
+    total = collectives.all_reduce(torch.cat([counts[0], counts.new_full((1,), tokens)]), group)
     return experts * (total[:-1] / total[-1].clamp_min(1) * mean[0]).sum()
 
 
