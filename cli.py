@@ -24,6 +24,15 @@ DEMO_EXAMPLE = """examples:
   headgate demo
   headgate demo --text moby-dick.txt --steps 300 --output whale
 """
+TRAIN = """\
+Trains the demo's model on real text over all ranks that torchrun started (without it: one), under any fold of data,
+context, tensor, expert and pipeline parallelism. The losses are those of one process, up to rounding.
+"""
+TRAIN_EXAMPLE = """examples:
+  headgate train --steps 20
+  torchrun --nproc-per-node 4 --no-python headgate train --fold dp=2,tp=2,ep=4
+  torchrun --nproc-per-node 4 --no-python headgate train --fold pp=2,cp=2,ep=2 --checkpoint run --every 50
+"""
 DOCTOR_EXAMPLE = """examples:
   headgate doctor
   headgate doctor ./OLMoE-1B-7B        the folder of a transformers model; only its config.json is read
@@ -36,9 +45,11 @@ BENCH_EXAMPLE = """examples:
 # name -> (module of its options and its run, what it is)
 BENCHMARKS = {
     "moe": (".bench.moe", "the expert layer beside its rivals"),
+    "dispatch": (".bench.dispatch.command", "the dispatchers beside rivals, on gloo ranks of this machine"),
     "compile": (".bench.gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
     "roofline": (".bench.gpu.roofline", "FLOPs, bytes and floor time of every launch"),
     "sweep": (".bench.gpu.sweep", "the chosen tiles beside all others, on a GPU"),
+    "links": (".bench.links", "the links behind published tables, and which dispatcher wins where"),
 }
 
 
@@ -71,6 +82,14 @@ def demo(args: argparse.Namespace) -> int:
     return 130 if tour.interrupted else 0
 
 
+def train(args: argparse.Namespace) -> int:
+    """The demo's model over many ranks; with --json its figures go to standard output, all else to standard error."""
+    _need("transformers", "train", "hf")
+    from .bench.train import run
+
+    return run(args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     """What this machine can run."""
     from .bench.doctor import run
@@ -99,6 +118,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     tour.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     tour.add_argument("--json", action="store_true", help="print the figures as JSON on standard output")
     tour.set_defaults(call=demo)
+
+    training = _command(add, "train", help="the same model over many ranks", description=TRAIN, epilog=TRAIN_EXAMPLE)
+    if argv[:1] == ["train"]:  # the options name the model's sizes, which loads torch: not for `headgate --help`
+        importlib.import_module(".bench.train", __package__).add_arguments(training)
+    training.set_defaults(call=train)
 
     about = "What this machine can run; with MODEL, what the swap takes of it, and the calls that really ran."
     check = _command(add, "doctor", help="what this machine can run", description=about, epilog=DOCTOR_EXAMPLE)

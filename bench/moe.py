@@ -157,10 +157,14 @@ def _refuse(args: argparse.Namespace) -> str | None:
             import transformers  # noqa: F401
         except ImportError:
             return "eager, batched_mm and grouped_mm need transformers (pip install 'headgate[hf]'); or --rivals sorted"
-    if args.json and args.json != "-":
-        folder = Path(args.json).resolve().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            return f"--json must name a file in a folder that can be written to, got {args.json}"
+    return _unwritable(args.json) if args.json else None
+
+
+def _unwritable(where: str) -> str | None:
+    """Why --json cannot go there."""
+    folder = Path(where).resolve().parent
+    if where != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        return f"--json must name a file in a folder that can be written to, got {where}"
     return None
 
 

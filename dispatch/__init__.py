@@ -2,13 +2,35 @@
 
 from .all_gather import AllGather
 from .all_to_all import AllToAll
+from .auto import Auto
+from .compose import Compose
+from .deep_ep import DeepEP
+from .fold import Fold
 from .hierarchical import Hierarchical
 from .local import Local
+from .measure import measure
 from .protocol import Dispatcher
 from .rollcall import DeadRanks
 from .slice_all_reduce import SliceAllReduce
+from .symmetric import Symmetric
 
-__all__ = ["DISPATCHERS", "AllGather", "AllToAll", "DeadRanks", "Dispatcher", "Hierarchical", "Local", "SliceAllReduce"]
+__all__ = [
+    "DISPATCHERS",
+    "ENGINES",
+    "AllGather",
+    "AllToAll",
+    "Auto",
+    "Compose",
+    "DeadRanks",
+    "DeepEP",
+    "Dispatcher",
+    "Fold",
+    "Hierarchical",
+    "Local",
+    "SliceAllReduce",
+    "Symmetric",
+    "measure",
+]
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
     "local": Local,
@@ -16,4 +38,9 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
     "all_to_all": AllToAll,
     "hierarchical": Hierarchical,
     "slice_all_reduce": SliceAllReduce,
+    "symmetric": Symmetric,
+    "auto": Auto,
 }
+
+# Dispatchers on somebody else's kernels: `why_not()` says what is missing here, or None.
+ENGINES: dict[str, type[DeepEP]] = {"deep_ep": DeepEP}

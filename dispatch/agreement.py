@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GRADIENTS = ("none", "x", "weights", "x and weights")
 FIELDS = (
     *("dispatcher", "name", "call", "num_experts", "top_k", "hidden_size", "dtype", "weights_dtype"),
-    *("wire", "backward_wire", "gradients", "tokens"),
+    *("wire", "backward_wire", "gradients", "tokens", "capacity"),
 )
 _FREE = -1  # a field that ranks need not agree on in this call
 
@@ -37,7 +37,7 @@ def disagreement(headers: Sequence[Sequence[int]], ranks: Sequence[int]) -> Comp
     A pure function of what every rank sees, so that all come to the same words; a tie goes to the lowest rank.
     """
     for field, values in enumerate(zip(*headers, strict=True)):
-        if len(set(values)) > 1:
+        if any(v != values[0] for v in values):
             most = max(values, key=lambda v: (values.count(v), -values.index(v)))
             odd = next(i for i, v in enumerate(values) if v != most)
             return field + 1, ranks[odd], values[odd], ranks[values.index(most)], most
@@ -61,8 +61,8 @@ class Agreement:
     def __deepcopy__(self, memo: object) -> Agreement:
         return Agreement(self.who, self.group, self.name, self.wires)  # a group cannot be copied, and need not be
 
-    def header(self, x: Tensor, routing: Routing, tokens: int = _FREE) -> list[int]:
-        """This rank's values of FIELDS for its next call. `tokens`: where all ranks must have as many."""
+    def header(self, x: Tensor, routing: Routing, tokens: int = _FREE, capacity: int = _FREE) -> list[int]:
+        """This rank's values of FIELDS for its next call. `tokens`, `capacity`: where all ranks must have the same."""
         if x.dim() != 2 or x.shape[0] != routing.expert_ids.shape[0]:
             raise ValueError(
                 f"{self.who}: x must be [T, D] with a row for each of the routing's "
@@ -80,7 +80,7 @@ class Agreement:
             *(_DTYPES.index(x.dtype), _DTYPES.index(routing.weights.dtype)),
             _pair(wires.dispatch, wires.combine),
             _pair(wires.dispatch_backward, wires.combine_backward),
-            *(gradients, tokens),
+            *(gradients, tokens, capacity),
         ]
 
     def exchange(
@@ -99,9 +99,15 @@ class Agreement:
 
     def gather(self, header: list[int], tokens: int, device: torch.device) -> tuple[list[int], Complaint]:
         """The tokens of each rank of the group, and what is wrong: one all-gather of a few integers."""
-        mine = torch.tensor([[tokens, *_NONE, *header]], device=device)
-        rows = collectives.all_gather(mine, self.group).tolist()
-        return [row[0] for row in rows], self._verdict([row[1:] for row in rows])
+        rows, complaint = self.table(header, torch.tensor([tokens], device=device))
+        return [row[0] for row in rows], complaint
+
+    def table(self, header: list[int], counts: Tensor) -> tuple[list[list[int]], Complaint]:
+        """`counts` int64 [C] of each rank of the group, as many on each, and what is wrong: one all-gather."""
+        mine = torch.cat([torch.tensor([*_NONE, *header], device=counts.device), counts])
+        rows = collectives.all_gather(mine[None], self.group).tolist()
+        n = len(_NONE) + len(header)
+        return [row[n:] for row in rows], self._verdict([row[:n] for row in rows])
 
     def _verdict(self, rows: list[list[int]]) -> Complaint:
         for row in rows:

@@ -67,8 +67,9 @@ class Ticket:
 class AllGather:
     """Experts E/G to a rank, in rank order; every rank sees every row and computes those that chose its experts.
 
-    Arguments as for AllToAll. A rank with fewer tokens than another adds rows of zeros, which choose no expert and cost
-    no product, so R = G * max T.
+    With `sliced` each rank holds a slice (of F) of every expert instead and computes its part of the sum for every
+    row: expert tensor parallelism, usually inside a Compose. Other arguments as for AllToAll. A rank with fewer tokens
+    than another adds rows of zeros, which choose no expert and cost no product, so R = G * max T.
 
     A dispatch is two all-gathers: the token counts and the agreement (one wait for the device), and one message per row
     with its ids and weights, so that (G - 1) * max T messages of D * b + K * (4 + w) bytes leave a rank, in a ring.
@@ -83,14 +84,18 @@ class AllGather:
         self,
         group: dist.ProcessGroup | None = None,
         *,
+        sliced: bool = False,
         wire: str | tuple[str, str] = "exact",
         backward_wire: str | tuple[str, str] = "exact",
         name: str = "",
     ) -> None:
+        self.sliced = sliced
         self.wires = Wires.of("AllGather", wire, backward_wire)
         self.agreement = Agreement("AllGather", group, name, self.wires)
 
     def local_experts(self, num_experts: int) -> range:
+        if self.sliced:
+            return range(num_experts)
         return held_experts("AllGather", num_experts, self.agreement.rank, self.agreement.size)
 
     @torch.compiler.disable
@@ -116,4 +121,4 @@ class AllGather:
         return y[: ticket.tokens]
 
     def __repr__(self) -> str:
-        return f"AllGather({self.agreement})"
+        return f"AllGather({self.agreement}{', sliced' if self.sliced else ''})"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.routing import Routing
@@ -33,30 +34,27 @@ class Exchange:
     def send(self, rows: Tensor | None, beside: Sequence[Tensor], wire: str) -> tuple[Tensor | None, list[Tensor]]:
         outgoing, inverse = message(rows, beside, wire)
         copies = outgoing.index_select(0, self.token_of_row)
-        return inverse(collectives.all_to_all(copies, self.received, self.sent, self.group), None)
+        return inverse(self.move(copies, home=False), None)
 
     def back(self, rows: Tensor | None, beside: Sequence[Tensor], wire: str) -> tuple[Tensor | None, list[Tensor]]:
         outgoing, inverse = message(rows, beside, wire)
         wide = None if rows is None or wire == "exact" else sum_dtype(rows.dtype)
-        home, moved = inverse(collectives.all_to_all(outgoing, self.sent, self.received, self.group), wide)
-        y = None if home is None or rows is None else self._sum(home, rows.dtype)
-        return y, [self._sum(t, t.dtype) for t in moved]
+        home, moved = inverse(self.move(outgoing, home=True), wide)
+        y = None if home is None or rows is None else sum_at_places(home, self.place, rows.dtype)
+        return y, [sum_at_places(t, self.place, t.dtype) for t in moved]
 
-    def _sum(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """For each token the sum of the rows at its places, ranks rising: no atomics, the same bits on every run."""
-        total = rows.new_zeros(self.place.shape[0], rows.shape[1], dtype=sum_dtype(dtype))
-        if rows.shape[0]:
-            for at in self.place.unbind(1):
-                total += torch.where(at[:, None] >= 0, rows.index_select(0, at.clamp_min(0)), 0)
-        return total.to(dtype)
+    def move(self, x: Tensor, home: bool) -> Tensor:
+        """x uint8 [N, B] in the order of their receivers -> [M, B] in that of their senders; `home`: the way back."""
+        received, sent = (self.sent, self.received) if home else (self.received, self.sent)
+        return collectives.all_to_all(x, received, sent, self.group)
 
 
-def destinations(ids: Tensor, held: range, group_size: int) -> tuple[Tensor, Tensor]:
+def destinations(ids: Tensor, held: range, group_size: int, room: int | None = None) -> tuple[Tensor, Tensor]:
     """Who needs which token: (counts int64 [G], places int64 [T, min(K, G)] of its copies, -1 for none).
 
     Each of the G members holds its part of the experts `held`, in a row. A token is copied once to each member that
-    holds one of its experts; the copies stand member by member, tokens rising. Needs a [T, G] table of booleans here,
-    and no wait for the device.
+    holds one of its experts; the copies stand member by member, tokens rising: one after the other, or each member's
+    from a multiple of `room` on. Needs a [T, G] table of booleans here, and no wait for the device.
     """
     tokens, k = ids.shape
     each = max(len(held) // group_size, 1)
@@ -68,17 +66,29 @@ def destinations(ids: Tensor, held: range, group_size: int) -> tuple[Tensor, Ten
     member = member.masked_fill(repeated, group_size).sort(1).values[:, : min(k, group_size)]
     hit = torch.zeros(tokens, group_size + 1, dtype=torch.bool, device=ids.device).scatter_(1, member, True)
     hit = hit[:, :group_size].t()  # [G, T]
-    position = hit.flatten().cumsum(0).view(group_size, tokens) - 1
+    if room is None:
+        position = hit.flatten().cumsum(0).view(group_size, tokens) - 1
+    else:
+        position = hit.cumsum(1) - 1 + torch.arange(group_size, device=ids.device)[:, None] * room
     token = torch.arange(tokens, device=ids.device)[:, None]
     place = torch.where(member < group_size, position[member.clamp_max(group_size - 1), token], -1)
     return hit.sum(1), place
 
 
-def tokens_of_places(place: Tensor, rows: int) -> Tensor:
-    """The token at each of the `rows` places: int64 [rows]."""
+def tokens_of_places(place: Tensor, rows: int, nobody: int = 0) -> Tensor:
+    """The token at each of the `rows` places, `nobody` where there is none: int64 [rows]."""
     tokens = torch.arange(place.shape[0], device=place.device)[:, None].expand_as(place)
     where = torch.where(place >= 0, place, rows)
-    return place.new_zeros(rows + 1).scatter_(0, where.flatten(), tokens.flatten())[:rows]
+    return place.new_full((rows + 1,), nobody).scatter_(0, where.flatten(), tokens.flatten())[:rows]
+
+
+def sum_at_places(rows: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
+    """For each token the sum of the rows at its places, ranks rising: no atomics, the same bits on every run."""
+    total = rows.new_zeros(place.shape[0], rows.shape[1], dtype=sum_dtype(dtype))
+    if rows.shape[0]:
+        for at in place.unbind(1):
+            total += torch.where(at[:, None] >= 0, rows.index_select(0, at.clamp_min(0)), 0)
+    return total.to(dtype)
 
 
 def exchange(
@@ -94,9 +104,10 @@ def exchange(
 
 @dataclass(frozen=True)
 class Ticket:
-    """What combine needs of a dispatch: the routes, outermost first, and what came and left."""
+    """What combine needs of a dispatch: the routes, outermost first, the tokens of this rank, what came and left."""
 
     routes: tuple[Exchange, ...]
+    tokens: int
     shape: torch.Size
     dtype: torch.dtype
 
@@ -107,6 +118,16 @@ def checked(who: str, rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Te
         rule = f"rows must be [R, D] as this dispatch gave them, {tuple(shape)}"
         raise ValueError(f"{who}: {rule}, got {tuple(rows.shape)}")
     return rows.to(dtype)
+
+
+def padded_exchange(agreement: Agreement, ids: Tensor, experts: int, room: int) -> Exchange:
+    """The route of as many rows, `room`, to and from every member, whoever chose what: the shapes are known beforehand.
+
+    The last row of `ids` [T + 1, K] chooses no expert and fills the places that nobody needs.
+    """
+    _, place = destinations(ids, range(experts), agreement.size, room)
+    token = tokens_of_places(place, agreement.size * room, nobody=ids.shape[0] - 1)
+    return Exchange(token, place, [room] * agreement.size, [room] * agreement.size, agreement.group)
 
 
 class AllToAll:
@@ -120,8 +141,13 @@ class AllToAll:
     A dispatch is two collectives: an all-to-all of the row counts and the agreement (one wait for the device), and one
     message per row with its ids and weights. Combine, and the backward pass of each, are one more. With a token's
     experts spread evenly each token makes d = G (1 - C(E - E/G, K) / C(E, K)) copies, of which d (G - 1) / G leave the
-    rank (dispatch/volume.py); a message has D * b + K * (4 + w) bytes, with b and w the sizes of a row's and of a
+    rank (placement/volume.py); a message has D * b + K * (4 + w) bytes, with b and w the sizes of a row's and of a
     weight's number, a returning row D * b.
+
+    Where the routing is limited to C pairs an expert (`Capacity(pad=True)`), each rank sends every rank n = min(T, C *
+    E/G) rows, filled up with rows of zeros that choose no expert: shapes depend on T and C alone, R = G * n. With
+    `check` "first" the ranks then compare notes in the first such call only, so that later ones have one collective
+    less and wait for nothing.
 
     Every rank of the group must take part in every call and in its backward pass, with no tokens too. It does not
     trace: torch.compile breaks the graph around it.
@@ -135,9 +161,12 @@ class AllToAll:
         *,
         wire: str | tuple[str, str] = "exact",
         backward_wire: str | tuple[str, str] = "exact",
+        check: str = "always",
         name: str = "",
     ) -> None:
-        self.wires = Wires.of("AllToAll", wire, backward_wire)
+        if check not in ("always", "first"):
+            raise ValueError(f"AllToAll: check must be 'always' or 'first', got {check!r}")
+        self.wires, self.check, self._checked = Wires.of("AllToAll", wire, backward_wire), check, False
         self.agreement = Agreement("AllToAll", group, name, self.wires)
 
     def local_experts(self, num_experts: int) -> range:
@@ -145,20 +174,38 @@ class AllToAll:
 
     @torch.compiler.disable
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Ticket]:
+        if routing.capacity is not None:
+            return self._dispatch_padded(x, routing, routing.capacity)
         header = self.agreement.header(x, routing)
         everything = range(routing.num_experts)
         route, complaint = exchange(self.agreement, header, routing.expert_ids, everything, (0, 0, 0, 0, 0))
         self.agreement.enforce(complaint)
-        held = self.local_experts(routing.num_experts)
         assert route is not None
-        wires = (self.wires.dispatch, self.wires.dispatch_backward)
-        rows, ids, weights = send(x, routing.expert_ids, routing.weights, route, wires)
-        return rows, Routing(localised(ids, held), weights, len(held)), Ticket((route,), rows.shape, x.dtype)
+        return self._send(x, routing.expert_ids, routing.weights, routing.num_experts, route, x.shape[0])
+
+    def _dispatch_padded(self, x: Tensor, routing: Routing, capacity: int) -> tuple[Tensor, Routing, Ticket]:
+        held = self.local_experts(routing.num_experts)
+        room = min(x.shape[0], capacity * len(held))
+        header = self.agreement.header(x, routing, tokens=x.shape[0], capacity=capacity)
+        if self.check == "always" or not self._checked:
+            self.agreement.enforce(self.agreement.gather(header, x.shape[0], x.device)[1])
+            self._checked = True
+        x, weights = (F.pad(t, (0, 0, 0, 1)) for t in (x, routing.weights))
+        ids = F.pad(routing.expert_ids, (0, 0, 0, 1), value=-1)
+        route = padded_exchange(self.agreement, ids, routing.num_experts, room)
+        return self._send(x, ids, weights, routing.num_experts, route, len(routing.expert_ids))
+
+    def _send(self, x: Tensor, ids: Tensor, weights: Tensor, experts: int, route: Exchange, tokens: int):
+        held = self.local_experts(experts)
+        rows, ids, weights = send(x, ids, weights, route, (self.wires.dispatch, self.wires.dispatch_backward))
+        ticket = Ticket((route,), tokens, rows.shape, x.dtype)
+        return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
     @torch.compiler.disable
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
         rows = checked("AllToAll", rows, ticket.shape, ticket.dtype)
-        return back(rows, ticket.routes[0], (self.wires.combine, self.wires.combine_backward))
+        y = back(rows, ticket.routes[0], (self.wires.combine, self.wires.combine_backward))
+        return y[: ticket.tokens]
 
     def __repr__(self) -> str:
         return f"AllToAll({self.agreement})"

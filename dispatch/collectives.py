@@ -7,6 +7,7 @@ one fails, the dead ranks are named (rollcall.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 from .rollcall import named
 
 _ops = torch.ops._c10d_functional
+T = TypeVar("T")
 
 
 @named
@@ -39,3 +41,28 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x -> the sum over ranks, in x's dtype."""
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group.group_name))
+
+
+@named
+def all_gather_objects(thing: T, group: dist.ProcessGroup) -> list[T]:
+    """What each rank has to say, in rank order: for rare and small things, as it is pickled."""
+    everybody = [thing] * group.size()
+    dist.all_gather_object(everybody, thing, group)
+    return everybody
+
+
+@named
+def barrier(group: dist.ProcessGroup) -> None:
+    """Waits until every rank of the group is here."""
+    dist.barrier(group)
+
+
+@named
+def start_average(x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Begins to replace x, contiguous, by the mean over ranks; `finish` waits for it."""
+    return dist.all_reduce(x, op=dist.ReduceOp.AVG, group=group, async_op=True)  # type: ignore[return-value]
+
+
+@named
+def finish(work: dist.Work, group: dist.ProcessGroup) -> None:
+    work.wait()

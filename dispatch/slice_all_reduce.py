@@ -55,19 +55,25 @@ class SliceAllReduce:
 
     The adjoint identity counts x once, not once per rank: sum over ranks <S x, r> = <x, S^T r>.
 
+    With `sliced` each rank holds a slice (of F) of every expert instead of E/G whole ones.
+
     `check`: "always" compares E, K, D, T, dtypes and names with the other ranks in every call by an all-gather of a few
     integers, which waits for the device; "first" only in the first. `name`: see AllToAll.
 
     Raises ValueError on every rank where the ranks disagree: the error names rank and field.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, check: str = "always", name: str = "") -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, sliced: bool = False, check: str = "always", name: str = ""
+    ) -> None:
         if check not in ("always", "first"):
             raise ValueError(f"SliceAllReduce: check must be 'always' or 'first', got {check!r}")
-        self.check = check
+        self.sliced, self.check = sliced, check
         self.agreement = Agreement("SliceAllReduce", group, name, Wires())
 
     def local_experts(self, num_experts: int) -> range:
+        if self.sliced:
+            return range(num_experts)
         return held_experts("SliceAllReduce", num_experts, self.agreement.rank, self.agreement.size)
 
     @torch.compiler.disable
@@ -87,4 +93,4 @@ class SliceAllReduce:
         return back(rows, ticket.route, ("exact", "exact"))
 
     def __repr__(self) -> str:
-        return f"SliceAllReduce({self.agreement})"
+        return f"SliceAllReduce({self.agreement}{', sliced' if self.sliced else ''})"

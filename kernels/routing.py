@@ -29,7 +29,8 @@ class Routing:
     `expert_ids` int32 [T, K]: -1 means no expert; an id >= num_experts (the sentinel of expert-parallel transformers)
     counts as no expert too. `weights` [T, K] floating point, differentiable. `counts` int32 [E] or None: tokens per
     expert. `scores` fp32 [T, E] or None: what the router computed before the choice, differentiable, for the losses;
-    `logits` [T, E] or None: what it computed them from.
+    `logits` [T, E] or None: what it computed them from. `capacity`: no expert has more than this many of these pairs;
+    None: nobody has limited them. It is a number known without a look at the device.
     """
 
     expert_ids: Tensor
@@ -38,6 +39,7 @@ class Routing:
     counts: Tensor | None = None
     scores: Tensor | None = None
     logits: Tensor | None = None
+    capacity: int | None = None
 
     @classmethod
     def from_topk(cls, expert_ids: Tensor, weights: Tensor, num_experts: int) -> Routing:
@@ -77,4 +79,5 @@ class Routing:
             None if self.counts is None else self.counts.detach(),
             None if self.scores is None else self.scores.detach(),
             None if self.logits is None else self.logits.detach(),
+            self.capacity,
         )

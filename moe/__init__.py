@@ -1,7 +1,20 @@
 """Second floor: the nn.Modules that users put into models. `hf` swaps them into somebody else's."""
 
+from .capacity import Capacity, Overflow
 from .experts import Experts
 from .layer import MoE
-from .routers import ROUTERS, Router, SigmoidRouter, SoftmaxRouter
+from .losses import TokenRanks
+from .routers import ROUTERS, BilevelRouter, Router, SigmoidRouter, SoftmaxRouter
 
-__all__ = ["ROUTERS", "Experts", "MoE", "Router", "SigmoidRouter", "SoftmaxRouter"]
+__all__ = [
+    "ROUTERS",
+    "BilevelRouter",
+    "Capacity",
+    "Experts",
+    "MoE",
+    "Overflow",
+    "Router",
+    "SigmoidRouter",
+    "SoftmaxRouter",
+    "TokenRanks",
+]

@@ -10,6 +10,9 @@ from ..dispatch.protocol import Dispatcher
 from ..kernels.activation import Activation, as_activation
 from ..kernels.grouped_ffn import grouped_ffn
 from ..kernels.routing import Routing
+from .shards import Cut, Shards, cut_experts, weight_of
+
+WEIGHTS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
 
 
 class Experts(nn.Module):
@@ -88,16 +91,22 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         rows, local, ticket = self.dispatcher.dispatch(x, routing)
-        y = grouped_ffn(
-            rows,
-            local,
-            self.w_gate_up,
-            self.w_down,
-            b_gate_up=self.b_gate_up,
-            b_down=self.b_down,
-            activation=self.activation,
-        )
+        w_gate_up, w_down, b_gate_up, b_down = (weight_of(self, name) for name in WEIGHTS)
+        assert w_gate_up is not None
+        assert w_down is not None
+        y = grouped_ffn(rows, local, w_gate_up, w_down, b_gate_up=b_gate_up, b_down=b_down, activation=self.activation)
         return self.dispatcher.combine(y, ticket)
+
+    def cuts(self) -> dict[str, Cut]:
+        """How each parameter is cut where the experts are spread over ranks: E over ep, F over etp."""
+        blocks = 2 if self.activation.gated else 1  # gate rows and up rows, each for themselves
+        cuts = {"w_gate_up": Cut(1, blocks), "w_down": Cut(2)}
+        return cuts if self.b_down is None else cuts | {"b_gate_up": Cut(1, blocks), "b_down": Cut(1, whole=True)}
+
+    def spread(self, shards: Shards) -> None:
+        """Keeps this rank's part of the experts; from now on `shards` is the dispatcher. See parallelize."""
+        cut_experts(self, shards)
+        self.dispatcher, self.local_experts = shards, shards.held
 
     def extra_repr(self) -> str:
         return (

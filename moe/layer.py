@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..dispatch.protocol import Dispatcher
 from ..kernels.activation import Activation
 from ..kernels.routing import Routing
+from .capacity import Capacity, Overflow, limit
 from .experts import Experts
-from .losses import attach_loss, load_balancing_loss, z_loss
+from .losses import TokenRanks, attach_loss, load_balancing_loss, z_loss
 from .routers import ROUTERS
 from .shared import SharedExpert
 
@@ -24,19 +25,25 @@ SCOPES = ("batch", "sequence", "global")
 class MoE(nn.Module):
     """Mixture of experts: x [..., D] -> y [..., D], each token through K = `top_k` of E = `num_experts` experts.
 
-    `router`: a name in ROUTERS ("softmax", "sigmoid"), made with `router_options` (see SoftmaxRouter, SigmoidRouter),
-    or a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see Experts. With
-    `shared_intermediate_size` > 0 every token also passes a shared expert of that size, weighted by a sigmoid gate if
-    `shared_gate`.
+    `router`: a name in ROUTERS ("softmax", "sigmoid", "bilevel"), made with `router_options` (see SoftmaxRouter,
+    SigmoidRouter, BilevelRouter), or a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see
+    Experts. With `shared_intermediate_size` > 0 every token also passes a shared expert of that size, weighted by a
+    sigmoid gate if `shared_gate`.
 
-    While training, `load_balancing_coef` times the load-balancing loss and `z_loss_coef` times the z-loss run backward
-    with y: the training loop does not change. `load_balancing_scope`: "batch" (all tokens of a call), "sequence" (x
-    [B, S, D]: each sequence for itself) or "global" (all ranks of `load_balancing_group`). Where the main loss is
-    multiplied (gradient accumulation by 1/n, a loss scale in fp16), set `aux_scale`, a number or a 0-d tensor, to the
-    same. `aux_losses` holds the last training forward's losses, detached and before their coefficients, for reading:
-    "load_balancing" always, "z_loss" where it has a coefficient.
+    `capacity`: how many pairs an expert takes, a Capacity or its factor; None: all. A token goes without the experts
+    that dropped it. `last_overflow` says what was dropped in the last forward (see Overflow).
 
-    `last_routing` is the Routing of the last forward, detached and without logits; None before the first.
+    While training, `load_balancing_coef` times the router's balancing loss (see `load_balancing_loss`) and
+    `z_loss_coef` times the z-loss run backward with y: the training loop does not change. They see the choice before
+    `capacity` limits it. `load_balancing_scope`: "batch" (all tokens of a call), "sequence" (x [B, S, D]: each sequence
+    for itself) or "global" (all ranks of `load_balancing_group`, whose gradients are averaged, as by DDP). The group
+    becomes `token_ranks`, which can be set to a TokenRanks for any scope: the batch of losses and of `capacity` is then
+    that of all these ranks. Where the main loss is multiplied (gradient accumulation by 1/n, a loss scale in fp16), set
+    `aux_scale`, a number or a 0-d tensor, to the same. `aux_losses` holds the last training forward's losses, detached
+    and before their coefficients, for reading: "load_balancing" always, "z_loss" where it has a coefficient.
+
+    `last_routing` is the Routing of the last forward as its experts had it, detached and without logits; None before
+    the first.
 
     Compiles with fullgraph=True. A layer inside torch.utils.checkpoint inside torch.compile writes `last_routing` where
     Dynamo allows it only with torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True.
@@ -64,6 +71,7 @@ class MoE(nn.Module):
         shared_intermediate_size: int = 0,
         shared_gate: bool = False,
         dispatcher: Dispatcher | None = None,
+        capacity: Capacity | float | None = None,
         load_balancing_coef: float = 0.0,
         load_balancing_scope: str = "batch",
         load_balancing_group: dist.ProcessGroup | None = None,
@@ -84,22 +92,27 @@ class MoE(nn.Module):
             if shared_intermediate_size
             else None
         )
+        self.capacity = capacity if capacity is None or isinstance(capacity, Capacity) else Capacity(capacity)
         self.load_balancing_coef, self.z_loss_coef = load_balancing_coef, z_loss_coef
-        self.load_balancing_scope, self.load_balancing_group = load_balancing_scope, load_balancing_group
+        self.load_balancing_scope, group = load_balancing_scope, load_balancing_group
+        self.token_ranks = None if group is None else TokenRanks(group, average=group.size())
         self.aux_scale: float | Tensor = 1.0
         self.aux_losses: dict[str, Tensor] = {}
         self.last_routing: Routing | None = None
+        self.last_overflow: Overflow | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self._tokens(x)
-        routing = self._route(tokens)
-        y = self.experts(tokens, routing)
+        routing = kept = self._route(tokens)
+        if self.capacity is not None:
+            kept, self.last_overflow = limit(routing, self.capacity, self.token_ranks)
+        y = self.experts(tokens, kept)
         if self.shared is not None:
             y = y + self.shared(tokens)
         if self.training and routing.scores is not None:
             y = self._with_losses(y, routing, sequences=math.prod(x.shape[:-2]))
-        self.last_routing = replace(routing.detach(), logits=None)
-        return y.reshape(x.shape)
+        self.last_routing = replace(kept.detach(), logits=None)
+        return y if x.dim() == 2 else y.reshape(x.shape)
 
     def _tokens(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -116,14 +129,15 @@ class MoE(nn.Module):
 
     def _with_losses(self, y: Tensor, routing: Routing, sequences: int) -> Tensor:
         """y with this step's losses attached to its backward pass; notes their values in `aux_losses`."""
-        balance = load_balancing_loss(
+        balancing_loss = getattr(self.router, "balancing_loss", load_balancing_loss)
+        balance = balancing_loss(
             routing if self.load_balancing_coef else routing.detach(),
-            sequences=max(sequences, 1) if self.load_balancing_scope == "sequence" else 1,
-            group=self.load_balancing_group,
+            sequences=sequences if self.load_balancing_scope == "sequence" else None,
+            ranks=self.token_ranks,
         )
         losses, total = {"load_balancing": balance}, self.load_balancing_coef * balance
         if self.z_loss_coef:
-            losses["z_loss"] = z_loss(routing)
+            losses["z_loss"] = z_loss(routing, ranks=self.token_ranks)
             total = total + self.z_loss_coef * losses["z_loss"]
         self.aux_losses = {name: loss.detach() for name, loss in losses.items()}
         return attach_loss(y, total * self.aux_scale) if total.requires_grad else y

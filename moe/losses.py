@@ -1,6 +1,14 @@
-"""Auxiliary losses: pure functions of a Routing, and the way they ride on the backward pass of a layer's output."""
+"""Auxiliary losses: pure functions of a Routing, and the way they ride on the backward pass of a layer's output.
+
+On many ranks a loss of a whole batch has, on every rank, the value that one process would find for all tokens. Its
+gradient goes through this rank's own scores only: `average` times this rank's part of the gradient of that one process,
+so that gradients summed over the ranks and divided by `average`, as those of the router are, are that process's.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,50 +19,129 @@ from ..kernels.routing import Routing
 
 _EPS = 1e-20
 
+Weigh = Callable[[Tensor, "int | Tensor"], Tensor]
 
-def load_balancing_loss(routing: Routing, *, sequences: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:
+
+@dataclass(frozen=True)
+class TokenRanks:
+    """The ranks whose tokens together make one batch, and what becomes of their gradients.
+
+    `group`: every rank that holds tokens of the batch, each its own. `average`: the router's gradients are summed over
+    `group` and then divided by this (the group's size under DDP). `sequence`: the ranks of `group` that hold parts of
+    the same sequences, all of the same ones in the same order; None: every sequence is whole on its rank. It matters
+    for losses of each sequence only. Every rank of `group` must take part in every call, with no tokens too.
+
+    Raises ValueError where `average` is not positive or this rank is not in a group.
+    """
+
+    group: dist.ProcessGroup
+    average: int
+    sequence: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if self.average < 1:
+            raise ValueError(f"TokenRanks: average must be at least 1, got {self.average}")
+        for name, group in (("group", self.group), ("sequence", self.sequence)):
+            if group is not None and dist.get_rank(group) < 0:
+                raise ValueError(f"TokenRanks: {name} must contain this rank, got one without rank {dist.get_rank()}")
+
+    def __deepcopy__(self, memo: object) -> TokenRanks:
+        return self  # groups cannot be copied, and need not be
+
+
+def load_balancing_loss(routing: Routing, *, sequences: int | None = None, ranks: TokenRanks | None = None) -> Tensor:
     """E * sum_e f_e P_e: f_e = tokens that chose e / T, P_e = mean score of e. fp32 scalar; K where load is even.
 
     Source: Lepikhin et al., GShard (2020); Fedus et al., Switch Transformers (2021), equations 4-6. For softmax scores
     it equals transformers' `load_balancing_loss_func`. Scores that do not sum to one (sigmoid) are divided by their sum
     (DeepSeek-V3, equation 19). The gradient goes through P alone: counts have none.
 
-    `sequences` S > 1: the tokens are S sequences of T / S; each has its own loss, and the mean is returned
-    (DeepSeek-V3, equation 17). `group`: f is taken over the tokens of all ranks of the group, so that a batch is
-    balanced as a whole and not rank by rank (Qiu et al., Demons in the Detail, 2025); P stays this rank's, and the
-    average of the ranks' gradients is that of the whole batch where they have as many tokens each. One all-reduce of
-    E + 1 numbers.
+    `sequences` S: the tokens are S sequences of T / S; each has its own loss, and the mean is returned (DeepSeek-V3,
+    equation 17). `ranks`: the batch is that of all these ranks (Qiu et al., Demons in the Detail, 2025), whatever share
+    of it each has. One all-reduce of 2 E + 1 numbers; of each sequence, where `ranks.sequence` cuts them, another.
 
-    Raises ValueError where routing has no scores, `sequences` does not divide T, or comes together with `group`.
+    Raises ValueError where routing has no scores, or `sequences` does not divide T.
     """
-    if routing.scores is None:
-        raise ValueError("load_balancing_loss: routing must have scores, got None")
-    tokens, experts = routing.scores.shape
-    if sequences < 1 or tokens % sequences:
-        raise ValueError(f"load_balancing_loss: sequences must divide the tokens ({tokens}), got {sequences}")
-    if group is not None and sequences > 1:
-        raise ValueError(f"load_balancing_loss: group must come with sequences=1, got sequences={sequences}")
-    share = routing.scores / (routing.scores.sum(1, keepdim=True) + _EPS)
-    mean = share.unflatten(0, (sequences, tokens // sequences)).sum(1) / max(tokens // sequences, 1)  # [S, E]
-    if sequences == 1 and routing.counts is not None:
-        counts = routing.counts.to(mean.dtype)[None]
-    else:
-        counts = _count(routing.expert_ids, experts, sequences).to(mean.dtype)
-    if group is None:
-        return experts * (counts / max(tokens // sequences, 1) * mean).sum() / sequences
-    total = collectives.all_reduce(torch.cat([counts[0], counts.new_full((1,), tokens)]), group)
-    return experts * (total[:-1] / total[-1].clamp_min(1) * mean[0]).sum()
+    scores = scores_of(routing, "load_balancing_loss")
+    experts = scores.shape[1]
+    share = scores / (scores.sum(1, keepdim=True) + _EPS)
+    sums = per_sequence(share, sequences, "load_balancing_loss").sum(1)
+
+    def weigh(counts: Tensor, tokens: int | Tensor) -> Tensor:
+        return experts * counts / tokens / tokens
+
+    return over_batch(sums, counts_of(routing, sequences), weigh, scores.shape[0], sequences, ranks)
 
 
-def z_loss(routing: Routing) -> Tensor:
+def z_loss(routing: Routing, *, ranks: TokenRanks | None = None) -> Tensor:
     """mean over tokens of logsumexp(logits)^2: keeps the router's logits small. fp32 scalar.
 
-    Source: Zoph et al., ST-MoE (2022), equation 5. Raises ValueError where routing has no logits.
+    Source: Zoph et al., ST-MoE (2022), equation 5. `ranks`: the tokens are those of all these ranks; one all-reduce of
+    two numbers. Raises ValueError where routing has no logits.
     """
     if routing.logits is None:
         raise ValueError("z_loss: routing must have logits, got None")
     logits = routing.logits if routing.logits.dtype == torch.float64 else routing.logits.float()
-    return logits.logsumexp(1).square().sum() / max(logits.shape[0], 1)
+    sums = logits.logsumexp(1).square().sum().view(1, 1)
+    return over_batch(
+        sums, sums.new_zeros(1, 0), lambda counts, tokens: counts.new_ones(1, 1) / tokens, logits.shape[0], None, ranks
+    )
+
+
+def over_batch(
+    sums: Tensor, counts: Tensor, weigh: Weigh, tokens: int, sequences: int | None, ranks: TokenRanks | None
+) -> Tensor:
+    """mean over sequences s of sum_n weigh(counts, tokens of one)[s, n] * sums[s, n]: what every loss here is.
+
+    `sums` [S, n], differentiable, and `counts` [S, m] add up over this rank's tokens, `tokens` of them in `sequences`
+    S equal parts (None: S = 1, the whole batch). `weigh` must give [S, n], or what broadcasts to it, and have no
+    gradient. A sequence without tokens on any rank is none.
+    """
+    parts = 1 if sequences is None else sequences
+    each = tokens // max(parts, 1)
+    if ranks is None:
+        return (weigh(counts.to(sums.dtype), max(each, 1)) * sums).sum() / max(parts, 1)
+    group = ranks.group if sequences is None else ranks.sequence
+    size = sums.new_full((1,), each, dtype=torch.float64)
+    whole = torch.cat([counts.flatten().double(), sums.detach().flatten().double(), size])
+    if group is not None:
+        whole = collectives.all_reduce(whole, group)
+    all_counts, all_sums, all_each = whole.split([counts.numel(), sums.numel(), 1])
+    weights = weigh(all_counts.view_as(counts), all_each.clamp_min(1)).expand_as(sums)
+    value, local = (weights * all_sums.view_as(sums)).sum(), (weights.to(sums.dtype) * sums).sum()
+    if sequences is not None:  # ranks that share sequences know the same of them: one of them speaks
+        speaks = ranks.sequence is None or dist.get_rank(ranks.sequence) == 0
+        said = torch.stack([value, (all_each[0] > 0).double() * parts]) * speaks
+        total, number = collectives.all_reduce(said, ranks.group).unbind()
+        value, local = total / number.clamp_min(1), local / number.clamp_min(1)
+    local = ranks.average * local
+    return (local - local.detach() + value).to(sums.dtype)
+
+
+def scores_of(routing: Routing, who: str) -> Tensor:
+    """The scores [T, E] of a routing; ValueError in the name of `who` where there are none."""
+    if routing.scores is None:
+        raise ValueError(f"{who}: routing must have scores, got None")
+    return routing.scores
+
+
+def per_sequence(t: Tensor, sequences: int | None, who: str) -> Tensor:
+    """t [T, n] as [S, T / S, n]; ValueError in the name of `who` where S does not divide T."""
+    tokens, width = t.shape
+    parts = 1 if sequences is None else sequences
+    if parts < 0 or (tokens % parts if parts else tokens):
+        raise ValueError(f"{who}: sequences must divide the tokens ({tokens}), got {sequences}")
+    return t.reshape(parts, tokens // max(parts, 1), width)
+
+
+def counts_of(routing: Routing, sequences: int | None) -> Tensor:
+    """Tokens per expert in each sequence, integers [S, E]; ids outside 0 .. E-1 are no expert."""
+    if sequences in (None, 1) and routing.counts is not None:
+        return routing.counts[None]
+    experts = routing.num_experts
+    ids = per_sequence(routing.expert_ids, sequences, "counts_of").flatten(1).long()
+    ids = torch.where((ids < 0) | (ids >= experts), experts, ids)
+    return ids.new_zeros(ids.shape[0], experts + 1).scatter_add(1, ids, torch.ones_like(ids))[:, :experts]
 
 
 def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
@@ -78,10 +165,3 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, grad.new_ones((), dtype=ctx.dtype)
-
-
-def _count(expert_ids: Tensor, experts: int, sequences: int) -> Tensor:
-    """Tokens per expert in each sequence, int64 [S, E]; ids outside 0 .. E-1 are no expert."""
-    ids = expert_ids.reshape(sequences, -1).long()
-    ids = torch.where((ids < 0) | (ids >= experts), experts, ids)
-    return ids.new_zeros(sequences, experts + 1).scatter_add(1, ids, torch.ones_like(ids))[:, :experts]

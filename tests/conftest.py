@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ import torch
 # Triton asks for this when it is imported: without a GPU its kernels run in the interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+sys.path.append(str(Path(__file__).parent / "support"))  # what tests share and import by name
 
 # Largest allowed error, relative to the largest magnitude expected. One table for the whole suite: a test that
 # needs more says by how much (`scale=`) and why.

@@ -13,8 +13,8 @@ from headgate.bench import doctor
 from headgate.bench.gpu import doctor as gpu
 from headgate.kernels.chip import H200, Chip
 
-KINDS = ("moe", "compile", "roofline", "sweep")
-SUBCOMMANDS = (["demo"], ["doctor"], ["bench"], *(["bench", kind] for kind in KINDS))
+KINDS = ("moe", "dispatch", "compile", "roofline", "sweep", "links")
+SUBCOMMANDS = (["demo"], ["train"], ["doctor"], ["bench"], *(["bench", kind] for kind in KINDS))
 
 
 @pytest.mark.parametrize("command", SUBCOMMANDS, ids=" ".join)
@@ -102,10 +102,13 @@ def test_doctor_without_a_gpu_says_so_and_what_can_be_done(capsys):
     said = capsys.readouterr().out
     assert "GPU                 none that torch sees; torch is built" in said
     assert "headgate bench compile builds every kernel" in said
+    assert "Symmetric on GPUs   torch sees no CUDA device" in said
+    assert "DeepEP on GPUs      device must be a CUDA GPU, got none that torch sees" in said
 
 
 def test_doctor_describes_a_gpu_and_what_runs_there():
     found = gpu.examine() | {"triton": "3.6.0", "triton_trouble": None, "interpreter": None}
+    found["dispatchers"] = {"Symmetric": None, "DeepEP": "deep_ep must be installed"}
     found["devices"] = [
         gpu.describe(H200, 139 * 2**30, None),
         gpu.describe(Chip("Tesla V100", 70, 80, 98304), 16 * 2**30, "Tesla V100 is too old"),
@@ -119,6 +122,8 @@ def test_doctor_describes_a_gpu_and_what_runs_there():
     assert "  plan: a stable sort in torch" in said
     assert "  because Tesla V100 is too old" in said
     assert "triton  3.6.0" in said
+    assert "Symmetric on GPUs  available" in said
+    assert "DeepEP on GPUs  deep_ep must be installed" in said
     assert not any("none that torch sees" in line or "bench compile" in line for line in said)
 
 

@@ -14,7 +14,8 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.splitlines()[0])
-def test_the_readmes_examples_run(example, monkeypatch):
+def test_the_readmes_examples_run(example, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     if "from_pretrained" in example:  # the same on a model that need not be fetched
         transformers = pytest.importorskip("transformers")
         small = transformers.OlmoeConfig(

@@ -23,7 +23,7 @@ NOT_OURS = {"tests", "build", "dist", "headgate-demo", "__pycache__"}
 FLOORS = {
     "kernels": (set(), {"torch", "numpy", "triton", "cupy"}),
     "placement": (set(), {"numpy"}),
-    "dispatch": ({"kernels", "placement"}, {"torch", "numpy"}),
+    "dispatch": ({"kernels", "placement"}, {"torch", "numpy", "deep_ep"}),
     "moe": ({"dispatch", "kernels", "placement"}, {"torch", "numpy", "transformers", "safetensors"}),
 }
 MAX_LINES, MAX_FUNCTION = 450, 80

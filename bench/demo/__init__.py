@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from . import files, report, routing, sample, speed, swap, text, train
-from .model import parameters, tokenizer
+from .model import parameters, quiet, tokenizer
 from .screen import Screen, spoken
 from .tour import Chapter, Options, Shape, Tour
 
@@ -41,7 +39,7 @@ def run(options: Options, screen: Screen | None = None, chapters: list[Chapter] 
     tour = Tour(options, screen, corpus)
     start = time.perf_counter()
     screen.say(f"Text: {len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out ({corpus.source})")
-    with _quiet():
+    with quiet():
         try:
             _walk(tour, chapters)
         finally:
@@ -104,19 +102,3 @@ def save_model(tour: Tour, folder: Path) -> None:
     """The model as transformers saves it, with a tokenizer whose ids are bytes."""
     tour.model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' advice and its progress bars do not concern the reader of a demo."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -135,3 +135,19 @@ def generate(model: Model, prompt: bytes, count: int, seed: int, temperature: fl
         )
     model.train(training)
     return bytes(out[0].tolist())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' advice and its progress bars do not concern the reader of a demo."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

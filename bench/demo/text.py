@@ -50,32 +50,32 @@ def least_bytes(length: int) -> int:
     return 40 * length
 
 
-def read_corpus(path: Path | None, length: int) -> Corpus:
+def read_corpus(path: Path | None, length: int, who: str = "demo") -> Corpus:
     """The corpus from a file (its last tenth is held out), or from the running Python's standard library (a tenth of
     its files, chosen by a hash of their names, is held out).
 
-    Raises ValueError naming the rule where the text cannot be read or is too small.
+    Raises ValueError, in the name of `who`, where the text cannot be read or is too small.
     """
-    corpus = _from_library() if path is None else _from_file(path)
+    corpus = _from_library(who) if path is None else _from_file(path, who)
     size = len(corpus.train) + len(corpus.held_out)
     if size < least_bytes(length):
         raise ValueError(
-            f"demo: the text must have at least {least_bytes(length):,} bytes, got {size:,} in {corpus.source}"
+            f"{who}: the text must have at least {least_bytes(length):,} bytes, got {size:,} in {corpus.source}"
         )
     return corpus
 
 
-def _from_file(path: Path) -> Corpus:
+def _from_file(path: Path, who: str) -> Corpus:
     try:
         with path.open("rb") as file:
             content = np.frombuffer(file.read(MOST_BYTES), np.uint8)
     except OSError as error:
-        raise ValueError(f"demo: --text must be a file that can be read, got {path} ({error.strerror})") from error
+        raise ValueError(f"{who}: --text must be a file that can be read, got {path} ({error.strerror})") from error
     split = len(content) * 9 // 10
     return Corpus(content[:split], content[split:], str(path))
 
 
-def _from_library() -> Corpus:
+def _from_library(who: str) -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
     train: list[bytes] = []
     held_out: list[bytes] = []
@@ -94,7 +94,7 @@ def _from_library() -> Corpus:
         pick = hashlib.sha256(name.as_posix().encode()).digest()[0]
         (held_out if pick < 26 else train).append(content)
     if not held_out:
-        raise ValueError(f"demo: --text must be given, as {root} holds no standard library sources")
+        raise ValueError(f"{who}: --text must be given, as {root} holds no standard library sources")
     return Corpus(
         np.frombuffer(b"".join(train), np.uint8),
         np.frombuffer(b"".join(held_out), np.uint8),

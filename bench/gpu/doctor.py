@@ -31,7 +31,7 @@ _WITHOUT = (
 
 def examine() -> dict[str, Any]:
     """`devices`: name, capability, memory and forms of each; `torch`: what its build is for; `triton`, `cupy`: version
-    or None; `triton_trouble`, `interpreter`: what is wrong, or None."""
+    or None; `triton_trouble`, `interpreter`: what is wrong, or None; `dispatchers`: what each lacks, or None."""
     import torch
 
     built = torch.version.cuda or torch.version.hip
@@ -43,7 +43,16 @@ def examine() -> dict[str, Any]:
         "triton_trouble": trouble,
         "cupy": next((f"{name} {v}" for name in _CUPY if (v := machine.version(name))), None),
         "interpreter": interpreted(os.environ.get("TRITON_INTERPRET")),
+        "dispatchers": dispatchers(),
     }
+
+
+def dispatchers() -> dict[str, str | None]:
+    """Dispatchers that need more than collectives -> why they cannot move CUDA tensors here, or None."""
+    from ...dispatch import ENGINES
+    from ...dispatch.window import why_not
+
+    return {"Symmetric": why_not("cuda"), **{engine.__name__: engine.why_not() for engine in ENGINES.values()}}
 
 
 def triton() -> tuple[str | None, str | None]:
@@ -112,6 +121,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     version, trouble = found["triton"], found["triton_trouble"]
     out.append(("triton", ": ".join(filter(None, (version, trouble)))))
     out.append(("cupy", found["cupy"] or "not installed; optional, no kernel is written in CUDA C++ yet"))
+    out += [(f"{name} on GPUs", why or "available") for name, why in found["dispatchers"].items()]
     if found["interpreter"]:
         out.append(("interpreter", found["interpreter"]))
     if not found["devices"] and version and not trouble:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...dispatch.local import Local
 from ...kernels.activation import Activation
 from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.plan import Plan, plan
 from ...kernels.routing import Routing
+from ..shards import Cut, shards_of, weight_of
 from .counting import mark
 from .gate import activation_of
 
@@ -45,12 +47,15 @@ def experts_forward(
     mark(module)
     m: Any = module
     gated, biased, transposed, interleaved, normed = flags(module)
-    w1, w2 = m.gate_up_proj if gated else m.up_proj, m.down_proj
-    b1 = b2 = None
-    if biased:
-        b1, b2 = m.gate_up_proj_bias if gated else m.up_proj_bias, m.down_proj_bias
+    first = "gate_up_proj" if gated else "up_proj"
+    w1, w2 = weight_of(m, first), weight_of(m, "down_proj")
+    b1, b2 = (weight_of(m, f"{first}_bias"), weight_of(m, "down_proj_bias")) if biased else (None, None)
+    assert w1 is not None
+    assert w2 is not None
+    shards = shards_of(module)
+    dispatcher, num_experts = (shards, shards.num_experts) if shards else (Local(), w2.shape[0])
     rows = as_rows(hidden_states, w1)
-    routing = Routing.from_topk(ids, weights, w2.shape[0])
+    rows, routing, ticket = dispatcher.dispatch(rows, Routing.from_topk(ids, weights, num_experts))
     activation = activation_of(module, gated, interleaved, normed)
     if activation is not None:
         y = grouped_ffn(
@@ -61,7 +66,7 @@ def experts_forward(
         gate = m._apply_gate if gated else m.act_fn
         norm = m.post_expert_norm if normed else None
         y = own_gate_forward(rows, routing, (w1, b1), (w2, b2), gate, transposed, norm)
-    return y.reshape(hidden_states.shape).to(hidden_states.dtype)
+    return dispatcher.combine(y, ticket).reshape(hidden_states.shape).to(hidden_states.dtype)
 
 
 def flags(module: nn.Module) -> tuple[bool, bool, bool, bool, bool]:
@@ -137,3 +142,20 @@ def describe(activation: Activation | None) -> str:
     if activation is None:
         return "own gate between two grouped matmuls"
     return f"{'gated ' if activation.gated else ''}{activation.kind}, fused"
+
+
+def cuts_of_experts(name: str, module: nn.Module, etp: int) -> tuple[int, dict[str, Cut]]:
+    """(E, how each parameter is cut over ranks). Raises ValueError for experts that cannot be spread."""
+    m: Any = module
+    if not is_decorated(module) or refusal(module) is not None:
+        raise ValueError(f"parallelize: {name} must be experts behind transformers' interface in plain floating point, "
+                         f"got {type(module).__name__}")  # fmt: skip
+    gated, biased, transposed, interleaved, normed = flags(module)
+    if etp > 1 and activation_of(module, gated, interleaved, normed) is None:
+        raise ValueError(f"parallelize: {name} must have an activation that can be taken slice by slice, "
+                         f"got a gate or a norm of its own with etp={etp}")  # fmt: skip
+    first, blocks = ("gate_up_proj" if gated else "up_proj"), (2 if gated and not interleaved else 1)
+    cuts = {first: Cut(2 if transposed else 1, blocks), "down_proj": Cut(1 if transposed else 2)}
+    if biased:
+        cuts |= {f"{first}_bias": Cut(1, blocks), "down_proj_bias": Cut(1, whole=True)}
+    return m.down_proj.shape[0], cuts

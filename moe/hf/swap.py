@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..shards import shards_of
 from .counting import counter, forget
 from .gate import forget_gate
 from .interface import check_transformers
@@ -102,10 +103,25 @@ def restore(model: nn.Module) -> list[str]:
                 f"restore: the forward of {name or 'the model'} must be the one that headgate.replace put there, got "
                 f"{vars(module).get('forward')!r}; undo that first"
             )
+        if shards_of(module) is not None:
+            raise ValueError(
+                f"restore: {name or 'the model'} must hold all its experts, got one parallelized over ranks; "
+                "load its checkpoint into a new model instead"
+            )
     names = [name for name, module in swapped if not vars(module)[_SWAP].helper]
     for _name, module in swapped:
         _take_back(module)
     return names
+
+
+def is_swapped(model: nn.Module) -> bool:
+    return any(_SWAP in vars(module) for module in model.modules())
+
+
+def swapped_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The experts modules of a swapped model by name."""
+    swapped = [(n, m) for n, m in model.named_modules() if _SWAP in vars(m)]
+    return [(n, m) for n, m in swapped if not vars(m)[_SWAP].helper]
 
 
 def _survey(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from ...kernels.router_logits import router_logits
 from ...kernels.routing import Routing
+from ..losses import TokenRanks, load_balancing_loss
 
 
 class Router(nn.Module):
     """Abstract: x [T, D] -> Routing of T tokens, K = `top_k` of E = `num_experts` experts each.
 
-    A router of your own need not inherit from this: any nn.Module that takes x [T, D] and returns a Routing serves.
+    A router of your own need not inherit from this: any nn.Module that takes x [T, D] and returns a Routing serves. If
+    it has a method `balancing_loss`, with the arguments of the one here, its layer balances by that.
 
     `weight` [E, D] and the optional `gate_bias` [E] give the logits. `jitter` j multiplies the router's input (not the
     experts') by uniform noise from [1 - j, 1 + j] while training (Fedus et al., Switch Transformers, 2021).
@@ -48,10 +50,23 @@ class Router(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """fp32 [T, E] (fp64 for fp64 x) of x [T, D]: cast up before the product, so that half types keep their ties
         apart, and untouched by autocast."""
-        if self.jitter and self.training:
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            x = x * torch.empty_like(x, dtype=wide).uniform_(1 - self.jitter, 1 + self.jitter)
-        return router_logits(x, self.weight, self.gate_bias)
+        return router_logits(self.jittered(x), self.weight, self.gate_bias)
+
+    def jittered(self, x: Tensor) -> Tensor:
+        """x [T, D], while training with the noise of `jitter`."""
+        if not (self.jitter and self.training):
+            return x
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x * torch.empty_like(x, dtype=wide).uniform_(1 - self.jitter, 1 + self.jitter)
+
+    def balancing_loss(
+        self, routing: Routing, *, sequences: int | None = None, ranks: TokenRanks | None = None
+    ) -> Tensor:
+        """What levels the load of this router when minimised: a scalar, differentiable in `routing.scores`.
+
+        The choice must be the router's own, before any limit. `sequences`, `ranks`: see `load_balancing_loss`.
+        """
+        return load_balancing_loss(routing, sequences=sequences, ranks=ranks)
 
     def forward(self, x: Tensor) -> Routing:
         raise NotImplementedError(f"{type(self).__name__} is abstract: give it a forward(x) that returns a Routing")

@@ -25,7 +25,7 @@ from headgate.dispatch import AllToAll, DeadRanks, Hierarchical, collectives
 from headgate.kernels import topk
 from headgate.kernels.routing import Routing
 from headgate.moe import MoE
-from headgate.moe.losses import load_balancing_loss
+from headgate.moe.losses import TokenRanks, load_balancing_loss
 
 SIZE, D, F, E, K = 4, 5, 6, 12, 2
 
@@ -111,7 +111,7 @@ def in_a_ring():
     dispatch(AllToAll())
     routing = topk(torch.randn(6, E), K)
     end(2)
-    load_balancing_loss(routing, group=dist.group.WORLD)
+    load_balancing_loss(routing, ranks=TokenRanks(dist.group.WORLD, average=1))
 
 
 @scenario(3)

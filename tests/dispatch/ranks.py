@@ -1,110 +1,47 @@
-"""One rank of the checks on many ranks: `python ranks.py RANK SIZE STORE OUT`, started by test_ranks.py.
-
-Runs every check of CHECKS in order, on all ranks at once, and writes to OUT a line of JSON for each: its name and "" or
-what went wrong. After a failure the ranks are out of step: it stops there.
-"""
+"""The checks of dispatchers on many ranks: what each rank runs (tests/support/ranks_runner.py), for test_ranks.py."""
 
 from __future__ import annotations
 
 import copy
-import json
-import re
 import sys
-import traceback
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from dispatch_cases import (
+    A2A,
+    AG,
+    AR,
+    CHECKS,
+    MANY,
+    RS,
+    WIRED,
+    Case,
+    D,
+    F,
+    bytes_between_ranks,
+    cases,
+    check,
+    close,
+    counted,
+    make,
+    summed,
+)
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
 
-from headgate.dispatch import DISPATCHERS, AllGather, AllToAll, Hierarchical, Local, SliceAllReduce, collectives
-from headgate.dispatch.volume import distinct_parts
+from headgate.dispatch import AllGather, AllToAll, Auto, Hierarchical, Local, SliceAllReduce, Symmetric
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts, MoE
+from headgate.placement.volume import distinct_parts
 
-CHECKS: dict[str, Callable[[], None]] = {}
-D, F = 5, 6
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
-
-
-def make(kind: str, **options):
-    """A dispatcher over all ranks; nodes of two ranks where there are levels."""
-    if kind == "hierarchical":
-        return Hierarchical(ranks_per_node=2 if dist.get_world_size() > 2 else 1, **options)
-    return DISPATCHERS[kind](**options)
-
-
-MANY = [name for name in DISPATCHERS if name != "local"]
-WIRED = [name for name in MANY if name != "slice_all_reduce"]
-
-
-@dataclass
-class Case:
-    """Tokens of all ranks, known to each; `replicated`: every rank has them all, as SliceAllReduce wants."""
-
-    ids: torch.Tensor
-    experts: int
-    tokens: list[int]
-    replicated: bool
-    dtype: torch.dtype = torch.float64
-
-    def __post_init__(self):
-        total = sum(self.tokens)
-        self.x = torch.randn(total, D, dtype=torch.float64).to(self.dtype)
-        self.g = torch.randn(total, D, dtype=torch.float64).to(self.dtype)
-        self.weights = torch.rand(self.ids.shape, dtype=torch.float64).to(self.dtype)
-
-    def mine(self, t: torch.Tensor) -> torch.Tensor:
-        return t if self.replicated else t.split(self.tokens)[dist.get_rank()]
-
-    def routing(self) -> Routing:
-        return Routing.from_topk(self.mine(self.ids), self.mine(self.weights), self.experts)
-
-
-def cases(name: str, dtype=torch.float64) -> dict[str, Case]:
-    """Even and uneven tokens, all to one rank, more choices than ranks, nobody anywhere, ids of no expert."""
-    torch.manual_seed(7)
-    size, replicated = dist.get_world_size(), name == "slice_all_reduce"
-    even, uneven = [6] * size, [5, 0, 9, 1, 0, 3, 6, 2][:size]
-    experts = 4 * size
-
-    def different(tokens, k, among):
-        return torch.stack([torch.randperm(among)[:k] for _ in range(tokens)])
-
-    holes = different(sum(even), 2, experts)
-    holes[::3, 0], holes[1::4] = -1, experts
-    drawn = {
-        "even": (different(sum(even), 2, experts), even),
-        "uneven": (different(sum(uneven), 2, experts), uneven),
-        "all to one rank": (different(sum(even), 2, 4), even),
-        "more choices than ranks": (different(sum(uneven), 3 * size, experts), uneven),
-        "no expert": (torch.full((sum(even), 2), -1), even),
-        "holes": (holes, even),
-        "no tokens": (holes[:0], [0] * size),
-    }
-    return {what: Case(ids, experts, tokens, replicated, dtype) for what, (ids, tokens) in drawn.items()}
-
-
-def summed(t: torch.Tensor) -> torch.Tensor:
-    t = t.detach().clone()
-    dist.all_reduce(t)
-    return t
-
-
-def close(actual, expected, what, tolerance=1e-12):
-    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    if expected.numel():
-        error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
-        assert error <= tolerance * max(size, 1e-300), f"{what}: error {error:.3g} of {size:.3g}"
+sys.path.append(str(Path(__file__).parent))
+import ranks_auto  # noqa: F401  # these add checks of their own
+import ranks_compose  # noqa: F401
+import ranks_padded  # noqa: F401
+import ranks_window  # noqa: F401
+from ranks_wire import wires_keep_their_bounds, wires_of_the_backward_pass
 
 
 def adjoint(name):
@@ -290,21 +227,14 @@ def a_nan_stays_with_its_token(name):
 # --- what travels ------------------------------------------------------------------------------------------------
 
 # (dispatch, combine, backward of combine, backward of dispatch), by short names of collectives
-A2A, AG, RS, AR = "all_to_all", "all_gather", "reduce_scatter", "all_reduce"
 EXPECTED = {
     "all_gather": ([AG, AG], [RS], [AG], [RS]),
     "all_to_all": ([A2A, A2A], [A2A], [A2A], [A2A]),
     "hierarchical": ([A2A] * 4, [A2A] * 2, [A2A] * 2, [A2A] * 2),
     "slice_all_reduce": ([AG], [AR], [], [AR]),
+    "symmetric": ([AG], [], [], []),
+    "auto": ([AR, A2A, A2A], [A2A], [A2A], [A2A]),
 }
-
-
-def counted(mode: CommDebugMode) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for op, n in mode.get_comm_counts().items():
-        name = re.sub(r"_(into_tensor|single|tensor|base)", "", str(op).split(".")[-1])
-        found[name] = found.get(name, 0) + n
-    return found
 
 
 def the_expected_collectives_and_no_others(name):
@@ -320,6 +250,8 @@ def the_expected_collectives_and_no_others(name):
         return result, counted(mode)
 
     routing = Routing(routing.expert_ids, weights, routing.num_experts)
+    if name == "symmetric":  # its first call opens a window, once
+        dispatcher.dispatch(x, routing)
     (rows, local, ticket), first = seen(lambda: dispatcher.dispatch(x, routing))
     r = (rows.detach() * local.weights.sum(1, keepdim=True).detach()).requires_grad_()
     y, second = seen(lambda: dispatcher.combine(r, ticket))
@@ -329,23 +261,6 @@ def the_expected_collectives_and_no_others(name):
         assert found == {c: expected.count(c) for c in expected}, f"{found}, expected {expected}"
     assert x.grad is not None
     assert weights.grad is not None
-
-
-@contextmanager
-def bytes_between_ranks():
-    """Collects (group's ranks, bytes to each of them) of every all-to-all."""
-    seen, original = [], collectives.all_to_all
-
-    def all_to_all(x, received, sent, group):
-        each = x[:1].numel() * x.element_size() if len(x) else 0
-        seen.append((dist.get_process_group_ranks(group), [n * each for n in sent]))
-        return original(x, received, sent, group)
-
-    collectives.all_to_all = all_to_all
-    try:
-        yield seen
-    finally:
-        collectives.all_to_all = original
 
 
 @check
@@ -473,94 +388,6 @@ def slice_all_reduce_can_check_the_first_call_only():
         assert counted(mode) == expected
 
 
-# --- wire formats -------------------------------------------------------------------------------------------------
-
-
-def bound(t: torch.Tensor, wire: str) -> torch.Tensor:
-    """The stated largest error of each element (dispatch/wire.py), and 2^-22 of the row's largest for arithmetic."""
-    if wire == "exact" or not t.numel():
-        return torch.zeros_like(t)
-    m = t.abs().amax(1, keepdim=True)
-    if wire == "bf16":
-        return t.abs() * 2**-8 + 2**-134
-    s = (m / (448 if wire == "fp8" else 127)).clamp_min(2**-126)
-    error = torch.maximum(t.abs() * 2**-4, s * 2**-10) if wire == "fp8" else (s / 2).expand_as(t)
-    return error + 2**-22 * m
-
-
-def grown(t: torch.Tensor, error: torch.Tensor, wire: str) -> torch.Tensor:
-    """The bound after another rounding of numbers that are already off by `error`."""
-    return error + bound(t.abs() + error, wire)
-
-
-def wires_keep_their_bounds(name):
-    for wire in ("bf16", "fp8", "int8"):
-        exact, lossy = make(name), make(name, wire=wire)
-        levels = 2 if name == "hierarchical" else 1
-        case = cases(name)["uneven"]
-        x = case.mine(case.x)
-        rows, local, ticket = exact.dispatch(x, case.routing())
-        coarse, same, coarse_ticket = lossy.dispatch(x, case.routing())
-        assert torch.equal(local.expert_ids, same.expert_ids), wire
-        assert torch.equal(local.weights, same.weights), wire
-        allowed = torch.zeros_like(rows)
-        for _ in range(levels):
-            allowed = grown(rows, allowed, wire)
-        assert ((rows - coarse).abs() <= allowed).all(), f"{wire}: dispatch"
-        assert not len(rows) or not torch.equal(rows, coarse), f"{wire}: dispatch is not lossy at all"
-        y, coarse_y = exact.combine(rows, ticket), lossy.combine(rows, coarse_ticket)
-        value, allowed = rows, torch.zeros_like(rows)
-        routes = ticket.routes if hasattr(ticket, "routes") else (ticket.route,)
-        for route in reversed(routes):
-            error = grown(value, allowed, wire)
-            value, _ = route.back(value, [], "exact")
-            allowed, _ = route.back(error, [], "exact")
-        allowed = allowed[: len(y)] + 1e-9
-        assert ((y - coarse_y).abs() <= allowed).all(), f"{wire}: combine"
-
-
-def wires_of_the_backward_pass(name):
-    case = cases(name)["even"]
-    for wire in ("bf16", "fp8", "int8"):
-        gradients, outputs = [], []
-        for formats in ("exact", wire, (wire, "exact"), ("exact", wire)):
-            d = make(name, backward_wire=formats)
-            x = case.mine(case.x).clone().requires_grad_()
-            rows, _, ticket = d.dispatch(x, case.routing())
-            y = d.combine(rows, ticket)
-            (y * case.mine(case.g)).sum().backward()
-            gradients.append(x.grad)
-            outputs.append(y.detach())
-        assert torch.equal(outputs[0], outputs[1]), f"{wire}: forward"
-        differs = [not torch.equal(gradients[0], g) for g in gradients[1:]]
-        assert all(differs), f"{wire}: backward is exact"
-        close(gradients[1], gradients[0], wire, {"bf16": 2e-2, "fp8": 0.3, "int8": 5e-2}[wire])
-
-
-@check
-def narrow_rows_are_fewer_bytes():
-    size = {"exact": 8 * D, "bf16": 2 * D, "fp8": D + 4, "int8": D + 4}
-    case = cases("all_to_all")["even"]
-    for wire, each in size.items():
-        d = AllToAll(wire=("exact", wire))
-        with bytes_between_ranks() as seen:
-            rows, _, ticket = d.dispatch(case.mine(case.x), case.routing())
-            d.combine(rows, ticket)
-        assert seen[-1][1] == [n * each for n in ticket.routes[0].received], wire
-
-
-@check
-def a_row_with_an_overflow_arrives_as_nan():
-    case = cases("all_to_all")["even"]
-    case.x[3, 1] = float("inf")
-    for wire in ("fp8", "int8"):
-        rows, _, ticket = AllToAll(wire=(wire, "exact")).dispatch(case.mine(case.x), case.routing())
-        y = AllToAll().combine(rows, ticket)
-        broken = torch.zeros(len(case.x), D, dtype=torch.bool)
-        broken[3] = True
-        assert torch.equal(y.isnan(), case.mine(broken)), wire
-
-
 # --- use ----------------------------------------------------------------------------------------------------------
 
 
@@ -597,10 +424,17 @@ def a_layer_with_a_dispatcher_can_be_copied():
 def a_part_of_the_ranks_can_be_the_group():
     """Each half of the ranks a layer of its own; a DeviceMesh for two levels."""
     size = dist.get_world_size()
-    mesh = dist.init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("half", "rank"))
+    mesh = dist.init_device_mesh(torch.get_default_device().type, (2, size // 2), mesh_dim_names=("half", "rank"))
     group = mesh.get_group("rank")
     routing = Routing.from_topk(torch.tensor([[0, 3], [2, 1]]), torch.ones(2, 2), 8)
-    dispatchers = [AllGather(group), AllToAll(group), SliceAllReduce(group), Hierarchical(group, 1)]
+    dispatchers = [
+        AllGather(group),
+        AllToAll(group),
+        SliceAllReduce(group),
+        Hierarchical(group, 1),
+        Auto(group),
+        Symmetric(group),
+    ]
     for d in [*dispatchers, Hierarchical.of_mesh(mesh)]:
         over = size if isinstance(d, Hierarchical) and d.size == size else size // 2
         assert len(d.local_experts(8)) == 8 // over
@@ -617,25 +451,3 @@ for each_name in MANY:
         *((wires_keep_their_bounds, wires_of_the_backward_pass) if each_name in WIRED else ()),
     ):
         CHECKS[f"{each_name}: {each_check.__name__}"] = lambda f=each_check, n=each_name: f(n)
-
-
-def main(rank: int, size: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    files = dist.FileStore(store, size)
-    dist.init_process_group("gloo", store=files, rank=rank, world_size=size, timeout=timedelta(seconds=30))
-    with open(out, "w") as lines:
-        for name, function in CHECKS.items():
-            torch.manual_seed(0)
-            try:
-                function()
-                wrong = ""
-            except Exception:
-                wrong = traceback.format_exc()
-            print(json.dumps([name, wrong]), file=lines, flush=True)
-            if wrong:
-                return
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -10,8 +10,9 @@ import torch
 from headgate.dispatch import DISPATCHERS
 from headgate.dispatch.agreement import FIELDS, disagreement, held_experts, localised
 from headgate.dispatch.all_to_all import destinations, tokens_of_places
-from headgate.dispatch.volume import distinct_parts
+from headgate.dispatch.symmetric import fetches
 from headgate.dispatch.wire import decode, encode, message
+from headgate.placement.volume import distinct_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,6 +108,25 @@ def test_copies_stand_rank_by_rank_once_each_tokens_rising(k, parts, tokens):
     for t in range(tokens):
         found = [n for n, (_, u) in enumerate(wanted) if u == t]
         assert place[t].tolist() == found + [-1] * (place.shape[1] - len(found))
+
+
+# --- one-sided copies -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("high", [1, 2, 7])
+def test_what_each_rank_fetches_is_what_was_laid_out_for_it(size, high):
+    """All ranks' windows as tensors of one process: a row is named by its sender, its receiver and its number."""
+    counts = torch.randint(0, high, (size, size)).tolist()
+    windows = [[(i, j, n) for j in range(size) for n in range(counts[i][j])] for i in range(size)]
+    for rank in range(size):
+        out, peers = [None] * sum(row[rank] for row in counts), []
+        for peer, there, here, rows in fetches(counts, rank):
+            assert rows > 0
+            out[here : here + rows] = windows[peer][there : there + rows]
+            peers.append((peer - rank) % size)
+        assert out == [(i, rank, n) for i in range(size) for n in range(counts[i][rank])]
+        assert peers == sorted(set(peers)), "each peer once, the next ranks first"
 
 
 # --- volumes --------------------------------------------------------------------------------------------------------

@@ -1,58 +1,18 @@
 """Every dispatcher on 2 and on 4 gloo ranks: ranks.py holds the checks, all run by one start of the processes."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from ranks_runner import Rank, checks_of, passed_on_every_rank, run_ranks
 
 RANKS = Path(__file__).with_name("ranks.py")
 
-if not (dist.is_available() and dist.is_gloo_available()):
-    pytest.skip("this torch has no gloo", allow_module_level=True)
-
-
-def _checks() -> list[str]:
-    spec = importlib.util.spec_from_file_location("headgate_test_ranks", RANKS)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return list(module.CHECKS)
-
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
-def results(request, tmp_path_factory) -> list[tuple[dict[str, str], str]]:
-    """For each rank: check -> what went wrong ("" for nothing), and what the process printed."""
-    size, folder = request.param, tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HEADGATE_CPU": "plain"}
-    processes = []
-    for rank in range(size):
-        command = [sys.executable, RANKS, str(rank), str(size), folder / "store", folder / f"{rank}.json"]
-        with open(folder / f"{rank}.log", "w") as log:
-            processes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log))
-    deadline = time.monotonic() + 180
-    try:
-        for process in processes:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        pass  # the checks that are missing say it
-    finally:
-        for process in processes:
-            process.kill()
-    found = []
-    for rank in range(size):
-        lines = folder / f"{rank}.json"
-        done = dict(map(json.loads, lines.read_text().splitlines())) if lines.exists() else {}
-        found.append((done, (folder / f"{rank}.log").read_text()))
-    return found
+def results(request, tmp_path_factory) -> list[Rank]:
+    return run_ranks(RANKS, request.param, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("check", _checks())
+@pytest.mark.parametrize("check", checks_of(RANKS))
 def test_on_every_rank(results, check):
-    for rank, (done, log) in enumerate(results):
-        assert check in done, f"rank {rank} did not come to it; its last check: {list(done)[-1:]}\n{log[-2000:]}"
-        assert not done[check], f"rank {rank}:\n{done[check]}"
+    passed_on_every_rank(results, check)

@@ -29,7 +29,7 @@ def test_weights_stay_in_the_graph_and_in_their_type():
 def test_detach_drops_the_graph_of_every_field():
     fields = dict(weights=torch.rand(3, 2), counts=torch.ones(4, dtype=torch.int32), scores=torch.rand(3, 4))
     fields = {n: t.requires_grad_() * 1 if t.is_floating_point() else t for n, t in fields.items()}
-    r = Routing(torch.zeros(3, 2, dtype=torch.int32), num_experts=4, **fields)
+    r = Routing(torch.zeros(3, 2, dtype=torch.int32), num_experts=4, capacity=6, **fields)
     assert r.scores.requires_grad
     for field in dataclasses.fields(r):
         before, after = getattr(r, field.name), getattr(r.detach(), field.name)

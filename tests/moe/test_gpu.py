@@ -12,6 +12,7 @@ import headgate
 from headgate.kernels import GPT_OSS, Routing, grouped_ffn, quantize
 from headgate.kernels.activation import as_activation
 from headgate.kernels.grouped_ffn import grouped_ffn_reference
+from headgate.moe import Capacity
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -77,8 +78,9 @@ def test_equals_the_layer_on_the_cpu(name, tokens, dtype, assert_close):
         assert_close(layer.aux_losses[what], value, name=what)
 
 
-def test_a_training_step_waits_for_nothing(nothing_waits):
-    layer = make("sigmoid, shared", torch.bfloat16, **COEFS)
+@pytest.mark.parametrize("capacity", [None, Capacity(1.0), Capacity(1.0, "position", pad=True)], ids=str)
+def test_a_training_step_waits_for_nothing(capacity, nothing_waits):
+    layer = make("sigmoid, shared", torch.bfloat16, capacity=capacity, **COEFS)
     x, grad = (torch.randn(2, 95, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
 
     def step():

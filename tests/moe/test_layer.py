@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import headgate
 from headgate.kernels.routing import Routing
+from headgate.kernels.topk import topk
 from headgate.moe.layer import MoE
 from headgate.moe.losses import load_balancing_loss, z_loss
 
@@ -138,6 +139,22 @@ class TestLosses:
         (layer(x) * 0).sum().backward()
         assert layer.router.weight.grad.eq(0).all()
         assert_close(layer.aux_losses["load_balancing"], load_balancing_loss(layer.router(x)))
+
+    def test_balance_is_the_routers_own_where_it_has_one(self):
+        class Half(nn.Linear):
+            """Its balancing loss is half the sum of its weights, whatever it chose."""
+
+            def forward(self, x):
+                return topk(super().forward(x), 2)
+
+            def balancing_loss(self, routing, *, sequences, ranks):
+                assert (sequences, ranks) == (None, None)
+                return self.weight.sum() / 2
+
+        layer = MoE(70, 9, 5, 2, router=Half(70, 5), load_balancing_coef=0.5)
+        (layer(torch.randn(9, 70)) * 0).sum().backward()
+        assert layer.router.weight.grad.eq(0.25).all()
+        assert layer.aux_losses["load_balancing"] == layer.router.weight.sum() / 2
 
     def test_level_the_load_when_minimised(self):
         layer = make(hidden=16, experts=8, load_balancing_coef=1.0)
@@ -306,7 +323,11 @@ class TestBadInput:
             ({"top_k": 2.0}, TypeError, r"MoE: top_k must be an integer, got 2\.0"),
             ({"num_experts": "5"}, TypeError, "MoE: num_experts must be an integer, got '5'"),
             ({"intermediate_size": 4.5}, TypeError, r"Experts: intermediate_size must be an integer, got 4\.5"),
-            ({"router": "magic"}, ValueError, "MoE: router must be one of softmax, sigmoid or a module, got 'magic'"),
+            (
+                {"router": "magic"},
+                ValueError,
+                "MoE: router must be one of softmax, sigmoid, .* or a module, got 'm",
+            ),
             ({"router": 3}, TypeError, "MoE: router must be a name or a module, got int"),
             ({"router": nn.Identity(), "router_options": {"scale": 2.0}}, ValueError, "router_options must come with"),
             ({"router": headgate.moe.routers.SoftmaxRouter(8, 4, 2)}, ValueError, "num_experts must be .* got 4"),
@@ -317,6 +338,8 @@ class TestBadInput:
             ({"shared_gate": True}, ValueError, "shared_gate must come with shared_intermediate_size > 0"),
             ({"load_balancing_coef": -1.0}, ValueError, "load_balancing_coef must be finite and not negative"),
             ({"z_loss_coef": float("nan")}, ValueError, "z_loss_coef must be finite and not negative, got nan"),
+            ({"capacity": 0.0}, ValueError, r"Capacity: factor must be positive and finite, got 0\.0"),
+            ({"capacity": "all"}, TypeError, "Capacity: factor must be a number, got 'all'"),
             ({"load_balancing_scope": "step"}, ValueError, "scope must be one of batch, sequence, global, got 'step'"),
             ({"load_balancing_scope": "global"}, ValueError, "load_balancing_group must be given with"),
         ],

@@ -1,18 +1,30 @@
 """Routers: one contract for all in ROUTERS, equality with transformers' own, and the bias that balances."""
 
 import copy
+from functools import wraps
 from importlib import import_module
 
 import pytest
 import torch
 
 from headgate.kernels.routing import Routing
-from headgate.moe.routers import ROUTERS, Router, SigmoidRouter, SoftmaxRouter
+from headgate.moe.routers import ROUTERS, BilevelRouter, Router, SigmoidRouter, SoftmaxRouter
 
 
 @pytest.fixture(params=ROUTERS)
 def make(request):
-    return ROUTERS[request.param]
+    """The router's class; a bilevel router gets nodes that fit."""
+    router = ROUTERS[request.param]
+    if router is not BilevelRouter:
+        return router
+
+    @wraps(router)
+    def fitting(hidden_size, num_experts, top_k, **options):
+        nodes = 1 if num_experts % 2 else 2
+        topk_nodes = nodes if top_k == num_experts else 1
+        return router(hidden_size, num_experts, top_k, nodes=nodes, topk_nodes=topk_nodes, **options)
+
+    return fitting
 
 
 class TestContract:
@@ -76,7 +88,6 @@ class TestContract:
         [
             ({"top_k": 9}, r"top_k must be between 1 and the number of experts \(8\), got 9"),
             ({"jitter": 1.0}, r"jitter must be in \[0, 1\), got 1\.0"),
-            ({"groups": 3}, "groups must divide the number of experts"),
             ({"scale": -1.0}, r"scale must be positive and finite, got -1\.0"),
         ],
     )
@@ -89,6 +100,12 @@ class TestContract:
         x[2, 3] = float("nan")
         with pytest.raises(ValueError, match=r"scores.* must be finite, got nan for token 2"):
             make(20, 8, 2)(x)
+
+
+@pytest.mark.parametrize("router", [SoftmaxRouter, SigmoidRouter])
+def test_groups_that_do_not_fit_are_refused(router):
+    with pytest.raises(ValueError, match=rf"{router.__name__}: groups must divide the number of experts \(8\), got 3"):
+        router(20, 8, 2, groups=3)
 
 
 def test_unknown_names_are_refused():

@@ -1,0 +1,104 @@
+"""Which dispatcher the model expects to win where, and how both halves of the report read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...placement.links import Case, Link, Links, message_bytes, predict
+from .published import DIRECTIONS, LOW_LATENCY, Point, at_the_card, low_latency_GBps
+
+OURS = ("all_to_all", "hierarchical", "all_gather")
+BESIDE = ("plain", "pipelined")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the cases have in common; DeepSeek-V3's by default: FP8 there, bf16 back, 4 of the nodes."""
+
+    hidden_size: int = 7168
+    num_experts: int = 256
+    top_k: int = 8
+    dispatch_bytes: float = 1.0
+    combine_bytes: float = 2.0
+    ranks_per_node: int = 8
+    at_most_nodes: int | None = 4
+
+    def case(self, ranks: int, tokens: int) -> Case:
+        """Beyond one rank per expert there are as many experts as ranks."""
+        return Case(
+            ranks,
+            min(self.ranks_per_node, ranks),
+            tokens,
+            max(self.num_experts, ranks),
+            self.top_k,
+            message_bytes(self.hidden_size, self.top_k, self.dispatch_bytes),
+            self.hidden_size * self.combine_bytes,
+            self.at_most_nodes,
+        )
+
+
+def row(sizes: Sizes, ranks: int, tokens: int, dispatch: Links, combine: Links) -> dict[str, Any]:
+    """One line of the table as JSON has it: modelled us of dispatch and combine, and why the winner needs its time."""
+    case = sizes.case(ranks, tokens)
+    found = {name: predict(name, case, dispatch, combine) for name in (*OURS, *BESIDE)}
+    wins = min(OURS, key=lambda name: found[name].seconds)
+    return {
+        "ranks": ranks,
+        "tokens": tokens,
+        "experts": case.num_experts,
+        "modelled_us": {name: 1e6 * p.seconds for name, p in found.items()},
+        "rows_per_token": {name: asdict(case.rows(name)) for name in found},
+        "wins": wins,
+        "why": found[wins].why(),
+    }
+
+
+def link_lines(dispatch: Links, combine: Links) -> list[str]:
+    """The links: latency and bandwidth of each class, there and back."""
+
+    def said(link: Link) -> str:
+        return f"{link.latency_us:5.1f} us + bytes / {link.bandwidth_GBps:5.1f} GB/s"
+
+    head = f"{'':<9} {'inside a node':<32} between nodes"
+    both = zip(DIRECTIONS, (dispatch, combine), strict=True)
+    return [head, *(f"{name:<9} {said(links.inside):<32} {said(links.across)}" for name, links in both)]
+
+
+def fit_lines(points: Iterable[Point]) -> list[str]:
+    """Published beside modelled times."""
+    lines = [f"{'kernels':<12} {'ranks':>5}  {'':<8} {'published':>10} {'modelled':>10} {'error':>7}"]
+    for p in points:
+        lines.append(
+            f"{p.kernels:<12} {p.ranks:>5}  {p.direction:<8} {1e6 * p.published_s:>7,.0f} us "
+            f"{1e6 * p.modelled_s:>7,.0f} us {100 * round(p.error, 4) + 0.0:>+6.1f}%  {p.use}"
+        )
+    return lines
+
+
+def check_lines() -> list[str]:
+    """What the tables say apart from times: our bytes against theirs, and the rate at the card."""
+    lines = ["bytes over time of the low-latency kernels, GB/s: published, from our bytes"]
+    for ranks, row in LOW_LATENCY.items():
+        ours = [low_latency_GBps(ranks, i) for i in range(2)]
+        lines.append(f"{ranks:>5} ranks  {row[1]:>4} {ours[0]:>6.1f}   {row[3]:>4} {ours[1]:>6.1f}")
+    lines += ["", "GB/s through the card of 50: published (own node's rows included), what leaves the node"]
+    lines += [
+        f"{kernels:<10} {ranks:>3} ranks  {name:<8} {logical:>4} {leaves:>6.1f}"
+        for kernels, ranks, name, logical, leaves in at_the_card()
+    ]
+    return lines
+
+
+def winner_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of who wins; times in us, dispatch and combine together."""
+    lines = []
+    for tokens in dict.fromkeys(r["tokens"] for r in rows):
+        heads = "".join(f"{name:>14}" for name in (*OURS, *BESIDE))
+        lines += ["", f"{tokens} tokens per rank, modelled us of dispatch + combine", f"{'ranks':>6}{heads}  wins"]
+        for r in (r for r in rows if r["tokens"] == tokens):
+            times = "".join(f"{r['modelled_us'][name]:>14,.0f}" for name in (*OURS, *BESIDE))
+            rest = min(us for name in OURS if (us := r["modelled_us"][name]) > r["modelled_us"][r["wins"]])
+            lines.append(f"{r['ranks']:>6}{times}  {r['wins']}, {rest / r['modelled_us'][r['wins']]:.2f}x")
+    return lines

@@ -1,0 +1,59 @@
+"""Ranks that are about to cut one module between them compare it first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def same_on_every_rank(module: nn.Module, options: Mapping[str, object], group: dist.ProcessGroup) -> None:
+    """Raises ValueError, on every rank of the group, where options, parameters or buffers differ: in name, shape,
+    dtype or bits.
+
+    One all-gather of a number, and of the names where that differs. Of what is on the meta device or a DTensor only
+    shape and dtype are compared.
+    """
+    found: dict[str, object] = {name: repr(option) for name, option in options.items()}
+    found |= {name: _digest(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+    whole = int.from_bytes(hashlib.sha256(repr(found).encode()).digest()[:7], "big")
+    device = next((t.device for t in module.parameters() if t.device.type != "meta"), torch.device("cpu"))
+    mine = torch.tensor([whole], device=device)
+    everybody = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everybody, mine, group=group)
+    if len({int(t) for t in everybody}) == 1:
+        return
+    tables: list[dict[str, object] | None] = [None] * group.size()
+    dist.all_gather_object(tables, found, group=group)
+    ranks = dist.get_process_group_ranks(group)
+    first = tables[0] or {}
+    for rank, table in zip(ranks, tables, strict=True):
+        for name in (*first, *(table or {})):
+            here, there = first.get(name), (table or {}).get(name)
+            if here != there:
+                advice = "" if name in options else ": build the module from the same seed on every rank, or load it"
+                raise ValueError(
+                    f"parallelize: {name} must be the same on every rank, "
+                    f"got {_shown(there)} on rank {rank} and {_shown(here)} on rank {ranks[0]}{advice}"
+                )
+
+
+def _digest(t: Tensor) -> tuple:
+    if isinstance(t, DTensor):
+        return (tuple(t.shape), str(t.dtype))
+    if t.device.type == "meta" or not t.numel():
+        return (tuple(t.shape), str(t.dtype), 0)
+    bits = t.detach().contiguous().flatten().view(torch.uint8 if t.element_size() == 1 else torch.int16)
+    return (tuple(t.shape), str(t.dtype), int(bits.sum(dtype=torch.int64)))
+
+
+def _shown(digest: Any) -> str:
+    if digest is None or isinstance(digest, str):
+        return digest or "none"
+    shape, dtype, *bits = digest
+    return f"{shape} {dtype}" + (f" with checksum {bits[0] & 0xFFFFFFFF:x}" if bits else "")

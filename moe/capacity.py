@@ -1,0 +1,155 @@
+"""Capacity: an upper bound on the pairs of each expert, set after the router's choice. What is too much is dropped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import collectives
+from ..dispatch.wire import pack, unpack
+from ..kernels.plan import plan
+from ..kernels.routing import Routing
+from .losses import TokenRanks
+
+DROPS, SCOPES = ("weight", "position"), ("rank", "batch")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """An expert takes at most C = ceil(factor * T * K / E) pairs: `factor` times its share of an even load.
+
+    `drop` says which pairs stay: "weight" the C largest weights, the first ones among equals; "position" the first C
+    in the order of the tokens. (Megatron-LM's moe_token_drop_policy "probs" and "position".) `scope` "rank": T is this
+    rank's, and each rank chooses for itself; "batch": T is the whole batch's, and the choice is that of one process
+    with all tokens in rank order. `pad` promises whoever moves the pairs that no expert has more than C of them
+    (`Routing.capacity`), so that its shapes can depend on T alone; it must come with scope "rank", where C is the same
+    for every rank with as many tokens.
+
+    `factor` counts as it is written: 1.1 is 11/10 and not the binary number next to it.
+
+    Source: Lepikhin et al., GShard (2020), section 3.1; Fedus et al., Switch Transformers (2021), equation 3.
+
+    >>> Capacity(1.25).of(tokens=64, top_k=2, num_experts=8)
+    20
+    """
+
+    factor: float = 1.25
+    drop: str = "weight"
+    scope: str = "rank"
+    pad: bool = False
+    ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.factor, bool) or not isinstance(self.factor, int | float):
+            raise TypeError(f"Capacity: factor must be a number, got {self.factor!r}")
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"Capacity: factor must be positive and finite, got {self.factor}")
+        for name, value, known in (("drop", self.drop, DROPS), ("scope", self.scope, SCOPES)):
+            if value not in known:
+                raise ValueError(f"Capacity: {name} must be one of {', '.join(known)}, got {value!r}")
+        if self.pad and self.scope != "rank":
+            raise ValueError(f"Capacity: pad must come with scope 'rank', got {self.scope!r}")
+        object.__setattr__(self, "ratio", Fraction(str(self.factor)).as_integer_ratio())
+
+    def of(self, tokens: int, top_k: int, num_experts: int) -> int:
+        """C of T tokens with K choices each, out of E."""
+        up, down = self.ratio
+        return -(-up * tokens * top_k // (down * num_experts))
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """What a limit took away. `capacity` C. `dropped` int64 0-d: this rank's pairs that went, exactly; `dropped_total`:
+    those of all ranks (the same tensor where there are no others). `overflowed` bool 0-d: whether any rank's went.
+    Tensors are on the routing's device."""
+
+    capacity: int
+    dropped: Tensor
+    dropped_total: Tensor
+    overflowed: Tensor
+
+
+def limit(routing: Routing, capacity: Capacity, ranks: TokenRanks | None = None) -> tuple[Routing, Overflow]:
+    """The routing with no more pairs for an expert than `capacity` allows, and what that took.
+
+    A dropped pair has id -1 and weight 0, and no gradient. All other weights stay as they are, gradients too: nothing
+    is renormalised. `counts` are counted again; `scores` and `logits` stay. Losses that balance want the choice before
+    it was limited. `ranks`: the ranks of scope "batch" and of `dropped_total`; None: this one is alone.
+
+    Cost: scope "rank" does not wait for the device; with `ranks` it is one all-reduce of one number. Scope "batch" is
+    one all-gather of E + 1 numbers for "position"; for "weight" one of a number, and one of every rank's ids and
+    weights, K for each of max T tokens. It waits for the device once, since C depends on all ranks' tokens.
+    """
+    if ranks is None or capacity.scope == "rank":
+        tokens, k = routing.expert_ids.shape
+        bound = capacity.of(tokens, k, routing.num_experts)
+        place = _places(routing.expert_ids, routing.weights, routing.num_experts, capacity.drop)
+        gone = place >= bound
+        dropped = gone.sum()
+        total = dropped if ranks is None else collectives.all_reduce(dropped, ranks.group)
+    else:
+        among = _by_position if capacity.drop == "position" else _by_weight
+        place, bound, total = among(routing, capacity, ranks)
+        gone = place >= bound
+        dropped = gone.sum()
+    ids = routing.expert_ids.masked_fill(gone, -1)
+    limited = replace(
+        routing,
+        expert_ids=ids,
+        weights=routing.weights.masked_fill(gone, 0),
+        counts=_counts(ids, routing.num_experts).int(),
+        capacity=bound if capacity.pad else None,
+    )
+    return limited, Overflow(bound, dropped, total, total > 0)
+
+
+def _places(ids: Tensor, weights: Tensor, experts: int, drop: str) -> Tensor:
+    """The place of each pair in its expert's queue, int32 [T, K]: 0 is first; -1 for pairs without an expert."""
+    valid = (ids >= 0) & (ids < experts)
+    if drop == "weight":  # stable twice: by weight, then by expert
+        order = weights.detach().flatten().sort(descending=True, stable=True).indices
+        queue = plan(ids.flatten()[order][:, None], experts)
+        row = torch.empty_like(queue.row_of_pair).scatter(0, order, queue.row_of_pair)
+    else:
+        queue = plan(ids, experts)
+        row = queue.row_of_pair
+    first = queue.offsets[ids.long().clamp(0, experts - 1)]
+    return torch.where(valid, row.view_as(ids) - first, -1)
+
+
+def _by_position(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple[Tensor, int, Tensor]:
+    """(places in the queues of the whole batch, C, pairs that go on all ranks): tokens of lower ranks come first."""
+    ids, experts = routing.expert_ids, routing.num_experts
+    mine = F.pad(_counts(ids, experts), (0, 1), value=ids.shape[0])
+    table = collectives.all_gather(mine[None], ranks.group)  # [G, E + 1]
+    counts, tokens = table[:, :-1], table[:, -1]
+    bound = capacity.of(int(tokens.sum()), ids.shape[1], experts)
+    before = counts[: dist.get_rank(ranks.group)].sum(0)
+    place = _places(ids, routing.weights, experts, "position")
+    place = torch.where(place >= 0, place + before[ids.long().clamp(0, experts - 1)], -1)
+    return place, bound, (counts.sum(0) - bound).clamp_min(0).sum()
+
+
+def _by_weight(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple[Tensor, int, Tensor]:
+    """The same by weight: every rank sees all pairs, and finds the places of its own."""
+    ids, weights, group = routing.expert_ids, routing.weights.detach(), ranks.group
+    tokens = collectives.all_gather(torch.tensor([ids.shape[0]], device=ids.device), group).tolist()
+    bound, most = capacity.of(sum(tokens), ids.shape[1], routing.num_experts), max(tokens)
+    missing = (0, 0, 0, most - ids.shape[0])
+    padded = [F.pad(ids, missing, value=-1), F.pad(weights, missing)]
+    all_ids, all_weights = unpack(collectives.all_gather(pack(padded), group), padded)
+    place = _places(all_ids, all_weights, routing.num_experts, "weight")
+    start = dist.get_rank(group) * most
+    return place[start : start + ids.shape[0]], bound, (place >= bound).sum()
+
+
+def _counts(ids: Tensor, experts: int) -> Tensor:
+    """Pairs of each expert, int64 [E]."""
+    ids = torch.where((ids < 0) | (ids >= experts), experts, ids).flatten().long()
+    return ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:experts]

@@ -1,0 +1,222 @@
+"""Experts cut over ranks: which part of each weight a rank holds, and what a step computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..dispatch import Auto, Compose, Dispatcher, Fold, Local, collectives
+from ..dispatch.all_to_all import destinations
+from ..dispatch.pending import Pending
+from ..kernels.routing import Routing
+
+_SHARDS = "_headgate_shards"
+Make = Callable[[dist.ProcessGroup], Dispatcher]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter of E experts is cut: dimension 0 over ep, dimension `ffn` over etp.
+
+    `blocks`: how many parts of that dimension, one after the other, are each cut for itself (2 for gate and up rows).
+    `whole`: a bias of the experts' outputs, cut over D, that each rank of etp adds in its own columns.
+    """
+
+    ffn: int
+    blocks: int = 1
+    whole: bool = False
+
+    def of(self, full: Tensor, held: range, etp: int, rank: int) -> Tensor:
+        """The part [E/ep, ...] of `full` [E, ...] that is this rank's, as a new contiguous tensor."""
+        part = full[held.start : held.stop].unflatten(self.ffn, (self.blocks, etp, -1))
+        return (
+            part.select(self.ffn + 1, rank).flatten(self.ffn, self.ffn + 1).clone(memory_format=torch.contiguous_format)
+        )
+
+
+class _Gather(torch.autograd.Function):
+    """[.., blocks * f, ..] -> [.., blocks * G * f, ..] along `dim`, the parts of each block in rank order.
+
+    Backward: the sum over ranks of the gradient's part for this one, taken in fp32 or better.
+    """
+
+    @staticmethod
+    def forward(ctx, w: Tensor, dim: int, blocks: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.blocks, ctx.group = dim, blocks, group
+        parts = collectives.all_gather(w.unflatten(dim, (blocks, -1))[None], group)
+        return parts.movedim(0, dim + 1).flatten(dim, dim + 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dim, size = ctx.dim, ctx.group.size()
+        parts = grad.unflatten(dim, (ctx.blocks, size, -1)).movedim(dim + 1, 0)
+        wide = parts if grad.dtype == torch.float64 else parts.float()
+        mine = collectives.reduce_scatter(wide, ctx.group)[0]
+        return mine.flatten(dim, dim + 1).to(grad.dtype), None, None, None
+
+
+class Shards:
+    """The dispatcher of experts that are cut over a fold: it knows the cuts, and the degree r.
+
+    One layout serves several ways of computing (Hwang et al., Tutel, 2023): each rank keeps E/ep experts and F/etp of
+    each, and `degree` says what travels,
+
+        r = etp     rows: they are gathered over etp, and each rank computes its slice of F for all of them
+        r = 1       weights: they are gathered over etp, and rows stay with their rank
+        1 < r < etp rows inside neighbouring r ranks, weights among the etp / r ranks with the same place in those
+        r = 0       weights over etp and ep: no row travels at all
+
+    A change of degree moves no weight and changes no gradient: the parts are the same. `outer` makes the dispatcher of
+    an ep group, `inner` that of ranks with slices of the same experts; with `replicated` rows only r = etp makes sense.
+    With `every` > 0 the degree that moves fewest bytes for the rows of the moment is taken anew every so many calls, by
+    an all-reduce of one number; `why()` says by which figures.
+    """
+
+    def __init__(
+        self,
+        fold: Fold,
+        num_experts: int,
+        cuts: Mapping[str, Cut],
+        outer: Make,
+        inner: Make,
+        *,
+        replicated: bool = False,
+        every: int = 0,
+    ) -> None:
+        ep, self.etp = fold.size("ep"), fold.size("etp")
+        each = num_experts // ep
+        self.fold, self.num_experts, self.cuts = fold, num_experts, dict(cuts)
+        self._outer, self._inner, self._replicated, self._every = outer, inner, replicated, every
+        self.weight_bytes, self._calls, self._bytes = 0, 0, dict[int, float]()
+        self._due, self._pending = False, Pending()
+        self.held = range(fold.rank("ep") * each, (fold.rank("ep") + 1) * each)
+        self._dispatchers: dict[int, Dispatcher] = {}
+        self.set_degree(self.etp)
+
+    def set_degree(self, degree: int) -> None:
+        """Every rank must come by, in the same order of layers. Raises ValueError where r does not divide etp."""
+        if degree != 0 and (degree < 0 or self.etp % degree):
+            raise ValueError(f"set_degree: degree must be 0 or divide etp = {self.etp}, got {degree}")
+        if self._replicated and degree != self.etp:
+            raise ValueError(f"set_degree: degree must be etp = {self.etp} for replicated activations, got {degree}")
+        self.degree = degree
+        if degree not in self._dispatchers:
+            self._dispatchers[degree] = self._dispatcher_of(degree)
+        self._weights = self.fold.strided("etp", max(degree, 1)) if degree < self.etp > 1 else None
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        return self._dispatchers[self.degree]
+
+    def local_experts(self, num_experts: int) -> range:
+        return self.held
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Any]:
+        if self._every and not self._replicated:
+            self._due = self._due or self._calls % self._every == 0
+            self._calls += 1
+            if self._due:
+                self._adapt(x, routing)
+        rows, local, ticket = self.dispatcher.dispatch(x, routing)
+        if self._every:
+            self._pending.note(rows if rows is not x else local.weights)
+        return rows, local, (self.dispatcher, ticket)
+
+    def combine(self, rows: Tensor, ticket: Any) -> Tensor:
+        dispatcher, ticket = ticket
+        return dispatcher.combine(rows, ticket)
+
+    def _dispatcher_of(self, degree: int) -> Dispatcher:
+        if degree == 0:
+            return Local()
+        outer = self._outer(self.fold.group("ep")) if self.fold.size("ep") > 1 else None
+        inner = self._inner(self.fold.blocks("etp", degree)) if degree > 1 else None
+        return Compose(outer, inner) if outer and inner else outer or inner or Local()
+
+    def _adapt(self, x: Tensor, routing: Routing) -> None:
+        """Takes the degree with the fewest bytes for these rows, the same on all ranks that share the experts."""
+        ep = self.fold.size("ep")
+        copies, _ = destinations(routing.expert_ids, range(self.num_experts), ep)
+        mine = torch.stack([copies.sum(), copies.new_tensor(bool(self._pending))])
+        total, pending = collectives.all_reduce(mine, self.fold.group("ep", "etp")).tolist()
+        self._due = bool(pending)
+        if pending:  # a backward pass that may call forward again must find what it found
+            return
+        rows = total / self.fold.size("ep", "etp")
+        passes = 2 if torch.is_grad_enabled() else 1
+        self._bytes = degree_bytes(rows * x.shape[1] * x.element_size(), self.weight_bytes, ep, self.etp, passes)
+        self.set_degree(min(self._bytes, key=lambda r: (self._bytes[r], -r)))
+
+    def why(self) -> str:
+        """What each degree would move, which was taken, and what its dispatcher says of itself."""
+        lines = [f"r = {r}: {b / 1e6:.3f} MB a rank" for r, b in self._bytes.items()]
+        lines.append(f"taken: r = {self.degree}, by {self.dispatcher}")
+        outer = getattr(self.dispatcher, "outer", self.dispatcher)
+        return "\n".join([*lines, outer.why()] if isinstance(outer, Auto) else lines)
+
+    def gathered(self, name: str, w: Tensor) -> Tensor:
+        """The parameter `name`, of which w is this rank's part, as this degree computes with it; differentiable."""
+        cut = self.cuts[name]
+        if cut.whole:
+            return self._padded(w)
+        if self._weights is not None:
+            w = _Gather.apply(w, cut.ffn, cut.blocks, self._weights)
+        return self._all_experts(w)
+
+    def _all_experts(self, w: Tensor) -> Tensor:
+        return _Gather.apply(w, 0, 1, self.fold.group("ep")) if self.degree == 0 and self.fold.size("ep") > 1 else w
+
+    def _padded(self, bias: Tensor) -> Tensor:
+        """[E, D / etp] -> [E, D]: this rank's columns, and zeros where another rank of its rows adds its own."""
+        r, rank = max(self.degree, 1), self.fold.rank("etp")
+        if self._weights is not None:
+            bias = _Gather.apply(bias, 1, 1, self._weights)
+        spread = bias.unflatten(1, (self.etp // r, 1, -1))
+        zeros = nn.functional.pad(spread, (0, 0, rank % r, r - 1 - rank % r))
+        return self._all_experts(zeros.flatten(1))
+
+    def __repr__(self) -> str:
+        return f"Shards(1/{self.etp} of F, degree={self.degree}, {self.dispatcher})"
+
+
+def degree_bytes(row_bytes: float, weight_bytes: float, ep: int, etp: int, passes: int) -> dict[int, float]:
+    """Bytes that leave a rank in a step for each degree r: rows there and back, weights there and gradients back.
+
+    `row_bytes` of the rows that a rank gets from its ep group, `weight_bytes` of the parameters that it keeps, `passes`
+    1 forward, 2 forward and backward. Hwang et al., Tutel (2023), section 3.2.1, with r = 0 their data parallelism.
+
+    >>> degree_bytes(row_bytes=1.0, weight_bytes=10.0, ep=1, etp=2, passes=2)  # few rows: let them travel
+    {0: 20.0, 1: 20.0, 2: 4.0}
+    """
+    found = {0: passes * (ep * etp - 1) * weight_bytes}
+    for r in (r for r in range(1, etp + 1) if etp % r == 0):
+        rows = 2 * passes * row_bytes * ((ep - 1) / ep + r - 1)
+        found[r] = rows + passes * (etp // r - 1) * weight_bytes
+    return found
+
+
+def shards_of(module: nn.Module) -> Shards | None:
+    """The Shards of an experts module, or None where it is whole."""
+    return vars(module).get(_SHARDS)
+
+
+def weight_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of an experts module as its next product takes it; None where the module has none of that name."""
+    w, shards = getattr(module, name), shards_of(module)
+    return w if w is None or shards is None else shards.gathered(name, w)
+
+
+def cut_experts(module: nn.Module, shards: Shards) -> None:
+    """Leaves the module its own part of each weight; the parameters are new ones."""
+    etp, rank = shards.etp, shards.fold.rank("etp")
+    for name, cut in shards.cuts.items():
+        full = getattr(module, name)
+        part = cut.of(full.detach(), shards.held, etp, rank)
+        setattr(module, name, nn.Parameter(part, requires_grad=full.requires_grad))
+        shards.weight_bytes += part.numel() * part.element_size()
+    vars(module)[_SHARDS] = shards

@@ -1,0 +1,133 @@
+"""Gradients made right across ranks while the backward pass runs, and their norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from ..dispatch import collectives
+
+SMALL = 1 << 18  # elements: gradients up to this size travel together at the end
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is to be done with a parameter's gradient: multiplied by `factor`, then averaged over `group`."""
+
+    group: dist.ProcessGroup
+    factor: float
+
+
+class GradientSync:
+    """Averages gradients over ranks as they are finished, so that after backward() they are right on every rank.
+
+    Large gradients are reduced one by one while the backward pass goes on, small ones together at its end. With
+    gradients that add up over several backward passes the result is the same whether each is synchronised or, inside
+    `paused()`, only the last: what has been averaged already stays as it is.
+
+    Every rank must use the same parameters in every backward pass, as under DistributedDataParallel.
+    """
+
+    def __init__(self) -> None:
+        self.shares: dict[nn.Parameter, Share] = {}
+        self._on = True
+        self._pending: list[tuple[dist.Work, dist.ProcessGroup, Tensor, Tensor]] = []
+        self._small: list[nn.Parameter] = []
+        self._called = False
+
+    def add(self, parameter: nn.Parameter, share: Share) -> None:
+        self.shares[parameter] = share
+        if not parameter.requires_grad:
+            return
+        if isinstance(parameter, DTensor):
+            # Norms under SequenceParallel leave a part of the sum on each rank; norms and clipping want it whole.
+            parameter.register_hook(lambda grad: grad.redistribute(placements=parameter.placements))
+        if share.factor != 1:
+            # Before it is added to what stands in .grad: that has had its factor.
+            parameter.register_hook(lambda grad: grad * share.factor)
+        if share.group.size() > 1:
+            parameter.register_post_accumulate_grad_hook(self._finished)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No exchange inside: for all but the last of the backward passes whose gradients add up."""
+        before, self._on = self._on, False
+        try:
+            yield
+        finally:
+            self._on = before
+
+    def _finished(self, parameter: nn.Parameter) -> None:
+        if not self._on:
+            return
+        if not self._called:  # once for each backward pass
+            self._called = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        if parameter.numel() <= SMALL:
+            self._small.append(parameter)
+            return
+        self._reduce(gradient_of(parameter), self.shares[parameter].group)
+
+    def _reduce(self, grad: Tensor, group: dist.ProcessGroup) -> None:
+        dense = grad.contiguous()
+        self._pending.append((collectives.start_average(dense, group), group, dense, grad))
+
+    def _finish(self) -> None:
+        try:
+            buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
+            for parameter in self._small:
+                grad = gradient_of(parameter)
+                buckets.setdefault((self.shares[parameter].group, grad.dtype), []).append(grad)
+            flat = []
+            for (group, _), grads in buckets.items():
+                flat.append((torch.cat([g.reshape(-1) for g in grads]), grads))
+                self._reduce(flat[-1][0], group)
+            for work, group, dense, grad in self._pending:
+                collectives.finish(work, group)
+                if dense is not grad:
+                    grad.copy_(dense)
+            for whole, grads in flat:
+                for grad, part in zip(grads, whole.split([g.numel() for g in grads]), strict=True):
+                    grad.copy_(part.view_as(grad))
+        finally:
+            self._pending, self._small, self._called = [], [], False
+
+
+def local(t: Tensor) -> Tensor:
+    """What this rank holds of t: its own part of a DTensor, or t."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """This rank's part of the gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return local(parameter.grad)
+
+
+def copies_of(parameter: Tensor, ranks: int) -> int:
+    """How many of `ranks` ranks hold the same piece of a parameter that all of them have, whole or as a DTensor."""
+    if not isinstance(parameter, DTensor):
+        return ranks
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return ranks // prod(mesh.size(d) for d, p in enumerate(placements) if isinstance(p, Shard))
+
+
+def norm_of(gradients: Iterable[tuple[Tensor, int]], device: torch.device) -> Tensor:
+    """The 2-norm of all gradients of all ranks, each piece once: fp32 scalar, the same on every rank.
+
+    gradients: (this rank's piece, how many ranks of the world hold the same). One all-reduce.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for grad, copies in gradients:
+        wide = grad if grad.dtype == torch.float64 else grad.float()
+        total += wide.norm().double().square() / copies
+    if dist.is_initialized():
+        total = collectives.all_reduce(total, dist.group.WORLD)  # type: ignore[arg-type]
+    return total.sqrt()

@@ -1,0 +1,203 @@
+"""Attention and experts together on many ranks, run by test_block.py: one process's numbers under every fold."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from ranks_compare import close, norm, same_parameters
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import headgate
+from headgate.dispatch import Fold
+from headgate.dispatch.ulysses import ulysses
+
+CHECKS = {}
+D, HEADS, FFN, E, K, B, S = 16, 8, 8, 8, 3, 8, 16
+SOME_OF_8 = 4  # every so many of the 100 folds of 8 ranks, see the_model_under_every_fold
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        # A bias of keys has no gradient but rounding: softmax does not see it.
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=letter != "k") for letter in "qkvo")
+        self.cp = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(2, (-1, D // HEADS)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        attend = partial(F.scaled_dot_product_attention, is_causal=True)
+        y = attend(q, k, v) if self.cp is None else ulysses(q, k, v, attend, self.cp)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm_1, self.attention, self.norm_2 = nn.RMSNorm(D), Attention(), nn.RMSNorm(D)
+        options = dict(shared_intermediate_size=4, shared_gate=True, load_balancing_coef=0.5, z_loss_coef=0.1)
+        self.moe = headgate.MoE(D, FFN, E, K, router_options={"renormalize": True}, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_1(x))
+        return x + self.moe(self.norm_2(x))
+
+
+def model(layers: int = 2) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(*(Block() for _ in range(layers)))
+
+
+def spread_attention(blocks: nn.Module, fold: Fold) -> None:
+    """As PyTorch's tutorials do it; one norm as SequenceParallel, the other left as it is."""
+    plan = {
+        "norm_1": SequenceParallel(use_local_output=True),
+        "attention": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        "attention.o_proj": RowwiseParallel(output_layouts=Shard(1)),
+        **{f"attention.{letter}_proj": ColwiseParallel() for letter in "qkv"},
+    }
+    for block in blocks:
+        block.attention.cp = fold.group("cp")
+        if fold.size("tp") > 1:
+            parallelize_module(block, fold.attention["tp"], plan)
+
+
+def mine_of(fold: Fold, batch: Tensor) -> Tensor:
+    """This rank's part of a batch [B, S, ...]: sequences by dp, positions in a row by (cp, tp)."""
+    rows = batch.chunk(fold.size("dp"), 0)[fold.rank("dp")]
+    return rows.chunk(fold.size("cp", "tp"), 1)[fold.rank("cp", "tp")].contiguous()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(11)
+    return torch.randn(B, S, D), torch.randn(B, S, D)
+
+
+def compare(whole: nn.Module, mine: nn.Module, what: str) -> None:
+    """Gradients, their norm, and the weights one step later."""
+    same_parameters(whole, mine, lambda p: p.grad, f"{what}: gradient")
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for m in (whole, mine)]
+    total = norm(whole)
+    torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
+    close(headgate.clip_grad_norm_(mine, 0.5).float(), total, f"{what}: norm")
+    for optimizer in optimizers:
+        optimizer.step()
+    same_parameters(whole, mine, lambda p: p.detach(), f"{what}: after a step")
+
+
+def once(fold: Fold, layers: int = 2) -> None:
+    x, g = batch()
+    whole, mine = model(layers), model(layers)
+    spread_attention(mine, fold)
+    headgate.parallelize(mine, fold)
+    average = fold.size("dp", "cp")
+    x1, x2 = x.clone().requires_grad_(), mine_of(fold, x).requires_grad_()
+    y1, y2 = whole(x1), mine(x2)
+    ((y1 * g).sum() / average).backward()
+    (y2 * mine_of(fold, g)).sum().backward()
+    close(y2, mine_of(fold, y1), f"{fold}: y")
+    close(x2.grad / average, mine_of(fold, x1.grad), f"{fold}: dx")
+    for one, other in zip(whole, mine, strict=True):
+        for name, loss in one.moe.aux_losses.items():
+            close(other.moe.aux_losses[name], loss, f"{fold}: {name}")
+    compare(whole, mine, str(fold))
+
+
+@check
+def the_block_alone():
+    world = dist.get_world_size()
+    once(Fold({"cp": 2, "tp": world // 2}, {"ep": 2, "etp": world // 2}), layers=1)
+
+
+@check
+def the_model_under_every_fold():
+    """Of 8 ranks some, in steps that no degree follows."""
+    world = dist.get_world_size()
+    for sizes in list(Fold.possible(world))[:: 1 if world <= 4 else SOME_OF_8]:
+        once(Fold.of(sizes))
+
+
+def decoders() -> dict[str, nn.Module]:
+    """Small transformers models: norms of q and k over all heads, over one, none, and fewer heads of keys."""
+
+    def make(name: str, **more) -> nn.Module:
+        torch.manual_seed(5)
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=32, hidden_size=D, num_hidden_layers=2, num_attention_heads=HEADS,
+            num_experts_per_tok=2, initializer_range=0.3, attn_implementation="sdpa",
+            pad_token_id=None, eos_token_id=None, bos_token_id=None, **more,
+        )  # fmt: skip
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+    sizes = dict(num_key_value_heads=4, intermediate_size=FFN, head_dim=8)
+    return {
+        "OLMoE": make("Olmoe", num_experts=E, num_key_value_heads=HEADS, intermediate_size=FFN),
+        "Qwen3": make("Qwen3Moe", num_experts=E, moe_intermediate_size=FFN, norm_topk_prob=True, **sizes),
+        "Mixtral": make("Mixtral", num_local_experts=E, sliding_window=None, **sizes),
+    }
+
+
+@check
+def transformers_decoders():
+    world = dist.get_world_size()
+    folds = [Fold({"cp": 2, "tp": 2, "dp": world // 4}, {"ep": world // 2, "edp": 2})]
+    if world == 4:  # 4 heads of keys at most
+        folds += [
+            Fold({"tp": 4}, {"ep": 2, "etp": 2}),
+            Fold({"cp": 4}, {"ep": 4}),
+            Fold({"dp": 2, "cp": 2}, {"etp": 4}),
+        ]
+    for fold in folds:
+        for (name, whole), mine in zip(decoders().items(), decoders().values(), strict=True):
+            headgate.parallelize(headgate.parallelize_attention(mine, fold), fold)
+            ids = torch.randint(32, (B, S), generator=torch.Generator().manual_seed(7))
+            g = torch.randn(B, S, 32, generator=torch.Generator().manual_seed(8))
+            y1, y2 = whole(input_ids=ids).logits, mine(input_ids=mine_of(fold, ids)).logits
+            close(y2, mine_of(fold, y1), f"{name} {fold}: logits")
+            ((y1 * g).sum() / fold.size("dp", "cp")).backward()
+            (y2 * mine_of(fold, g)).sum().backward()
+            compare(whole, mine, f"{name} {fold}")
+
+
+@check
+def two_pipeline_stages():
+    """Stages made by hand and torch's own schedule, in two micro-batches."""
+    half = dist.get_world_size() // 2
+    fold = Fold({"tp": 2, "dp": half // 2}, {"ep": 2, "edp": half // 2}, pp=2)
+    x, g = batch()
+    whole, stages = model(), model()
+    mine = nn.Sequential(stages[fold.stage])
+    spread_attention(mine, fold)
+    headgate.parallelize(mine, fold)
+    average = fold.size("dp", "cp")
+    micro = [torch.cat([rows.chunk(2)[at] for rows in t.chunk(average)]) for at in range(2) for t in (x, g)]
+    for part, weight in zip(micro[::2], micro[1::2], strict=True):  # losses of balance are of a micro-batch
+        ((whole(part) * weight).sum() / average).backward()
+    between = mine_of(fold, x).chunk(2)[0].requires_grad_()
+    first = between.detach() if fold.stage == 0 else between
+    group = fold.group("pp")
+    stage = PipelineStage(mine, fold.stage, 2, x.device, input_args=first, output_args=between, group=group)
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda y, g: (y * g).sum(), scale_grads=False)
+    if fold.stage == 0:
+        schedule.step(mine_of(fold, x))
+    else:
+        close(schedule.step(target=mine_of(fold, g)), mine_of(fold, whole(x)), "pp=2: y")
+    same_parameters(nn.Sequential(whole[fold.stage]), mine, lambda p: p.grad, "pp=2: gradient")
+    close(headgate.clip_grad_norm_(mine, float("inf")).float(), norm(whole), "pp=2: norm")
