@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...dispatch import collectives
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
 from .router import Router
@@ -104,7 +105,7 @@ class SigmoidRouter(Router):
             )
         load = counts.detach().reshape(-1, self.num_experts).sum(0, dtype=torch.float64).to(self.expert_bias.device)
         if group is not None:
-            dist.all_reduce(load, group=group)
+            load = collectives.all_reduce(load, group)
         self.expert_bias += self.bias_rate * (load.mean() - load).sign()
         self.load = None
 
