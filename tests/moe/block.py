@@ -167,8 +167,8 @@ def transformers_decoders():
     for fold in folds:
         for (name, whole), mine in zip(decoders().items(), decoders().values(), strict=True):
             headgate.parallelize(headgate.parallelize_attention(mine, fold), fold)
-            ids = torch.randint(32, (B, S), generator=torch.Generator().manual_seed(7))
-            g = torch.randn(B, S, 32, generator=torch.Generator().manual_seed(8))
+            torch.manual_seed(7)
+            ids, g = torch.randint(32, (B, S)), torch.randn(B, S, 32)
             y1, y2 = whole(input_ids=ids).logits, mine(input_ids=mine_of(fold, ids)).logits
             close(y2, mine_of(fold, y1), f"{name} {fold}: logits")
             ((y1 * g).sum() / fold.size("dp", "cp")).backward()
