@@ -31,10 +31,10 @@ from dispatch_cases import (
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
 
-from headgate.dispatch import AllGather, AllToAll, Hierarchical, Local, SliceAllReduce, Symmetric
-from headgate.dispatch.volume import distinct_parts
+from headgate.dispatch import AllGather, AllToAll, Auto, Hierarchical, Local, SliceAllReduce, Symmetric
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts, MoE
+from headgate.placement.volume import distinct_parts
 
 sys.path.append(str(Path(__file__).parent))
 import ranks_auto  # noqa: F401  # these add checks of their own
@@ -427,7 +427,14 @@ def a_part_of_the_ranks_can_be_the_group():
     mesh = dist.init_device_mesh(torch.get_default_device().type, (2, size // 2), mesh_dim_names=("half", "rank"))
     group = mesh.get_group("rank")
     routing = Routing.from_topk(torch.tensor([[0, 3], [2, 1]]), torch.ones(2, 2), 8)
-    dispatchers = [AllGather(group), AllToAll(group), SliceAllReduce(group), Hierarchical(group, 1), Symmetric(group)]
+    dispatchers = [
+        AllGather(group),
+        AllToAll(group),
+        SliceAllReduce(group),
+        Hierarchical(group, 1),
+        Auto(group),
+        Symmetric(group),
+    ]
     for d in [*dispatchers, Hierarchical.of_mesh(mesh)]:
         over = size if isinstance(d, Hierarchical) and d.size == size else size // 2
         assert len(d.local_experts(8)) == 8 // over

@@ -31,9 +31,9 @@ from headgate.dispatch import (
     SliceAllReduce,
     collectives,
 )
-from headgate.dispatch.volume import distinct_parts
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts
+from headgate.placement.volume import distinct_parts
 
 local_tensor = pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
 

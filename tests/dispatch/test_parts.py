@@ -11,8 +11,8 @@ from headgate.dispatch import DISPATCHERS
 from headgate.dispatch.agreement import FIELDS, disagreement, held_experts, localised
 from headgate.dispatch.all_to_all import destinations, tokens_of_places
 from headgate.dispatch.symmetric import fetches
-from headgate.dispatch.volume import distinct_parts
 from headgate.dispatch.wire import decode, encode, message
+from headgate.placement.volume import distinct_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
