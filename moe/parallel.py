@@ -89,7 +89,7 @@ def parallelize(
     >>> fold = headgate.Fold(attention=dict(dp=4), experts=dict(ep=4))
     >>> layer = headgate.parallelize(headgate.MoE(64, 32, num_experts=16, top_k=2), fold)
     """
-    _check(module, fold, activations, dispatcher)
+    _check(module, fold, activations, dispatcher, fsdp)
     found = dict(_experts_of(module))
     plans = {name: _plan(name, experts, fold) for name, experts in found.items()}
     layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
@@ -112,7 +112,7 @@ def parallelize(
     return module
 
 
-def _check(module: nn.Module, fold: Fold, activations: str, dispatcher: str | Make | None) -> None:
+def _check(module: nn.Module, fold: Fold, activations: str, dispatcher: str | Make | None, fsdp: bool) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"parallelize: module must be a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(fold, Fold):
@@ -127,6 +127,9 @@ def _check(module: nn.Module, fold: Fold, activations: str, dispatcher: str | Ma
     for name, part in module.named_modules():
         if is_parallel(part) or shards_of(part) is not None:
             raise ValueError(f"parallelize: module must not be parallelized already, got one whose {name or 'root'} is")
+    for name, parameter in module.named_parameters():
+        if fsdp and isinstance(parameter, DTensor):
+            raise ValueError(f"parallelize: fsdp must be False where parameters are DTensors, got True with {name}")
     s = fold.sizes
     if activations == "replicated" and s.ep * s.etp != s.tp:
         raise ValueError(

@@ -94,6 +94,9 @@ def _attention_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _check(model: Any, found: list[tuple[str, Any]], fold: Fold) -> None:
+    for name, module in model.named_modules():
+        if _SPREAD in vars(module) or shards_of(module) is not None:
+            raise ValueError(f"parallelize_attention: model must not be parallelized already, got one whose {name} is")
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     if not found or layers != len(found):
         raise ValueError(
@@ -107,9 +110,6 @@ def _check(model: Any, found: list[tuple[str, Any]], fold: Fold) -> None:
             "parallelize_attention: attention must be full, by scaled_dot_product_attention ('sdpa'), "
             f"got {', '.join(sorted(kinds))} by {config._attn_implementation!r}"
         )
-    for name, module in model.named_modules():
-        if _SPREAD in vars(module) or shards_of(module) is not None:
-            raise ValueError(f"parallelize_attention: model must not be parallelized already, got one whose {name} is")
     for name, attention in found:
         for projection in PROJECTIONS:
             linear = getattr(attention, projection)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ import transformers
 from ranks_compare import close, norm, same_parameters
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -167,8 +168,8 @@ def transformers_decoders():
     for fold in folds:
         for (name, whole), mine in zip(decoders().items(), decoders().values(), strict=True):
             headgate.parallelize(headgate.parallelize_attention(mine, fold), fold)
-            ids = torch.randint(32, (B, S), generator=torch.Generator().manual_seed(7))
-            g = torch.randn(B, S, 32, generator=torch.Generator().manual_seed(8))
+            torch.manual_seed(7)
+            ids, g = torch.randint(32, (B, S)), torch.randn(B, S, 32)
             y1, y2 = whole(input_ids=ids).logits, mine(input_ids=mine_of(fold, ids)).logits
             close(y2, mine_of(fold, y1), f"{name} {fold}: logits")
             ((y1 * g).sum() / fold.size("dp", "cp")).backward()
@@ -201,3 +202,59 @@ def two_pipeline_stages():
         close(schedule.step(target=mine_of(fold, g)), mine_of(fold, whole(x)), "pp=2: y")
     same_parameters(nn.Sequential(whole[fold.stage]), mine, lambda p: p.grad, "pp=2: gradient")
     close(headgate.clip_grad_norm_(mine, float("inf")).float(), norm(whole), "pp=2: norm")
+
+
+@check
+def attention_that_cannot_be_spread_is_refused():
+    world = dist.get_world_size()
+    fold = Fold({"tp": 2, "cp": 2, "dp": world // 4}, {"ep": world})
+    made = decoders()
+
+    def changed(**config) -> nn.Module:
+        model = decoders()["Qwen3"]
+        for name, value in config.items():
+            setattr(model.config, name, value)
+        return model
+
+    spread = headgate.parallelize_attention(made["OLMoE"], fold)
+    few = Fold({"tp": world}, {"ep": world})
+    trials = [
+        (spread, fold, "model must not be parallelized already, got one whose model.layers.0.self_attn is"),
+        (nn.Linear(3, 3), fold, "whose layers all have q_proj, k_proj, v_proj, o_proj, got Linear with 0 such of None"),
+        (changed(num_hidden_layers=3), fold, "got Qwen3MoeForCausalLM with 2 such of 3 layers"),
+        (
+            changed(layer_types=["full_attention", "chunked_attention"]),
+            fold,
+            "got chunked_attention, full_attention by",
+        ),
+        (changed(_attn_implementation="eager"), fold, "attention must be full, .* got full_attention by 'eager'"),
+        (made["Mixtral"], few, r"tp \* cp must divide the 4 heads of model.layers.0.self_attn.k_proj, got tp=8 cp=1"),
+    ]
+    for model_, over, words in trials[: None if world == 8 else -1]:
+        with pytest.raises(ValueError, match=f"^parallelize_attention: .*{words}"):
+            headgate.parallelize_attention(model_, over)
+    assert not any(isinstance(p, DTensor) for p in made["Mixtral"].parameters())
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    for name in ("attention_mask", "position_ids"):
+        with pytest.raises(ValueError, match=f"{name} must be None, as sequences are neither padded nor packed"):
+            spread(input_ids=ids, **{name: ids})
+    windowed = decoders()["Mixtral"]
+    windowed.config.sliding_window = 4
+    headgate.parallelize(headgate.parallelize_attention(windowed, fold), fold)
+    with pytest.raises(ValueError, match="every token must see all before it, got a window of 4 and 16 tokens"):
+        windowed(input_ids=ids)
+    with pytest.raises(
+        ValueError, match=r"fsdp must be False where parameters are DTensors, got True with .*self_attn"
+    ):
+        headgate.parallelize(spread, fold, fsdp=True)
+
+
+@check
+def ulysses_refuses_shapes_that_do_not_go_together():
+    group, world, attend = dist.group.WORLD, dist.get_world_size(), F.scaled_dot_product_attention
+    q, k = torch.zeros(2, 2 * world, 3, 4), torch.zeros(2, world + 1, 3, 4)
+    with pytest.raises(ValueError, match=f"heads of k and v must be a multiple of the group's {world} ranks"):
+        ulysses(q, k, k, attend, group)
+    for odd in (q[:, :, :2], q[:1], q[0]):
+        with pytest.raises(ValueError, match=r"ulysses: q, k and v must be \[B, H, S/G, d\], k and v alike"):
+            ulysses(q, odd, odd, attend, group)

@@ -1,4 +1,4 @@
-"""Attention and experts on 2, 4 and 8 gloo ranks: block.py holds the checks."""
+"""Attention and experts on 4 and 8 gloo ranks: block.py holds the checks."""
 
 from pathlib import Path
 
