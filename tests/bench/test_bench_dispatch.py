@@ -46,7 +46,7 @@ def job(names: list[str], ranks: int = 2, inside: int = 1, **changes) -> dict:
         "budget_s": 0.01,
         "clock": "wall",
     }
-    return made | {"timeout_s": 100.0, "worlds": [world]} | changes
+    return made | {"timeout_s": 240.0, "worlds": [world]} | changes
 
 
 def cases(work: dict) -> dict[str, dict]:
@@ -200,7 +200,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_error(monkeypatch, capsys, tmp_
     monkeypatch.setattr(command, "job", lambda args: job(["all_to_all", "failing"]))
     began = time.monotonic()
     assert command.run(parsed("--json", str(tmp_path / "out.json")), RANK) == 1
-    assert time.monotonic() - began < 90, "a rank waited for the one that failed"
+    assert time.monotonic() - began < 220, "a rank waited for the one that failed"
     assert "bench dispatch: rank 1 failed: OSError: the disk is full" in capsys.readouterr().err
     assert json.loads((tmp_path / "out.json").read_text())["cases"] == []
 
