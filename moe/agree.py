@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..dispatch import collectives
+
 
 def same_on_every_rank(module: nn.Module, options: Mapping[str, object], group: dist.ProcessGroup) -> None:
     """Raises ValueError, on every rank of the group, where options, parameters or buffers differ: in name, shape,
@@ -24,17 +26,14 @@ def same_on_every_rank(module: nn.Module, options: Mapping[str, object], group: 
     whole = int.from_bytes(hashlib.sha256(repr(found).encode()).digest()[:7], "big")
     device = next((t.device for t in module.parameters() if t.device.type != "meta"), torch.device("cpu"))
     mine = torch.tensor([whole], device=device)
-    everybody = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(everybody, mine, group=group)
-    if len({int(t) for t in everybody}) == 1:
+    if len(set(collectives.all_gather(mine, group).tolist())) == 1:
         return
-    tables: list[dict[str, object] | None] = [None] * group.size()
-    dist.all_gather_object(tables, found, group=group)
+    tables = collectives.all_gather_objects(found, group)
     ranks = dist.get_process_group_ranks(group)
-    first = tables[0] or {}
+    first = tables[0]
     for rank, table in zip(ranks, tables, strict=True):
-        for name in (*first, *(table or {})):
-            here, there = first.get(name), (table or {}).get(name)
+        for name in (*first, *table):
+            here, there = first.get(name), table.get(name)
             if here != there:
                 advice = "" if name in options else ": build the module from the same seed on every rank, or load it"
                 raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from ..dispatch import collectives
 from .experts import Experts
 from .hf.experts import cuts_of_experts, is_decorated
 from .hf.experts import refusal as refused
@@ -133,7 +134,7 @@ def _quietly(alone: bool) -> Iterator[None]:
 
 def _wait(alone: bool) -> None:
     if not alone:
-        dist.barrier()
+        collectives.barrier(dist.group.WORLD)  # type: ignore[arg-type]
 
 
 # --- what is kept under which key ---------------------------------------------------------------------------------
