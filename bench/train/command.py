@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ...dispatch import Fold
 from ...dispatch.fold import Sizes
+from ...dispatch.rollcall import hold
 from ..demo.model import quiet
 from ..demo.screen import Screen
 from ..demo.text import Corpus, read_corpus
@@ -36,7 +37,11 @@ def run(args: argparse.Namespace) -> int:
                 print(f"headgate: {error}", file=sys.stderr, flush=True)
             dist.barrier()  # torchrun ends all ranks when the first is gone: not before this line is out
             return 2
-        found = trainer.train(screen)
+        try:
+            found = trainer.train(screen)
+        except RuntimeError as error:
+            hold("train", dist.group.WORLD, error)  # torch's own collectives do not say who is dead
+            raise
         if first and args.json:
             print(json.dumps(about(trainer) | found))
     return 0
