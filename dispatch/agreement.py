@@ -7,7 +7,8 @@ must tell each other anyway travel with a header of a few integers. That costs n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ _FREE = -1  # a field that ranks need not agree on in this call
 # (field + 1, the odd rank, its value, a rank that speaks for the others, their value); all zero: no complaint
 Complaint = tuple[int, int, int, int, int]
 _NONE: Complaint = (0, 0, 0, 0, 0)
+Found = TypeVar("Found")
 
 
 def disagreement(headers: Sequence[Sequence[int]], ranks: Sequence[int]) -> Complaint:
@@ -124,6 +126,25 @@ class Agreement:
 
     def __repr__(self) -> str:
         return f"ranks={self.size}" + (f", name={self.name!r}" if self.name else "")
+
+
+def together(work: Callable[[], Found], group: dist.ProcessGroup | None) -> Found:
+    """work() on every rank of a group, all of which must come by: where it raises ValueError, TypeError or OSError on
+    one, all ranks raise, with the words of the first that did. Without a group (None) it is work() alone."""
+    found, wrong = None, None
+    try:
+        found = work()
+    except (ValueError, TypeError, OSError) as error:
+        wrong = error
+    said = None if wrong is None else (isinstance(wrong, OSError), str(wrong))
+    heard = [said] if group is None else collectives.all_gather_objects(said, group)
+    if wrong is not None:
+        raise wrong
+    for rank, words in enumerate(heard):
+        if words is not None and group is not None:
+            kind = OSError if words[0] else ValueError
+            raise kind(f"{words[1]} (on rank {dist.get_global_rank(group, rank)})")
+    return cast(Found, found)
 
 
 def _hash(text: str) -> int:

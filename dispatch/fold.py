@@ -163,6 +163,7 @@ class Fold:
         self.sizes = Sizes.of(attention or {}, experts or {}, pp, dist.get_world_size())
         self.device_type, self._timeout = device_type, timeout or time_out(dist.group.WORLD)  # type: ignore[arg-type]
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {} if like is None else like._groups
+        self._by_name: dict[tuple[str, ...], dist.ProcessGroup] = {}
         self.attention = self._mesh(*ATTENTION)
         self.experts = self._mesh("ep", "edp", "etp")
         for names in ((*ATTENTION,), ("dp", "cp"), ("cp", "tp"), ("ep", "etp"), ("pp",)):
@@ -170,7 +171,9 @@ class Fold:
 
     @staticmethod
     def possible(world: int, pp: int = 1) -> Iterator[Sizes]:
-        """The sizes of every fold of `world` ranks in `pp` stages."""
+        """The sizes of every fold of `world` ranks in `pp` stages; none where pp does not divide them."""
+        if world % pp:
+            return
         for attention in triples(world // pp):
             for experts in triples(world // pp):
                 yield Sizes(*attention, *experts, pp)
@@ -187,10 +190,19 @@ class Fold:
 
     def group(self, *names: str) -> dist.ProcessGroup:
         """The group of the ranks that differ from this one in `names` alone, in the order of their ranks."""
+        if names in self._by_name:
+            return self._by_name[names]
+        for side in (ATTENTION, EXPERTS):
+            if names and set(names) <= {"pp", *side}:
+                break
+        else:
+            known = f"names out of pp, {', '.join(ATTENTION)}, or out of pp, {', '.join(EXPERTS)}"
+            raise ValueError(f"Fold: group must be asked for by {known}, got {', '.join(map(str, names)) or 'none'}")
         rank = dist.get_rank()
         for ranks in self.sizes.ranks(names).flatten(1).sort(1).values.tolist():
             if rank in ranks:
-                return self._group(ranks)
+                self._by_name[names] = self._group(ranks)
+                return self._by_name[names]
         raise AssertionError(f"rank {rank} is in no group of {names}")
 
     def _group(self, ranks: list[int]) -> dist.ProcessGroup:

@@ -68,7 +68,7 @@ class SliceAllReduce:
     ) -> None:
         if check not in ("always", "first"):
             raise ValueError(f"SliceAllReduce: check must be 'always' or 'first', got {check!r}")
-        self.sliced, self.check = sliced, check
+        self.sliced, self.check, self._checked = sliced, check, False
         self.agreement = Agreement("SliceAllReduce", group, name, Wires())
 
     def local_experts(self, num_experts: int) -> range:
@@ -79,8 +79,9 @@ class SliceAllReduce:
     @torch.compiler.disable
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Ticket]:
         header = self.agreement.header(x, routing, tokens=x.shape[0])
-        if self.check == "always" or self.agreement.calls == 1:
+        if self.check == "always" or not self._checked:
             self.agreement.enforce(self.agreement.gather(header, x.shape[0], x.device)[1])
+            self._checked = True
         held = self.local_experts(routing.num_experts)
         route = Replicated(self.agreement.group)
         rows, ids, weights = send(x, routing.expert_ids, routing.weights, route, ("exact", "exact"))

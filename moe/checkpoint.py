@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..dispatch import collectives
+from ..dispatch.agreement import together
 from .experts import Experts
 from .hf.experts import cuts_of_experts, is_decorated
 from .hf.experts import refusal as refused
@@ -26,7 +27,7 @@ from .parallel import is_parallel, parallel_of
 from .shards import Cut, Shards, shards_of
 from .shared import SharedExpert
 
-_MODEL, _STATE, _GROUPS, _EXTRA = "model", "optimizer", "optimizer_groups", "extra"
+_MODEL, _STATE, _GROUPS, _EXTRA, _OTHER = "model", "optimizer", "optimizer_groups", "extra", "model_other"
 Path_ = str | os.PathLike[str]
 
 
@@ -35,33 +36,43 @@ def save_checkpoint(
 ) -> None:
     """Writes parameters, buffers, the optimizer's state and `extra` (anything that pickles) into the folder `path`.
 
-    Of a parallelized module every rank writes its own part, and all must come by; else this process alone writes. What
+    Of a parallelized module every rank writes its own part, into a folder that all of them see, and all must come by;
+    else this process alone writes. What
     stands at `path` is replaced only when the new checkpoint is whole: an interrupted save loses nothing.
 
     The format is torch.distributed.checkpoint's. Keys are "model/NAME" and "optimizer/FIELD/NAME" with the names and
     the shapes that one process would have; a weight with gate and up rows is kept as NAME.0 and NAME.1.
 
-    Raises ValueError where the optimizer holds parameters that the module has not; OSError and torch's
+    Raises, on every rank, ValueError where the optimizer holds parameters that the module has not or keeps state of
+    another shape for experts (Adafactor), or experts were given a dispatcher by hand; OSError and torch's
     CheckpointException where the folder cannot be written (what was there before is still there).
     """
     final = Path(path).absolute()
     partial, old = final.with_name(f"{final.name}.partial"), final.with_name(f"{final.name}.old")
-    alone, first = _alone(module)
-    state = _state_of(module, optimizer)
-    state[_EXTRA] = pickle.dumps(extra)  # as bytes: the format would take a dict apart
-    if first:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-    _wait(alone)
-    with _quietly(alone):
-        dcp.save(state, checkpoint_id=partial, no_dist=alone)
-    if first:
-        shutil.rmtree(old, ignore_errors=True)
+    ranks = _ranks_of(module)
+    first = ranks is None or dist.get_rank() == 0
+
+    def begin() -> dict[str, Any]:
+        state = _state_of(module, optimizer)
+        state[_EXTRA] = pickle.dumps(extra)  # as bytes: the format would take a dict apart
+        if first:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        return state
+
+    def end() -> None:
         if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
-    _wait(alone)
+
+    state = together(begin, ranks)
+    if optimizer is not None:
+        state[_GROUPS] = pickle.dumps(_groups_of(module, optimizer))
+    with _quietly(ranks):
+        dcp.save(state, checkpoint_id=partial, no_dist=ranks is None)
+    together(end if first else lambda: None, ranks)
 
 
 def load_checkpoint(path: Path_, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -71,37 +82,30 @@ def load_checkpoint(path: Path_, module: nn.Module, optimizer: torch.optim.Optim
     settings (learning rate, ...) are taken over.
 
     Raises FileNotFoundError where `path` holds no checkpoint; ValueError, before anything is changed, where the
-    checkpoint lacks a parameter or buffer of the module or has it in another shape, or the optimizer's groups differ.
+    checkpoint lacks a parameter or buffer of the module or has it in another shape, or the optimizer's groups differ;
+    torch's CheckpointException where a file cannot be read. All on every rank.
 
     >>> headgate.save_checkpoint("step-100", model, optimizer, extra={"step": 100})  # under one fold
     >>> headgate.load_checkpoint("step-100", other_model, other_optimizer)           # under another
     {'step': 100}
     """
-    folder = Path(path).absolute()
-    if not folder.exists() and folder.with_name(f"{folder.name}.old").exists():  # a save died between its two renames
-        folder = folder.with_name(f"{folder.name}.old")
-    if not (folder / ".metadata").exists():
-        raise FileNotFoundError(f"load_checkpoint: path must be a folder that save_checkpoint wrote, got {path}")
-    alone, _ = _alone(module)
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {f"{_MODEL}/{key}": t for key, t in _module_entries(module)}
-    _check_fits(state, saved, path)
-    state[_EXTRA] = b""
+    ranks = _ranks_of(module)
+    folder, saved, state = together(lambda: _begin(path, module, optimizer), ranks)
     if optimizer is None:
-        _read(state, folder, alone)
-        return pickle.loads(state[_EXTRA])
-    if _GROUPS not in saved:
-        raise ValueError(f"load_checkpoint: path must hold an optimizer's state, got one without: {path}")
+        _read(state, folder, ranks)
+        return _end(module, state)
     kept: dict[str, Any] = {_GROUPS: b""}
-    _read(kept, folder, alone)
-    groups = pickle.loads(kept[_GROUPS])
-    _check_groups(_groups_of(module, optimizer), groups)
+    _read(kept, folder, ranks)
+    groups, mine = pickle.loads(kept[_GROUPS]), _groups_of(module, optimizer)
+    together(lambda: _check_groups(mine, groups), ranks)
     fresh = _fresh_state(module, optimizer, saved)
+    cuts = _cuts(module)
     for parameter, name in _named(module, optimizer):
         for field, value in fresh.get(parameter, {}).items():
-            state |= dict(_optimizer_entries(module, name, parameter, field, value))
-    _read(state, folder, alone)
+            state |= dict(_optimizer_entries(cuts, name, parameter, field, value))
+    _read(state, folder, ranks)
     for parameter, name in _named(module, optimizer):
+        optimizer.state.pop(parameter, None)
         if parameter in fresh:
             for field, value in fresh[parameter].items():
                 if not isinstance(value, Tensor):
@@ -109,32 +113,53 @@ def load_checkpoint(path: Path_, module: nn.Module, optimizer: torch.optim.Optim
             optimizer.state[parameter] = fresh[parameter]
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group.update({k: v for k, v in settings.items() if k != "names"})
+    return _end(module, state)
+
+
+def _begin(
+    path: Path_, module: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[Path, Mapping[str, Any], dict[str, Any]]:
+    """(the folder, what it says that it holds, this rank's tensors to be filled from it), all checked."""
+    folder = Path(path).absolute()
+    if not folder.exists() and folder.with_name(f"{folder.name}.old").exists():  # a save died between its two renames
+        folder = folder.with_name(f"{folder.name}.old")
+    if not (folder / ".metadata").exists():
+        raise FileNotFoundError(f"load_checkpoint: path must be a folder that save_checkpoint wrote, got {path}")
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {f"{_MODEL}/{key}": t for key, t in _module_entries(module)}
+    _check_fits(state, saved, path)
+    if optimizer is not None:
+        _named(module, optimizer)
+        if _GROUPS not in saved:
+            raise ValueError(f"load_checkpoint: path must hold an optimizer's state, got one without: {path}")
+    return folder, saved, {**state, _EXTRA: b"", _OTHER: b""}
+
+
+def _end(module: nn.Module, state: Mapping[str, Any]) -> Any:
+    """Gives the module what is no tensor; the checkpoint's extra."""
+    other = pickle.loads(state[_OTHER])
+    if other:
+        module.load_state_dict(other, strict=False)
     return pickle.loads(state[_EXTRA])
 
 
-def _alone(module: nn.Module) -> tuple[bool, bool]:
-    """(whether this process has the whole module to itself, whether it is the one that renames)."""
-    alone = not any(is_parallel(part) for part in module.modules())
-    return alone, alone or dist.get_rank() == 0
+def _ranks_of(module: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that have the module together, or None where this process has it to itself."""
+    return dist.group.WORLD if any(is_parallel(part) for part in module.modules()) else None
 
 
-def _read(state: dict[str, Any], folder: Path, alone: bool) -> None:
-    with _quietly(alone):
-        dcp.load(state, checkpoint_id=folder, no_dist=alone)
+def _read(state: dict[str, Any], folder: Path, ranks: dist.ProcessGroup | None) -> None:
+    with _quietly(ranks):
+        dcp.load(state, checkpoint_id=folder, no_dist=ranks is None)
 
 
 @contextmanager
-def _quietly(alone: bool) -> Iterator[None]:
+def _quietly(ranks: dist.ProcessGroup | None) -> Iterator[None]:
     """Without torch's word that it assumes a single process: that is what was asked for."""
     with warnings.catch_warnings():
-        if alone:
+        if ranks is None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _wait(alone: bool) -> None:
-    if not alone:
-        collectives.barrier(dist.group.WORLD)  # type: ignore[arg-type]
 
 
 # --- what is kept under which key ---------------------------------------------------------------------------------
@@ -149,6 +174,11 @@ def _cuts(module: nn.Module) -> Mapping[str, tuple[Cut, Shards | None]]:
         if shards is not None:
             cuts = shards.cuts
         elif isinstance(m, Experts) and id(m) not in shared:
+            if len(m.local_experts) != m.num_experts:
+                raise ValueError(
+                    f"checkpoint: {name or 'the module'} must be cut by parallelize where ranks share its experts, "
+                    f"got {m.dispatcher} given to it by hand"
+                )
             cuts = m.cuts()
         elif is_decorated(m) and refused(m) is None:
             cuts = cuts_of_experts(name, m, 1)[1]
@@ -166,6 +196,10 @@ def _pieces(name: str, t: Tensor, cut: Cut, shards: Shards | None) -> Iterator[t
         if shards is None:
             yield key, view
             continue
+        if view.device.type != shards.fold.device_type:  # a DTensor would be made of a copy
+            raise ValueError(
+                f"checkpoint: {name} must be on the fold's device, {shards.fold.device_type}, got {view.device.type}"
+            )
         over_edp: Placement = Shard(0) if isinstance(t, DTensor) else Replicate()
         shape = list(view.shape)
         shape[0], shape[cut.ffn] = shards.num_experts, shape[cut.ffn] * shards.etp
@@ -180,15 +214,20 @@ def _module_entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in module.state_dict().items():
         if name in cuts:
             yield from _pieces(name, value.detach(), *cuts[name])
-        else:
+        elif isinstance(value, Tensor):
             yield name, value
 
 
 def _optimizer_entries(
-    module: nn.Module, name: str, parameter: Tensor, field: str, value: Any
+    cuts: Mapping[str, tuple[Cut, Shards | None]], name: str, parameter: Tensor, field: str, value: Any
 ) -> Iterator[tuple[str, Any]]:
-    cuts = _cuts(module)
-    if name in cuts and isinstance(value, Tensor) and value.shape == parameter.shape:
+    alike = isinstance(value, Tensor) and value.shape == parameter.shape
+    if name in cuts and isinstance(value, Tensor) and value.dim() and not alike:
+        raise ValueError(
+            f"checkpoint: optimizer must keep numbers or tensors of the parameter's shape for experts, got {field} "
+            f"{tuple(value.shape)} for {name} {tuple(parameter.shape)}"
+        )
+    if name in cuts and alike:
         for key, piece in _pieces(name, value, *cuts[name]):
             yield f"{_STATE}/{field}/{key}", piece
     else:
@@ -197,12 +236,13 @@ def _optimizer_entries(
 
 def _state_of(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     state: dict[str, Any] = {f"{_MODEL}/{key}": t for key, t in _module_entries(module)}
+    state[_OTHER] = pickle.dumps({k: v for k, v in module.state_dict().items() if not isinstance(v, Tensor)})
     if optimizer is None:
         return state
+    cuts = _cuts(module)
     for parameter, name in _named(module, optimizer):
         for field, value in optimizer.state.get(parameter, {}).items():
-            state |= dict(_optimizer_entries(module, name, parameter, field, value))
-    state[_GROUPS] = pickle.dumps(_groups_of(module, optimizer))
+            state |= dict(_optimizer_entries(cuts, name, parameter, field, value))
     return state
 
 
@@ -224,8 +264,7 @@ def _groups_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict
     held = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     fold = next((parallel_of(part).fold for part in module.modules() if is_parallel(part)), None)
     if fold is not None and fold.size("pp") > 1:
-        stages: list[list[list[str]]] = [[] for _ in range(fold.size("pp"))]
-        dist.all_gather_object(stages, held, group=fold.group("pp"))
+        stages = collectives.all_gather_objects(held, fold.group("pp"))
         held = [[name for stage in group for name in stage] for group in zip(*stages, strict=True)]
     settings = ({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
     return [{**kept, "names": sorted(group)} for kept, group in zip(settings, held, strict=True)]
@@ -268,11 +307,12 @@ def _fresh_state(
         for field in fields:
             there = next((saved[k] for k in (f"{_STATE}/{field}/{key}" for key in keys) if k in saved), None)
             if isinstance(there, TensorStorageMetadata):
-                dtype = there.properties.dtype
-                if there.size:
+                dtype, alike = there.properties.dtype, name in cuts or there.size == parameter.shape
+                if there.size and alike:
                     state[field] = torch.zeros_like(parameter, dtype=dtype)
                 else:
-                    state[field] = torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")
+                    device = parameter.device if on_device or there.size else "cpu"
+                    state[field] = torch.zeros(there.size, dtype=dtype, device=device)
             elif there is not None:
                 state[field] = None
         if state:

@@ -10,7 +10,7 @@ from ..dispatch.protocol import Dispatcher
 from ..kernels.activation import Activation, as_activation
 from ..kernels.grouped_ffn import grouped_ffn
 from ..kernels.routing import Routing
-from .shards import Cut, Shards, cut_experts, weight_of
+from .shards import Cut, Shards, cut_experts, shards_of, weight_of
 
 WEIGHTS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
 
@@ -75,7 +75,9 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform weights within 1 / sqrt(inputs), as nn.Linear; biases zero."""
+        """Uniform weights within 1 / sqrt(inputs), as nn.Linear; biases zero. Before experts are cut, not after."""
+        if shards_of(self) is not None:
+            raise ValueError("reset_parameters: experts must be whole, got some that parallelize has cut")
         for w in (self.w_gate_up, self.w_down):
             bound = w.shape[2] ** -0.5
             if len(self.local_experts) == self.num_experts:

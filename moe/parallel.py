@@ -17,11 +17,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..dispatch import DISPATCHERS, AllGather, Dispatcher, Fold, Hierarchical, Local, SliceAllReduce, measure
+from ..dispatch.agreement import together
+from ..dispatch.wire import Wires
 from ..placement.links import Links
 from .agree import same_on_every_rank
 from .experts import Experts
 from .hf.experts import cuts_of_experts
-from .hf.swap import is_swapped, replace, swapped_experts
+from .hf.swap import is_swapped, replace, restore, swapped_experts
 from .layer import MoE
 from .losses import TokenRanks
 from .shards import Cut, Shards, cut_experts, shards_of
@@ -41,6 +43,7 @@ class Parallel:
     fold: Fold
     experts: dict[str, nn.Module]
     sync: GradientSync = field(repr=False)
+    seen: set[nn.Parameter] = field(default_factory=set, repr=False)  # those whose gradients are made right
 
     def expert_parameters(self) -> set[nn.Parameter]:
         return {p for experts in self.experts.values() for p in experts.parameters(recurse=False)}
@@ -75,7 +78,7 @@ def parallelize(
     wire, backward_wire  formats of rows on the way, see AllToAll
     ranks_per_node  for "hierarchical" and the default; None: torchrun's LOCAL_WORLD_SIZE, or one node
     fsdp         shards parameters and their optimizer state over the ranks that hold the same: experts over edp, the
-                 rest over the stage (FSDP2), instead of averaging their gradients
+                 rest over the stage (FSDP2), instead of averaging their gradients; not beside attention cut over tp
 
     After backward() gradients follow DDP's convention: the average over the dp * cp data-parallel ranks of the gradient
     of each rank's loss, where the tp ranks of one have one loss together. So expert gradients are summed over all ranks
@@ -83,24 +86,30 @@ def parallelize(
     backward passes to a step: see `no_sync`. The norm over all ranks: `clip_grad_norm_`. The losses and the capacity of
     MoE layers go by the whole batch of the stage.
 
-    Raises ValueError / TypeError before anything is changed: a module without experts or parallelized already, E not
-    divisible by ep or F by etp (by name), ranks whose parameters differ.
+    Every rank must call it. Raises ValueError / TypeError, on every rank and before anything is changed: a module
+    without experts or parallelized already; E not divisible by ep, or F (with biases D too) by etp, by name; experts
+    that share parameters; ranks whose options or parameters differ.
 
     >>> fold = headgate.Fold(attention=dict(dp=4), experts=dict(ep=4))
     >>> layer = headgate.parallelize(headgate.MoE(64, 32, num_experts=16, top_k=2), fold)
     """
-    _check(module, fold, activations, dispatcher, fsdp)
-    found = dict(_experts_of(module))
-    plans = {name: _plan(name, experts, fold) for name, experts in found.items()}
-    layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
+    if not isinstance(fold, Fold):
+        raise TypeError(f"parallelize: fold must be a headgate.Fold, got {type(fold).__name__}")
     choose = _Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node)
-    device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    same_on_every_rank(module, {**choose.options(), "fsdp": fsdp}, fold.group("dp", "cp", "tp"))
-    links = choose.links(device)
+    stage, foreign = fold.group("dp", "cp", "tp"), _is_foreign(module)
+    try:
+        found, plans = together(lambda: _survey(module, choose, fsdp), stage)
+        same_on_every_rank(module, {**choose.options(), "fsdp": fsdp}, stage, torch.device(fold.device_type))
+    except (ValueError, TypeError):
+        if foreign and is_swapped(module):
+            restore(module)
+        raise
+    layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
+    links = choose.links()
     for name, experts in found.items():
         layer = layers.get(id(experts))
         num_experts, cuts = plans[name]
-        make = choose.of(name, 1 if layer is None else layer.top_k, links)
+        make = choose.of(name, _top_k(module, layer), links)
         how: dict[str, Any] = {"replicated": choose.replicated, "every": ADAPT_EVERY if dispatcher == "auto" else 0}
         shards = Shards(fold, num_experts, cuts, make, choose.inner(name), **how)
         experts.spread(shards) if isinstance(experts, Experts) else cut_experts(experts, shards)
@@ -109,49 +118,70 @@ def parallelize(
     parallel = Parallel(fold, found, GradientSync())
     vars(module)[_PARALLEL] = parallel
     (_shard_fully if fsdp else _synchronise)(module, parallel, choose.replicated)
+    parallel.seen |= {p for p in module.parameters() if p.requires_grad}
     return module
 
 
-def _check(module: nn.Module, fold: Fold, activations: str, dispatcher: str | Make | None, fsdp: bool) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"parallelize: module must be a torch.nn.Module, got {type(module).__name__}")
-    if not isinstance(fold, Fold):
-        raise TypeError(f"parallelize: fold must be a headgate.Fold, got {type(fold).__name__}")
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"parallelize: activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
-    if isinstance(dispatcher, str) and (dispatcher not in DISPATCHERS or dispatcher == "local"):
-        names = ", ".join(name for name in DISPATCHERS if name != "local")
-        raise ValueError(f"parallelize: dispatcher must be one of {names}, a function or None, got {dispatcher!r}")
-    if not (dispatcher is None or isinstance(dispatcher, str) or callable(dispatcher)):
-        raise TypeError(f"parallelize: dispatcher must be a name, a function of a group or None, got {dispatcher!r}")
-    for name, part in module.named_modules():
-        if is_parallel(part) or shards_of(part) is not None:
-            raise ValueError(f"parallelize: module must not be parallelized already, got one whose {name or 'root'} is")
-    for name, parameter in module.named_parameters():
-        if fsdp and isinstance(parameter, DTensor):
-            raise ValueError(f"parallelize: fsdp must be False where parameters are DTensors, got True with {name}")
-    s = fold.sizes
-    if activations == "replicated" and s.ep * s.etp != s.tp:
-        raise ValueError(
-            "parallelize: activations='replicated' must come with ep * etp == tp, "
-            f"got ep={s.ep} etp={s.etp} tp={s.tp}: shard the sequences over tp instead"
-        )
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether it is somebody else's model that nobody has swapped yet."""
+    return isinstance(module, nn.Module) and not is_swapped(module) and not any(_ours(module))
 
 
-def _experts_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The routed experts by name; a transformers model is swapped first, if nobody has done it."""
+def _ours(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     shared = {id(part) for m in module.modules() if isinstance(m, SharedExpert) for part in m.modules()}
-    ours = [(n, m) for n, m in module.named_modules() if isinstance(m, Experts) and id(m) not in shared]
-    if not ours and not is_swapped(module):
+    yield from ((n, m) for n, m in module.named_modules() if isinstance(m, Experts) and id(m) not in shared)
+
+
+def _survey(
+    module: nn.Module, choose: _Choice, fsdp: bool
+) -> tuple[dict[str, nn.Module], dict[str, tuple[int, dict[str, Cut]]]]:
+    """The routed experts by name, and E and the cuts of each; a transformers model is swapped here. Raises ValueError /
+    TypeError for what this rank can see by itself."""
+    choose.check()
+    _check(module, choose.fold, fsdp)
+    nothing = (
+        "parallelize: module must hold experts (MoE, Experts, or a transformers MoE model), "
+        f"got a {type(module).__name__} without any"
+    )
+    if _is_foreign(module):
         try:
             replace(module)
         except ValueError as error:
+            raise ValueError(nothing) from error
+    found = dict([*_ours(module), *swapped_experts(module)])
+    if not found:
+        raise ValueError(nothing)
+    owner: dict[nn.Parameter, str] = {}
+    for name, experts in found.items():
+        for parameter in experts.parameters(recurse=False):
+            if owner.setdefault(parameter, name) != name:
+                raise ValueError(f"parallelize: experts must not share parameters, got {owner[parameter]} and {name}")
+    return found, {name: _plan(name, experts, choose.fold) for name, experts in found.items()}
+
+
+def _check(module: nn.Module, fold: Fold, fsdp: bool) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"parallelize: module must be a torch.nn.Module, got {type(module).__name__}")
+    for name, part in module.named_modules():
+        if is_parallel(part) or shards_of(part) is not None:
+            raise ValueError(f"parallelize: module must not be parallelized already, got one whose {name or 'root'} is")
+    tp = dist.get_process_group_ranks(fold.group("tp"))
+    for name, parameter in module.named_parameters():
+        if not isinstance(parameter, DTensor):
+            continue
+        if fsdp:
+            raise ValueError(f"parallelize: fsdp must be False where parameters are DTensors, got True with {name}")
+        if sorted(parameter.device_mesh.mesh.flatten().tolist()) != sorted(tp):
             raise ValueError(
-                f"parallelize: module must hold experts (MoE, Experts, or a transformers MoE model), "
-                f"got a {type(module).__name__} without any"
-            ) from error
-    yield from ours
-    yield from swapped_experts(module)
+                f"parallelize: module must have DTensors over the tp ranks {tp} only, got {name} over "
+                f"{parameter.device_mesh}; for FSDP2 see fsdp"
+            )
+
+
+def _top_k(module: nn.Module, layer: MoE | None) -> int:
+    """K of a layer, or as the config of a transformers model says; 1 where nothing does."""
+    said = layer.top_k if layer else getattr(getattr(module, "config", None), "num_experts_per_tok", 1)
+    return said if isinstance(said, int) else 1
 
 
 def _plan(name: str, experts: nn.Module, fold: Fold) -> tuple[int, dict[str, Cut]]:
@@ -189,15 +219,38 @@ class _Choice:
         said = {f: getattr(self, f) for f in ("activations", "wire", "backward_wire")}
         return {"dispatcher": named, **said, "ranks_per_node": self._ranks_per_node()}
 
+    def check(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"parallelize: activations must be one of {known}, got {self.activations!r}")
+        named, s = self.dispatcher, self.fold.sizes
+        if isinstance(named, str) and (named not in DISPATCHERS or named == "local"):
+            names = ", ".join(name for name in DISPATCHERS if name != "local")
+            raise ValueError(f"parallelize: dispatcher must be one of {names}, a function or None, got {named!r}")
+        if not (named is None or isinstance(named, str) or callable(named)):
+            raise TypeError(f"parallelize: dispatcher must be a name, a function of a group or None, got {named!r}")
+        if isinstance(named, str) and self.replicated != (named == "slice_all_reduce"):
+            rule = "slice_all_reduce for replicated activations and only then"
+            raise ValueError(f"parallelize: dispatcher must be {rule}, got {named!r} for {self.activations} ones")
+        if self.replicated and s.ep * s.etp != s.tp:
+            raise ValueError(
+                "parallelize: activations='replicated' must come with ep * etp == tp, "
+                f"got ep={s.ep} etp={s.etp} tp={s.tp}: shard the sequences over tp instead"
+            )
+        per_node = self.ranks_per_node
+        if per_node is not None and (not isinstance(per_node, int) or per_node < 1):
+            raise ValueError(f"parallelize: ranks_per_node must be a positive integer or None, got {per_node!r}")
+        Wires.of("parallelize", self.wire, self.backward_wire)
+
     @property
     def replicated(self) -> bool:
         return self.activations == "replicated"
 
-    def links(self, device: torch.device) -> Links | None:
+    def links(self) -> Links | None:
         """What "auto" goes by, measured once for all layers."""
         if self.dispatcher != "auto" or self.fold.size("ep") == 1:
             return None
-        return measure(Hierarchical(self.fold.group("ep"), self._ranks_per_node()), device=device)
+        return measure(Hierarchical(self.fold.group("ep"), self._ranks_per_node()), device=self.fold.device_type)
 
     def of(self, name: str, top_k: int, links: Links | None) -> Make:
         """The function from the ep group to the dispatcher of a layer, `name` telling it from others."""
@@ -260,7 +313,7 @@ def _shard_fully(module: nn.Module, parallel: Parallel, replicated: bool) -> Non
         if f.size("edp") > 1:
             _divide(fully_shard(experts, mesh=f.experts["edp"]), average)
         else:
-            for parameter in experts.parameters():
+            for parameter in experts.parameters(recurse=False):
                 parallel.sync.add(parameter, Share(f.group("edp"), 1 / average))
     rest = set(module.parameters()) - parallel.expert_parameters()
     if rest:
@@ -285,10 +338,25 @@ def parallel_of(module: nn.Module) -> Parallel:
     return vars(module)[_PARALLEL]
 
 
+def _known(who: str, module: nn.Module) -> Parallel:
+    """What parallelize left; ValueError where parameters came later, whose gradients nobody makes right."""
+    parallel = parallel_of(module)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter not in parallel.seen:
+            raise ValueError(
+                f"{who}: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}: "
+                "load_state_dict(assign=True), to_empty and unfreezing come before it"
+            )
+    return parallel
+
+
 @contextmanager
 def no_sync(module: nn.Module) -> Iterator[None]:
     """No exchange of gradients inside: for all but the last of several backward passes to one optimizer step."""
-    parallel = parallel_of(module)
+    parallel = _known("no_sync", module)
+    if not parallel.sync.on:  # inside another
+        yield
+        return
     sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
     for m in sharded:
         m.set_requires_gradient_sync(False, recurse=False)
@@ -302,12 +370,15 @@ def no_sync(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
-    """The 2-norm of the gradients of the whole module over all ranks, each piece counted once; fp32... scalar.
+    """The 2-norm of the gradients of the whole module over all ranks, each piece counted once: fp64 scalar.
 
     Where it is larger than `max_norm` all gradients are multiplied by max_norm / norm (float("inf") only measures).
     The same on every rank, which must all come by; torch's function of this name would see this rank's pieces only.
+    Raises ValueError where `max_norm` is not positive, or parameters came after parallelize.
     """
-    parallel = parallel_of(module)
+    if not isinstance(max_norm, int | float) or not max_norm > 0:
+        raise ValueError(f"clip_grad_norm_: max_norm must be a positive number, got {max_norm!r}")
+    parallel = _known("clip_grad_norm_", module)
     f, mine = parallel.fold, parallel.expert_parameters()
     pieces = [
         (gradient_of(p), copies_of(p, f.size("edp") if p in mine else f.sizes.stage))

@@ -136,18 +136,21 @@ class Shards:
             return Local()
         outer = self._outer(self.fold.group("ep")) if self.fold.size("ep") > 1 else None
         inner = self._inner(self.fold.blocks("etp", degree)) if degree > 1 else None
+        for made in (outer, inner):
+            if made is not None and not isinstance(made, Dispatcher):
+                raise TypeError(f"parallelize: dispatcher must make a dispatcher such as AllToAll(group), got {made!r}")
         return Compose(outer, inner) if outer and inner else outer or inner or Local()
 
     def _adapt(self, x: Tensor, routing: Routing) -> None:
-        """Takes the degree with the fewest bytes for these rows, the same on all ranks that share the experts."""
+        """Takes the degree with the fewest bytes for these rows: the same on all ranks, which make groups together."""
         ep = self.fold.size("ep")
         copies, _ = destinations(routing.expert_ids, range(self.num_experts), ep)
         mine = torch.stack([copies.sum(), copies.new_tensor(bool(self._pending))])
-        total, pending = collectives.all_reduce(mine, self.fold.group("ep", "etp")).tolist()
+        total, pending = collectives.all_reduce(mine, self.fold.group("dp", "cp", "tp")).tolist()
         self._due = bool(pending)
         if pending:  # a backward pass that may call forward again must find what it found
             return
-        rows = total / self.fold.size("ep", "etp")
+        rows = total / self.fold.sizes.stage
         passes = 2 if torch.is_grad_enabled() else 1
         self._bytes = degree_bytes(rows * x.shape[1] * x.element_size(), self.weight_bytes, ep, self.etp, passes)
         self.set_degree(min(self._bytes, key=lambda r: (self._bytes[r], -r)))

@@ -37,15 +37,15 @@ class GradientSync:
 
     def __init__(self) -> None:
         self.shares: dict[nn.Parameter, Share] = {}
-        self._on = True
+        self.on = True
         self._pending: list[tuple[dist.Work, dist.ProcessGroup, Tensor, Tensor]] = []
         self._small: list[nn.Parameter] = []
-        self._called = False
+        self._graph: int | None = None  # the backward pass that the two lists are of
 
     def add(self, parameter: nn.Parameter, share: Share) -> None:
-        self.shares[parameter] = share
         if not parameter.requires_grad:
             return
+        self.shares[parameter] = share
         if isinstance(parameter, DTensor):
             # Norms under SequenceParallel leave a part of the sum on each rank; norms and clipping want it whole.
             parameter.register_hook(lambda grad: grad.redistribute(placements=parameter.placements))
@@ -58,17 +58,18 @@ class GradientSync:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """No exchange inside: for all but the last of the backward passes whose gradients add up."""
-        before, self._on = self._on, False
+        before, self.on = self.on, False
         try:
             yield
         finally:
-            self._on = before
+            self.on = before
 
     def _finished(self, parameter: nn.Parameter) -> None:
-        if not self._on:
+        if not self.on:
             return
-        if not self._called:  # once for each backward pass
-            self._called = True
+        graph = torch._C._current_graph_task_id()
+        if graph != self._graph:  # the first of this backward pass; what one that failed has left is void
+            self._graph, self._pending, self._small = graph, [], []
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         if parameter.numel() <= SMALL:
             self._small.append(parameter)
@@ -97,7 +98,7 @@ class GradientSync:
                 for grad, part in zip(grads, whole.split([g.numel() for g in grads]), strict=True):
                     grad.copy_(part.view_as(grad))
         finally:
-            self._pending, self._small, self._called = [], [], False
+            self._graph, self._pending, self._small = None, [], []
 
 
 def local(t: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def copies_of(parameter: Tensor, ranks: int) -> int:
 
 
 def norm_of(gradients: Iterable[tuple[Tensor, int]], device: torch.device) -> Tensor:
-    """The 2-norm of all gradients of all ranks, each piece once: fp32 scalar, the same on every rank.
+    """The 2-norm of all gradients of all ranks, each piece once: fp64 scalar, the same on every rank.
 
     gradients: (this rank's piece, how many ranks of the world hold the same). One all-reduce.
     """

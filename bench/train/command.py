@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             found = trainer.train(screen)
         except RuntimeError as error:
-            hold("train", dist.group.WORLD, error)  # torch's own collectives do not say who is dead
+            hold("train", dist.group.WORLD, error)  # type: ignore[arg-type]  # torch's own collectives do not say who is dead
             raise
         if first and args.json:
             print(json.dumps(about(trainer) | found))

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ...dispatch import agreement
+
 Found = TypeVar("Found")
 
 
@@ -41,15 +43,8 @@ def device() -> torch.device:
 
 
 def together(work: Callable[[], Found]) -> Found:
-    """work() on every rank; where it raises ValueError or OSError on one, every rank raises that one's words."""
-    found, wrong = None, None
+    """work() on every rank; where it raises ValueError or OSError on one, every rank raises ValueError in one line."""
     try:
-        found = work()
+        return agreement.together(work, dist.group.WORLD)
     except (ValueError, OSError) as error:
-        wrong = " ".join(str(error).split())
-    heard: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(heard, wrong)
-    for words in heard:
-        if words is not None:
-            raise ValueError(words)
-    return found  # type: ignore[return-value]
+        raise ValueError(" ".join(str(error).split())) from error

@@ -48,14 +48,14 @@ def experts_forward(
     m: Any = module
     gated, biased, transposed, interleaved, normed = flags(module)
     first = "gate_up_proj" if gated else "up_proj"
-    w1, w2 = weight_of(m, first), weight_of(m, "down_proj")
+    shards = shards_of(module)
+    dispatcher, num_experts = (shards, shards.num_experts) if shards else (Local(), m.down_proj.shape[0])
+    rows = as_rows(hidden_states, getattr(m, first))
+    rows, routing, ticket = dispatcher.dispatch(rows, Routing.from_topk(ids, weights, num_experts))
+    w1, w2 = weight_of(m, first), weight_of(m, "down_proj")  # after dispatch, which may choose another degree
     b1, b2 = (weight_of(m, f"{first}_bias"), weight_of(m, "down_proj_bias")) if biased else (None, None)
     assert w1 is not None
     assert w2 is not None
-    shards = shards_of(module)
-    dispatcher, num_experts = (shards, shards.num_experts) if shards else (Local(), w2.shape[0])
-    rows = as_rows(hidden_states, w1)
-    rows, routing, ticket = dispatcher.dispatch(rows, Routing.from_topk(ids, weights, num_experts))
     activation = activation_of(module, gated, interleaved, normed)
     if activation is not None:
         y = grouped_ffn(
@@ -151,9 +151,11 @@ def cuts_of_experts(name: str, module: nn.Module, etp: int) -> tuple[int, dict[s
         raise ValueError(f"parallelize: {name} must be experts behind transformers' interface in plain floating point, "
                          f"got {type(module).__name__}")  # fmt: skip
     gated, biased, transposed, interleaved, normed = flags(module)
+    if normed:
+        raise ValueError(f"parallelize: {name} must have no norm among its experts, got post_expert_norm")
     if etp > 1 and activation_of(module, gated, interleaved, normed) is None:
         raise ValueError(f"parallelize: {name} must have an activation that can be taken slice by slice, "
-                         f"got a gate or a norm of its own with etp={etp}")  # fmt: skip
+                         f"got a gate of its own with etp={etp}")  # fmt: skip
     first, blocks = ("gate_up_proj" if gated else "up_proj"), (2 if gated and not interleaved else 1)
     cuts = {first: Cut(2 if transposed else 1, blocks), "down_proj": Cut(1 if transposed else 2)}
     if biased:

@@ -371,6 +371,17 @@ def a_checkpoint_that_does_not_fit_is_refused():
     gate = headgate.parallelize(MoE(D, F, E, K, shared_intermediate_size=8, shared_gate=True, bias=True), fold)
     with pytest.raises(ValueError, match=r"path must hold shared.gate.weight, got a checkpoint without it"):
         headgate.load_checkpoint(folder("fits"), gate)
+    by_hand = MoE(D, F, E, K, dispatcher=AllToAll())
+    with pytest.raises(
+        ValueError, match="checkpoint: experts must be cut by parallelize where ranks share its experts"
+    ):
+        headgate.save_checkpoint(folder("fits"), by_hand)
+    adafactor = torch.optim.Adafactor(mine.parameters())
+    mine(torch.randn(3, D, dtype=torch.float64)).sum().backward()
+    adafactor.step()
+    with pytest.raises(ValueError, match="optimizer must keep numbers or tensors of the parameter's shape for experts"):
+        headgate.save_checkpoint(folder("fits"), mine, adafactor)
+    before = [p.detach().clone() for p in mine.parameters()]
     stale = torch.optim.SGD(layer().parameters())
     with pytest.raises(ValueError, match="optimizer must hold parameters of the module only, got another of shape"):
         headgate.save_checkpoint(folder("fits"), mine, stale)
@@ -411,6 +422,69 @@ def ranks_that_ask_for_different_folds_are_named():
         Fold({"dp": size}, {"ep": size}, pp="one" if odd else 1)
 
 
+def two_with_the_same_weights() -> nn.Module:
+    both = nn.Sequential(layer(), layer())
+    both[1].experts.w_down = both[0].experts.w_down
+    return both
+
+
+@check
+def what_one_rank_finds_amiss_every_rank_hears_of():
+    size, odd = dist.get_world_size(), dist.get_rank() == dist.get_world_size() - 1
+    fold = some_folds()[1]
+    on = "" if odd else rf" \(on rank {size - 1}\)"
+    with pytest.raises(ValueError, match=f"activations must be one of sharded, replicated, got 'mixed'{on}$"):
+        headgate.parallelize(layer(), fold, activations="mixed" if odd else "sharded")
+    frozen = layer()
+    frozen.router.weight.requires_grad_(not odd)
+    with pytest.raises(ValueError, match=rf"router.weight must be the same .* frozen with .* on rank {size - 1}"):
+        headgate.parallelize(frozen, fold)
+    turned = layer()
+    if odd:
+        with torch.no_grad():
+            turned.router.weight.copy_(turned.router.weight.flip(0))
+    with pytest.raises(ValueError, match=r"router.weight must be the same on every rank"):
+        headgate.parallelize(turned, fold)
+    mine, optimizer = trained(fold)
+    headgate.save_checkpoint(folder("seen"), mine)
+    with pytest.raises(OSError, match=f"path must be a folder that save_checkpoint wrote, got .*nowhere{on}$"):
+        headgate.load_checkpoint(folder("nowhere" if odd else "seen"), mine)
+    headgate.load_checkpoint(folder("seen"), mine)
+
+
+@check
+def a_backward_pass_that_fails_leaves_nothing_behind():
+    fold = some_folds()[1]
+    plain = {"load_balancing_coef": 0.0, "z_loss_coef": 0.0}
+    mine, other = (headgate.parallelize(layer(**plain), fold) for _ in range(2))
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(5, D)
+
+    def fail(grad):
+        raise RuntimeError("on purpose")
+
+    broken = mine.router.weight.register_hook(fail)  # after those of the experts and the shared expert
+    with pytest.raises(RuntimeError, match="on purpose"):
+        mine(x).sum().backward()
+    broken.remove()
+    mine.zero_grad()
+    for m in (mine, other):
+        m(x).sum().backward()
+    for a, b in zip(mine.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@check
+def parameters_that_came_later_are_noticed():
+    mine = headgate.parallelize(layer(), some_folds()[1])
+    mine.load_state_dict(mine.state_dict(), assign=True)
+    mine.router.weight = nn.Parameter(mine.router.weight.detach().clone())
+    with pytest.raises(ValueError, match=r"clip_grad_norm_: module must have the parameters that parallelize saw, got"):
+        headgate.clip_grad_norm_(mine, 1.0)
+    with pytest.raises(ValueError, match="clip_grad_norm_: max_norm must be a positive number, got -1"):
+        headgate.clip_grad_norm_(mine, -1)
+
+
 @check
 def what_cannot_be_cut_is_refused_whole():
     size = dist.get_world_size()
@@ -419,6 +493,15 @@ def what_cannot_be_cut_is_refused_whole():
         (lambda: MoE(D, F, size + 1, 1), fold, {}, f"ep must divide the {size + 1} experts of experts, got ep={size}"),
         (lambda: MoE(D, 17, E, 1), sliced, {}, f"etp must divide 17, a size of experts.w_gate_up, got etp={size}"),
         (lambda: nn.Linear(3, 3), fold, {}, "module must hold experts .*, got a Linear without any"),
+        (
+            lambda: layer(),
+            fold,
+            {"dispatcher": "slice_all_reduce"},
+            "slice_all_reduce for replicated activations and only",
+        ),
+        (lambda: layer(), fold, {"wire": "fp4"}, "wire must be one of exact, .*, got 'fp4'"),
+        (lambda: layer(), fold, {"ranks_per_node": 0}, "ranks_per_node must be a positive integer or None, got 0"),
+        (two_with_the_same_weights, fold, {}, "experts must not share parameters, got 0.experts and 1.experts"),
         (lambda: layer(), fold, {"activations": "mixed"}, "must be one of sharded, replicated, got 'mixed'"),
         (lambda: layer(), fold, {"dispatcher": "magic"}, "dispatcher must be one of .*, got 'magic'"),
         (lambda: layer(), fold, {"activations": "replicated"}, r"must come with ep \* etp == tp, got ep="),
