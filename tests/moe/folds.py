@@ -445,7 +445,7 @@ def what_one_rank_finds_amiss_every_rank_hears_of():
             turned.router.weight.copy_(turned.router.weight.flip(0))
     with pytest.raises(ValueError, match=r"router.weight must be the same on every rank"):
         headgate.parallelize(turned, fold)
-    mine, optimizer = trained(fold)
+    mine, _ = trained(fold)
     headgate.save_checkpoint(folder("seen"), mine)
     with pytest.raises(OSError, match=f"path must be a folder that save_checkpoint wrote, got .*nowhere{on}$"):
         headgate.load_checkpoint(folder("nowhere" if odd else "seen"), mine)
