@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from folds_cases import make_fold
 from ranks_compare import close, norm, same_parameters
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -29,16 +30,6 @@ from headgate.dispatch.ulysses import ulysses
 CHECKS = {}
 D, HEADS, FFN, E, K, B, S = 16, 8, 8, 8, 3, 8, 16
 SOME_OF_8 = 3  # every so many of the 100 folds of 8 ranks: all were compared by hand, with 1
-
-
-# Process groups cost threads on every rank: all folds share theirs.
-FIRST: list[Fold] = []
-
-
-def make_fold(sizes: Sizes) -> Fold:
-    fold = Fold.of(sizes, like=FIRST[0] if FIRST else None)
-    FIRST[:] = FIRST or [fold]
-    return fold
 
 
 def fold_of(attention: dict[str, int], experts: dict[str, int], pp: int = 1) -> Fold:
