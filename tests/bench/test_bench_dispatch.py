@@ -266,7 +266,7 @@ def test_the_overhead_is_the_median_of_pairs(monkeypatch):
     ):
         for name, samples in (("headgate", bare), ("experts", whole)):
             result["implementations"][name]["samples_s"] = samples
-        row = figure(result)
+        row = figure(result, added=5.0)
         assert row["value"] == pytest.approx(value)
         assert (row["reach"], row["verdict"]) == (3.0, verdict)
 
@@ -277,4 +277,5 @@ def test_the_command_prints_the_figure(capsys, monkeypatch, tmp_path):
     assert command.run(parsed(*options, "--json", str(tmp_path / "out.json"))) == 0
     report = json.loads((tmp_path / "out.json").read_text())
     assert [f["case"] for f in report["figures"]] == ["T 24 fp32 forward: Experts with Local above grouped_ffn"]
+    assert f"adds {report['added_us']:.1f} us to a call" in report["figures"][0]["aside"]
     assert report["figures"][0]["case"] in capsys.readouterr().out
