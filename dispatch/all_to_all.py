@@ -147,7 +147,7 @@ class AllToAll:
     Where the routing is limited to C pairs an expert (`Capacity(pad=True)`), each rank sends every rank n = min(T, C *
     E/G) rows, filled up with rows of zeros that choose no expert: shapes depend on T and C alone, R = G * n. With
     `check` "first" the ranks then compare notes in the first such call only, so that later ones have one collective
-    less and wait for nothing.
+    less and wait for nothing; T and C must then stay the same on every rank, or change on all of them together.
 
     Every rank of the group must take part in every call and in its backward pass, with no tokens too. It does not
     trace: torch.compile breaks the graph around it.
