@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .files import write_whole
 
 VERSION = 1
 
@@ -112,16 +113,7 @@ class Trace:
         fields |= {name: value for name, value in optional.items() if value is not None}
         if self.layer_names:
             fields["layer_names"] = np.array(self.layer_names, dtype=np.str_)
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(file, **fields)  # type: ignore[arg-type]
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(Path(path), lambda file: np.savez_compressed(file, **fields))  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
@@ -162,10 +154,3 @@ _FIELDS = {"version", "num_experts", "expert_ids", "weights", "sequence", "layer
 def _rule(holds: bool, field: str, rule: str, value: object, kind: type[Exception] = ValueError) -> None:
     if not holds:
         raise kind(f"Trace: {field} must be {rule}, got {value}")
-
-
-def _umask() -> int:
-    """The process's umask: mkstemp makes files for the owner alone, a saved file should be as readable as any other."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
