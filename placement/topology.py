@@ -84,7 +84,7 @@ class Topology:
         """int32 [G]: slots of each GPU in one layer. They are `slots`, or `slots_per_gpu` each, or just enough for
         every expert once, the first GPUs taking one more where E is no multiple of G.
 
-        Raises ValueError where there are fewer slots than experts, or more than E * G (replicas stand on distinct GPUs).
+        Raises ValueError where slots are fewer than experts, or a GPU's more than E (replicas stand on distinct GPUs).
         """
         if self.slots is not None and slots_per_gpu is not None:
             raise ValueError(f"Topology: slots_per_gpu must be left out where slots are given, got {slots_per_gpu}")
@@ -98,14 +98,14 @@ class Topology:
             found = (num_experts // self.gpus + (np.arange(self.gpus) < num_experts % self.gpus)).astype(np.int32)
             if not found.all():
                 raise ValueError(
-                    f"Topology: slots_per_gpu must be given where experts ({num_experts}) are fewer than GPUs ({self.gpus})"
+                    f"Topology: slots_per_gpu must be given where experts, {num_experts}, are fewer than GPUs, {self.gpus}"
                 )
         if found.sum() < num_experts:
             raise ValueError(f"Topology: slots must be at least as many as experts, {num_experts}, got {found.sum()}")
         if found.max() > num_experts:
             raise ValueError(
-                f"Topology: a GPU's slots must be at most the experts, {num_experts} (replicas stand on distinct GPUs), "
-                f"got {found.max()}"
+                f"Topology: a GPU's slots must be at most the experts, {num_experts}, since replicas stand on distinct "
+                f"GPUs, got {found.max()}"
             )
         return found
 
