@@ -131,7 +131,7 @@ def check(
         raise ValueError(f"Placement: slots_of_gpu must be [G={gpus}], got {slots_of_gpu.shape}")
     if slots_of_gpu.dtype.kind not in "iu" or (slots_of_gpu < 0).any() or slots_of_gpu.sum() != slots:
         raise ValueError(
-            f"Placement: slots_of_gpu must be whole numbers with the sum {slots} (the slots), got {slots_of_gpu.tolist()}"
+            f"Placement: slots_of_gpu must be whole numbers with the sum S={slots}, got {slots_of_gpu.tolist()}"
         )
     gpu_of_slot = np.repeat(np.arange(gpus), slots_of_gpu)
     for layer, experts in enumerate(expert_of_slot):

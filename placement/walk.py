@@ -50,7 +50,7 @@ class Foretold:
 
     @classmethod
     def of(cls, transitions: Any, placement: Placement) -> Foretold:
-        """By transition counts, L - 1 matrices [E, E], dense or sparse. An expert lies on the GPUs of all its replicas."""
+        """By transition counts, L - 1 matrices [E, E], dense or sparse. An expert lies on each GPU that holds it."""
         table = _standing(placement)
         found = np.zeros((len(table) - 1, *table.shape[1:]))
         for layer, counts in enumerate(transitions):
