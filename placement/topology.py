@@ -98,7 +98,7 @@ class Topology:
             found = (num_experts // self.gpus + (np.arange(self.gpus) < num_experts % self.gpus)).astype(np.int32)
             if not found.all():
                 raise ValueError(
-                    f"Topology: slots_per_gpu must be given for fewer experts than GPUs, got {num_experts} on {self.gpus}"
+                    f"Topology: slots_per_gpu must be given for fewer experts than GPUs, {num_experts} on {self.gpus}"
                 )
         if found.sum() < num_experts:
             raise ValueError(f"Topology: slots must be at least as many as experts, {num_experts}, got {found.sum()}")
