@@ -124,9 +124,7 @@ class Topology:
                     fields[name] = tuple(fields[name])
             return cls(**fields)
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"Topology: fields must be those that were saved, got {sorted(fields)} ({error})"
-            ) from error
+            raise ValueError(f"Topology: fields must be as they were saved, got {sorted(fields)} ({error})") from error
 
 
 @dataclass(frozen=True)
