@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +93,11 @@ class Trace:
         return int(np.iinfo(self.expert_ids.dtype).max)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(L, T, K)."""
+        return self.expert_ids.shape  # type: ignore[return-value]
+
+    @property
     def live(self) -> NDArray[np.bool_]:
         """bool [L, T, K]: where there is an expert."""
         return self.expert_ids != self.none
@@ -97,6 +105,14 @@ class Trace:
     def experts(self, layer: int) -> int:
         """The number of experts of one layer."""
         return self.num_experts if self.experts_of_layer is None else int(self.experts_of_layer[layer])
+
+    def chunks(self, layer: int) -> Iterator[NDArray[np.unsignedinteger]]:
+        """The ids [T, K] of one layer, in one piece: what a TraceFile gives in several."""
+        yield self.expert_ids[layer]
+
+    def pairs(self, layer: int) -> Iterator[tuple[NDArray, NDArray]]:
+        """The ids [T, K] of `layer` and of `layer + 1`, in one piece."""
+        yield self.expert_ids[layer], self.expert_ids[layer + 1]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a compressed `.npz` at exactly `path`, whole or not at all (a temporary file, then a rename).
@@ -106,22 +122,14 @@ class Trace:
         fields: dict[str, object] = {
             "version": np.int64(self.version),
             "num_experts": np.int64(self.num_experts),
-            "expert_ids": self.expert_ids,
+            "expert_ids": np.ascontiguousarray(self.expert_ids),  # layer after layer, as TraceFile reads them
         }
         optional = {"weights": self.weights, "sequence": self.sequence, "experts_of_layer": self.experts_of_layer}
         fields |= {name: value for name, value in optional.items() if value is not None}
         if self.layer_names:
             fields["layer_names"] = np.array(self.layer_names, dtype=np.str_)
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(file, **fields)  # type: ignore[arg-type]
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            np.savez_compressed(file, **fields)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
@@ -162,6 +170,21 @@ _FIELDS = {"version", "num_experts", "expert_ids", "weights", "sequence", "layer
 def _rule(holds: bool, field: str, rule: str, value: object, kind: type[Exception] = ValueError) -> None:
     if not holds:
         raise kind(f"Trace: {field} must be {rule}, got {value}")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when the block ends, and leaves nothing where it fails."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _umask() -> int:
