@@ -1,7 +1,7 @@
 """What a placement needs to know of a trace, counted exactly: loads, transitions between layers, pairs inside one.
 
-Counting is one pass over the choices, K * K additions for a token and a pair of layers, and needs 8 E^2 bytes beside the
-result, however long the trace is: a `TraceFile` is streamed.
+Counting is one pass over the choices, K * K additions for a token and a pair of layers, and needs 8 E^2 bytes beside
+the result, however long the trace is: a `TraceFile` is streamed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Statistics:
     tokens            T
     top_k             K, the most choices of a token in a layer
     load              int64 [L, E]: how many tokens chose each expert; zeros where a layer has fewer than E
-    transitions       L - 1 scipy csr_array int64 [E, E]: entry (a, b) of the l-th counts the tokens that use a in layer l
-                      and b in layer l + 1, so a token with K experts on both sides counts K * K times. Empty where only
-                      loads are known
+    transitions       L - 1 scipy csr_array int64 [E, E]: entry (a, b) of the l-th counts the tokens that use a in layer
+                      l and b in layer l + 1, so a token with K experts on both sides counts K * K times. Empty where
+                      only loads are known
     co_activation     L csr_array int64 [E, E], symmetric, or None: tokens that use both experts in one layer; the
                       diagonal is the load
     layer_names       L names, or empty
@@ -95,15 +95,7 @@ class Statistics:
 
     def __add__(self, other: Statistics) -> Statistics:
         """The counts of both; names and co-activation stay where both have them."""
-        for name in ("num_experts", "top_k", "layers"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            _rule(mine == theirs, name, f"the same in both terms of a sum, {mine}", theirs)
-        _rule(
-            len(self.transitions) == len(other.transitions),
-            "transitions",
-            f"there in both terms of a sum or in neither, {len(self.transitions)} matrices",
-            len(other.transitions),
-        )
+        _same_model(self, other, "both terms of a sum")
         both = self.co_activation is not None and other.co_activation is not None
         return Statistics(
             self.num_experts,
@@ -115,6 +107,13 @@ class Statistics:
             self.layer_names if self.layer_names == other.layer_names else (),
             self.experts_of_layer,
         )
+
+
+def _same_model(a: Statistics, b: Statistics, where: str) -> None:
+    for name in ("num_experts", "top_k", "layers"):
+        _rule(getattr(a, name) == getattr(b, name), name, f"{getattr(a, name)} in {where}", getattr(b, name))
+    counts = len(a.transitions), len(b.transitions)
+    _rule(counts[0] == counts[1], "transitions", f"{counts[0]} matrices in {where}", counts[1])
 
 
 def _added(a: tuple[csr_array, ...], b: tuple[csr_array, ...]) -> tuple[csr_array, ...]:
@@ -198,15 +197,16 @@ def _count_labelled(ids, labels, none, load):
 def loads_of(source: Source, labels: NDArray[np.integer] | None = None) -> NDArray[np.int64]:
     """int64 [Q, L, E]: the load of each group of tokens.
 
-    labels [T], 0 .. Q - 1, says which group a token is of (a domain, a user); None: the sequences, in the order in which
-    they come. 8 Q L E bytes. Raises ValueError where the trace has no sequences and no labels are given, or these do
-    not fit.
+    labels [T], 0 .. Q - 1, says which group a token is of (a domain, a user); None: the sequences, in the order in
+    which they come. 8 Q L E bytes. Raises ValueError where the trace has no sequences and no labels are given, or
+    these do not fit.
     """
     layers, tokens, _ = source.shape
     if labels is None:
         found = source.sequence
-        _rule(found is not None, "sequence", "there, or labels given", None)
-        labels = np.cumsum(np.diff(found, prepend=found[:1]) != 0)  # type: ignore[arg-type, index]
+        if found is None:
+            raise ValueError("loads_of: labels must be given for a trace without sequences, got None")
+        labels = np.cumsum(np.diff(found, prepend=found[:1]) != 0)
     labels = np.asarray(labels)
     _rule(labels.shape == (tokens,), "labels", f"[T={tokens}]", labels.shape)
     _rule(labels.dtype.kind in "iu", "labels", "whole numbers", labels.dtype, TypeError)
@@ -230,9 +230,7 @@ class Moving:
     >>> plan = place(moving.statistics(), ...)
     """
 
-    UNIT = (
-        1024  # counts come out in such parts of a token, so that rounding to whole numbers loses nothing that matters
-    )
+    UNIT = 1024  # counts come out in such parts of a token: rounding to whole numbers loses nothing that matters
 
     def __init__(self, decay: float = 0.9) -> None:
         """Decay in 0 .. 1: 1 forgets nothing, 0 everything but the last update. Raises ValueError."""
@@ -241,48 +239,44 @@ class Moving:
         self.decay = decay
         self.updates = 0
         self.tokens = 0.0
+        self.load = np.zeros((0, 0))
+        self.transitions: list[csr_array] = []
+        self._last: Statistics | None = None
 
     def update(self, source: Source | Statistics) -> None:
         """Takes in one batch. Raises ValueError where it is of another model; what was counted then stays."""
         new = source if isinstance(source, Statistics) else statistics(source)
-        if self.updates:
-            for name in ("num_experts", "top_k", "layers"):
-                mine, theirs = getattr(self.last, name), getattr(new, name)
-                _rule(mine == theirs, name, f"that of the updates before, {mine}", theirs)
-            self.tokens = self.decay * self.tokens + new.tokens
-            self.load = self.decay * self.load + new.load
-            self.transitions = [
-                (self.decay * old + more).tocsr() for old, more in zip(self.transitions, new.transitions, strict=True)
-            ]
+        if self._last is None:
+            self.load = np.zeros(new.load.shape)
+            self.transitions = [csr_array(more.shape) for more in new.transitions]
         else:
-            self.tokens, self.load = float(new.tokens), new.load.astype(np.float64)
-            self.transitions = [more.astype(np.float64) for more in new.transitions]
-        self.last, self.updates = new, self.updates + 1
+            _same_model(self._last, new, "an update as in those before")
+        self.tokens = self.decay * self.tokens + new.tokens
+        self.load = self.decay * self.load + new.load
+        both = zip(self.transitions, new.transitions, strict=True)
+        self.transitions = [(self.decay * old + more).tocsr() for old, more in both]
+        self._last, self.updates = new, self.updates + 1
 
     def statistics(self) -> Statistics:
-        """What is remembered now, `tokens` and every count in 1/1024 of a token. Raises ValueError before any update."""
-        _rule(self.updates > 0, "updates", "at least 1 before statistics are asked for", self.updates)
+        """What is remembered, `tokens` and every count in 1/1024 of a token. Raises ValueError before any update."""
+        last = self._last
+        if last is None:
+            raise ValueError("Moving: updates must be at least 1 before statistics are asked for, got 0")
         transitions = []
         for matrix in self.transitions:
             whole = csr_array(((matrix.data * self.UNIT).astype(np.int64), matrix.indices, matrix.indptr), matrix.shape)
             whole.eliminate_zeros()
             transitions.append(whole)
         return Statistics(
-            self.last.num_experts,
+            last.num_experts,
             int(np.ceil(self.tokens * self.UNIT)),
-            self.last.top_k,
+            last.top_k,
             (self.load * self.UNIT).astype(np.int64),
             tuple(transitions),
             None,
-            self.last.layer_names,
-            self.last.experts_of_layer,
+            last.layer_names,
+            last.experts_of_layer,
         )
-
-
-def total_variation(a: NDArray, b: NDArray) -> float:
-    """Half the sum of |p - q| of two arrays of counts, each as shares of its total: 0 alike .. 1 disjoint."""
-    p, q = (x / total if (total := x.sum()) else np.zeros(x.shape) for x in (np.asarray(a), np.asarray(b)))
-    return float(abs(p - q).sum() / 2)
 
 
 def _rule(holds: bool, field: str, rule: str, value: object, kind: type[Exception] = ValueError) -> None:

@@ -31,11 +31,12 @@ class TraceFile:
     """A trace .npz as `Trace.save`, `record(path=)` or `TraceWriter` left it, of which only chunks are in memory.
 
     shape             (L, T, K)
-    num_experts, none, layer_names, experts_of_layer, sequence       as in Trace; `sequence`, 4 T bytes, is read when asked for
+    num_experts, none, layer_names, experts_of_layer       as in Trace
+    sequence          as in Trace, 4 T bytes, read when asked for
 
-    Opening reads the headers, and compares what they declare with what is there. Raises FileNotFoundError, or ValueError
-    naming file, field, rule and value: there, and at the chunk where the data turn out short, damaged or out of range.
-    Use one object in one thread.
+    Opening reads the headers, and compares what they declare with what is there. Raises FileNotFoundError, or
+    ValueError naming file, field, rule and value: there, and at the chunk where the data turn out short, damaged or
+    out of range. Use one object in one thread.
 
     >>> with TraceFile("trace.npz") as trace:
     ...     for layer in range(trace.shape[0] - 1):
@@ -79,7 +80,7 @@ class TraceFile:
         of_layer = self.experts_of_layer
         if of_layer is not None:
             self._rule(of_layer.shape == (layers,), "experts_of_layer", f"[L={layers}]", of_layer.shape)
-            fits = of_layer.dtype == np.int32 and 0 < of_layer.min() and of_layer.max() <= self.num_experts
+            fits = of_layer.dtype == np.int32 and of_layer.min() > 0 and of_layer.max() <= self.num_experts
             self._rule(fits, "experts_of_layer", f"int32, 1 .. {self.num_experts}", of_layer)
         self._sequence = _Member(self, "sequence") if "sequence" in held else None
         if self._sequence is not None:
@@ -142,11 +143,8 @@ class TraceFile:
         wrong = (ids >= self.experts(layer)) & (ids != self.none)
         if wrong.any():
             token, choice = (int(i) for i in np.argwhere(wrong)[0])
-            where, rule = (
-                f"layer {layer}, token {start + token}",
-                f"below {self.experts(layer)}, or {self.none} for none",
-            )
-            self._rule(False, f"expert_ids ({where})", rule, int(ids[token, choice]))
+            rule = f"below {self.experts(layer)}, or {self.none} for none"
+            self._rule(False, f"expert_ids (layer {layer}, token {start + token})", rule, int(ids[token, choice]))
 
     def trace(self) -> Trace:
         """All of it, in memory."""
