@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .files import write_whole
 
 VERSION = 1
 
@@ -128,8 +127,7 @@ class Trace:
         fields |= {name: value for name, value in optional.items() if value is not None}
         if self.layer_names:
             fields["layer_names"] = np.array(self.layer_names, dtype=np.str_)
-        with replacing(path) as file:
-            np.savez_compressed(file, **fields)  # type: ignore[arg-type]
+        write_whole(Path(path), lambda file: np.savez_compressed(file, **fields))  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
@@ -170,25 +168,3 @@ _FIELDS = {"version", "num_experts", "expert_ids", "weights", "sequence", "layer
 def _rule(holds: bool, field: str, rule: str, value: object, kind: type[Exception] = ValueError) -> None:
     if not holds:
         raise kind(f"Trace: {field} must be {rule}, got {value}")
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when the block ends, and leaves nothing where it fails."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """The process's umask: mkstemp makes files for the owner alone, a saved file should be as readable as any other."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

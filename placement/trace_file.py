@@ -7,6 +7,7 @@ ahead, and the whole file is decompressed twice in all.
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import zipfile
@@ -19,7 +20,8 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from .trace import VERSION, Trace, id_type, replacing
+from .files import write_whole
+from .trace import VERSION, Trace, id_type
 
 CHUNK = 65536  # tokens: about a megabyte of ids
 SMALL_bytes = 1 << 24  # of a field that is read whole
@@ -258,10 +260,8 @@ class TraceWriter:
         self.path = Path(path)
         self.dtype = id_type(num_experts)
         ids = np.empty((layers, 0, top_k), self.dtype)
-        # the checks of a Trace, on one without tokens: every chunk goes through them too
-        self.frame = Trace(ids, num_experts, None, None, tuple(layer_names), None, VERSION)
-        self.experts_of_layer = experts_of_layer
-        Trace(ids, num_experts, experts_of_layer=experts_of_layer)
+        # a Trace without tokens for its checks; every chunk goes through them too
+        self.frame = Trace(ids, num_experts, None, None, tuple(layer_names), experts_of_layer)
         self.tokens = 0
         self._ids = [self._temporary() for _ in range(layers)]
         self._weights = [self._temporary() for _ in range(layers)] if weights else None
@@ -288,7 +288,7 @@ class TraceWriter:
         _rule((weights is None) == (self._weights is None), "weights", "given always or never", weights)
         had = self.tokens == 0 or (self._sequence is not None) == (sequence is not None)
         _rule(had, "sequence", "given always or never", sequence)
-        chunk = Trace(ids, self.frame.num_experts, weights, sequence, experts_of_layer=self.experts_of_layer)
+        chunk = Trace(ids, self.frame.num_experts, weights, sequence, experts_of_layer=self.frame.experts_of_layer)
         if sequence is not None and self._sequence is None:
             self._sequence = self._temporary()
         for layer in range(layers):
@@ -301,26 +301,28 @@ class TraceWriter:
 
     def close(self) -> TraceFile:
         """Puts the file together at `path` and opens it."""
-        layers, _, top_k = self.frame.expert_ids.shape
-        shape = (layers, self.tokens, top_k)
         try:
-            with replacing(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                _put(archive, "version", (), np.dtype(np.int64), np.int64(VERSION).tobytes())
-                _put(archive, "num_experts", (), np.dtype(np.int64), np.int64(self.frame.num_experts).tobytes())
-                if self.frame.layer_names:
-                    names = np.array(self.frame.layer_names, np.str_)
-                    _put(archive, "layer_names", names.shape, names.dtype, names.tobytes())
-                if self.experts_of_layer is not None:
-                    of_layer = self.experts_of_layer
-                    _put(archive, "experts_of_layer", of_layer.shape, of_layer.dtype, of_layer.tobytes())
-                _put(archive, "expert_ids", shape, self.dtype, self._ids)
-                if self._weights is not None:
-                    _put(archive, "weights", shape, np.dtype(np.float16), self._weights)
-                if self._sequence is not None:
-                    _put(archive, "sequence", (self.tokens,), np.dtype(np.int32), [self._sequence])
+            write_whole(self.path, self._assemble)
         finally:
             self.abandon()
         return TraceFile(self.path)
+
+    def _assemble(self, file: IO[bytes]) -> None:
+        frame, whole = self.frame, np.dtype(np.int64)
+        layers, _, top_k = frame.expert_ids.shape
+        shape = (layers, self.tokens, top_k)
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            _put(archive, "version", (), whole, [io.BytesIO(whole.type(VERSION).tobytes())])
+            _put(archive, "num_experts", (), whole, [io.BytesIO(whole.type(frame.num_experts).tobytes())])
+            names = np.array(frame.layer_names, np.str_) if frame.layer_names else None
+            for name, value in (("layer_names", names), ("experts_of_layer", frame.experts_of_layer)):
+                if value is not None:
+                    _put(archive, name, value.shape, value.dtype, [io.BytesIO(value.tobytes())])
+            _put(archive, "expert_ids", shape, self.dtype, self._ids)
+            if self._weights is not None:
+                _put(archive, "weights", shape, np.dtype(np.float16), self._weights)
+            if self._sequence is not None:
+                _put(archive, "sequence", (self.tokens,), np.dtype(np.int32), [self._sequence])
 
     def abandon(self) -> None:
         """Gives up what was written; `path` stays as it was."""
@@ -338,16 +340,13 @@ class TraceWriter:
 
 
 def _put(
-    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype, data: bytes | Sequence[IO[bytes]]
+    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype, files: Sequence[IO[bytes]]
 ) -> None:
-    """One .npy member, from bytes or from files one after the other."""
+    """One .npy member: the files' bytes, one after the other."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with archive.open(f"{name}.npy", "w", force_zip64=True) as out:
         np.lib.format.write_array_header_1_0(out, header)
-        if isinstance(data, bytes):
-            out.write(data)
-            return
-        for file in data:
+        for file in files:
             file.seek(0)
             while block := file.read(1 << 20):
                 out.write(block)

@@ -1,0 +1,150 @@
+"""A placement: which expert stands in which slot of which GPU, layer by layer, and the JSON file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .files import write_whole
+from .topology import Topology
+
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Experts in slots, the slots in GPU order: GPU g has `slots_of_gpu[g]` of them in every layer.
+
+    expert_of_slot  int32 [L, S]: also the physical-to-logical map of vLLM and SGLang
+    num_experts     E
+    topology        the GPUs
+    slots_of_gpu    int32 [G], S in all
+    cost            figures of `Cost.summary`, empty where nobody counted
+    bound           what no placement can be below (see `place`), empty where nobody proved anything
+    method          what found it, with what it was given
+
+    Raises ValueError / TypeError unless `check` passes.
+
+    >>> Placement(np.array([[0, 2, 1, 3]]), 4, Topology(nodes=1, gpus_per_node=2)).gpus_of(layer=0, expert=2)
+    [0]
+    """
+
+    expert_of_slot: NDArray[np.int32]
+    num_experts: int
+    topology: Topology
+    slots_of_gpu: NDArray[np.int32] = None  # type: ignore[assignment]  # None: slots shared out evenly
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    bound: Mapping[str, Any] = field(default_factory=dict)
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        slots = np.asarray(self.expert_of_slot)
+        if slots.dtype.kind not in "iu":
+            raise TypeError(f"Placement: expert_of_slot must be integers, got {slots.dtype}")
+        if slots.ndim != 2 or not slots.size:
+            raise ValueError(f"Placement: expert_of_slot must be [L, S], got {slots.shape}")
+        shared = self.slots_of_gpu
+        if shared is None:
+            if slots.shape[1] % self.topology.gpus:
+                raise ValueError(
+                    f"Placement: slots_of_gpu must be given where {slots.shape[1]} slots are no multiple of "
+                    f"{self.topology.gpus} GPUs"
+                )
+            shared = np.full(self.topology.gpus, slots.shape[1] // self.topology.gpus)
+        check(slots, self.num_experts, np.asarray(shared), self.topology)
+        object.__setattr__(self, "expert_of_slot", slots.astype(np.int32))
+        object.__setattr__(self, "slots_of_gpu", np.asarray(shared).astype(np.int32))
+
+    @property
+    def gpu_of_slot(self) -> NDArray[np.int32]:
+        """int32 [S]."""
+        return np.repeat(np.arange(self.topology.gpus, dtype=np.int32), self.slots_of_gpu)
+
+    @property
+    def replicas(self) -> NDArray[np.int64]:
+        """int64 [L, E]: how often each expert stands."""
+        return np.stack([np.bincount(layer, minlength=self.num_experts) for layer in self.expert_of_slot])
+
+    def gpus_of(self, layer: int, expert: int) -> list[int]:
+        """The GPUs that hold an expert, rising."""
+        return self.gpu_of_slot[self.expert_of_slot[layer] == expert].tolist()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON file, whole or not at all. Raises OSError; an older file then stays as it was."""
+        found = {
+            "version": VERSION,
+            "num_experts": self.num_experts,
+            "topology": self.topology.to_json(),
+            "slots_of_gpu": self.slots_of_gpu.tolist(),
+            "layers": [{"expert_of_slot": layer} for layer in self.expert_of_slot.tolist()],
+            "cost": dict(self.cost),
+            "bound": dict(self.bound),
+            "method": dict(self.method),
+        }
+        text = json.dumps(found, allow_nan=False)
+        write_whole(Path(path), lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Placement:
+        """Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
+        text = Path(path).read_bytes()
+        try:
+            found = json.loads(text)
+            version = found["version"]
+            if version != VERSION:
+                raise ValueError(f"version must be {VERSION}, got {version}")
+            layers = [layer["expert_of_slot"] for layer in found["layers"]]
+            if len({len(layer) for layer in layers}) > 1:
+                raise ValueError(f"layers must have equally many slots, got {sorted({len(layer) for layer in layers})}")
+            return cls(
+                np.array(layers),
+                found["num_experts"],
+                Topology.from_json(found["topology"]),
+                np.array(found["slots_of_gpu"]) if "slots_of_gpu" in found else None,  # type: ignore[arg-type]
+                found.get("cost", {}),
+                found.get("bound", {}),
+                found.get("method", {}),
+            )
+        except KeyError as error:
+            raise ValueError(f"Placement: {path} must hold {error}") from error
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"Placement: {path} must be a saved placement, got {error}") from error
+
+
+def check(
+    expert_of_slot: NDArray[np.integer], num_experts: int, slots_of_gpu: NDArray[np.integer], topology: Topology
+) -> None:
+    """What every placement must be, whoever found it: every expert somewhere, the slots of each GPU filled exactly,
+    replicas of an expert on distinct GPUs. expert_of_slot [L, S]. Raises ValueError naming layer, rule and value."""
+    _, slots = expert_of_slot.shape
+    gpus = topology.gpus
+    if num_experts < 1:
+        raise ValueError(f"Placement: num_experts must be at least 1, got {num_experts}")
+    if slots_of_gpu.shape != (gpus,):
+        raise ValueError(f"Placement: slots_of_gpu must be [G={gpus}], got {slots_of_gpu.shape}")
+    if slots_of_gpu.dtype.kind not in "iu" or (slots_of_gpu < 0).any() or slots_of_gpu.sum() != slots:
+        raise ValueError(
+            f"Placement: slots_of_gpu must be whole numbers with the sum S={slots}, got {slots_of_gpu.tolist()}"
+        )
+    gpu_of_slot = np.repeat(np.arange(gpus), slots_of_gpu)
+    for layer, experts in enumerate(expert_of_slot):
+        if experts.min() < 0 or experts.max() >= num_experts:
+            odd = experts[(experts < 0) | (experts >= num_experts)][0]
+            raise ValueError(f"Placement: experts of layer {layer} must be in 0 .. {num_experts - 1}, got {odd}")
+        missing = np.flatnonzero(np.bincount(experts, minlength=num_experts) == 0)
+        if missing.size:
+            raise ValueError(f"Placement: every expert must have a slot in layer {layer}, got none for {missing[0]}")
+        seen, times = np.unique(gpu_of_slot * num_experts + experts, return_counts=True)
+        if (times > 1).any():
+            gpu, expert = divmod(int(seen[times > 1][0]), num_experts)
+            raise ValueError(
+                f"Placement: replicas must be on distinct GPUs, got expert {expert} of layer {layer} "
+                f"{times.max()} times on GPU {gpu}"
+            )
