@@ -15,7 +15,7 @@ from .placement import Placement
 from .slots import gpu_load
 from .topology import Topology, Workload
 
-MOVES = ("fixed", "most")
+MOVES = ("fixed", "most", "foretold")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Objective:
     load         max / mean of the GPUs' expert time, averaged over layers, in the worst of the scenarios
 
     `max_load`: the load that is wished for at most; `load` is then raised until that holds, if it can. `home`: whether
-    a token's home stays or moves to the GPU with most of its choices (see `walk`), which is what copies are counted by.
+    a token's home stays or moves, and where to (see `walk`), which is what copies are counted by.
 
     Raises ValueError naming field, rule and value.
     """
