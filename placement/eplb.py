@@ -42,7 +42,7 @@ def eplb(load: ArrayLike, slots_of_gpu: ArrayLike, nodes: int = 1, groups: int =
     mine = np.take_along_axis(np.repeat(weight, nodes, axis=0), order, 1)
     expert, copies = _replicate(mine, gpus * each // nodes)
     # 3. replicas to the node's GPUs
-    gpu, rank = _pack(np.take_along_axis(mine / copies.astype(np.float32), expert, 1), gpus // nodes)
+    gpu, rank = _pack(np.take_along_axis(np.divide(mine, copies, dtype=np.float32), expert, 1), gpus // nodes)
     slot = np.argsort(gpu * each + rank, axis=1)
     return np.take_along_axis(order, np.take_along_axis(expert, slot, 1), 1).reshape(layers, -1)
 
@@ -66,8 +66,8 @@ def _pack(weight: NDArray[np.float32], packs: int) -> tuple[NDArray[np.int64], N
 
 
 def _replicate(weight: NDArray[np.float32], slots: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """weight [X, n] -> the item of each of the slots [X, slots], and the copies [X, n]: always one more of the item with
-    the largest weight per copy."""
+    """weight [X, n] -> the item of each slot [X, slots] and the copies [X, n]: always one more of the item with most
+    weight per copy."""
     rows, items = weight.shape
     item = np.tile(np.arange(slots), (rows, 1))
     copies, every = np.ones((rows, items), np.int64), np.arange(rows)
