@@ -50,9 +50,8 @@ def chunks(found: Found, rows: int = ROWS) -> Iterator[NDArray[np.int64]]:
         found.rule(len(counts) == 1, "layers", "of one number of rows", sorted(counts))
         streams = [file.iter_batches(batch_size=rows, columns=["indices"]) for file in opened]
         for start in range(0, next(iter(counts)), rows):
-            ids = [
-                _ids(found, files[layer], next(stream)) for layer, stream in zip(sorted(files), streams, strict=True)
-            ]
+            sides = zip(sorted(files), streams, strict=True)
+            ids = [_ids(found, files[layer], next(stream)) for layer, stream in sides]
             widths = {i.shape for i in ids}
             found.rule(len(widths) == 1, f"indices from row {start}", "alike in all layers", sorted(widths))
             yield np.stack(ids)

@@ -2,14 +2,15 @@
 
 Without a header: a row "layer,expert" for each choice, written pass by pass, in a pass layer by layer, in a layer token
 by token. The K choices of a token follow each other; K is what a pass of one token (decoding) writes for a layer, or
-`top_k`. The last layer runs for those tokens of a pass only whose logits are asked for, the last ones: the others get no
-expert there.
+`top_k`. The last layer runs for those tokens of a pass only whose logits are asked for, the last ones: the others get
+no expert there.
 
 With the header "phase,token,layer,rank,expert", as forks write it, a row says all that itself.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import gcd
 
 import numpy as np
@@ -40,7 +41,7 @@ def read(found: Found, options: Options) -> Trace:
     place = np.searchsorted(layers, rows[starts, 0])
     begins = np.append(np.flatnonzero(np.diff(place, prepend=place[0] + 1) <= 0), len(place))  # runs that begin a pass
     chunks = []
-    for begin, end in zip(begins, begins[1:], strict=False):
+    for begin, end in pairwise(begins):
         tokens = int(lengths[begin:end].max()) // top_k
         ids = np.full((len(layers), tokens, top_k), -1, np.int64)
         for run in range(begin, end):

@@ -70,7 +70,7 @@ def _per_token(found: Found, records: list[dict], logical: NDArray, options: Opt
 
 
 def _sequences(found: Found, records: list[dict[str, Any]]) -> NDArray | None:
-    """A sequence for each stretch that a prefill pass extends; None where passes decode, which does not say for whom."""
+    """A sequence for each stretch that a prefill pass extends; None where passes decode: these do not say for whom."""
     lengths: list[int] = []
     for number, record in enumerate(records):
         extended = record.get("extend_seq_lens")

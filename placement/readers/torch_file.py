@@ -123,9 +123,10 @@ class _Unpickler(pickle.Unpickler):
         return self._view(storage.numbers(dtype.kind), offset, size, stride)
 
     def _view(self, numbers: NDArray, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> NDArray:
-        fits = len(size) == len(stride) and min((offset, *size, *stride)) >= 0 and prod(size) <= len(numbers)
+        count = prod([int(n) for n in size])
+        fits = len(size) == len(stride) and min((offset, *size, *stride)) >= 0 and count <= len(numbers)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=False))
-        if not fits or (prod(size) and last >= len(numbers)):
+        if not fits or (count and last >= len(numbers)):
             raise ValueError(
                 f"torch file: a tensor of {self.path} must lie inside its storage of {len(numbers)} elements, "
                 f"got shape {tuple(size)}, strides {tuple(stride)}, offset {offset}"

@@ -5,8 +5,8 @@ count those without experts too, which stay 0 throughout and are left out here (
 
 .npy            one sequence, `np.save(file, output.routed_experts)`
 .npz            one array for each sequence, in the order of the file
-.json, .jsonl   responses of /v1/completions, /v1/chat/completions or /inference/v1/generate, one, a list of them, or one a
-                line: choices[i].routed_experts is the base64 text of an .npy file; nested lists are taken as well
+.json, .jsonl   responses of /v1/completions, /v1/chat/completions or /inference/v1/generate, one, a list of them, or
+                one a line: choices[i].routed_experts is the base64 text of an .npy file; nested lists are taken as well
 """
 
 from __future__ import annotations
