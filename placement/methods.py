@@ -52,3 +52,83 @@ class Proof:
 
 
 Found = tuple[NDArray[np.integer], Proof | None]
+
+
+def _auto(problem: Problem, run: Run) -> Found:
+    """Search; small cases by the integer program too; replicas once every expert has a place."""
+    if not (problem.objective.counts_copies or problem.objective.gpu or problem.objective.node):
+        return _balance(problem, run)
+    single = _without_spare(problem)
+    start = None
+    if run.start is not None and not problem.spare:
+        start = from_slots(run.start.expert_of_slot, problem.gpu_of_slot)
+    if problem.objective.counts_copies:
+        at = improve_copies(single, start, seed=run.seed, proposals=run.proposals(COPIES), stop=run.stop)
+    else:
+        at = search(single, start, proposals=run.proposals(SWAPS), seed=run.seed, stop=run.stop)
+    if problem.spare:
+        return replicate(problem, at, seed=run.seed, stop=run.stop), None
+    if problem.objective.counts_copies or problem.layers * problem.num_experts * problem.topology.gpus > EXACT:
+        return to_slots(at), None
+    found = _ilp(problem, run)
+    return found if score(problem, from_slots(found[0], problem.gpu_of_slot)).order < score(problem, at).order else (
+        to_slots(at), found[1]
+    )
+
+
+def _ilp(problem: Problem, run: Run) -> Found:
+    slots, bound, proved = ilp(problem, max(run.deadline - time.perf_counter(), 0.1))
+    return slots, Proof(bound, proved)
+
+
+def _balance(problem: Problem, run: Run) -> Found:
+    pins = [(layer, e, problem.pins[layer, e]) for layer, e in np.argwhere(problem.pins >= 0).tolist()]
+    groups = problem.groups if problem.groups > 1 else None
+    found = balance(
+        problem.loads[0],
+        problem.slots_of_gpu,
+        problem.topology.nodes,
+        groups,
+        problem.topology.speed_of_gpu,
+        pins,
+        run.seed,
+    )
+    return found, None
+
+
+def _eplb(problem: Problem, run: Run) -> Found:
+    _free("eplb", problem)
+    return apart(eplb(problem.loads[0], problem.slots_of_gpu, problem.topology.nodes, problem.groups), problem), None
+
+
+def _linear(problem: Problem, run: Run) -> Found:
+    _free("linear", problem)
+    return linear(problem.layers, problem.num_experts, problem.slots_of_gpu), None
+
+
+def _random(problem: Problem, run: Run) -> Found:
+    _free("random", problem)
+    return random(problem.layers, problem.num_experts, problem.slots_of_gpu, run.seed), None
+
+
+METHODS: dict[str, Callable[[Problem, Run], Found]] = {
+    "auto": _auto,
+    "ilp": _ilp,
+    "balance": _balance,
+    "eplb": _eplb,
+    "linear": _linear,
+    "random": _random,
+}
+
+
+def _free(method: str, problem: Problem) -> None:
+    if (problem.pins >= 0).any():
+        raise ValueError(f"place: pins must be left out with method {method!r}, got {int((problem.pins >= 0).sum())}")
+
+
+def _without_spare(problem: Problem) -> Problem:
+    """The problem with one slot for each expert: GPUs with most slots give theirs up first."""
+    slots = problem.slots_of_gpu.copy()
+    for _ in range(problem.spare):
+        slots[np.argmax(slots - np.arange(len(slots)) * 1e-9)] -= 1
+    return replace(problem, slots_of_gpu=slots)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headgate.placement.eplb import eplb
+from headgate.placement.eplb import apart, eplb
 
 # The worked example of github.com/deepseek-ai/EPLB: 2 layers, 12 experts in 4 groups, 16 replicas, 2 nodes, 8 GPUs
 LOAD = [
@@ -100,3 +100,21 @@ def test_bad_types():
         eplb([["a", "b"]], [1, 1])
     with pytest.raises(TypeError, match="slots_of_gpu must be whole numbers"):
         eplb([[1, 2]], [1.0, 1.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), gpus=st.integers(2, 5), each=st.integers(2, 4), hot=st.floats(1, 30))
+def test_replicas_are_parted_and_nothing_else_is_lost(seed, gpus, each, hot):
+    rng = np.random.default_rng(seed)
+    experts = max(each + 1, gpus * each - int(rng.integers(0, gpus)))
+    if experts > gpus * each:
+        experts = gpus * each
+    load = rng.integers(1, 50, (3, experts)) * np.where(rng.random((3, experts)) < 0.2, hot, 1)
+    plan = eplb(load, [each] * gpus)
+    parted = apart(plan, load, [each] * gpus)
+    for before, after in zip(plan, parted, strict=True):
+        np.testing.assert_array_equal(np.sort(before), np.sort(after))
+        for held in after.reshape(gpus, each):
+            assert len(set(held.tolist())) == each
+        if all(len(set(held.tolist())) == each for held in before.reshape(gpus, each)):
+            np.testing.assert_array_equal(before, after)
