@@ -44,7 +44,7 @@ def generate(
     shift     with several domains, the share of a domain's topics and free choices that follow its own preferences:
               topics that no other domain prefers, another order of popularity
     drift     the share that follows later preferences at the last token; it grows linearly from none at the first
-    seed      same seed, same trace, on every machine
+    seed      same seed, same trace
 
     About 1e7 choices a second. Raises ValueError naming field, rule and value.
 
