@@ -14,7 +14,9 @@ from .problem import Problem
 SLACK = 1e-9  # relative: a score and its bound are sums of shares in another order
 
 
-def certify(problem: Problem, parts: Mapping[str, float], score: float, proof: Proof | None, run: Run) -> dict[str, Any]:
+def certify(
+    problem: Problem, parts: Mapping[str, float], score: float, proof: Proof | None, run: Run
+) -> dict[str, Any]:
     """Bounds on each weighted part, their weighted sum, and the gap (score - bound) / score of the answer.
 
     Parts are bounded each for itself, by placements that need not be the same: the bound on the score is valid and not

@@ -1,4 +1,4 @@
-"""How placements are found: a name, a function of a Problem and a Run, and what it has proved on the way, if anything."""
+"""How placements are found: a name, and a function of a Problem and a Run; what it proved on the way, if anything."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 
 from .balance import balance
 from .copies import improve_copies
-from .eplb import eplb
+from .eplb import apart, eplb
 from .ilp import ilp
 from .placement import Placement
 from .problem import Problem
 from .replicate import replicate
 from .search import search
 from .simple import linear, random
-from .state import from_slots, to_slots
+from .state import from_slots, score, to_slots
 
+SWAPS, COPIES = 30_000_000, 5_000_000  # proposals of the two searches, a few seconds each
 EXACT = 130  # binaries up to which HiGHS, too, is asked: beyond, it proves nothing in a minute
 
 
@@ -70,15 +71,14 @@ def _auto(problem: Problem, run: Run) -> Found:
         return replicate(problem, at, seed=run.seed, stop=run.stop), None
     if problem.objective.counts_copies or problem.layers * problem.num_experts * problem.topology.gpus > EXACT:
         return to_slots(at), None
-    found = _ilp(problem, run)
-    return found if score(problem, from_slots(found[0], problem.gpu_of_slot)).order < score(problem, at).order else (
-        to_slots(at), found[1]
-    )
+    exact, proof = _ilp(problem, run)
+    better = score(problem, from_slots(exact, problem.gpu_of_slot)).order < score(problem, at).order
+    return exact if better else to_slots(at), proof
 
 
 def _ilp(problem: Problem, run: Run) -> Found:
-    slots, bound, proved = ilp(problem, max(run.deadline - time.perf_counter(), 0.1))
-    return slots, Proof(bound, proved)
+    found = ilp(problem, max(run.deadline - time.perf_counter(), 0.1), seed=run.seed)
+    return found.expert_of_slot, Proof(found.bound, found.proved)
 
 
 def _balance(problem: Problem, run: Run) -> Found:
@@ -98,7 +98,8 @@ def _balance(problem: Problem, run: Run) -> Found:
 
 def _eplb(problem: Problem, run: Run) -> Found:
     _free("eplb", problem)
-    return apart(eplb(problem.loads[0], problem.slots_of_gpu, problem.topology.nodes, problem.groups), problem), None
+    load, slots = problem.loads[0], problem.slots_of_gpu
+    return apart(eplb(load, slots, problem.topology.nodes, problem.groups), load, slots), None
 
 
 def _linear(problem: Problem, run: Run) -> Found:

@@ -1,12 +1,14 @@
-"""`place`: from a trace and a topology to a placement, with its cost and a bound that no placement can be below."""
+"""`place`: from a trace and a topology to a placement, with its cost and a bound that none can be below."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from .cost import Cost
 from .methods import METHODS, Run
 from .placement import Placement
 from .problem import Objective, Problem
-from .scenarios import scenario_loads
+from .scenarios import RUN, scenario_loads
 from .slots import Pin
 from .statistics import statistics
 from .topology import Topology, Workload
@@ -25,7 +27,8 @@ from .trace import Trace
 from .trace_file import TraceFile
 from .walk import walk
 
-TOKENS = 200_000  # of a trace file are looked at one by one; loads and transitions count all
+TOKENS = 200_000  # of a trace file are walked one by one; loads and transitions count all
+IN_MEMORY_bytes = 1 << 28
 
 
 def place(
@@ -78,32 +81,30 @@ def place(
         if not value > 0:
             raise ValueError(f"place: {name} must be above 0, got {value}")
     say = progress or (lambda line: None)
-    trace = _tokens(source)
-    problem = problem_of(
-        source, trace, topology, slots_per_gpu, objective, workload, scenarios, pins, groups, seed
-    )
+    trace = sampled(source)
+    problem = problem_of(source, trace, topology, slots_per_gpu, objective, workload, scenarios, pins, groups, seed)
     if start is not None and not np.array_equal(start.slots_of_gpu, problem.slots_of_gpu):
         rule = f"{problem.slots_of_gpu.tolist()} slots"
         raise ValueError(f"place: start must have {rule}, got {start.slots_of_gpu.tolist()}")
     began = time.perf_counter()
     with _interruptible() as interrupted:
         run = Run(began + time_limit * (0.6 if bound else 1.0), interrupted, seed, effort, start, say)
-        slots, proved = METHODS[method](problem, run)
+        slots, proof = METHODS[method](problem, run)
         placement = Placement(slots, problem.num_experts, topology, problem.slots_of_gpu)
         searched = time.perf_counter() - began
-        cost = cost_of(problem, trace, placement)
-        score = problem.score(cost)
+        cost = walked(problem, trace, placement)
+        parts = problem.parts(cost, placement)
+        score = problem.score(parts)
         say(f"score {score:.6g} after {searched:.1f} s")
         run.deadline = began + time_limit
-        found = certify(problem, trace, cost, proved, run) if bound else {}
-    figures = {**cost.summary(workload), "score": score}
+        found = certify(problem, parts, score, proof, run) if bound else {}
     how = {"method": method, "seed": seed, "effort": effort, "search_s": round(searched, 3)}
-    how |= {"seconds": round(time.perf_counter() - began, 3), "interrupted": bool(interrupted.is_set())}
-    return Placement(slots, problem.num_experts, topology, problem.slots_of_gpu, figures, found, how)
+    how |= {"seconds": round(time.perf_counter() - began, 3), "interrupted": interrupted.is_set()}
+    return replace(placement, cost={**cost.summary(workload), "score": score}, bound=found, method=how)
 
 
-def cost_of(problem: Problem, trace: Trace, placement: Placement) -> Cost:
-    """The walk of `trace` by the rules that the objective counts by."""
+def walked(problem: Problem, trace: Trace, placement: Placement) -> Cost:
+    """The walk of `trace` by the rules that the problem's objective counts by."""
     return walk(trace, placement, replica=problem.objective.replica, home=problem.objective.home)
 
 
@@ -180,8 +181,31 @@ def _pins(
     return table
 
 
-def _tokens(source: Trace | TraceFile) -> Trace:
-    return source if isinstance(source, Trace) else source.sample(TOKENS)
+def open_source(path: str | os.PathLike[str]) -> Trace | TraceFile:
+    """A trace file in memory, or, above 256 MiB, as a TraceFile that streams. Raises as they do."""
+    return Trace.load(path) if os.path.getsize(path) <= IN_MEMORY_bytes else TraceFile(path)
+
+
+def sampled(source: Trace | TraceFile, tokens: int = TOKENS) -> Trace:
+    """A trace in memory: all of it, or of a longer TraceFile evenly spread runs of 256 tokens, about `tokens`."""
+    if isinstance(source, Trace):
+        return source
+    every = source.shape[1]
+    if every <= tokens:
+        return source.trace()
+    taken = np.zeros(every, bool)
+    for start in np.linspace(0, every - RUN, max(tokens // RUN, 1)).astype(np.int64).tolist():
+        taken[start : start + RUN] = True
+    layers = []
+    for layer in range(source.shape[0]):
+        at, parts = 0, []
+        for ids in source.chunks(layer):
+            parts.append(ids[taken[at : at + len(ids)]])
+            at += len(ids)
+        layers.append(np.concatenate(parts))
+    sequence = source.sequence
+    kept = None if sequence is None else sequence[taken]
+    return Trace(np.stack(layers), source.num_experts, None, kept, source.layer_names, source.experts_of_layer)
 
 
 @contextmanager

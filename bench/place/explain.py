@@ -63,10 +63,8 @@ def _layers(cost: Cost, workload: Workload | None) -> Iterator[str]:
             pairs = max(int(cost.transitions[layer - 1]), 1)
             crossed = [f"{cost.cross_gpu[layer - 1] / pairs:.1%}", f"{cost.cross_node[layer - 1] / pairs:.1%}"]
         times = "".join(f"{1e6 * s:10.0f}" for s in seconds[layer])
-        yield (
-            f"  {layer:5d}  {busy:5.2f}  {cost.rows[layer].sum() / tokens:5.2f}  {cost.node_rows[layer].sum() / tokens:5.2f}"
-            f"  {crossed[0]:>10}  {crossed[1]:>10} {times}"
-        )
+        gpus, nodes = cost.rows[layer].sum() / tokens, cost.node_rows[layer].sum() / tokens
+        yield f"  {layer:5d}  {busy:5.2f}  {gpus:5.2f}  {nodes:5.2f}  {crossed[0]:>10}  {crossed[1]:>10} {times}"
 
 
 def _gpus(cost: Cost, placement: Placement) -> Iterator[str]:
