@@ -79,7 +79,8 @@ language model, swapped, measured, trained on real text and looked into.</p>
 {_note(about)}{_tiles(tour)}
 {sections}<footer><p>{escape(about["machine"])}; {escape(versions)}; seed {about["seed"]}.</p>
 <p>Beside this page: <code>model/</code> (transformers, safetensors), <code>trace.npz</code>,
-<code>placement.json</code>, <code>metrics.json</code> with every figure above. Run it again: <code>headgate demo --seed {about["seed"]}</code></p></footer>
+<code>placement.json</code>, <code>metrics.json</code> with every figure above.
+Run it again: <code>headgate demo --seed {about["seed"]}</code></p></footer>
 </main></body></html>
 """
 
