@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,11 @@ from numpy.typing import NDArray
 from .files import write_whole
 
 VERSION = 1
+# what reading an archive of arrays that is damaged, or lies about its sizes, may raise
+BROKEN = (
+    OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, MemoryError, RuntimeError, OverflowError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def id_type(num_experts: int) -> np.dtype:
@@ -154,7 +160,7 @@ class Trace:
                 found = {name: file[name] for name in file.files if name in _FIELDS}
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError, AttributeError, TypeError) as error:
+        except BROKEN as error:
             raise ValueError(f"Trace: {path} must be an .npz file of numeric arrays, got {error}") from error
         missing = {"expert_ids", "num_experts"} - found.keys()
         if missing:

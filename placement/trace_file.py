@@ -11,7 +11,6 @@ import io
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -21,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .files import write_whole
-from .trace import VERSION, Trace, id_type
+from .trace import BROKEN, VERSION, Trace, id_type
 
 CHUNK = 65536  # tokens: about a megabyte of ids
 SMALL_bytes = 1 << 24  # of a field that is read whole
 RATIO = 1032  # deflate compresses no better
-BROKEN = (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError)
 
 
 class TraceFile:

@@ -74,7 +74,7 @@ def _say(tour: Tour) -> None:
     bound = found["bound"]
     reached = bound["reached"]
     screen.say(
-        f"  fitted: {reached['node']:.1%} across nodes and {reached['gpu']:.1%} across GPUs; proved that none has less than "
+        f"  fitted: {reached['node']:.1%} across nodes and {reached['gpu']:.1%} across GPUs; proved: none has less than "
         f"{bound['node']:.1%} and {bound['gpu']:.1%}; {found['search']['seconds']:.0f} s"
     )
 
@@ -90,9 +90,9 @@ def section(tour: Tour) -> str:
         f"The same experts on {TOPOLOGY.nodes} nodes of {TOPOLOGY.gpus_per_node} GPUs: which go where? A placement was "
         f"fitted to half of the sequences and is judged on the other half, {found['tokens']['judge']:,} tokens. "
         "Experts that follow each other move together, while the busiest GPU stays near the mean. "
-        f"On the tokens it was fitted to, {bound['reached']['node']:.1%} of transitions cross nodes and "
-        f"{bound['reached']['gpu']:.1%} cross GPUs; it is proved that no placement has less than {bound['node']:.1%} and "
-        f"{bound['gpu']:.1%}."
+        f"On the tokens it was fitted to {bound['reached']['node']:.1%} of transitions cross nodes, "
+        f"{bound['reached']['gpu']:.1%} cross GPUs; it is proved that no placement has less than "
+        f"{bound['node']:.1%} and {bound['gpu']:.1%}."
     )
     names = {NAMES[name]: row for name, row in rows.items()}
     parts = [

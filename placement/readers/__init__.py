@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..statistics import Statistics
 from ..trace import Trace
+from ..trace_file import TraceFile
 from . import eplb, esft, flame_moe, llama_cpp, router_logits, sglang, vllm
 from .common import Found, Options, open_recording
 
@@ -33,6 +34,31 @@ READERS = {
 }
 
 
+def convert(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    top_k: int | None = None,
+    num_experts: int | None = None,
+    max_tokens: int | None = None,
+) -> TraceFile:
+    """`read`, written to the trace file `output`, whole or not at all. FLAME-MoE's traces are streamed.
+
+    Raises what `read` raises, and ValueError where the recording holds loads only.
+    """
+    options = Options(top_k, num_experts, max_tokens)
+    found = open_recording(Path(path))
+    name = _format(found, format)
+    if name == "flame-moe":
+        return flame_moe.write(found, options, output)
+    trace = READERS[name].read(found, options)
+    if not isinstance(trace, Trace):
+        raise ValueError(f"convert: {path} must hold the choices of tokens to become a trace, got loads only")
+    trace.save(output)
+    return TraceFile(output)
+
+
 def read(
     path: str | os.PathLike[str],
     format: str | None = None,
@@ -55,11 +81,14 @@ def read(
     >>> trace = read("expert_distribution_recorder_1764088000.5_0.pt")
     """
     options = Options(top_k, num_experts, max_tokens)
-    if format is not None and format not in READERS:
-        raise ValueError(f"read: format must be one of {', '.join(READERS)}, got {format!r}")
     found = open_recording(Path(path))
+    return READERS[_format(found, format)].read(found, options)
+
+
+def _format(found: Found, format: str | None) -> str:
     if format is None:
         format = next((name for name, reader in READERS.items() if reader.fits(found)), None)
-        if format is None:
-            raise ValueError(f"read: {path} must be in a format of {', '.join(READERS)}, got something else")
-    return READERS[format].read(found, options)
+        found.rule(format is not None, "content", f"in a format of {', '.join(READERS)}", "something else")
+    if format not in READERS:
+        raise ValueError(f"read: format must be one of {', '.join(READERS)}, got {format!r}")
+    return format

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..statistics import Statistics
-from ..trace import Trace, id_type
+from ..trace import BROKEN, Trace, id_type
 from .torch_file import load_torch
 
 
@@ -79,7 +78,7 @@ def open_recording(path: Path) -> Found:
             return Found(path, [json.loads(line) for line in path.read_text().splitlines() if line.strip()])
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, RecursionError) as error:
+    except BROKEN as error:  # RecursionError, of JSON nested without end, is a RuntimeError
         raise ValueError(f"read: {path} must be a whole {kind} file, got {error}") from error
     kinds = ".pt, .pth, .npy, .npz, .json, .jsonl, .csv, .txt or .parquet"
     raise ValueError(f"read: {path} must be a folder or a {kinds} file, got {kind!r}")

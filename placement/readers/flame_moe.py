@@ -1,12 +1,13 @@
 """The routing traces of FLAME-MoE (data set CMU-FLAME/FLAME-MoE-Traces).
 
 A folder actives/iter_N/ with a file layer_NN.parquet for each MoE layer; a row is a token, `indices` list<int16>[6] its
-experts and `scores` list<float16>[6] their probabilities. 52 million tokens a layer: `max_tokens`, or `chunks` with a
-TraceWriter. Needs pyarrow.
+experts and `scores` list<float16>[6] their probabilities. There are 52 million tokens in a layer: `read` with
+`max_tokens`, or `convert`. Needs pyarrow.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..trace import Trace
+from ..trace_file import TraceFile, TraceWriter
 from .common import Found, Options, trace_of
 
 LAYER = re.compile(r"layer_(\d+)\.parquet")
 ROWS = 65536
+EXPERTS = 64
 
 
 def fits(found: Found) -> bool:
@@ -37,6 +40,29 @@ def read(found: Found, options: Options) -> Trace:
             break
     found.rule(bool(pieces), "rows", "at least one", 0)
     return trace_of(found, np.concatenate(pieces, axis=1), options, layers=layers)
+
+
+def write(found: Found, options: Options, output: str | os.PathLike[str]) -> TraceFile:
+    """Streams the folder to a trace file; E is 64, as in all these models, unless `num_experts` says otherwise."""
+    layers = sorted(_files(found.path))
+    experts, left = options.num_experts or EXPERTS, options.max_tokens
+    names = [f"layers.{number}" for number in layers]
+    writer = None
+    try:
+        for ids in chunks(found):
+            ids = ids if left is None else ids[:, :left]
+            part = trace_of(found, ids, Options(num_experts=experts))
+            writer = writer or TraceWriter(output, experts, len(ids), ids.shape[2], layer_names=names)
+            writer.append(part.expert_ids)
+            left = None if left is None else left - ids.shape[1]
+            if left == 0:
+                break
+        found.rule(writer is not None, "rows", "at least one", 0)
+        assert writer is not None
+        return writer.close()
+    finally:
+        if writer is not None:
+            writer.abandon()
 
 
 def chunks(found: Found, rows: int = ROWS) -> Iterator[NDArray[np.int64]]:

@@ -74,6 +74,7 @@ def _named(found: Found, options: Options) -> Trace:
 
 
 def _numbers(found: Found, skip: int, columns: tuple[int, ...], width: int) -> NDArray[np.int64]:
+    found.rule(found.path.stat().st_size > 0, "rows", "at least one", 0)
     try:
         rows = np.loadtxt(
             found.path, np.int64, delimiter=",", skiprows=skip, usecols=columns, ndmin=2, encoding="utf-8"

@@ -125,6 +125,8 @@ def test_a_file_cut_off_or_damaged_anywhere_is_refused(tmp_path):
         path.write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
         with pytest.raises(ValueError, match=r"expert_ids.* of .*t\.npz must be"):
             read_all(path)
+        with pytest.raises(ValueError, match=r"t\.npz must be an \.npz file"):
+            Trace.load(path)
 
 
 def archive_of(path, **members):
@@ -175,6 +177,14 @@ def test_headers_that_do_not_fit_are_refused_on_opening(tmp_path, change, messag
     archive_of(tmp_path / "t.npz", **{k: v for k, v in (GOOD | change).items() if v is not None})
     with pytest.raises(ValueError, match=message):
         TraceFile(tmp_path / "t.npz")
+
+
+def test_an_absurd_shape_is_no_crash_of_what_reads_it_whole(tmp_path):
+    for shape in ((4, 10**14, 8), (10**9, 10**9, 10**9)):
+        archive_of(tmp_path / "t.npz", **(GOOD | {"expert_ids": header(shape) + b"few"}))
+        for reads in (Trace.load, TraceFile):
+            with pytest.raises(ValueError, match=r"t\.npz must be"):
+                reads(tmp_path / "t.npz")
 
 
 def test_a_member_that_says_it_is_larger_than_it_can_be(tmp_path):
