@@ -1,1 +1,156 @@
-"""x"""
+"""Checks on many ranks: placements that do not fit, and ranks that disagree. See placed.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from folds_cases import D, E, layer, make_fold, optimizer_of
+from placed_cases import check, placement
+from torch import nn
+
+import headgate
+from headgate.dispatch.fold import Sizes
+from headgate.placement.moves import Move, Step, at_once
+from headgate.placement.placement import Placement
+from headgate.placement.topology import Topology
+
+
+def placed(seed=1, spare=1, **how):
+    size = dist.get_world_size()
+    mine = headgate.parallelize(layer(), make_fold(Sizes(size, 1, 1, 1, size, 1)), **how)
+    return headgate.place_experts(mine, placement(seed, size, E, spare))
+
+
+def state(mine) -> list:
+    return [*(p.detach().clone() for p in mine.parameters()), torch.tensor(list(mine.experts.local_experts))]
+
+
+@check
+def what_does_not_fit_is_refused_before_anything_moves():
+    size = dist.get_world_size()
+    good = placement(2, size, E, 1)
+    uneven = np.concatenate([[0], np.arange(E)])
+    slots = np.full(size, E // size)
+    slots[0] += 1
+    if 0 in uneven[1 : slots[0]]:
+        uneven = np.concatenate([[E - 1], np.arange(E)])
+    trials = [
+        (placement(2, size, E, layers=2), "placement must have the module's 1 layers of experts, got 2"),
+        (placement(2, size, 2 * E), f"placement must have {E} experts, got {2 * E}"),
+        (placement(2, 2 * size, E), f"placement must have ep = {size} GPUs, got {2 * size}"),
+        (
+            Placement(uneven[None], E, Topology(1, size), slots),
+            r"placement must have as many slots on each GPU, got \[",
+        ),
+    ]
+    mine = placed()
+    before = state(mine)
+    for bad, words in trials:
+        with pytest.raises(ValueError, match=f"^place_experts: {words}"):
+            headgate.place_experts(mine, bad)
+    with pytest.raises(TypeError, match="^place_experts: placement must be a Placement or None, got dict"):
+        headgate.place_experts(mine, {})
+    with pytest.raises(TypeError, match=r"^place_experts: optimizer must be a torch\.optim\.Optimizer, got dict"):
+        headgate.place_experts(mine, good, optimizer={})
+    with pytest.raises(ValueError, match="optimizer must hold the module's experts, got one without experts.w_gate_up"):
+        headgate.place_experts(mine, good, optimizer=torch.optim.SGD(mine.router.parameters()))
+    mine(torch.randn(3, D)).sum().backward()
+    with pytest.raises(ValueError, match=r"gradients must be None \(zero_grad\), got one of experts.w_gate_up"):
+        headgate.place_experts(mine, good)
+    adafactor = torch.optim.Adafactor(mine.parameters())
+    adafactor.step()
+    before = state(mine)
+    adafactor.zero_grad()
+    with pytest.raises(ValueError, match="optimizer must keep numbers or tensors of the parameter's shape for experts"):
+        headgate.place_experts(mine, good, optimizer=adafactor)
+    for a, b in zip(before, state(mine), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="must be parallelized"):
+        headgate.place_experts(layer(), good)
+
+
+@check
+def replicas_need_tokens_of_their_own():
+    size = dist.get_world_size()
+    fold = make_fold(Sizes(1, 1, size, 1, size, 1))
+    mine = headgate.parallelize(layer(), fold, activations="replicated")
+    with pytest.raises(ValueError, match="placement must have no replicas where activations are replicated, got some"):
+        headgate.place_experts(mine, placement(1, size, E, 1))
+    torch.manual_seed(1)
+    x = torch.randn(5, D)
+    whole = layer()
+    headgate.place_experts(mine, placement(1, size, E))
+    torch.testing.assert_close(mine(x), whole(x), rtol=1e-5, atol=1e-6)
+
+
+@check
+def experts_sharded_over_edp_are_refused():
+    size = dist.get_world_size()
+    fold = make_fold(Sizes(size, 1, 1, size // 2, 2, 1))
+    mine = headgate.parallelize(layer(), fold, fsdp=True)
+    if size > 2:
+        with pytest.raises(ValueError, match=r"experts must not be sharded by fsdp over edp, got experts.w_gate_up"):
+            headgate.place_experts(mine, placement(1, 2, E))
+    else:  # one copy of the experts: nothing of them is sharded
+        headgate.place_experts(mine, placement(1, 2, E, 1))
+        x = torch.randn(5, D)
+        torch.testing.assert_close(mine(x), layer()(x), rtol=1e-5, atol=1e-6)
+
+
+@check
+def a_rank_with_another_placement_is_named():
+    size, odd = dist.get_world_size(), dist.get_rank() == dist.get_world_size() - 1
+    mine = placed()
+    before = state(mine)
+    words = rf"^place_experts: placement must be the same on every rank, got another on rank {size - 1} than on rank 0$"
+    with pytest.raises(ValueError, match=words):
+        headgate.place_experts(mine, placement(3 if odd else 2, size, E, 1))
+    on = "" if odd else rf" \(on rank {size - 1}\)"
+    with pytest.raises(ValueError, match=f"^place_experts: placement must have {E} experts, got {2 * E}{on}$"):
+        headgate.place_experts(mine, placement(2, size, 2 * E if odd else E, 1))
+    optimizer = optimizer_of(mine, 1e-2)
+    with pytest.raises(ValueError, match=f"optimizer must be the same on every rank, got another on rank {size - 1}"):
+        mine(torch.randn(3, D)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = state(mine)
+        headgate.place_experts(mine, placement(2, size, E, 1), optimizer=None if odd else optimizer)
+    now, then = placement(1, size, E, 1), placement(2, size, E, 1)
+    steps = at_once(now, then, [0])
+    turned = (Step(0, steps[0].moves[::-1]),)
+    with pytest.raises(ValueError, match=f"steps must be the same on every rank, got another on rank {size - 1}"):
+        headgate.migrate(mine, then, steps=turned if odd else steps)
+    for a, b in zip(before, state(mine), strict=True):
+        assert torch.equal(a, b)
+
+
+@check
+def steps_that_lead_elsewhere_are_refused():
+    size = dist.get_world_size()
+    mine = placed()
+    before = state(mine)
+    now, then = placement(1, size, E, 1), placement(2, size, E, 1)
+    (step,) = at_once(now, then, [0])
+    first = step.moves[0]
+    wrong = Move((first.expert + 1) % E, *(getattr(first, f) for f in list(vars(first))[1:]))
+    trials = [
+        ([], "migrate: steps must lead to the placement, got experts"),
+        ([Step(0, step.moves[:1])], "Placement: (replicas must be on distinct GPUs|every expert must have a slot)|lead to"),
+        ([Step(0, (wrong, *step.moves[1:]))], "Step: source_slot .* must hold expert"),
+        ([Step(0, (*step.moves, first))], "Step: moves must have target slots of their own"),
+        ([Step(4, step.moves)], "Step: layer must be in 0 .. 0, got 4"),
+        ([Step(0, (Move(first.expert, first.source_gpu, 10**6, 0, 0),))], "Step: slots must be on their GPUs, got slot"),
+    ]
+    for steps, words in trials:
+        with pytest.raises(ValueError, match=words):
+            headgate.migrate(mine, then, steps=steps)
+    with pytest.raises(ValueError, match="migrate: steps must be left out where the slots' number changes"):
+        headgate.migrate(mine, placement(2, size, E, 2), steps=[step])
+    for a, b in zip(before, state(mine), strict=True):
+        assert torch.equal(a, b)
+    both = nn.Sequential(layer(), headgate.MoE(D, 4, 2 * E, 2))
+    headgate.parallelize(both, make_fold(Sizes(size, 1, 1, 1, size, 1)))
+    with pytest.raises(ValueError, match=r"layers must be alike in experts and slots, got \[\(16, 16\), \(32, 32\)\]"):
+        headgate.place_experts(both, placement(1, size, E, layers=2))

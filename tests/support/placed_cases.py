@@ -13,6 +13,7 @@ from torch import nn
 
 from headgate.dispatch import collectives
 from headgate.moe.shards import shards_of
+from headgate.placement.moves import Move, Step, after
 from headgate.placement.placement import Placement
 from headgate.placement.topology import Topology
 
@@ -29,6 +30,25 @@ def placement(seed: int, gpus: int, experts: int, spare: int = 0, layers: int = 
     slots = np.full(gpus, min(experts // gpus + spare, experts))
     topology = Topology(gpus // 2, 2) if gpus % 2 == 0 else Topology(1, gpus)
     return Placement(random_slots(np.random.default_rng(seed), layers, experts, slots), experts, topology)
+
+
+def random_steps(seed: int, source: Placement, count: int) -> tuple[list[Step], Placement]:
+    """Steps of layer 0, each of which leaves a placement, and the last one: two experts change places, or a replica
+    becomes one of another expert."""
+    rng, found = np.random.default_rng(seed), []
+    gpus = source.gpu_of_slot.tolist()
+    while len(found) < count:
+        a, b = rng.choice(len(gpus), 2, replace=False).tolist()
+        slots = source.expert_of_slot[0].tolist()
+        there, back = (Move(slots[i], gpus[i], i, gpus[j], j) for i, j in ((a, b), (b, a)))
+        for moves in ((there,), (there, back)):
+            try:
+                source = after(source, Step(0, moves))
+            except ValueError:
+                continue
+            found.append(Step(0, moves))
+            break
+    return found, source
 
 
 @contextmanager
@@ -50,13 +70,13 @@ def messages() -> Iterator[list[tuple[list[int], list[int], int]]]:
 
 def replicas_are_equal(module: nn.Module, what: str, of=lambda p: p.detach()) -> None:
     """To the bit: whatever stands on several ranks is the same on all of them."""
+    mine = {}
     for name, part in module.named_modules():
         shards = shards_of(part)
-        if shards is None:
-            continue
-        for key in shards.cuts:
-            mine = of(getattr(part, key))
-            for slots in collectives.all_gather_objects({e: mine[i] for i, e in enumerate(shards.held)}, dist.group.WORLD):
-                for i, e in enumerate(shards.held):
-                    if shards.etp == 1 and e in slots:
-                        assert torch.equal(slots[e], mine[i]), f"{what}: {name}.{key} of expert {e}"
+        if shards is not None:
+            slots = [(i, e) for i, e in enumerate(shards.held)]
+            which = shards.fold.rank("etp")  # of slices
+            mine |= {(name, key, which, e): of(getattr(part, key))[i] for key in shards.cuts for i, e in slots}
+    for theirs in collectives.all_gather_objects(mine, dist.group.WORLD):
+        for where in mine.keys() & theirs.keys():
+            assert torch.equal(mine[where], theirs[where]), f"{what}: {where}"
