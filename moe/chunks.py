@@ -1,4 +1,4 @@
-"""A rank's slots of experts as torch.distributed.checkpoint sees them: pieces of one tensor with a row for each expert."""
+"""A rank's slots of experts as torch.distributed.checkpoint sees them: pieces of a tensor [E, ...]."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Chunks(Tensor):
         return new
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotImplementedError(f"Chunks: {func} must not be called on it, only pieces are here")
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..dispatch import collectives
 from ..dispatch.agreement import disagreement, together
 from ..dispatch.wire import pack, unpack
-from ..placement.moves import Move, Step, after, at_once
+from ..placement.migrate import Migration, Move, Step
+from ..placement.migrate import migrate as planned
 from ..placement.placement import Placement
+from ..placement.rearrange import rearrange
 from ..placement.topology import Topology
 from .copies import Copies
 from .experts import Experts
@@ -25,11 +27,12 @@ from .parallel import Parallel, parallel_of
 from .shards import Shards, shards_of
 
 Optimizer = torch.optim.Optimizer
+_Plan = list[tuple[Step, Placement | None]]  # each with the placement of its layer that it leaves; None: the plain one
 
 
 @dataclass(frozen=True)
 class Moved:
-    """A step of a migration that was made: the layer's name, its moves, and the bytes that left and reached this rank."""
+    """A step that was made: the layer's name, its moves, and the bytes that left this rank and that reached it."""
 
     layer: str
     moves: tuple[Move, ...]
@@ -50,78 +53,95 @@ def place_experts(module: nn.Module, placement: Placement | None, *, optimizer: 
     optimizer that goes element by element. Router, losses and checkpoints know experts, not slots.
 
     Where slots per rank change, expert parameters are new ones: hand the optimizer over, or make it afterwards, and
-    hooks set on them are gone. Otherwise they stay the same objects. Each layer travels in one message per pair of
-    ranks, and each rank gets each expert that it lacks once.
+    hooks set on them are gone. Otherwise they stay the same objects. A layer travels in one all-to-all, and each rank
+    gets each expert that it lacks once.
 
-    Every rank must call it, between optimizer.step() and the next forward pass, gradients being None (zero_grad): a
-    backward pass of an earlier forward raises. Raises ValueError / TypeError, on every rank and before anything moves:
-    a module that is not parallelized, fsdp over edp, another number of layers, experts or GPUs, unequal slots, replicas
-    where activations are replicated, an optimizer that lacks experts or keeps state of another shape for them
+    Every rank must call it, between optimizer.step() and the next forward pass, gradients being None (zero_grad); the
+    backward pass of an earlier forward would raise. Raises ValueError / TypeError, on every rank and before anything
+    moves: a module that is not parallelized, fsdp over edp, another number of layers, experts or GPUs, unequal slots,
+    replicas where activations are replicated, an optimizer that lacks experts or keeps state of another shape for them
     (Adafactor), ranks that disagree.
 
     >>> placement = headgate.Placement.load("placement.json")
     >>> headgate.place_experts(headgate.parallelize(model, fold), placement)
     """
-    for _ in migrate(module, placement, optimizer=optimizer):
+
+    def plan() -> tuple[_Plan, object]:
+        if placement is not None and not isinstance(placement, Placement):
+            raise TypeError(f"place_experts: placement must be a Placement or None, got {type(placement).__name__}")
+        now = placement_of(module, None if placement is None else placement.topology)
+        then = _plain(now) if placement is None else placement
+        _check_fits(parallel, now, then)
+        goals = [None if placement is None else _layer_of(then, layer) for layer in range(len(then.expert_of_slot))]
+        return list(zip(rearrange(now, then), goals, strict=True)), _said(then)
+
+    parallel = parallel_of(module)
+    for _ in _made(parallel, _agreed(parallel, optimizer, plan), optimizer):
         pass
     return module
 
 
 def migrate(
     module: nn.Module,
-    placement: Placement | None,
+    target: Placement | Migration,
     *,
-    steps: Sequence[Step] | None = None,
     optimizer: Optimizer | None = None,
+    max_bytes: int | None = None,
 ) -> Iterator[Moved]:
     """The same step by step: each `next` makes one, after which the module is whole and answers as before.
 
-    `steps`: which moves together lead to `placement`, with as many slots per rank as there are now; None: a step for
-    each layer. In between the module may serve and train; every rank must make the steps at the same
-    points. All is checked here, before the first step; see `place_experts`.
+    target     a placement with as many slots per rank as there are now, reached with the fewest bytes (experts keep
+               their slots where they stay on their rank), or a plan that starts where the experts stand
+    max_bytes  weights and optimizer state that the ranks of an ep group may send in one step, together; experts that
+               wait for each other's slots move together even so. None: a step for each layer
+
+    In between the module may serve and train; every rank must make the steps at the same points, with gradients None.
+    All is checked here, before the first step; see `place_experts`.
 
     >>> for moved in headgate.migrate(model, placement, optimizer=optimizer):
     ...     train_one_step()
     """
-    parallel = parallel_of(module)
-    ranks = parallel.fold.group("dp", "cp", "tp")
 
-    def plan() -> tuple[Placement, Placement, tuple[Step, ...]]:
-        _check_module(parallel, optimizer)
-        if placement is not None and not isinstance(placement, Placement):
-            raise TypeError(f"place_experts: placement must be a Placement or None, got {type(placement).__name__}")
-        now = current(module, placement.topology if isinstance(placement, Placement) else None)
-        then = _linear(now) if placement is None else placement
+    def plan() -> tuple[_Plan, object]:
+        if not isinstance(target, Placement | Migration):
+            raise TypeError(f"migrate: target must be a Placement or a Migration, got {type(target).__name__}")
+        then = target if isinstance(target, Placement) else target.target
+        most = None if max_bytes is None else _most_moves(parallel, optimizer, max_bytes)
+        placed = any(_shards(experts).placement is not None for experts in parallel.experts.values())
+        now = placement_of(module, None if placed else then.topology)
         _check_fits(parallel, now, then)
-        return now, then, _planned(now, then, steps)
+        migration = target if isinstance(target, Migration) else planned(now, target, most_moves=most)
+        return _checked(now, migration), (_said(migration.target), migration.steps)
 
-    now, then, made = together(plan, ranks)
-    said = {"placement": (then.expert_of_slot.tolist(), then.topology.to_json()), "steps": made}
-    _agree({**said, "optimizer": _fields(parallel, optimizer)}, ranks)
-    return _made(parallel, now, then if placement is not None else None, made, optimizer)
+    parallel = parallel_of(module)
+    return _made(parallel, _agreed(parallel, optimizer, plan), optimizer)
 
 
-def current(module: nn.Module, topology: Topology | None = None) -> Placement:
+def placement_of(module: nn.Module, topology: Topology | None = None) -> Placement:
     """Where the experts of a parallelized module stand now, on `topology`; None: that of the placement they have, or
     one node. Raises ValueError where the module is not parallelized or its layers differ in experts or slots."""
     parallel = parallel_of(module)
-    ep = parallel.fold.size("ep")
     layers, sizes = [], set()
     for shards in map(_shards, parallel.experts.values()):
-        placed = shards.placement
-        layers.append(np.arange(shards.num_experts) if placed is None else placed.expert_of_slot[0])
-        topology = topology or (None if placed is None else placed.topology)
+        layers.append(_standing(shards))
+        topology = topology or (None if shards.placement is None else shards.placement.topology)
         sizes.add((shards.num_experts, len(layers[-1])))
     if len(sizes) > 1:
         raise ValueError(f"place_experts: layers must be alike in experts and slots, got {sorted(sizes)}")
+    ep = parallel.fold.size("ep")
     if topology is None or topology.gpus != ep:
         topology = Topology(1, ep)
     return Placement(np.stack(layers), sizes.pop()[0], topology)
 
 
-def _linear(now: Placement) -> Placement:
+def _plain(now: Placement) -> Placement:
     layers, experts = len(now.expert_of_slot), now.num_experts
     return Placement(np.tile(np.arange(experts), (layers, 1)), experts, now.topology)
+
+
+def _layer_of(placement: Placement, layer: int) -> Placement:
+    slots = placement.expert_of_slot[layer : layer + 1]
+    return Placement(slots, placement.num_experts, placement.topology, placement.slots_of_gpu)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -155,7 +175,8 @@ def _check_fits(parallel: Parallel, now: Placement, then: Placement) -> None:
     layers, ep = len(now.expert_of_slot), parallel.fold.size("ep")
     if len(then.expert_of_slot) != layers:
         raise ValueError(
-            f"place_experts: placement must have the module's {layers} layers of experts, got {len(then.expert_of_slot)}"
+            f"place_experts: placement must have the module's {layers} layers of experts, "
+            f"got {len(then.expert_of_slot)}"
         )
     if then.num_experts != now.num_experts:
         raise ValueError(f"place_experts: placement must have {now.num_experts} experts, got {then.num_experts}")
@@ -172,62 +193,76 @@ def _check_fits(parallel: Parallel, now: Placement, then: Placement) -> None:
         )
 
 
-def _planned(now: Placement, then: Placement, steps: Sequence[Step] | None) -> tuple[Step, ...]:
-    """The steps, checked: each leaves a placement, the last one `then`, but for the order of a GPU's slots."""
-    if steps is None:
-        return at_once(now, then, range(len(now.expert_of_slot)))
-    if now.expert_of_slot.shape != then.expert_of_slot.shape:
-        raise ValueError(
-            f"migrate: steps must be left out where the slots' number changes, got {now.expert_of_slot.shape[1]} slots "
-            f"now and {then.expert_of_slot.shape[1]} in the placement"
-        )
-    for step in steps:
-        now = after(now, step)
-    shape = (*now.expert_of_slot.shape[:1], now.topology.gpus, -1)
-    ends, wanted = (np.sort(p.expert_of_slot.reshape(shape), 2) for p in (now, then))
-    if not (ends == wanted).all():
-        layer, gpu, _ = np.argwhere(ends != wanted)[0]
-        raise ValueError(
-            f"migrate: steps must lead to the placement, got experts {ends[layer, gpu].tolist()} on GPU {gpu} in layer "
-            f"{layer} instead of {wanted[layer, gpu].tolist()}"
-        )
-    return tuple(steps)
+def _checked(now: Placement, migration: Migration) -> _Plan:
+    """The steps of a migration that starts at `now`, each with the placement of its layer that it leaves."""
+    if not np.array_equal(migration.source.expert_of_slot, now.expert_of_slot):
+        raise ValueError("migrate: target must be a plan that starts where the experts stand, got one from elsewhere")
+    found: _Plan = []
+    gpus, states = now.gpu_of_slot, list(migration.placements())
+    for step, before, after in zip(migration.steps, states, states[1:], strict=False):
+        for move in step.moves:
+            sides = ((move.source_gpu, move.source_slot), (move.target_gpu, move.target_slot))
+            if any(gpus[slot] != gpu for gpu, slot in sides) or before[step.layer, move.source_slot] != move.expert:
+                raise ValueError(f"migrate: moves must take experts from where they stand to slots of GPUs, got {move}")
+        whole = Placement(after, now.num_experts, migration.target.topology, now.slots_of_gpu)
+        found.append((step, _layer_of(whole, step.layer)))
+    if not np.array_equal(states[-1], migration.target.expert_of_slot):
+        raise ValueError("migrate: steps must lead to the plan's target, got others")
+    return found
 
 
-def _agree(said: dict[str, object], ranks: Any) -> None:
-    """Raises ValueError, on every rank, where they say different things: the error names the thing and the rank."""
-    mine = [int.from_bytes(hashlib.sha256(repr(thing).encode()).digest()[:7], "big") for thing in said.values()]
+def _most_moves(parallel: Parallel, optimizer: Optimizer | None, max_bytes: int) -> int:
+    """How many experts of any layer have no more than max_bytes together."""
+    largest = 0
+    for experts in parallel.experts.values():
+        held = [getattr(experts, key) for key in _shards(experts).cuts]
+        largest = max(largest, sum(t[0].nbytes for p in held for t in (p, *_states(p, optimizer).values())))
+    if not isinstance(max_bytes, int) or max_bytes < largest:
+        raise ValueError(f"migrate: max_bytes must be at least an expert's {largest}, got {max_bytes!r}")
+    return max_bytes // largest
+
+
+def _said(placement: Placement) -> object:
+    """What ranks must say alike of a placement."""
+    return placement.expert_of_slot.tolist(), placement.num_experts, placement.topology.to_json()
+
+
+def _agreed(parallel: Parallel, optimizer: Optimizer | None, plan: Callable[[], tuple[_Plan, object]]) -> _Plan:
+    """plan() of every rank, all alike; ValueError / TypeError, on every rank, names what is amiss or differs."""
+    ranks = parallel.fold.group("dp", "cp", "tp")
+
+    def work() -> tuple[_Plan, object]:
+        _check_module(parallel, optimizer)
+        return plan()
+
+    steps, said = together(work, ranks)
+    things = {"placement": said, "optimizer": _fields(parallel, optimizer)}
+    mine = [int.from_bytes(hashlib.sha256(repr(thing).encode()).digest()[:7], "big") for thing in things.values()]
     heard = collectives.all_gather_objects(mine, ranks)
     field, odd, _, other, _ = disagreement(heard, torch.distributed.get_process_group_ranks(ranks))
     if field:
-        name = list(said)[field - 1]
+        name = list(things)[field - 1]
         raise ValueError(
             f"place_experts: {name} must be the same on every rank, got another on rank {odd} than on rank {other}"
         )
+    return steps
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _made(
-    parallel: Parallel, now: Placement, then: Placement | None, steps: tuple[Step, ...], optimizer: Optimizer | None
-) -> Iterator[Moved]:
-    names, last = list(parallel.experts), {step.layer: i for i, step in enumerate(steps)}
-    for i, step in enumerate(steps):
-        together(lambda: _check_module(parallel, optimizer), parallel.fold.group("dp", "cp", "tp"))
-        if then is None and last[step.layer] == i:
-            goal = None
-        elif then is not None and then.expert_of_slot.shape != now.expert_of_slot.shape:
-            goal = _layer_of(then, step.layer)
-        else:
-            now = after(now, step)
-            goal = _layer_of(now, step.layer)
+def _made(parallel: Parallel, steps: _Plan, optimizer: Optimizer | None) -> Iterator[Moved]:
+    names = list(parallel.experts)
+    for step, goal in steps:
+
+        def check(name: str = names[step.layer], step: Step = step) -> None:  # the caller may have done anything since
+            _check_module(parallel, optimizer)
+            stand = _standing(_shards(parallel.experts[name]))
+            if any(stand[move.source_slot] != move.expert for move in step.moves):
+                raise ValueError(f"migrate: experts must stand where the step before left them, got others in {name}")
+
+        together(check, parallel.fold.group("dp", "cp", "tp"))
         yield _make(parallel, names[step.layer], step.moves, goal, optimizer)
-
-
-def _layer_of(placement: Placement, layer: int) -> Placement:
-    slots = placement.expert_of_slot[layer : layer + 1]
-    return Placement(slots, placement.num_experts, placement.topology, placement.slots_of_gpu)
 
 
 @torch.no_grad()
@@ -328,6 +363,12 @@ def _shards(experts: nn.Module) -> Shards:
     shards = shards_of(experts)
     assert shards is not None
     return shards
+
+
+def _standing(shards: Shards) -> NDArray[np.int32]:
+    """int32 [S]: the expert of each slot of a layer."""
+    plain = np.arange(shards.num_experts, dtype=np.int32)
+    return plain if shards.placement is None else shards.placement.expert_of_slot[0]
 
 
 def _parameters(parallel: Parallel) -> Iterator[tuple[str, nn.Parameter]]:

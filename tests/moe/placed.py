@@ -147,9 +147,8 @@ def weights_and_optimizer_state_move_in_mid_training():
             for o, m in zip(optimizers, (whole, mine), strict=True):
                 assert len(o.state) == len(list(m.parameters()))
             for field in ("exp_avg", "exp_avg_sq"):
-                first, second = (lambda p, o=o, f=field: o.state[p][f] for o in optimizers)
-                for_both = lambda p: (first if p in optimizers[0].state else second)(p)  # noqa: E731
-                compare(whole, mine, for_both, f"{what}, {field}", 1e-9)
+                states = {p: kept[field] for o in optimizers for p, kept in o.state.items()}
+                compare(whole, mine, states.__getitem__, f"{what}, {field}", 1e-9)
             replicas_are_equal(mine, what)
             optimizers[1].zero_grad()
             optimizers[0].zero_grad()

@@ -1,4 +1,4 @@
-"""Checks on many ranks: migrations step by step, checkpoints across placements, models of transformers. See placed.py."""
+"""Checks on many ranks: migrations step by step, checkpoints, models of transformers. See placed.py."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from folds_cases import D, E, compare, folder, layer, make_fold, optimizer_of, some_folds, train
-from placed_cases import check, messages, placement, random_steps, replicas_are_equal
+from placed_cases import check, messages, placement, random_migration, replicas_are_equal
 from ranks_compare import close, same_parameters
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import headgate
 from headgate.dispatch.fold import Sizes
-from headgate.moe.placed import current
+from headgate.moe.placed import placement_of
 from headgate.moe.shards import shards_of
+from headgate.placement.migrate import migrate as plan_of
 from headgate.placement.trace import Trace
 from headgate.placement.walk import walk
 
@@ -50,12 +51,12 @@ def every_step_of_a_migration_leaves_the_layer_right():
     whole, mine = layer(torch.float64), headgate.parallelize(layer(torch.float64), fold)
     headgate.place_experts(mine, placement(1, ep, E, 1))
     optimizers = [optimizer_of(m, 1e-2) for m in (whole, mine)]
-    steps, then = random_steps(2, placement(1, ep, E, 1), 6)
-    assert {len(step.moves) for step in steps} == {1, 2}, "there must be replicas that go and experts that swap"
-    moving = headgate.migrate(mine, then, steps=steps, optimizer=optimizers[1])
+    plan = random_migration(2, placement(1, ep, E, 1), 6)
+    assert {len(step.moves) for step in plan.steps} == {1, 2}, "there must be replicas that go and experts that swap"
+    moving = headgate.migrate(mine, plan, optimizer=optimizers[1])
     torch.manual_seed(dist.get_rank())
     x = torch.randn(9, D, dtype=torch.float64)
-    for at in range(len(steps) + 1):
+    for at in range(len(plan.steps) + 1):
         close(mine(x), whole(x), f"before step {at}", 1e-9)
         train(whole, optimizers[0], None, at)
         train(mine, optimizers[1], fold, at)
@@ -66,13 +67,47 @@ def every_step_of_a_migration_leaves_the_layer_right():
         optimizers[0].zero_grad()
         with messages() as seen:
             moved = next(moving, None)
-        assert (moved is None) == (at == len(steps))
+        assert (moved is None) == (at == len(plan.steps))
         if moved is not None:
             assert moved.sent_bytes == sum(sum(sent) * each for sent, _, each in seen)
             copies = sum(m.target_gpu == fold.rank("ep") != m.source_gpu for m in moved.moves)
             each = 3 * sum(p[0].nbytes for p in mine.experts.parameters())
             assert moved.received_bytes == copies * each
-    assert (current(mine).expert_of_slot == then.expert_of_slot).all()
+    assert (placement_of(mine).expert_of_slot == plan.target.expert_of_slot).all()
+
+
+@check
+def a_model_migrates_with_the_fewest_bytes():
+    """From one random placement to another, in steps of three experts at most: logits stay, each rank gets what it
+    lacks, and keeps what it has where it is."""
+    fold, size, rank = everywhere(), dist.get_world_size(), dist.get_rank()
+    mine, whole = headgate.parallelize(olmoe(), fold), olmoe()
+    now, then = (placement(seed, size, 12, 1, layers=3) for seed in (3, 4))
+    headgate.place_experts(mine, now)
+    optimizer = torch.optim.SGD(mine.parameters(), lr=0.1, momentum=0.9)
+    ids = torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(rank))
+    mine(ids).logits.square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    headgate.save_checkpoint(folder("migrating"), mine)
+    headgate.load_checkpoint(folder("migrating"), whole)
+    each = 2 * sum(p[0].nbytes for p in mine.model.layers[0].mlp.experts.parameters())
+    pointers = [p.data_ptr() for p in mine.parameters()]
+    received, biggest = 0, 0
+    for moved in headgate.migrate(mine, then, optimizer=optimizer, max_bytes=3 * each):
+        received += moved.received_bytes
+        biggest = max(biggest, len(moved.moves))
+        with torch.no_grad():
+            torch.testing.assert_close(mine(ids).logits, whole(ids).logits, rtol=1e-5, atol=1e-6)
+    lacking = 0
+    for before, after in zip(now.expert_of_slot, then.expert_of_slot, strict=True):
+        here, there = (set(slots.reshape(size, -1)[rank].tolist()) for slots in (before, after))
+        lacking += len(there - here)
+    assert received == lacking * each
+    assert 1 < biggest < max(len(step.moves) for step in plan_of(now, then).steps)
+    assert pointers == [p.data_ptr() for p in mine.parameters()]
+    for a, b in zip(placement_of(mine).expert_of_slot, then.expert_of_slot, strict=True):
+        assert (np.sort(a.reshape(size, -1), 1) == np.sort(b.reshape(size, -1), 1)).all()
 
 
 @check
@@ -177,7 +212,7 @@ def a_model_restored_to_the_plain_layout():
     for (name, a), b in zip(mine.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert shards_of(mine.model.layers[0].mlp.experts).placement is None
-    assert (current(mine).expert_of_slot == np.arange(12)).all()
+    assert (placement_of(mine).expert_of_slot == np.arange(12)).all()
 
 
 @check

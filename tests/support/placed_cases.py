@@ -13,7 +13,7 @@ from torch import nn
 
 from headgate.dispatch import collectives
 from headgate.moe.shards import shards_of
-from headgate.placement.moves import Move, Step, after
+from headgate.placement.migrate import Migration, Move, Step
 from headgate.placement.placement import Placement
 from headgate.placement.topology import Topology
 
@@ -32,23 +32,25 @@ def placement(seed: int, gpus: int, experts: int, spare: int = 0, layers: int = 
     return Placement(random_slots(np.random.default_rng(seed), layers, experts, slots), experts, topology)
 
 
-def random_steps(seed: int, source: Placement, count: int) -> tuple[list[Step], Placement]:
-    """Steps of layer 0, each of which leaves a placement, and the last one: two experts change places, or a replica
-    becomes one of another expert."""
-    rng, found = np.random.default_rng(seed), []
+def random_migration(seed: int, source: Placement, count: int) -> Migration:
+    """`count` steps of layer 0, each of which leaves a placement: two experts change places, or a replica becomes one
+    of another expert."""
+    rng, now, found = np.random.default_rng(seed), source, []
     gpus = source.gpu_of_slot.tolist()
     while len(found) < count:
         a, b = rng.choice(len(gpus), 2, replace=False).tolist()
-        slots = source.expert_of_slot[0].tolist()
+        slots = now.expert_of_slot[0].tolist()
         there, back = (Move(slots[i], gpus[i], i, gpus[j], j) for i, j in ((a, b), (b, a)))
         for moves in ((there,), (there, back)):
+            then = now.expert_of_slot.copy()
+            then[0, [m.target_slot for m in moves]] = [m.expert for m in moves]
             try:
-                source = after(source, Step(0, moves))
+                now = Placement(then, now.num_experts, now.topology)
             except ValueError:
                 continue
             found.append(Step(0, moves))
             break
-    return found, source
+    return Migration(source, now, tuple(found))
 
 
 @contextmanager
