@@ -1,12 +1,12 @@
 """Replicas and their GPUs so that the busiest GPU has as little to do as can be: load alone, no traffic.
 
-In each layer, max over GPUs of (sum of load / replicas) / speed is made small: replicas to the experts with most load per
-replica, the heaviest to the GPU that would finish it first, or EPLB's plan where that is better; then a local search with
+In each layer, max over GPUs of (sum of load / replicas) / speed is made small: replicas to the experts with most load
+per replica, the heaviest to the GPU that would finish it first, or EPLB's plan where that is better; then a search with
 random kicks (`balance_search.py`), which also changes who is replicated. No expert is twice on one GPU.
 
-At the same slots it is never worse than EPLB's plan where that, too, keeps replicas apart. Where EPLB has two on one GPU,
-which splits an expert's tokens unevenly, the search starts from its plan with the second given to another expert, and
-goes on longer while EPLB's figure is not reached; in rare small cases no plan with replicas apart can reach it.
+At the same slots it is never worse than EPLB's plan where that, too, keeps replicas apart. Where EPLB has two on one
+GPU, which splits an expert's tokens unevenly, the search starts from its plan with the two parted, and goes on longer
+while EPLB's figure is not reached; in some small cases no plan with replicas apart can reach it.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def balance(
         rule = f"a multiple of nodes={nodes} that divides the {experts} experts"
         raise ValueError(f"balance: groups must be {rule}, got {groups}")
     known = eplb(weight, slots, nodes, groups) if (slots == slots[0]).all() else None
-    seeds = np.random.default_rng(seed).integers(2**31, size=layers)
+    seeds = np.random.default_rng(seed).integers(2**31, size=(layers,))
     plan = np.empty((layers, int(slots.sum())), np.int64)
     for n in range(layers):
         theirs = None if known is None else known[n]
         ways = _ways(weight[n], theirs, groups, nodes, slots, fast, pinned[n])
-        found = [_layer(weight[n], home, slots, fast, pinned[n], theirs, kicks, seeds[n]) for home in ways]
+        found = [_layer(weight[n], home, slots, fast, pinned[n], theirs, kicks, int(seeds[n])) for home in ways]
         plan[n] = min(found, key=lambda each: each[0])[1]
     return plan
 
@@ -78,7 +78,7 @@ def _ways(
     speed: NDArray[np.float64],
     pinned: NDArray[np.bool_],
 ) -> list[NDArray[np.int64]]:
-    """The node of each expert, int64 [E], in the ways worth a search; ValueError where a node cannot hold its experts."""
+    """The node of each expert, int64 [E], in the ways worth a search; ValueError where a node cannot hold them."""
     each, node_of_slot = len(load) // groups, gpu_of_slot(slots) // (len(slots) // nodes)
     theirs = None
     if known is not None:

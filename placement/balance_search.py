@@ -1,8 +1,8 @@
 """The inner loops of `balance.py`: one layer, or one node of it, compiled.
 
 State: `held` [S] the expert of each slot (GPU g has slots first[g] .. first[g + 1] - 1), `on` bool [E, G] its inverse,
-`copies` [E], `time` [G] what each GPU has to do over its speed. Every step makes the busiest GPU, or one of several that
-are equally busy, less busy and no other as busy as it was, so that a descent ends.
+`copies` [E], `time` [G] what each GPU has to do over its speed. Every step makes the busiest GPU, or one of several
+that are equally busy, less busy and no other as busy as it was, so that a descent ends.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PATIENCE = 20
 def search(load, first, speed, pinned, start, beat, kicks, enough, seed):
     """(held int64 [S], its largest time) for load float64 [E], first int64 [G + 1], speed [G], pinned bool [E, G].
 
-    start   int64 [S], a plan to be not worse than, or empty; replicas that share a GPU are replaced first
-    beat    a largest time to reach: while the best is above it, kicks go on to PATIENCE times their number
+    start   int64 [S], a plan to be not worse than, or empty; replicas that share a GPU are parted first
+    beat    a largest time to reach: while the best is above it, kicks go on, up to PATIENCE times their number
     kicks   random disturbances; the search ends early where the largest time is within `enough` of the least possible
             (all load over all speed), relative
     """
@@ -35,7 +35,7 @@ def search(load, first, speed, pinned, start, beat, kicks, enough, seed):
     goal = load.sum() / speed[width > 0].sum() * (1 + enough)
     best = held.copy(), on.copy(), copies.copy(), time.copy()
     for kick in range(PATIENCE * kicks):
-        if best[3].max() <= goal or (kick >= kicks and best[3].max() <= beat):
+        if best[3].max() <= beat and (kick >= kicks or best[3].max() <= goal):
             break
         _kick(load, first, speed, pinned, held, on, copies, time)
         _descend(load, first, speed, pinned, held, on, copies, time)
@@ -111,14 +111,33 @@ def _greedy(load, first, speed, pinned):
 
 @njit(cache=True)
 def _adopted(load, first, speed, start):
-    """The state of a plan, the slots of second replicas on a GPU left over."""
-    held, on = start.copy(), np.zeros((len(load), len(speed)), np.bool_)
+    """The state of a plan. The second replica of an expert on a GPU changes places with one of another GPU, so that the
+    busier of the two is least busy; if there is none, its slot is left over."""
+    held, on, second = start.copy(), np.zeros((len(load), len(speed)), np.bool_), np.zeros(len(start), np.bool_)
+    copies = np.bincount(start, minlength=len(load))
     for g in range(len(speed)):
-        for slot in range(first[g], first[g + 1]):
-            if on[held[slot], g]:
-                held[slot] = -1
-            else:
-                on[held[slot], g] = True
+        for s in range(first[g], first[g + 1]):
+            second[s] = on[held[s], g]
+            on[held[s], g] = True
+    time = _times(load, first, speed, held, copies)
+    for g in range(len(speed)):
+        for s in range(first[g], first[g + 1]):
+            if not second[s]:
+                continue
+            a, least, other, to = held[s], np.inf, -1, -1
+            for h in range(len(speed)):
+                for p in range(first[h], first[h + 1]):
+                    b = held[p]
+                    if on[a, h] or second[p] or on[b, g]:
+                        continue
+                    less = load[a] / copies[a] - load[b] / copies[b]
+                    after = max(time[g] - less / speed[g], time[h] + less / speed[h])
+                    if after < least:
+                        least, other, to = after, p, h
+            if other >= 0:
+                _exchange(load, first, speed, held, on, copies, time, s, g, other, to)
+                on[a, g], second[s] = True, False
+    held[second] = -1
     return _filled(load, first, speed, held, on)
 
 
@@ -184,8 +203,8 @@ def _exchange(load, first, speed, held, on, copies, time, s, g, p, h):
 
 @njit(cache=True)
 def _recount(load, first, speed, pinned, held, on, copies, time):
-    """Gives the slot of one replica to another expert, so that the busiest GPU touched is least busy: on the busiest GPU
-    any expert for one of its own, elsewhere one more replica of an expert of the busiest GPU."""
+    """Gives the slot of one replica to another expert, so that the busiest GPU touched is least busy: on the busiest
+    GPU any expert for one of its own, elsewhere one more replica of an expert of the busiest GPU."""
     g = time.argmax()
     least = time[g] * (1 - SLACK)
     where, new, at = -1, -1, -1
@@ -215,7 +234,7 @@ def _recount(load, first, speed, pinned, held, on, copies, time):
 
 @njit(cache=True)
 def _after(load, speed, on, copies, time, g, h, x, b, least):
-    """The largest time among GPUs that have x or b, and g, once a slot of h has gone from x to b; inf from `least` on."""
+    """The largest time of GPUs that have x or b, and of g, after a slot of h went from x to b; inf from `least` on."""
     more = load[x] / (copies[x] - 1) - load[x] / copies[x]
     less = load[b] / copies[b] - load[b] / (copies[b] + 1)
     worst = time[h] + (load[b] / (copies[b] + 1) - load[x] / copies[x]) / speed[h]
@@ -244,24 +263,21 @@ def _give(load, first, speed, held, on, copies, time, slot, h, b):
 
 @njit(cache=True)
 def _kick(load, first, speed, pinned, held, on, copies, time):
-    """A few random changes, whatever they cost: exchanges between any two GPUs, one of them the busiest, or a slot that
-    goes to another expert."""
+    """One to three random changes, whatever they cost: a slot goes to another expert, often one of the busiest GPU, or
+    two GPUs, often the busiest among them, exchange a replica."""
     slots, gpus = len(held), len(speed)
     for _ in range(1 + np.random.randint(3)):
+        g = time.argmax() if np.random.randint(2) else np.random.randint(gpus)
         p = np.random.randint(slots)
         h = np.searchsorted(first, p, side="right") - 1
-        b = held[p]
-        if pinned[b, h]:
-            continue
-        if copies[b] > 1 and np.random.randint(3) == 0:
-            e = np.random.randint(len(load))
-            if not on[e, h]:
-                _give(load, first, speed, held, on, copies, time, p, h, e)
-            continue
-        g = time.argmax() if np.random.randint(2) else np.random.randint(gpus)
-        if first[g] == first[g + 1] or on[b, g]:
+        a = held[p]
+        if pinned[a, h] or first[g] == first[g + 1]:
             continue
         s = first[g] + np.random.randint(first[g + 1] - first[g])
-        a = held[s]
-        if not pinned[a, g] and not on[a, h]:
+        b = held[s]
+        if on[b, h]:
+            continue
+        if copies[a] > 1 and np.random.randint(2):
+            _give(load, first, speed, held, on, copies, time, p, h, b)
+        elif not pinned[b, g] and not on[a, g]:
             _exchange(load, first, speed, held, on, copies, time, s, g, p, h)

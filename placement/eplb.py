@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .slots import checked_load, checked_nodes, checked_slots
+from .slots import checked_load, checked_nodes, checked_slots, gpu_of_slot
 
 
 def eplb(load: ArrayLike, slots_of_gpu: ArrayLike, nodes: int = 1, groups: int = 1) -> NDArray[np.int64]:
@@ -42,7 +42,7 @@ def eplb(load: ArrayLike, slots_of_gpu: ArrayLike, nodes: int = 1, groups: int =
     mine = np.take_along_axis(np.repeat(weight, nodes, axis=0), order, 1)
     expert, copies = _replicate(mine, gpus * each // nodes)
     # 3. replicas to the node's GPUs
-    gpu, rank = _pack(np.take_along_axis(mine / copies.astype(np.float32), expert, 1), gpus // nodes)
+    gpu, rank = _pack(np.take_along_axis(np.divide(mine, copies, dtype=np.float32), expert, 1), gpus // nodes)
     slot = np.argsort(gpu * each + rank, axis=1)
     return np.take_along_axis(order, np.take_along_axis(expert, slot, 1), 1).reshape(layers, -1)
 
@@ -66,8 +66,8 @@ def _pack(weight: NDArray[np.float32], packs: int) -> tuple[NDArray[np.int64], N
 
 
 def _replicate(weight: NDArray[np.float32], slots: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """weight [X, n] -> the item of each of the slots [X, slots], and the copies [X, n]: always one more of the item with
-    the largest weight per copy."""
+    """weight [X, n] -> the item of each slot [X, slots] and the copies [X, n]: always one more of the item with most
+    weight per copy."""
     rows, items = weight.shape
     item = np.tile(np.arange(slots), (rows, 1))
     copies, every = np.ones((rows, items), np.int64), np.arange(rows)
@@ -75,3 +75,28 @@ def _replicate(weight: NDArray[np.float32], slots: int) -> tuple[NDArray[np.int6
         item[:, slot] = (weight / copies.astype(np.float32)).argmax(1)
         copies[every, item[:, slot]] += 1
     return item, copies
+
+
+def apart(expert_of_slot: NDArray[np.integer], load: ArrayLike, slots_of_gpu: ArrayLike) -> NDArray[np.int64]:
+    """The plan [L, S] with no expert twice on one GPU: a second copy changes places with the slot of another GPU that
+    leaves the busier of the two least busy. Raises ValueError where there is no such slot."""
+    plan, weight, owner = np.array(expert_of_slot, np.int64), np.asarray(load, np.float64), gpu_of_slot(slots_of_gpu)
+    for layer, row in enumerate(plan):
+        share = weight[layer] / np.maximum(np.bincount(row, minlength=weight.shape[1]), 1)
+        while True:
+            held = owner * weight.shape[1] + row
+            _, first = np.unique(held, return_index=True)
+            double = np.setdiff1d(np.arange(len(row)), first)
+            if not double.size:
+                break
+            slot = int(double[0])
+            time = np.bincount(owner, share[row], len(np.asarray(slots_of_gpu)))
+            mine = owner == owner[slot]
+            takes = np.isin(owner, owner[row == row[slot]], invert=True) & ~np.isin(row, row[mine])
+            if not takes.any():
+                raise ValueError(f"apart: replicas must fit on distinct GPUs, got no place for expert {row[slot]}")
+            more = share[row[slot]] - share[row]
+            worse = np.where(takes, np.maximum(time[owner] + more, time[owner[slot]] - more), np.inf)
+            other = int(worse.argmin())
+            row[slot], row[other] = row[other], row[slot]
+    return plan

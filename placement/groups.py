@@ -20,7 +20,7 @@ def homes(
     its node. Raises ValueError where pins tear a group apart or crowd a node.
     """
     nodes, room, weight = len(power), groups // len(power), load.reshape(groups, -1).sum(1)
-    forced = pinned.reshape(groups, len(load) // groups, nodes, -1).any((1, 3))
+    forced = np.any(pinned.reshape(groups, len(load) // groups, nodes, -1), axis=(1, 3))
     torn = np.flatnonzero(forced.sum(1) > 1)
     if torn.size:
         raise ValueError(f"balance: pins must keep a group on one node, got group {torn[0]} on {forced[torn[0]].sum()}")

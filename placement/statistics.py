@@ -95,7 +95,7 @@ class Statistics:
 
     def __add__(self, other: Statistics) -> Statistics:
         """The counts of both; names and co-activation stay where both have them."""
-        _same_model(self, other, "both terms of a sum")
+        same_model(self, other, "both terms of a sum")
         both = self.co_activation is not None and other.co_activation is not None
         return Statistics(
             self.num_experts,
@@ -109,7 +109,8 @@ class Statistics:
         )
 
 
-def _same_model(a: Statistics, b: Statistics, where: str) -> None:
+def same_model(a: Statistics, b: Statistics, where: str) -> None:
+    """Raises ValueError where the sizes differ. `where`: what both are of, for the message."""
     for name in ("num_experts", "top_k", "layers"):
         _rule(getattr(a, name) == getattr(b, name), name, f"{getattr(a, name)} in {where}", getattr(b, name))
     counts = len(a.transitions), len(b.transitions)
@@ -250,7 +251,7 @@ class Moving:
             self.load = np.zeros(new.load.shape)
             self.transitions = [csr_array(more.shape) for more in new.transitions]
         else:
-            _same_model(self._last, new, "an update as in those before")
+            same_model(self._last, new, "an update as in those before")
         self.tokens = self.decay * self.tokens + new.tokens
         self.load = self.decay * self.load + new.load
         both = zip(self.transitions, new.transitions, strict=True)

@@ -203,11 +203,13 @@ class _Stream:
                 self.close()
                 self.stream, self.at = member.file._zip.open(member.info), -member.start
             while self.at < place:
-                self._next(min(place - self.at, 1 << 20))
+                self._next(min(place - self.at, 1 << 18))
             parts = []
             while size:
                 parts.append(self._next(size))
                 size -= len(parts[-1])
+            if self.at == member.size_bytes and self.stream.read(1):  # at its end the archive compares checksums
+                raise EOFError("more")
             return parts[0] if len(parts) == 1 else b"".join(parts)
         except BROKEN as error:
             self.close()
@@ -348,7 +350,7 @@ def _put(
         np.lib.format.write_array_header_1_0(out, header)
         for file in files:
             file.seek(0)
-            while block := file.read(1 << 20):
+            while block := file.read(1 << 18):
                 out.write(block)
 
 
