@@ -19,6 +19,8 @@ _WHERE = {
     "no_sync": "moe.parallel",
     "clip_grad_norm_": "moe.parallel",
     "set_degree": "moe.parallel",
+    "place_experts": "moe.placed",
+    "migrate": "moe.placed",
     "save_checkpoint": "moe.checkpoint",
     "load_checkpoint": "moe.checkpoint",
     "Routing": "kernels.routing",
