@@ -27,7 +27,7 @@ from headgate.placement.walk import walk
 
 ONE, TWO = Topology(1, 4), Topology(2, 2)
 OBJECTIVES = ("time", "transitions", "copies", "load")
-QUICK = {"effort": 0.002, "time_limit": 3.0}
+QUICK = {"effort": 0.002, "time_limit": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def rebuilt(source: Trace, topology: Topology, objective, per_gpu=None, **more):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(("topology", "per_gpu"), [(ONE, None), (TWO, None), (TWO, 3)], ids=["one", "two", "spare"])
+@pytest.mark.parametrize(("topology", "per_gpu"), [(TWO, None), (ONE, 3)], ids=["single", "spare"])
 def test_every_method_reports_what_the_walk_counts_and_stays_above_its_bound(
     trace, method, objective, topology, per_gpu
 ):
