@@ -122,7 +122,8 @@ def _layer(
         must, start = pinned[np.ix_(experts, gpus)], np.empty(0, np.int64)
         if known is not None and not must.any() and np.array_equal(np.unique(known[here]), experts):
             start = np.searchsorted(experts, known[here])
-        held, time = search(load[experts], first, speed[gpus], must, start, beat, kicks, ENOUGH, seed)
+        goal = load[experts].sum() / speed[gpus][slots[gpus] > 0].sum() * (1 + ENOUGH)
+        held, time = search(load[experts], first, speed[gpus], must, start, beat, goal, kicks, seed)
         plan[here] = experts[np.concatenate([np.sort(part) for part in np.split(held, first[1:-1])])]
         worst = max(worst, time)
     return worst, plan

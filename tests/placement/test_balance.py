@@ -101,7 +101,7 @@ def test_not_worse_than_eplb_on_random_loads_even_where_it_doubles_replicas(expe
 )
 def test_the_best_of_all_plans_on_small_cases(experts, slots, speed):
     load = np.random.default_rng(1).integers(1, 100, (12, experts))
-    found = busiest(load, balance(load, slots, speed=speed), slots, speed or 1.0)
+    found = busiest(load, balance(load, slots, speed=speed, kicks=1000), slots, speed or 1.0)
     every = list(every_plan(experts, slots))
     for layer in range(len(load)):
         best = min(busiest(load[layer][None], plan[None], slots, speed or 1.0)[0] for plan in every)
