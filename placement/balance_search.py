@@ -302,8 +302,8 @@ def _give(load, first, speed, held, on, copies, time, slot, h, b):
 
 @njit(cache=True)
 def _kick(load, first, speed, pinned, held, on, copies, time):
-    """A few random changes, one time in eight many, whatever they cost: a slot goes to another expert, often one of the busiest GPU, or
-    two GPUs, often the busiest among them, exchange a replica."""
+    """A few random changes, one time in eight many, whatever they cost: a slot goes to another expert, often one of
+    the busiest GPU, or two GPUs, often the busiest among them, exchange a replica."""
     slots, gpus = len(held), len(speed)
     for _ in range(1 + np.random.randint(3 if np.random.randint(8) else MANY)):
         g = time.argmax() if np.random.randint(2) else np.random.randint(gpus)
