@@ -336,10 +336,10 @@ def with_replicas(slots: list[int], experts: int) -> list[tuple[frozenset, ...]]
 
 
 @pytest.mark.parametrize(
-    ("slots", "experts", "tight"),
-    [([2, 2], 3, True), ([2, 1, 1], 3, True), ([3, 2], 4, False), ([2, 1, 1, 1], 4, True), ([4, 4], 4, False)],
+    ("slots", "experts", "useful"),
+    [([2, 2], 3, False), ([2, 1, 1], 3, True), ([3, 2], 4, False), ([2, 1, 1, 1], 4, True), ([4, 4], 4, False)],
 )
-def test_replicas_never_beat_their_bound(slots, experts, tight):
+def test_replicas_never_beat_their_bound(slots, experts, useful):
     """Local: some part holds both experts of the transition, the most favourable reading."""
     rng, ways = np.random.default_rng(10), with_replicas(slots, experts)
     together = np.zeros((len(ways), len(ways), experts, experts), bool)
@@ -356,4 +356,4 @@ def test_replicas_never_beat_their_bound(slots, experts, tight):
         assert 0 <= found.value <= best.min()
         reached += found.value
         true += best.min()
-    assert (reached > 0.2 * true) == tight
+    assert (reached > 0.1 * true) == useful
