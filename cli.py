@@ -108,6 +108,13 @@ def trace(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def place(args: argparse.Namespace) -> int:
+    """A placement from a trace; with --json its figures go to standard output, all else to standard error."""
+    from .bench.place import run
+
+    return run(args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     """What this machine can run."""
     from .bench.doctor import run
@@ -146,6 +153,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     if argv[:1] == ["trace"]:  # the options name the formats, which loads numpy
         importlib.import_module(".bench.trace", __package__).add_arguments(tracing)
     tracing.set_defaults(call=trace)
+
+    about = "Which GPU each expert should live on, layer by layer: a placement with its cost and a proved bound."
+    placing = _command(add, "place", help="experts to GPUs, by a trace", description=about)
+    if argv[:1] == ["place"]:
+        importlib.import_module(".bench.place", __package__).add_arguments(placing)
+    placing.set_defaults(call=place)
 
     about = "What this machine can run; with MODEL, what the swap takes of it, and the calls that really ran."
     check = _command(add, "doctor", help="what this machine can run", description=about, epilog=DOCTOR_EXAMPLE)

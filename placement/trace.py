@@ -6,7 +6,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +110,20 @@ class Trace:
     def experts(self, layer: int) -> int:
         """The number of experts of one layer."""
         return self.num_experts if self.experts_of_layer is None else int(self.experts_of_layer[layer])
+
+    def select(self, tokens: slice | NDArray) -> Trace:
+        """The trace of some tokens: a slice, a mask bool [T], or their numbers, in that order.
+
+        >>> ids = np.array([[[0], [1], [2]]], dtype=np.uint8)
+        >>> Trace(ids, num_experts=3).select(slice(1, None)).expert_ids.ravel()
+        array([1, 2], dtype=uint8)
+        """
+        return replace(
+            self,
+            expert_ids=self.expert_ids[:, tokens],
+            weights=None if self.weights is None else self.weights[:, tokens],
+            sequence=None if self.sequence is None else self.sequence[tokens],
+        )
 
     def chunks(self, layer: int) -> Iterator[NDArray[np.unsignedinteger]]:
         """The ids [T, K] of one layer, in one piece: what a TraceFile gives in several."""
