@@ -50,8 +50,9 @@ def ilp(problem: Problem, time_limit: float = 60.0, *, seed: int = 0) -> Exact:
         constraints=model.constraint(),
         options={"time_limit": float(time_limit), "mip_rel_gap": 0.0},
     )
-    bound = model.constant + (found.mip_dual_bound if found.get("mip_dual_bound") is not None else 0.0)
-    bound = max(bound, problem.objective.load)  # a mean is no more than the largest
+    bound = problem.objective.load  # whatever else: a mean is no more than the largest
+    if found.get("mip_dual_bound") is not None:  # None: not even the relaxation was solved
+        bound = max(bound, model.constant + found.mip_dual_bound)
     at = None if found.x is None else model.read(found.x)
     if found.status == 0 and at is not None:
         return Exact(to_slots(at), min(bound, score(problem, at).total), True, "ilp")

@@ -75,7 +75,7 @@ class _Run:
 
     def offer(self, at: NDArray[np.int32]) -> float:
         """Keeps `at` if it is the best so far. Gives its load."""
-        found = score(self.problem, at)
+        found = score(self.problem, at, self.counts)
         if found.order < self.order:
             self.best, self.order = at.copy(), found.order
         return found.load
@@ -84,7 +84,7 @@ class _Run:
         usual = self._usual()
         first, again = proposals // (2 * MEMBERS), proposals // (2 * ROUNDS * COPIES)
         found = [self.best]
-        found += [self._anneal(self.best, usual * HOT, usual * COLD, first) for _ in range(MEMBERS)]
+        found += [self._anneal(self.best, usual * HOT * 2**i, usual * COLD, first) for i in range(MEMBERS)]
         for _ in range(ROUNDS):
             at = self._put_together(found)
             found = [at] + [self._anneal(at, usual * WARM, usual * COLD, again) for _ in range(COPIES)]

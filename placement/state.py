@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .loops import add_rows
+from .loops import add_rows, crossings
 from .problem import Problem
 
 
@@ -30,53 +30,6 @@ def from_slots(expert_of_slot: NDArray[np.integer], gpu_of_slot: NDArray[np.inte
 def dense(matrix: Any) -> NDArray[np.int64]:
     """[E, E] of a matrix, sparse or not."""
     return matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Shares of transitions that cross GPUs and nodes, the load as in `Objective`, and their weighted sum.
-
-    `excess`: how far the load is above the objective's max_load, 0 where it is not or none is given.
-    """
-
-    gpu: float
-    node: float
-    load: float
-    total: float
-    excess: float
-
-    @property
-    def order(self) -> tuple[float, float]:
-        """What of two placements is better: first the load that is allowed, then the score."""
-        return (round(self.excess, 9), self.total)
-
-
-def score(problem: Problem, gpu_of_expert: NDArray[np.integer]) -> Score:
-    """Counted anew from the problem's numbers; gpu_of_expert [L, E]."""
-    at, node_of = gpu_of_expert, problem.topology.node_of_gpu
-    gpu = node = total = 0
-    for layer, matrix in enumerate(problem.transitions):
-        counts = dense(matrix)
-        a, b = at[layer][:, None], at[layer + 1][None, :]
-        gpu += int(counts[a != b].sum())
-        node += int(counts[node_of[a] != node_of[b]].sum())
-        total += int(counts.sum())
-    peaks = times(problem, at).max((0, 2))
-    used = problem.loads.any((0, 2))
-    load = float(peaks[used].mean()) if used.any() else 1.0
-    weights, total = problem.objective, max(total, 1)
-    worth = weights.gpu * gpu / total + weights.node * node / total + weights.load * load
-    return Score(gpu / total, node / total, load, worth, max(0.0, load - (weights.max_load or np.inf)))
-
-
-def times(problem: Problem, gpu_of_expert: NDArray[np.integer]) -> NDArray[np.float64]:
-    """float64 [Q, L, G]: each GPU's load over its speed, over the mean; 0 in a layer without load."""
-    gpus = problem.topology.gpus
-    found = np.zeros((*problem.loads.shape[:2], gpus))
-    for q, loads in enumerate(problem.loads):
-        for layer, load in enumerate(loads):
-            found[q, layer] = np.bincount(gpu_of_expert[layer], load, gpus)
-    return found * gpus / problem.topology.speed_of_gpu
 
 
 class Counts:
@@ -104,6 +57,47 @@ class Counts:
         if ahead and layer + 1 < len(at):
             add_rows(self.before[layer], at[layer + 1], found)
         return found
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of transitions that cross GPUs and nodes, the load as in `Objective`, and their weighted sum.
+
+    `excess`: how far the load is above the objective's max_load, 0 where it is not or none is given.
+    """
+
+    gpu: float
+    node: float
+    load: float
+    total: float
+    excess: float
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """What of two placements is better: first the load that is allowed, then the score."""
+        return (round(self.excess, 9), self.total)
+
+
+def score(problem: Problem, gpu_of_expert: NDArray[np.integer], counts: Counts | None = None) -> Score:
+    """Counted anew from the problem's numbers, or from `counts`, where they are at hand; gpu_of_expert [L, E]."""
+    at, counts = gpu_of_expert, counts or Counts(problem)
+    gpu, node = crossings(counts.after, np.ascontiguousarray(at, np.int32), problem.topology.node_of_gpu)
+    peaks = times(problem, at).max((0, 2))
+    used = problem.loads.any((0, 2))
+    load = float(peaks[used].mean()) if used.any() else 1.0
+    weights, total = problem.objective, counts.total
+    worth = weights.gpu * gpu / total + weights.node * node / total + weights.load * load
+    return Score(gpu / total, node / total, load, worth, max(0.0, load - (weights.max_load or np.inf)))
+
+
+def times(problem: Problem, gpu_of_expert: NDArray[np.integer]) -> NDArray[np.float64]:
+    """float64 [Q, L, G]: each GPU's load over its speed, over the mean; 0 in a layer without load."""
+    gpus = problem.topology.gpus
+    found = np.zeros((*problem.loads.shape[:2], gpus))
+    for q, loads in enumerate(problem.loads):
+        for layer, load in enumerate(loads):
+            found[q, layer] = np.bincount(gpu_of_expert[layer], load, gpus)
+    return found * gpus / problem.topology.speed_of_gpu
 
 
 def check_problem(problem: Problem, who: str) -> None:
