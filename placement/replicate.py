@@ -20,7 +20,7 @@ from .replica_loops import Replicas
 from .walk import REPLICA, Foretold
 
 ROUNDS, LAST = 100, 20  # of an annealing, and those of them that only go down
-LOOK = 10  # rounds from one look at the score to the next
+LOOK = 4  # rounds from one look at the score to the next
 SLACK = 0.05  # by how much a guess may be worse than allowed, in mean changes, and is still carried out
 
 
@@ -67,7 +67,7 @@ def replicate(
             if found < rank:
                 best, rank = state.slot.copy(), found
             if problem.objective.max_load is not None:
-                state.weight[4] = max(least, state.weight[4] * (1.3 if found[0] > 0 else 0.9))
+                state.weight[4] = max(least, state.weight[4] * (1.15 if found[0] > 0 else 0.95))
     return best
 
 
