@@ -19,11 +19,18 @@ _WHERE = {
     "no_sync": "moe.parallel",
     "clip_grad_norm_": "moe.parallel",
     "set_degree": "moe.parallel",
+    "place_experts": "moe.placed",
+    "migrate": "moe.placed",
     "save_checkpoint": "moe.checkpoint",
     "load_checkpoint": "moe.checkpoint",
     "Routing": "kernels.routing",
     "grouped_ffn": "kernels.grouped_ffn",
     "Trace": "placement.trace",
+    "Topology": "placement.topology",
+    "Workload": "placement.topology",
+    "Objective": "placement.problem",
+    "Placement": "placement.placement",
+    "place": "placement.place",
 }
 _MODULES = {
     "hf": "moe.hf",

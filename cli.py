@@ -33,6 +33,15 @@ TRAIN_EXAMPLE = """examples:
   torchrun --nproc-per-node 4 --no-python headgate train --fold dp=2,tp=2,ep=4
   torchrun --nproc-per-node 4 --no-python headgate train --fold pp=2,cp=2,ep=2 --checkpoint run --every 50
 """
+TRACE = """\
+Records which experts the tokens of a transformers MoE model choose, converts what SGLang, vLLM, transformers, llama.cpp
+and others recorded, and shows what a trace says. A trace is an .npz file; it is streamed, never whole in memory.
+"""
+TRACE_EXAMPLE = """examples:
+  headgate trace ./OLMoE-1B-7B --text book.txt --tokens 50000 --output olmoe.npz
+  headgate trace --from expert_distribution_recorder_1764088000.5_0.pt --output served.npz
+  headgate trace --show olmoe.npz --against served.npz
+"""
 DOCTOR_EXAMPLE = """examples:
   headgate doctor
   headgate doctor ./OLMoE-1B-7B        the folder of a transformers model; only its config.json is read
@@ -90,6 +99,22 @@ def train(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def trace(args: argparse.Namespace) -> int:
+    """A trace recorded, converted or shown; with --json the figures go to standard output."""
+    if args.model:
+        _need("transformers", "trace", "hf")
+    from .bench.trace import run
+
+    return run(args)
+
+
+def place(args: argparse.Namespace) -> int:
+    """A placement from a trace; with --json its figures go to standard output, all else to standard error."""
+    from .bench.place import run
+
+    return run(args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     """What this machine can run."""
     from .bench.doctor import run
@@ -123,6 +148,17 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     if argv[:1] == ["train"]:  # the options name the model's sizes, which loads torch: not for `headgate --help`
         importlib.import_module(".bench.train", __package__).add_arguments(training)
     training.set_defaults(call=train)
+
+    tracing = _command(add, "trace", help="where tokens go", description=TRACE, epilog=TRACE_EXAMPLE)
+    if argv[:1] == ["trace"]:  # the options name the formats, which loads numpy
+        importlib.import_module(".bench.trace", __package__).add_arguments(tracing)
+    tracing.set_defaults(call=trace)
+
+    about = "Which GPU each expert should live on, layer by layer: a placement with its cost and a proved bound."
+    placing = _command(add, "place", help="experts to GPUs, by a trace", description=about)
+    if argv[:1] == ["place"]:
+        importlib.import_module(".bench.place", __package__).add_arguments(placing)
+    placing.set_defaults(call=place)
 
     about = "What this machine can run; with MODEL, what the swap takes of it, and the calls that really ran."
     check = _command(add, "doctor", help="what this machine can run", description=about, epilog=DOCTOR_EXAMPLE)

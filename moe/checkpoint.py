@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..dispatch import collectives
 from ..dispatch.agreement import together
+from .chunks import Chunks
 from .experts import Experts
 from .hf.experts import cuts_of_experts, is_decorated
 from .hf.experts import refusal as refused
@@ -200,6 +201,9 @@ def _pieces(name: str, t: Tensor, cut: Cut, shards: Shards | None) -> Iterator[t
             raise ValueError(
                 f"checkpoint: {name} must be on the fold's device, {shards.fold.device_type}, got {view.device.type}"
             )
+        if shards.placement is not None:
+            yield key, Chunks(view, shards.held, shards.num_experts, cut.ffn, shards.fold.rank("etp"), shards.etp)
+            continue
         over_edp: Placement = Shard(0) if isinstance(t, DTensor) else Replicate()
         shape = list(view.shape)
         shape[0], shape[cut.ffn] = shards.num_experts, shape[cut.ffn] * shards.etp

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ class Experts(nn.Module):
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation = as_activation(activation, gated)
         self.dispatcher = Local() if dispatcher is None else dispatcher
-        self.local_experts = self.dispatcher.local_experts(num_experts)
+        self.local_experts: Sequence[int] = self.dispatcher.local_experts(num_experts)
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(len(self.local_experts), *shape, device=device, dtype=dtype))
@@ -86,7 +88,7 @@ class Experts(nn.Module):
             others = torch.empty_like(w[0])  # drawn and forgotten: experts must differ from rank to rank
             for e in range(self.num_experts):
                 held = e in self.local_experts
-                nn.init.uniform_(w[e - self.local_experts.start] if held else others, -bound, bound)
+                nn.init.uniform_(w[e - self.local_experts[0]] if held else others, -bound, bound)
         for b in (self.b_gate_up, self.b_down):
             if b is not None:
                 nn.init.zeros_(b)

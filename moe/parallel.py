@@ -28,7 +28,7 @@ from .layer import MoE
 from .losses import TokenRanks
 from .shards import Cut, Shards, cut_experts, shards_of
 from .shared import SharedExpert
-from .sync import GradientSync, Share, copies_of, gradient_of, norm_of
+from .sync import GradientSync, Share, gradient_of, norm_of
 
 ACTIVATIONS = ("sharded", "replicated")
 ADAPT_EVERY = 100  # calls between two looks at what "auto" goes by
@@ -380,15 +380,13 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
         raise ValueError(f"clip_grad_norm_: max_norm must be a positive number, got {max_norm!r}")
     parallel = _known("clip_grad_norm_", module)
     f, mine = parallel.fold, parallel.expert_parameters()
-    pieces = [
-        (gradient_of(p), copies_of(p, f.size("edp") if p in mine else f.sizes.stage))
-        for p in module.parameters()
-        if p.grad is not None
-    ]
-    device = pieces[0][0].device if pieces else torch.device(f.device_type)
+    gradients = {p: gradient_of(p) for p in module.parameters() if p.grad is not None}
+    ranks = {p: f.size("edp") if p in mine else f.sizes.stage for p in gradients}
+    pieces = [piece for p, grad in gradients.items() for piece in parallel.sync.pieces(p, grad, ranks[p])]
+    device = next((grad.device for grad in gradients.values()), torch.device(f.device_type))
     norm = norm_of(pieces, device)
     if norm > max_norm:
-        for grad, _ in pieces:
+        for grad in gradients.values():
             grad.mul_(max_norm / norm)
     return norm
 

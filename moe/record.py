@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -11,14 +13,44 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..placement.trace import Trace, id_type
+from ..placement.trace_file import TraceFile, TraceWriter
 from .hf.table import choice_of
 
 Batch = Tensor | Mapping[str, Tensor]
 
 
+@overload
 def record(
-    model: nn.Module, batches: Iterable[Batch] | Batch, *, weights: bool = False, max_tokens: int | None = None
-) -> Trace:
+    model: nn.Module,
+    batches: Iterable[Batch] | Batch,
+    *,
+    weights: bool = False,
+    max_tokens: int | None = None,
+    sample: float = 1.0,
+    seed: int = 0,
+    path: None = None,
+) -> Trace: ...
+@overload
+def record(
+    model: nn.Module,
+    batches: Iterable[Batch] | Batch,
+    *,
+    weights: bool = False,
+    max_tokens: int | None = None,
+    sample: float = 1.0,
+    seed: int = 0,
+    path: str | os.PathLike[str],
+) -> TraceFile: ...
+def record(
+    model: nn.Module,
+    batches: Iterable[Batch] | Batch,
+    *,
+    weights: bool = False,
+    max_tokens: int | None = None,
+    sample: float = 1.0,
+    seed: int = 0,
+    path: str | os.PathLike[str] | None = None,
+) -> Trace | TraceFile:
     """The routing trace of `model` over `batches`, on the model's device, in eval mode and without gradients.
 
     model       a transformers MoE model, swapped or not, of any family that `headgate.replace` takes; or any model
@@ -28,16 +60,22 @@ def record(
                 or with input_ids=
     weights     keep the router's weights too (float16)
     max_tokens  stop after so many tokens; the last batch is cut
+    sample      the share of sequences to keep, drawn by `seed`: a batch without any is not run at all. A sequence
+                keeps the number that it has among all
+    path        stream to this .npz: what a batch brings goes to disk when it has run, so that memory does not grow with
+                tokens; the file appears when it is whole, and a failure leaves nothing behind
 
-    Returns a Trace of the layers in the order in which they ran; where layers differ in K the ids are filled up with
-    "no expert", where they differ in E `experts_of_layer` says so. A layer has the name of the module that was heard:
-    the experts, or the router where these are not told the choice (Llama 4; JetMoE, whose attention has one too).
-    LongCat's identity experts, which have no weights, count as no expert. Memory: the trace itself, one to four bytes
-    per choice. The model's training mode is restored and the hooks are removed, whatever happens.
+    Returns a Trace, with `path` the TraceFile opened there, of the layers in the order in which they ran; where layers
+    differ in K the ids are filled up with "no expert", where they differ in E `experts_of_layer` says so. A layer has
+    the name of the module that was heard: the experts, or the router where these are not told the choice (Llama 4;
+    JetMoE, whose attention has one too). LongCat's identity experts, which have no weights, count as no expert. Memory
+    without `path`: the trace itself, one to four bytes per choice. The hooks only note tensors, which are fetched when
+    the pass is over. The model's training mode is restored and the hooks are removed, whatever happens.
 
-    Raises ValueError where the model has no MoE layer that tokens choose from (ViTPose's go by data set), no batch
-    holds a token, a layer runs twice in one pass, or sees other tokens than input_ids has (an image's; a decoder's
-    where decoder_input_ids is longer or shorter). TypeError where a batch is neither tensor nor dict.
+    Raises ValueError where `sample` is not above 0 and at most 1, or the model has no MoE layer that tokens choose from
+    (ViTPose's go by data set), no batch holds a token, a layer runs twice in one pass, or sees other tokens than
+    input_ids has (an image's; a decoder's where decoder_input_ids is longer or shorter). TypeError where a batch is
+    neither tensor nor dict. OSError where `path` cannot be written.
 
     >>> trace = headgate.record(model, [tokenizer("def main():", return_tensors="pt")])
     >>> trace.expert_ids.shape                                                    # L, T, K
@@ -45,45 +83,58 @@ def record(
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"record: max_tokens must be at least 1, got {max_tokens}")
+    if not 0 < sample <= 1:
+        raise ValueError(f"record: sample must be above 0 and at most 1, got {sample}")
     layers = dict(_moe_layers(model))
     if not layers:
         raise ValueError(f"record: model must have MoE layers, got a {type(model).__name__} without any")
     if isinstance(batches, Tensor | Mapping):
         batches = [batches]
-    tape = _Tape(layers, keep_weights=weights)
+    tape = _Tape(layers, weights, path)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    left = max_tokens
+    draw, left = np.random.default_rng(seed), max_tokens
     with _evaluating(model), tape.listening(), torch.no_grad():
         for batch in batches:
             inputs = _inputs(batch, device)
+            rows = torch.from_numpy(draw.random(len(inputs["input_ids"])) < sample)
             tape.begin()
-            model(**inputs)
-            left = tape.end(inputs["input_ids"], inputs.get("attention_mask"), left)
+            if rows.any():
+                model(**inputs)
+            left = tape.end(inputs["input_ids"].shape, inputs.get("attention_mask"), rows, left)
             if left == 0:
                 break
-    return tape.trace()
+        return tape.trace()
 
 
 class _Tape:
-    """What the hooks write: one list of chunks for each layer that ran."""
+    """What the hooks write: one list of chunks for each layer that ran, or a file."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], keep_weights: bool) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], keep_weights: bool, path: str | os.PathLike[str] | None
+    ) -> None:
         self.layers = layers
         self.keep_weights = keep_weights
+        self.path = path
         self.experts = {name: _num_experts(module) for name, module in layers.items()}
         self.dtype = id_type(max(self.experts.values()))
-        self.now: dict[str, tuple[Tensor, Tensor]] = {}
-        self.ids: dict[str, list[NDArray]] = {}
-        self.weights: dict[str, list[NDArray]] = {}
-        self.sequence: list[NDArray[np.int32]] = []
+        self.now: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.names: tuple[str, ...] = ()  # of the layers, in the order in which they ran
+        self.chunks: list[tuple[NDArray, NDArray | None, NDArray[np.int32]]] = []
+        self.writer: TraceWriter | None = None
         self.sequences = 0
+        self.tokens = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         with ExitStack() as hooks:
             for name, module in self.layers.items():
                 hooks.callback(self._attach(name, module).remove)
-            yield
+            try:
+                yield
+            except BaseException:
+                if self.writer is not None:
+                    self.writer.abandon()
+                raise
 
     def _attach(self, name: str, module: nn.Module):
         choice = _own_choice if hasattr(module, "last_routing") else choice_of(module)
@@ -97,66 +148,78 @@ class _Tape:
     def _hear(self, name: str, ids: Tensor, weights: Tensor) -> None:
         if name in self.now:
             raise ValueError(f"record: every MoE layer must run once in a forward pass, got a second run of {name}")
-        self.now[name] = (ids.detach().flatten(0, -2), weights.detach().flatten(0, -2))
+        kept = weights.detach().flatten(0, -2) if self.keep_weights else None
+        self.now[name] = (ids.detach().flatten(0, -2), kept)
 
     def begin(self) -> None:
         self.now = {}
 
-    def end(self, input_ids: Tensor, mask: Tensor | None, left: int | None) -> int | None:
-        """Takes over one forward pass; returns how many tokens may still come."""
-        rows, length = input_ids.shape
-        keep = torch.ones(rows * length, dtype=torch.bool) if mask is None else mask.flatten().bool().cpu()
+    def end(self, shape: torch.Size, mask: Tensor | None, rows: Tensor, left: int | None) -> int | None:
+        """Takes over one forward pass over `shape` [B, S] of which `rows` [B] are kept; returns how many tokens may
+        still come."""
+        keep = rows.repeat_interleave(shape[1])
+        if mask is not None:
+            keep &= mask.flatten().bool().cpu()
         if left is not None:
             keep &= keep.cumsum(0) <= left
-        sequence = torch.arange(rows).repeat_interleave(length)[keep].numpy().astype(np.int32)
-        if self.ids and self.now.keys() != self.ids.keys():
-            odd = sorted(self.now.keys() ^ self.ids.keys())
-            raise ValueError(f"record: every batch must run the same MoE layers, got {', '.join(odd)} in some only")
-        for name, (ids, weights) in self.now.items():
-            if len(ids) != rows * length:
-                raise ValueError(
-                    f"record: {name} must see the batch's tokens, got {len(ids)} for input_ids {tuple(input_ids.shape)}"
-                )
-            ids = ids.cpu()[keep]
-            none = (ids < 0) | (ids >= self.experts[name])
-            self.ids.setdefault(name, []).append(
-                ids.masked_fill(none, np.iinfo(self.dtype).max).numpy().astype(self.dtype)
-            )
-            if self.keep_weights:
-                kept = weights.cpu()[keep].float().masked_fill(none, 0).half().numpy()
-                self.weights.setdefault(name, []).append(kept)
+        sequence = torch.arange(shape[0]).repeat_interleave(shape[1])[keep].numpy().astype(np.int32)
+        if rows.any():
+            self._keep(shape, keep, sequence + np.int32(self.sequences))
         self.now = {}
-        self.sequence.append(sequence + np.int32(self.sequences))
-        self.sequences += rows
+        self.sequences += shape[0]
+        self.tokens += len(sequence)
         return None if left is None else left - len(sequence)
 
-    def trace(self) -> Trace:
-        tokens = sum(map(len, self.sequence))
-        if not tokens or not self.ids:
+    def _keep(self, shape: torch.Size, keep: Tensor, sequence: NDArray[np.int32]) -> None:
+        if self.names and self.now.keys() != set(self.names):
+            odd = sorted(self.now.keys() ^ set(self.names))
+            raise ValueError(f"record: every batch must run the same MoE layers, got {', '.join(odd)} in some only")
+        self.names = self.names or tuple(self.now)
+        top_k = max((ids.shape[1] for ids, _ in self.now.values()), default=0)
+        none = np.iinfo(self.dtype).max
+        chunk = np.full((len(self.names), len(sequence), top_k), none, self.dtype)
+        kept = np.zeros(chunk.shape, np.float16) if self.keep_weights else None
+        for layer, name in enumerate(self.names):
+            ids, weights = self.now[name]
+            if len(ids) != shape.numel():
+                raise ValueError(
+                    f"record: {name} must see the batch's tokens, got {len(ids)} for input_ids {tuple(shape)}"
+                )
+            ids = ids.cpu()[keep]
+            no = (ids < 0) | (ids >= self.experts[name])
+            chunk[layer, :, : ids.shape[1]] = ids.masked_fill(no, none).numpy()
+            if kept is not None and weights is not None:
+                kept[layer, :, : ids.shape[1]] = weights.cpu()[keep].float().masked_fill(no, 0).half().numpy()
+        if self.path is None:
+            self.chunks.append((chunk, kept, sequence))
+        elif chunk.size:
+            self.writer = self.writer or TraceWriter(
+                self.path, weights=self.keep_weights, **self._frame(), layers=len(chunk), top_k=top_k
+            )
+            self.writer.append(chunk, kept, sequence)
+
+    def _frame(self) -> dict[str, Any]:
+        """The fields that do not depend on tokens."""
+        experts = np.array([self.experts[name] for name in self.names], np.int32)
+        differ = len(set(experts.tolist())) > 1
+        return {
+            "num_experts": int(experts.max()),
+            "layer_names": self.names,
+            "experts_of_layer": experts if differ else None,
+        }
+
+    def trace(self) -> Trace | TraceFile:
+        if not self.tokens or not self.names:
             raise ValueError("record: batches must hold at least one token that reaches an MoE layer, got none")
-        names = tuple(self.ids)
-        experts = np.array([self.experts[name] for name in names], np.int32)
+        if self.writer is not None:
+            return self.writer.close()
+        ids, weights, sequence = zip(*self.chunks, strict=True)
         return Trace(
-            expert_ids=_stack([self.ids[name] for name in names], np.iinfo(self.dtype).max),
-            num_experts=int(experts.max()),
-            weights=_stack([self.weights[name] for name in names], 0) if self.keep_weights else None,
-            sequence=np.concatenate(self.sequence),
-            layer_names=names,
-            experts_of_layer=experts if len(set(experts.tolist())) > 1 else None,
+            expert_ids=np.concatenate(ids, axis=1),
+            weights=np.concatenate(weights, axis=1) if self.keep_weights else None,
+            sequence=np.concatenate(sequence),
+            **self._frame(),
         )
-
-
-def _stack(layers: list[list[NDArray]], fill: int) -> NDArray:
-    """[L, T, K] of lists of chunks [t, k]; a layer with fewer choices is filled up on the right."""
-    top_k = max(chunks[0].shape[1] for chunks in layers)
-    tokens = sum(map(len, layers[0]))
-    out = np.full((len(layers), tokens, top_k), fill, layers[0][0].dtype)
-    for layer, chunks in enumerate(layers):
-        at = 0
-        for chunk in chunks:
-            out[layer, at : at + len(chunk), : chunk.shape[1]] = chunk
-            at += len(chunk)
-    return out
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

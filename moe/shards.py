@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..dispatch import Auto, Compose, Dispatcher, Fold, Local, collectives
 from ..dispatch.all_to_all import destinations
 from ..dispatch.pending import Pending
+from ..dispatch.replicas import Placed, Replicas
 from ..kernels.routing import Routing
+from ..placement.placement import Placement
 
 _SHARDS = "_headgate_shards"
 Make = Callable[[dist.ProcessGroup], Dispatcher]
@@ -31,9 +33,10 @@ class Cut:
     blocks: int = 1
     whole: bool = False
 
-    def of(self, full: Tensor, held: range, etp: int, rank: int) -> Tensor:
-        """The part [E/ep, ...] of `full` [E, ...] that is this rank's, as a new contiguous tensor."""
-        part = full[held.start : held.stop].unflatten(self.ffn, (self.blocks, etp, -1))
+    def of(self, full: Tensor, held: Sequence[int], etp: int, rank: int) -> Tensor:
+        """The part [len(held), ...] of `full` [E, ...] that is this rank's, as a new contiguous tensor."""
+        experts = full[held.start : held.stop] if isinstance(held, range) else full[list(held)]
+        part = experts.unflatten(self.ffn, (self.blocks, etp, -1))
         return (
             part.select(self.ffn + 1, rank).flatten(self.ffn, self.ffn + 1).clone(memory_format=torch.contiguous_format)
         )
@@ -48,11 +51,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w: Tensor, dim: int, blocks: int, group: dist.ProcessGroup) -> Tensor:
         ctx.dim, ctx.blocks, ctx.group = dim, blocks, group
+        ctx.save_for_backward(w)  # for nothing but autograd's eye on it: a weight that has moved since is an error
         parts = collectives.all_gather(w.unflatten(dim, (blocks, -1))[None], group)
         return parts.movedim(0, dim + 1).flatten(dim, dim + 2)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        _ = ctx.saved_tensors
         dim, size = ctx.dim, ctx.group.size()
         parts = grad.unflatten(dim, (ctx.blocks, size, -1)).movedim(dim + 1, 0)
         wide = parts if grad.dtype == torch.float64 else parts.float()
@@ -75,6 +80,9 @@ class Shards:
     an ep group, `inner` that of ranks with slices of the same experts; with `replicated` rows only r = etp makes sense.
     With `every` > 0 the degree that moves fewest bytes for the rows of the moment is taken anew every so many calls, by
     an all-reduce of one number; `why()` says by which figures.
+
+    `held`: the experts of this rank, those of `slots`, its slots out of S. By `place` they are what a placement says;
+    before they are E/ep in a row, and a slot is an expert.
     """
 
     def __init__(
@@ -88,21 +96,35 @@ class Shards:
         replicated: bool = False,
         every: int = 0,
     ) -> None:
-        ep, self.etp = fold.size("ep"), fold.size("etp")
-        each = num_experts // ep
+        self.etp = fold.size("etp")
         self.fold, self.num_experts, self.cuts = fold, num_experts, dict(cuts)
-        self._outer, self._inner, self._replicated, self._every = outer, inner, replicated, every
+        self._outer, self._inner, self.replicated, self._every = outer, inner, replicated, every
         self.weight_bytes, self._calls, self._bytes = 0, 0, dict[int, float]()
         self._due, self._pending = False, Pending()
-        self.held = range(fold.rank("ep") * each, (fold.rank("ep") + 1) * each)
+        self.place(None)
         self._dispatchers: dict[int, Dispatcher] = {}
         self.set_degree(self.etp)
+
+    def place(self, placement: Placement | None) -> None:
+        """Rows go where the one layer of `placement` says, or E/ep experts in a row are each rank's; no weight moves.
+
+        Every rank must come by. The placement has ep GPUs, alike in slots.
+        """
+        self.placement, gpu, ep = placement, self.fold.rank("ep"), self.fold.size("ep")
+        self.num_slots = self.num_experts if placement is None else placement.expert_of_slot.shape[1]
+        each = self.num_slots // ep
+        self.slots = range(gpu * each, (gpu + 1) * each)
+        self.held: Sequence[int] = self.slots
+        self.replicas = None
+        if placement is not None:
+            self.held = placement.expert_of_slot[0, self.slots.start : self.slots.stop].tolist()
+            self.replicas = Replicas.of(placement, 0, gpu, self.fold.device_type)
 
     def set_degree(self, degree: int) -> None:
         """Every rank must come by, in the same order of layers. Raises ValueError where r does not divide etp."""
         if degree != 0 and (degree < 0 or self.etp % degree):
             raise ValueError(f"set_degree: degree must be 0 or divide etp = {self.etp}, got {degree}")
-        if self._replicated and degree != self.etp:
+        if self.replicated and degree != self.etp:
             raise ValueError(f"set_degree: degree must be etp = {self.etp} for replicated activations, got {degree}")
         self.degree = degree
         if degree not in self._dispatchers:
@@ -111,13 +133,14 @@ class Shards:
 
     @property
     def dispatcher(self) -> Dispatcher:
-        return self._dispatchers[self.degree]
+        inner = self._dispatchers[self.degree]
+        return inner if self.replicas is None else Placed(self.replicas, inner)
 
     def local_experts(self, num_experts: int) -> range:
-        return self.held
+        return self.slots
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Any]:
-        if self._every and not self._replicated:
+        if self._every and not self.replicated:
             self._due = self._due or self._calls % self._every == 0
             self._calls += 1
             if self._due:
@@ -144,7 +167,8 @@ class Shards:
     def _adapt(self, x: Tensor, routing: Routing) -> None:
         """Takes the degree with the fewest bytes for these rows: the same on all ranks, which make groups together."""
         ep = self.fold.size("ep")
-        copies, _ = destinations(routing.expert_ids, range(self.num_experts), ep)
+        ids = routing.expert_ids if self.replicas is None else self.replicas.slots(routing.expert_ids)
+        copies, _ = destinations(ids, range(self.num_slots), ep)
         mine = torch.stack([copies.sum(), copies.new_tensor(bool(self._pending))])
         total, pending = collectives.all_reduce(mine, self.fold.group("dp", "cp", "tp")).tolist()
         self._due = bool(pending)
@@ -159,7 +183,8 @@ class Shards:
         """What each degree would move, which was taken, and what its dispatcher says of itself."""
         lines = [f"r = {r}: {b / 1e6:.3f} MB a rank" for r, b in self._bytes.items()]
         lines.append(f"taken: r = {self.degree}, by {self.dispatcher}")
-        outer = getattr(self.dispatcher, "outer", self.dispatcher)
+        inner = self._dispatchers[self.degree]
+        outer = getattr(inner, "outer", inner)
         return "\n".join([*lines, outer.why()] if isinstance(outer, Auto) else lines)
 
     def gathered(self, name: str, w: Tensor) -> Tensor:

@@ -11,18 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils.hooks import RemovableHandle
 
 from ..dispatch import collectives
+from .copies import Copies, average_copies
 
 SMALL = 1 << 18  # elements: gradients up to this size travel together at the end
 
 
 @dataclass(frozen=True)
 class Share:
-    """What is to be done with a parameter's gradient: multiplied by `factor`, then averaged over `group`."""
+    """What is to be done with a parameter's gradient: multiplied by `factor`, then averaged over `group`, then, where
+    its experts have replicas, summed over these: multiplied by their number as well, then averaged over `copies`."""
 
     group: dist.ProcessGroup
     factor: float
+    copies: Copies | None = None
 
 
 class GradientSync:
@@ -38,22 +42,41 @@ class GradientSync:
     def __init__(self) -> None:
         self.shares: dict[nn.Parameter, Share] = {}
         self.on = True
+        self._hooks: dict[nn.Parameter, list[RemovableHandle]] = {}
         self._pending: list[tuple[dist.Work, dist.ProcessGroup, Tensor, Tensor]] = []
         self._small: list[nn.Parameter] = []
+        self._copied: list[nn.Parameter] = []
         self._graph: int | None = None  # the backward pass that the two lists are of
 
     def add(self, parameter: nn.Parameter, share: Share) -> None:
         if not parameter.requires_grad:
             return
         self.shares[parameter] = share
+        hooks = self._hooks[parameter] = []
         if isinstance(parameter, DTensor):
             # Norms under SequenceParallel leave a part of the sum on each rank; norms and clipping want it whole.
-            parameter.register_hook(lambda grad: grad.redistribute(placements=parameter.placements))
+            hooks.append(parameter.register_hook(lambda grad: grad.redistribute(placements=parameter.placements)))
+        # Before it is added to what stands in .grad: that has had its factor.
         if share.factor != 1:
-            # Before it is added to what stands in .grad: that has had its factor.
-            parameter.register_hook(lambda grad: grad * share.factor)
-        if share.group.size() > 1:
-            parameter.register_post_accumulate_grad_hook(self._finished)
+            hooks.append(parameter.register_hook(lambda grad: grad * share.factor))
+        if share.copies is not None:
+            hooks.append(parameter.register_hook(share.copies.times_number))
+        if share.group.size() > 1 or share.copies is not None:
+            hooks.append(parameter.register_post_accumulate_grad_hook(self._finished))
+
+    def drop(self, parameter: nn.Parameter) -> Share | None:
+        """Forgets a parameter, and says what was done with its gradients; None where it had none."""
+        for hook in self._hooks.pop(parameter, ()):
+            hook.remove()
+        return self.shares.pop(parameter, None)
+
+    def pieces(self, parameter: nn.Parameter, grad: Tensor, ranks: int) -> list[tuple[Tensor, int]]:
+        """The parts of a gradient that as many ranks hold: (part, how many of all ranks), where `ranks` hold each slot
+        of it."""
+        share = self.shares.get(parameter)
+        if share is None or share.copies is None:
+            return [(grad, copies_of(parameter, ranks))]
+        return [(part, number * ranks) for part, number in share.copies.by_number(grad)]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -69,12 +92,17 @@ class GradientSync:
             return
         graph = torch._C._current_graph_task_id()
         if graph != self._graph:  # the first of this backward pass; what one that failed has left is void
-            self._graph, self._pending, self._small = graph, [], []
+            self._graph, self._pending, self._small, self._copied = graph, [], [], []
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        share = self.shares[parameter]
+        if share.copies is not None:
+            self._copied.append(parameter)
+        if share.group.size() == 1:
+            return
         if parameter.numel() <= SMALL:
             self._small.append(parameter)
             return
-        self._reduce(gradient_of(parameter), self.shares[parameter].group)
+        self._reduce(gradient_of(parameter), share.group)
 
     def _reduce(self, grad: Tensor, group: dist.ProcessGroup) -> None:
         dense = grad.contiguous()
@@ -97,8 +125,9 @@ class GradientSync:
             for whole, grads in flat:
                 for grad, part in zip(grads, whole.split([g.numel() for g in grads]), strict=True):
                     grad.copy_(part.view_as(grad))
+            average_copies([(gradient_of(p), self.shares[p].copies) for p in self._copied])  # type: ignore[misc]
         finally:
-            self._graph, self._pending, self._small = None, [], []
+            self._graph, self._pending, self._small, self._copied = None, [], [], []
 
 
 def local(t: Tensor) -> Tensor:

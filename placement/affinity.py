@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .statistics import Source, count_pairs
 from .trace import Trace
 
 
@@ -46,13 +47,9 @@ def co_activation(trace: Trace, layer: int) -> NDArray[np.int64]:
 
 
 def _pairs(before: NDArray, after: NDArray, trace: Trace) -> NDArray[np.int64]:
-    experts = trace.num_experts
-    counts = np.zeros(experts * experts, np.int64)
-    for a in before.T:  # one pair of choices at a time, so that no [T, K, K] array is made
-        for b in after.T:
-            live = (a != trace.none) & (b != trace.none)
-            counts += np.bincount(a[live].astype(np.int64) * experts + b[live], minlength=experts * experts)
-    return counts.reshape(experts, experts)
+    counts = np.zeros((trace.num_experts, trace.num_experts), np.int64)
+    count_pairs(before, after, trace.none, counts)
+    return counts
 
 
 @dataclass(frozen=True)
@@ -77,21 +74,22 @@ class Affinity:
         return self.predicted / self.shuffled if self.shuffled else 0.0
 
 
-def affinity(trace: Trace, best: int | None = None, seed: int = 0) -> list[Affinity]:
+def affinity(trace: Source, best: int | None = None, seed: int = 0) -> list[Affinity]:
     """One `Affinity` for each pair of consecutive layers, L - 1 in all; `best` is K unless given.
 
-    `seed` draws the one permutation of the tokens behind `shuffled`.
+    `seed` draws the one permutation of the tokens behind `shuffled` (of a TraceFile: of each chunk's).
     """
-    layers, tokens, top_k = trace.expert_ids.shape
+    layers, _, top_k = trace.shape
     best = top_k if best is None else best
     if not 0 < best <= trace.num_experts:
         raise ValueError(f"affinity: best must be 1 .. E={trace.num_experts}, got {best}")
-    order = np.random.default_rng(seed).permutation(tokens)
+    size = (trace.num_experts, trace.num_experts)
     found = []
     for layer in range(layers - 1):
-        before, after = trace.expert_ids[layer], trace.expert_ids[layer + 1]
-        counts = _pairs(before, after, trace)
-        chance = _pairs(before, after[order], trace)
+        rng, counts, chance = np.random.default_rng(seed), np.zeros(size, np.int64), np.zeros(size, np.int64)
+        for before, after in trace.pairs(layer):
+            count_pairs(before, after, trace.none, counts)
+            count_pairs(before, after[rng.permutation(len(after))], trace.none, chance)
         found.append(
             Affinity(
                 layer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .cost import Cost
+from .placement import Placement
+from .slots import gpu_load
 from .topology import Topology, Workload
 
 MOVES = ("fixed", "most", "foretold")
@@ -47,6 +51,17 @@ class Objective:
             raise ValueError(f"Objective: home must be one of {', '.join(MOVES)}, got {self.home!r}")
         if not any((self.gpu, self.node, self.copies, self.node_copies, self.load, self.max_load)):
             raise ValueError("Objective: one weight at least must be above 0, got none")
+
+    @property
+    def counts_copies(self) -> bool:
+        """Whether rows on the wire count, which only tokens know."""
+        return bool(self.copies or self.node_copies)
+
+    @property
+    def replica(self) -> str:
+        """The walk's rule for replicas that the score goes by: near the token's home where rows are counted or nothing
+        but load, near its last experts where transitions are."""
+        return "home" if self.counts_copies or not (self.gpu or self.node) else "follow"
 
     @classmethod
     def transitions(cls, topology: Topology, max_load: float | None = None, load: float = 0.01) -> Objective:
@@ -103,6 +118,39 @@ class Problem:
     def gpu_of_slot(self) -> NDArray[np.int32]:
         """int32 [S]."""
         return np.repeat(np.arange(self.topology.gpus, dtype=np.int32), self.slots_of_gpu)
+
+    def parts(self, cost: Cost, placement: Placement) -> dict[str, float]:
+        """What the objective weighs, of a placement that was walked by the objective's rules: gpu, node, copies,
+        node_copies and load. With fixed homes copies are those of homes spread evenly, whatever the walk's were."""
+        topology = self.topology
+        copies, node_copies = cost.copies, cost.node_copies
+        if self.objective.home == "fixed":
+            per_token = cost.tokens * max(len(cost.load), 1)
+            copies = 2 * (1 - 1 / topology.gpus) * float(cost.rows.sum()) / per_token
+            node_copies = 2 * (1 - 1 / topology.nodes) * float(cost.node_rows.sum()) / per_token
+        return {
+            "gpu": cost.cross_gpu_share,
+            "node": cost.cross_node_share,
+            "copies": copies,
+            "node_copies": node_copies,
+            "load": self._load(cost, placement),
+        }
+
+    def _load(self, cost: Cost, placement: Placement) -> float:
+        if len(self.loads) == 1:
+            return cost.imbalance
+        gpus = self.topology.gpus
+        worst = np.zeros(self.layers)
+        for loads in self.loads[1:]:
+            shared = gpu_load(loads, placement.expert_of_slot, placement.gpu_of_slot, gpus)
+            worst = np.maximum(worst, gpus * (shared / self.topology.speed_of_gpu).max(1))
+        own = cost.load / np.maximum(cost.load.sum(1, keepdims=True), 1) / self.topology.speed_of_gpu
+        used = self.loads[0].any(1)
+        return float(np.maximum(worst, gpus * own.max(1))[used].mean()) if used.any() else 1.0
+
+    def score(self, parts: Mapping[str, float]) -> float:
+        """The objective's weighted sum of `parts`."""
+        return sum(getattr(self.objective, name) * value for name, value in parts.items())
 
     @property
     def spare(self) -> int:

@@ -98,7 +98,7 @@ class Topology:
             found = (num_experts // self.gpus + (np.arange(self.gpus) < num_experts % self.gpus)).astype(np.int32)
             if not found.all():
                 raise ValueError(
-                    f"Topology: slots_per_gpu must be given for fewer experts than GPUs, got {num_experts} on {self.gpus}"
+                    f"Topology: slots_per_gpu must be given for fewer experts than GPUs, {num_experts} on {self.gpus}"
                 )
         if found.sum() < num_experts:
             raise ValueError(f"Topology: slots must be at least as many as experts, {num_experts}, got {found.sum()}")
@@ -124,9 +124,7 @@ class Topology:
                     fields[name] = tuple(fields[name])
             return cls(**fields)
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"Topology: fields must be those that were saved, got {sorted(fields)} ({error})"
-            ) from error
+            raise ValueError(f"Topology: fields must be as they were saved, got {sorted(fields)} ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import zipfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,11 @@ from numpy.typing import NDArray
 from .files import write_whole
 
 VERSION = 1
+# what reading an archive of arrays that is damaged, or lies about its sizes, may raise
+BROKEN = (
+    OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, MemoryError, RuntimeError, OverflowError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def id_type(num_experts: int) -> np.dtype:
@@ -91,6 +98,11 @@ class Trace:
         return int(np.iinfo(self.expert_ids.dtype).max)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(L, T, K)."""
+        return self.expert_ids.shape  # type: ignore[return-value]
+
+    @property
     def live(self) -> NDArray[np.bool_]:
         """bool [L, T, K]: where there is an expert."""
         return self.expert_ids != self.none
@@ -98,6 +110,28 @@ class Trace:
     def experts(self, layer: int) -> int:
         """The number of experts of one layer."""
         return self.num_experts if self.experts_of_layer is None else int(self.experts_of_layer[layer])
+
+    def select(self, tokens: slice | NDArray) -> Trace:
+        """The trace of some tokens: a slice, a mask bool [T], or their numbers, in that order.
+
+        >>> ids = np.array([[[0], [1], [2]]], dtype=np.uint8)
+        >>> Trace(ids, num_experts=3).select(slice(1, None)).expert_ids.ravel()
+        array([1, 2], dtype=uint8)
+        """
+        return replace(
+            self,
+            expert_ids=self.expert_ids[:, tokens],
+            weights=None if self.weights is None else self.weights[:, tokens],
+            sequence=None if self.sequence is None else self.sequence[tokens],
+        )
+
+    def chunks(self, layer: int) -> Iterator[NDArray[np.unsignedinteger]]:
+        """The ids [T, K] of one layer, in one piece: what a TraceFile gives in several."""
+        yield self.expert_ids[layer]
+
+    def pairs(self, layer: int) -> Iterator[tuple[NDArray, NDArray]]:
+        """The ids [T, K] of `layer` and of `layer + 1`, in one piece."""
+        yield self.expert_ids[layer], self.expert_ids[layer + 1]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a compressed `.npz` at exactly `path`, whole or not at all (a temporary file, then a rename).
@@ -107,7 +141,7 @@ class Trace:
         fields: dict[str, object] = {
             "version": np.int64(self.version),
             "num_experts": np.int64(self.num_experts),
-            "expert_ids": self.expert_ids,
+            "expert_ids": np.ascontiguousarray(self.expert_ids),  # layer after layer, as TraceFile reads them
         }
         optional = {"weights": self.weights, "sequence": self.sequence, "experts_of_layer": self.experts_of_layer}
         fields |= {name: value for name, value in optional.items() if value is not None}
@@ -126,7 +160,7 @@ class Trace:
                 found = {name: file[name] for name in file.files if name in _FIELDS}
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError, AttributeError, TypeError) as error:
+        except BROKEN as error:
             raise ValueError(f"Trace: {path} must be an .npz file of numeric arrays, got {error}") from error
         missing = {"expert_ids", "num_experts"} - found.keys()
         if missing:

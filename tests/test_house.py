@@ -22,7 +22,7 @@ NOT_OURS = {"tests", "build", "dist", "headgate-demo", "__pycache__"}
 # floor -> the floors below it, and the packages of others, beside the standard library, that it may import
 FLOORS = {
     "kernels": (set(), {"torch", "numpy", "triton", "cupy"}),
-    "placement": (set(), {"numpy", "scipy", "numba"}),
+    "placement": (set(), {"numpy", "scipy", "numba", "pyarrow"}),
     "dispatch": ({"kernels", "placement"}, {"torch", "numpy", "deep_ep"}),
     "moe": ({"dispatch", "kernels", "placement"}, {"torch", "numpy", "transformers", "safetensors"}),
 }

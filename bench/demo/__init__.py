@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from . import files, report, routing, sample, speed, swap, text, train
+from . import files, placement, report, routing, sample, speed, swap, text, train
 from .model import parameters, quiet, tokenizer
 from .screen import Screen, spoken
 from .tour import Chapter, Options, Shape, Tour
@@ -21,6 +21,7 @@ CHAPTERS = [
     Chapter("speed", "Speed and memory", speed.run, speed.section),
     Chapter("train", "Training", train.run, train.section),
     Chapter("routing", "Where tokens go", routing.run, routing.section),
+    Chapter("placement", "Where experts live", placement.run, placement.section),
     Chapter("sample", "What it writes", sample.run, sample.section),
 ]
 NEED_BYTES = 200_000_000
@@ -73,6 +74,10 @@ def _keep(tour: Tour, chapters: list[Chapter], seconds: float) -> None:
         kept.add("trace.npz")
         tour.trace.save(folder / "trace.npz")
         screen.say(f"  {folder / 'trace.npz'}: the routing of {tour.trace.expert_ids.shape[1]:,} tokens")
+    if tour.placement is not None:
+        kept.add("placement.json")
+        tour.placement.save(folder / "placement.json")
+        screen.say(f"  {folder / 'placement.json'}: the GPU of every expert, with cost and bound")
     files.write_text(folder / "report.html", report.page(tour, chapters))
     screen.say(f"  {folder / 'report.html'}: everything with pictures; open it in a browser")
     files.write_text(folder / files.MARK, json.dumps(tour.metrics, indent=1))

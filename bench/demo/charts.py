@@ -97,7 +97,7 @@ def _ticks(steps: int) -> list[int]:
     return [0, steps]
 
 
-def heat_map(values: NDArray, rows: str, columns: str, top: float, unit: str) -> str:
+def heat_map(values: NDArray, rows: str, columns: str, top: float, unit: str, title: str = "") -> str:
     """Cells [rows, columns], from nothing to `top` and more in one hue; for few rows and many columns."""
     count, wide = values.shape
     left, width = 64.0, 860.0
@@ -115,23 +115,42 @@ def heat_map(values: NDArray, rows: str, columns: str, top: float, unit: str) ->
         body.append(_text(left + (j + 0.5) * cell, count * tall + 16, str(j), "soft", "middle"))
     body.append(_text(left, height - 8, columns, "soft"))
     body.append(_legend(width - 8, height - 20, top, unit))
-    return _figure(f"load of every expert, {unit}", int(width), int(height), "".join(body), wide=True)
+    return _figure(title or f"load of every expert, {unit}", int(width), int(height), "".join(body), wide=True)
 
 
-def matrix(values: NDArray, order: Sequence[int], rows: str, columns: str, top: float) -> str:
-    """A square of cells [rows, columns] in one hue; `order`: which row comes first, second, ..."""
+def matrix(
+    values: NDArray,
+    order: Sequence[int],
+    rows: str,
+    columns: str,
+    top: float,
+    *,
+    title: str = "transitions, times chance",
+    unit: str = "× chance",
+    names: Sequence[int] | None = None,
+    lines: tuple[Sequence[int], Sequence[int]] = ((), ()),
+) -> str:
+    """A square of cells [rows, columns] in one hue; `order`: which row comes first, second, ... `names` of the columns;
+    `lines`: after how many rows, and columns, a line is drawn."""
     size, left, up = 356.0, 26.0, 8.0
     cell = size / max(values.shape)
+    names = range(values.shape[1]) if names is None else names
     body = [
-        _cell(left + j * cell, up + i * cell, cell, cell, value, top, f"{row} → {j}: {value:.1f} × chance")
+        _cell(left + j * cell, up + i * cell, cell, cell, value, top, f"{row} → {names[j]}: {value:.1f} {unit}")
         for i, row in enumerate(order)
         for j, value in enumerate(values[row])
     ]
+    for at in lines[0]:
+        y = up + at * cell
+        body.append(f'<line x1="{left}" x2="{left + size}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
+    for at in lines[1]:
+        x = left + at * cell
+        body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{up}" y2="{up + size}" class="rule"/>')
     turned = f'transform="rotate(-90 14 {up + size / 2:.0f})"'
     body.append(_text(14, up + size / 2, rows, "soft", "middle", turned))
     body.append(_text(left + size / 2, up + size + 20, columns, "soft", "middle"))
-    body.append(_legend(left + size, up + size + 34, top, "× chance"))
-    return _figure("transitions, times chance", 400, int(up + size + 52), "".join(body))
+    body.append(_legend(left + size, up + size + 34, top, unit))
+    return _figure(title, 400, int(up + size + 52), "".join(body))
 
 
 def _cell(x: float, y: float, w: float, h: float, value: float, top: float, tip: str) -> str:

@@ -78,8 +78,9 @@ def page(tour: Tour, chapters: list[Chapter]) -> str:
 language model, swapped, measured, trained on real text and looked into.</p>
 {_note(about)}{_tiles(tour)}
 {sections}<footer><p>{escape(about["machine"])}; {escape(versions)}; seed {about["seed"]}.</p>
-<p>Beside this page: <code>model/</code> (transformers, safetensors), <code>trace.npz</code>, <code>metrics.json</code>
-with every figure above. Run it again: <code>headgate demo --seed {about["seed"]}</code></p></footer>
+<p>Beside this page: <code>model/</code> (transformers, safetensors), <code>trace.npz</code>,
+<code>placement.json</code>, <code>metrics.json</code> with every figure above.
+Run it again: <code>headgate demo --seed {about["seed"]}</code></p></footer>
 </main></body></html>
 """
 
@@ -105,6 +106,10 @@ def _tiles(tour: Tour) -> str:
     if found.get("routing", {}).get("affinity"):
         lifts = [pair["lift"] for pair in found["routing"]["affinity"]]
         tiles.append((f"{sum(lifts) / len(lifts):.1f}×", "better than chance: foretelling a token's next expert"))
+    if "placement" in found:
+        rows = found["placement"]["judged"]
+        less = 1 - rows["auto"]["cross_node_share"] / max(rows["eplb"]["cross_node_share"], 1e-9)
+        tiles.append((f"{less:.0%}", "fewer transitions between nodes than with EPLB, by placement"))
     inner = "".join(
         f'<div class="tile"><b>{escape(big)}</b><small>{escape(small)}</small></div>' for big, small in tiles
     )

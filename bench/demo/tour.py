@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...placement.placement import Placement
 from ...placement.trace import Trace
 from .screen import Screen
 from .text import Corpus
@@ -59,6 +60,7 @@ class Tour:
     metrics: dict[str, Any] = field(default_factory=dict)
     model: Model = None  # until it is built
     trace: Trace | None = None
+    placement: Placement | None = None
     interrupted: str | None = None  # the chapter in which Ctrl-C came
 
 

@@ -190,3 +190,72 @@ def test_what_cannot_be_recorded_is_refused():
         record(Stack(fine), ["def main():"])
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         record(Stack(fine), [], max_tokens=0)
+
+
+def test_a_sample_is_whole_sequences_and_the_same_for_the_same_seed():
+    model = olmoe()
+    batches = [ids(2, 6, seed=i) for i in range(40)]
+    whole = record(model, batches, weights=True)
+    part = record(model, batches, weights=True, sample=0.25, seed=3)
+    kept = np.isin(whole.sequence, part.sequence)
+    np.testing.assert_array_equal(part.expert_ids, whole.expert_ids[:, kept])
+    np.testing.assert_array_equal(part.weights, whole.weights[:, kept])
+    np.testing.assert_array_equal(part.sequence, whole.sequence[kept])
+    assert 8 <= len(set(part.sequence.tolist())) <= 34  # of 80: 20 expected
+    again = record(model, batches, sample=0.25, seed=3)
+    np.testing.assert_array_equal(part.sequence, again.sequence)
+    assert part.sequence.tolist() != record(model, batches, sample=0.25, seed=4).sequence.tolist()
+
+
+def test_batches_of_which_nothing_is_kept_are_not_run():
+    model, runs = olmoe(), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    part = record(model, [ids(1, 4)] * 60, sample=0.1)
+    assert len(runs) == len(set(part.sequence.tolist())) < 30
+
+
+def test_a_streamed_trace_is_the_one_in_memory(tmp_path):
+    model = olmoe()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    batches = [{"input_ids": ids(2, 5, seed=i), "attention_mask": mask} for i in range(5)]
+    for more in ({}, {"weights": True, "max_tokens": 21}, {"sample": 0.5, "seed": 1}):
+        expected = record(model, batches, **more)
+        with record(model, batches, path=tmp_path / "t.npz", **more) as streamed:
+            found = streamed.trace()
+        for name in ("expert_ids", "weights", "sequence", "experts_of_layer"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        assert (found.num_experts, found.layer_names) == (expected.num_experts, expected.layer_names)
+        assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
+
+
+def test_streamed_layers_of_different_sizes(tmp_path):
+    model = Stack(Experts(torch.tensor([[3, 1], [4, -1]]), 4), Experts(torch.tensor([[299], [7]]), 300))
+    trace = record(model, [ids(1, 2)] * 3, weights=True, path=tmp_path / "t.npz")
+    assert trace.shape == (2, 6, 2)
+    assert trace.experts_of_layer.tolist() == [4, 300]
+    assert next(trace.chunks(0)).tolist() == [[3, 1], [trace.none] * 2] * 3
+
+
+def test_a_failure_while_streaming_leaves_the_old_file_and_nothing_else(tmp_path):
+    model = olmoe()
+    (tmp_path / "t.npz").write_bytes(b"old")
+
+    def batches():
+        yield ids()
+        raise RuntimeError("the disk is gone")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        record(model, batches(), path=tmp_path / "t.npz")
+    with pytest.raises(ValueError, match="at least one token"):
+        record(model, [], path=tmp_path / "t.npz")
+    assert (tmp_path / "t.npz").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(FileNotFoundError):
+        record(model, [ids()], path=tmp_path / "none" / "t.npz")
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("sample", [0, -1, 1.5, float("nan")])
+def test_a_sample_is_a_share(sample):
+    with pytest.raises(ValueError, match="sample must be above 0 and at most 1"):
+        record(olmoe(), [ids()], sample=sample)

@@ -1,0 +1,153 @@
+"""Placements as other systems write and read them. All of them want equally many slots on every GPU, in GPU order.
+
+sglang   .json: `physical_to_logical_map` [layers, S], for --init-expert-location; it has a row for every layer of the
+         model, those without experts too
+vllm     .json: the maps of its EPLB state, `physical_to_logical_map` [L, S], `logical_to_physical_map` [L, E, most
+         replicas] filled up with -1, and `logical_replica_count` [L, E]
+trtllm   .yaml: `num_slots`, `layer_updates_per_iter`, and `initial_global_assignments`, S experts for each layer
+
+Reading takes .json, .npy and .npz with a physical-to-logical map, and TensorRT-LLM's YAML.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .files import write_whole
+from .placement import Placement
+from .topology import Topology
+
+MAP = "physical_to_logical_map"
+
+
+def maps(placement: Placement) -> dict[str, NDArray[np.int64]]:
+    """physical_to_logical_map [L, S], logical_to_physical_map [L, E, most replicas] with -1 for none, and
+    logical_replica_count [L, E], all int64: the tensors that vLLM's and SGLang's expert maps hold."""
+    slots, replicas = placement.expert_of_slot.astype(np.int64), placement.replicas
+    table = np.full((*replicas.shape, int(replicas.max())), -1, np.int64)
+    for layer, experts in enumerate(slots):
+        order = np.argsort(experts, kind="stable")
+        first = np.cumsum(replicas[layer]) - replicas[layer]
+        table[layer, experts[order], np.arange(len(order)) - first[experts[order]]] = order
+    return {MAP: slots, "logical_to_physical_map": table, "logical_replica_count": replicas}
+
+
+def _sglang(placement: Placement, layers: Sequence[int], count: int) -> str:
+    slots = np.tile(np.arange(placement.expert_of_slot.shape[1]) % placement.num_experts, (count, 1))
+    slots[list(layers)] = placement.expert_of_slot
+    return json.dumps({MAP: slots.tolist()})
+
+
+def _vllm(placement: Placement, layers: Sequence[int], count: int) -> str:
+    return json.dumps({name: table.tolist() for name, table in maps(placement).items()})
+
+
+def _trtllm(placement: Placement, layers: Sequence[int], count: int) -> str:
+    rows = [f"  {layer}: {row.tolist()}" for layer, row in zip(layers, placement.expert_of_slot, strict=True)]
+    head = [f"num_slots: {placement.expert_of_slot.shape[1]}", "layer_updates_per_iter: 0"]
+    return "\n".join([*head, "initial_global_assignments:", *rows, ""])
+
+
+EXPORTS: dict[str, Callable[[Placement, Sequence[int], int], str]] = {
+    "sglang": _sglang,
+    "vllm": _vllm,
+    "trtllm": _trtllm,
+}
+
+
+def export(
+    placement: Placement,
+    path: str | os.PathLike[str],
+    system: str,
+    *,
+    layers: Sequence[int] | None = None,
+    model_layers: int | None = None,
+) -> None:
+    """Writes `placement` for `system`, a name in EXPORTS, whole or not at all.
+
+    `layers`: which of the model's layers the placement's are, rising (None: 0 .. L - 1); `model_layers`: how many the
+    model has in all (None: as few as hold them). Raises ValueError naming argument and rule, OSError.
+    """
+    if system not in EXPORTS:
+        raise ValueError(f"export: system must be one of {', '.join(EXPORTS)}, got {system!r}")
+    if len(set(placement.slots_of_gpu.tolist())) > 1:
+        raise ValueError(
+            f"export: slots_of_gpu must be alike on every GPU for {system}, got {placement.slots_of_gpu.tolist()}"
+        )
+    own = len(placement.expert_of_slot)
+    layers = range(own) if layers is None else list(layers)
+    if len(layers) != own or any(b <= a for a, b in pairwise(layers)) or layers[0] < 0:
+        raise ValueError(f"export: layers must be {own} rising numbers, got {list(layers)}")
+    count = layers[-1] + 1 if model_layers is None else model_layers
+    if count <= layers[-1]:
+        raise ValueError(f"export: model_layers must be above layer {layers[-1]}, got {count}")
+    text = EXPORTS[system](placement, layers, count)
+    write_whole(Path(path), lambda file: file.write(text.encode()))
+
+
+def import_map(
+    path: str | os.PathLike[str],
+    topology: Topology,
+    *,
+    num_experts: int | None = None,
+    layers: Sequence[int] | None = None,
+) -> Placement:
+    """The placement in another system's file. `num_experts`: E, None for one more than the highest id in it; `layers`:
+    which rows to take, None for all.
+
+    Raises FileNotFoundError, or ValueError naming the file, field, rule and value.
+    """
+    try:
+        table = np.array(_read(Path(path)))
+        if table.ndim != 2 or not table.size or table.dtype.kind not in "iu":
+            raise ValueError(f"{MAP} must be whole numbers [L, S], got {table.dtype} {table.shape}")
+        if layers is not None:
+            odd = [layer for layer in layers if not 0 <= layer < len(table)]
+            if odd:
+                raise ValueError(f"layers must be in 0 .. {len(table) - 1}, got {odd[0]}")
+            table = table[list(layers)]
+        return Placement(table, int(table.max()) + 1 if num_experts is None else num_experts, topology)
+    except FileNotFoundError:
+        raise
+    except (ValueError, TypeError, KeyError, EOFError) as error:
+        raise ValueError(f"import_map: {path} must hold another system's placement, got {error}") from error
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return _map_of({name: file[name] for name in file.files if name == MAP}, file.files)
+    if path.suffix in (".yaml", ".yml"):
+        return _trtllm_rows(path.read_text())
+    if path.suffix != ".json":
+        raise ValueError(f"a file that ends in {path.suffix or 'nothing'}, not .json, .npy, .npz or .yaml")
+    found = json.loads(path.read_text())
+    return found if isinstance(found, list) else _map_of(found, found)
+
+
+def _map_of(found: Any, names: Any) -> Any:
+    if not isinstance(found, dict) or MAP not in found:
+        raise ValueError(f"no {MAP} among {list(names)[:9]}")
+    return found[MAP]
+
+
+def _trtllm_rows(text: str) -> list[list[int]]:
+    """The assignments of a YAML as TensorRT-LLM's own tools and `export` write it: a layer and its experts in brackets,
+    over one line or several."""
+    where = re.search(r"^initial_global_assignments:\s*\n((?:[ \t].*\n?|\s*\n)+)", text, re.MULTILINE)
+    rows = re.findall(r"(\d+)\s*:\s*\[([\d,\s]*)\]", where[1] if where else "")
+    if not rows:
+        raise ValueError("no initial_global_assignments with a line `layer: [expert, ...]` for each layer")
+    by_layer = sorted((int(layer), [int(e) for e in experts.split(",") if e.strip()]) for layer, experts in rows)
+    return [experts for _, experts in by_layer]

@@ -1,0 +1,135 @@
+"""How placements are found: a name, and a function of a Problem and a Run; what it proved on the way, if anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .balance import balance
+from .copies import improve_copies
+from .eplb import apart, eplb
+from .ilp import ilp
+from .placement import Placement
+from .problem import Problem
+from .replicate import replicate
+from .search import search
+from .simple import linear, random
+from .state import from_slots, score, to_slots
+
+SWAPS, COPIES = 30_000_000, 5_000_000  # proposals of the two searches, a few seconds each
+EXACT = 130  # binaries up to which HiGHS, too, is asked: beyond, it proves nothing in a minute
+
+
+@dataclass
+class Run:
+    """What a method may spend, and whom it tells. `interrupted`: an event that Ctrl-C sets."""
+
+    deadline: float
+    interrupted: Any
+    seed: int
+    effort: float
+    start: Placement | None
+    say: Callable[[str], None]
+
+    def stop(self) -> bool:
+        """Whether it is time to hand over what there is."""
+        return self.interrupted.is_set() or time.perf_counter() > self.deadline
+
+    def proposals(self, usual: int) -> int:
+        return max(1, round(usual * self.effort))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A score that no placement of the problem is below, and whether the answer is the best there is."""
+
+    score: float
+    proved: bool
+
+
+Found = tuple[NDArray[np.integer], Proof | None]
+
+
+def _auto(problem: Problem, run: Run) -> Found:
+    """Search; small cases by the integer program too; replicas once every expert has a place."""
+    if not (problem.objective.counts_copies or problem.objective.gpu or problem.objective.node):
+        return _balance(problem, run)
+    single = _without_spare(problem)
+    start = None
+    if run.start is not None and not problem.spare:
+        start = from_slots(run.start.expert_of_slot, problem.gpu_of_slot)
+    if problem.objective.counts_copies:
+        at = improve_copies(single, start, seed=run.seed, proposals=run.proposals(COPIES), stop=run.stop)
+    else:
+        at = search(single, start, proposals=run.proposals(SWAPS), seed=run.seed, stop=run.stop)
+    if problem.spare:
+        return replicate(problem, at, seed=run.seed, stop=run.stop), None
+    if problem.objective.counts_copies or problem.layers * problem.num_experts * problem.topology.gpus > EXACT:
+        return to_slots(at), None
+    exact, proof = _ilp(problem, run)
+    better = score(problem, from_slots(exact, problem.gpu_of_slot)).order < score(problem, at).order
+    return exact if better else to_slots(at), proof
+
+
+def _ilp(problem: Problem, run: Run) -> Found:
+    found = ilp(problem, max(run.deadline - time.perf_counter(), 0.1), seed=run.seed)
+    return found.expert_of_slot, Proof(found.bound, found.proved)
+
+
+def _balance(problem: Problem, run: Run) -> Found:
+    pins = [(layer, e, problem.pins[layer, e]) for layer, e in np.argwhere(problem.pins >= 0).tolist()]
+    groups = problem.groups if problem.groups > 1 else None
+    found = balance(
+        problem.loads[0],
+        problem.slots_of_gpu,
+        problem.topology.nodes,
+        groups,
+        problem.topology.speed_of_gpu,
+        pins,
+        run.seed,
+    )
+    return found, None
+
+
+def _eplb(problem: Problem, run: Run) -> Found:
+    _free("eplb", problem)
+    load, slots = problem.loads[0], problem.slots_of_gpu
+    return apart(eplb(load, slots, problem.topology.nodes, problem.groups), load, slots), None
+
+
+def _linear(problem: Problem, run: Run) -> Found:
+    _free("linear", problem)
+    return linear(problem.layers, problem.num_experts, problem.slots_of_gpu), None
+
+
+def _random(problem: Problem, run: Run) -> Found:
+    _free("random", problem)
+    return random(problem.layers, problem.num_experts, problem.slots_of_gpu, run.seed), None
+
+
+METHODS: dict[str, Callable[[Problem, Run], Found]] = {
+    "auto": _auto,
+    "ilp": _ilp,
+    "balance": _balance,
+    "eplb": _eplb,
+    "linear": _linear,
+    "random": _random,
+}
+
+
+def _free(method: str, problem: Problem) -> None:
+    if (problem.pins >= 0).any():
+        raise ValueError(f"place: pins must be left out with method {method!r}, got {int((problem.pins >= 0).sum())}")
+
+
+def _without_spare(problem: Problem) -> Problem:
+    """The problem with one slot for each expert: GPUs with most slots give theirs up first."""
+    slots = problem.slots_of_gpu.copy()
+    for _ in range(problem.spare):
+        slots[np.argmax(slots - np.arange(len(slots)) * 1e-9)] -= 1
+    return replace(problem, slots_of_gpu=slots)

@@ -1,0 +1,58 @@
+"""Loads that a placement has to stand, beside the trace's own: those of its domains, or of the kinds of text in it.
+
+A load that is even over a whole trace can be far from it on each of its parts, and traffic is never the whole trace. A
+plan that keeps the worst of the parts even has no two experts on one GPU that are busy at the same time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.vq import kmeans2
+
+from .statistics import loads_of
+from .trace import Trace
+
+RUN = 256  # tokens that stand for a sequence where there are none
+
+
+def scenario_loads(trace: Trace, scenarios: int | NDArray[np.integer] | None, seed: int = 0) -> NDArray[np.float64]:
+    """float64 [1 + Q, L, E]: the load of all tokens and of each scenario, each layer adding up to 1 (0 if unused).
+
+    `scenarios`: labels [T], 0 .. Q - 1, such as a token's domain; or a number Q >= 2: sequences (runs of 256 tokens,
+    where the trace has none) fall into at most so many kinds by which experts they use (k-means of their shares). None
+    or 1: no scenario. The load of a scenario of few tokens is drawn towards that of all: n tokens count n to E.
+
+    Raises ValueError naming the rule.
+    """
+    layers, tokens, _ = trace.shape
+    whole = loads_of(trace, np.zeros(tokens, np.int64)).reshape(-1, layers, trace.num_experts)
+    whole = _shares(whole if len(whole) else np.zeros((1, layers, trace.num_experts)))
+    if scenarios is None or (np.ndim(scenarios) == 0 and scenarios == 1) or not tokens:
+        return whole
+    labels = _kinds(trace, scenarios, seed) if np.ndim(scenarios) == 0 else np.asarray(scenarios)
+    counts = loads_of(trace, labels)
+    weight = np.bincount(labels, minlength=len(counts))[:, None, None]
+    drawn = (counts / np.maximum(weight, 1)) * weight + whole * trace.num_experts * counts.sum((0, 2))[:, None] / tokens
+    return np.concatenate([whole, _shares(drawn[weight[:, 0, 0] > 0])])
+
+
+def _kinds(trace: Trace, number: object, seed: int) -> NDArray[np.int64]:
+    if not hasattr(number, "__index__") or int(number) < 1:  # type: ignore[call-overload]
+        raise ValueError(f"scenarios: must be labels [T] or a number of at least 1, got {number!r}")
+    tokens = trace.shape[1]
+    if trace.sequence is None:
+        part = np.arange(tokens) // RUN
+    else:
+        part = np.cumsum(np.diff(trace.sequence, prepend=trace.sequence[:1]) != 0)
+    loads = _shares(loads_of(trace, part)).reshape(part.max() + 1, -1)
+    count = min(int(number), len(loads))  # type: ignore[call-overload]
+    if count < 2:
+        return np.zeros(tokens, np.int64)
+    _, kind = kmeans2(np.sqrt(loads), count, iter=25, minit="++", rng=seed, missing="warn")
+    return np.unique(kind, return_inverse=True)[1][part]
+
+
+def _shares(loads: NDArray) -> NDArray[np.float64]:
+    total = loads.sum(-1, keepdims=True)
+    return np.divide(loads, total, out=np.zeros(loads.shape), where=total > 0)
