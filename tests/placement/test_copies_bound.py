@@ -1,6 +1,7 @@
 """The bound on copies against every placement there is, and where it is met."""
 
 import doctest
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headgate.placement import copies_bound
+import headgate.placement.copies_bound as module
 from headgate.placement.copies import score
-from headgate.placement.copies_bound import fewest_parts, least_copies, least_places, matching_bound, spectral_bound
+from headgate.placement.copies_bound import copies_bound, fewest_parts, least_places, matching_bound, spectral_bound
 from headgate.placement.problem import Objective, Problem
 from headgate.placement.topology import Topology
 
@@ -27,7 +28,7 @@ def tokens_of(seed: int, tokens: int, top_k: int, even: float) -> np.ndarray:
 
 
 def test_examples():
-    assert doctest.testmod(copies_bound) == (0, 1)
+    assert doctest.testmod(module) == (0, 1)
 
 
 @settings(max_examples=150, deadline=None)
@@ -61,6 +62,19 @@ def test_met_where_tokens_keep_to_their_part():
     assert least_places(ids, 6, np.ones(6, int)) == pytest.approx(2)
 
 
+def test_without_the_linear_program_it_holds_too(monkeypatch):
+    monkeypatch.setattr(module, "EXACT", 0)
+    together = np.random.default_rng(0).integers(0, 9, (6, 6))
+    together = (together + together.T) * (1 - np.eye(6))
+    loose = matching_bound(together, np.array([2, 2, 2]))
+    monkeypatch.undo()
+    assert loose >= matching_bound(together, np.array([2, 2, 2]))
+    assert loose >= max(
+        sum(together[np.ix_(part, part)].sum() / 2 for part in np.argsort(split, kind="stable").reshape(3, 2))
+        for split in SPLITS[2, 2, 2]
+    )
+
+
 @pytest.mark.parametrize("choices", range(1, 9))
 def test_the_hull_lies_below_every_way_to_spread_choices(choices):
     corners = np.array(fewest_parts(choices), float)
@@ -85,8 +99,9 @@ def test_no_placement_copies_less_than_the_least(home):
         objective=Objective(copies=1.0, home=home),
         pins=np.full((3, 6), -1, np.int32),
     )
-    least, rng = least_copies(problem), np.random.default_rng(0)
+    least, rng = copies_bound(problem), np.random.default_rng(0)
     assert least["copies"] > 0.3
+    assert copies_bound(replace(problem, slots_of_gpu=np.full(4, 2, np.int32))) == {"copies": 0, "node_copies": 0}
     for _ in range(50):
         found = score(problem, rng.permuted(np.tile([0, 0, 1, 2, 2, 3], (3, 1)), axis=1))
         assert found["copies"] >= least["copies"]
