@@ -26,6 +26,7 @@ from .experts import Experts
 from .parallel import Parallel, parallel_of
 from .shards import Shards, shards_of
 
+REPLICA = ("home", "balanced")
 Optimizer = torch.optim.Optimizer
 _Plan = list[tuple[Step, Placement | None]]  # each with the placement of its layer that it leaves; None: the plain one
 
@@ -40,17 +41,21 @@ class Moved:
     received_bytes: int
 
 
-def place_experts(module: nn.Module, placement: Placement | None, *, optimizer: Optimizer | None = None) -> nn.Module:
+def place_experts(
+    module: nn.Module, placement: Placement | None, *, optimizer: Optimizer | None = None, replica: str = "home"
+) -> nn.Module:
     """Puts the experts of a parallelized layer or model where `placement` says, in place; weights travel, rows follow.
 
     module     what `parallelize` was given: its layers of experts are the placement's, in the order of their names
     placement  of ep GPUs, ranks of an ep group in order, with as many slots each; an expert may stand on several. None:
                E/ep in a row on each rank, as parallelize left them
     optimizer  the one made after parallelize, whose state of experts travels too
+    replica    "home": a rank takes a replicated expert on itself, else on its node, else anywhere, in turn (Replicas).
+               "balanced": all ranks of an ep group count, in each call, and the busiest has as few rows as can be
+               (Balanced): for speed where replicas are there for balance, at the price of a wait for the device
 
-    A rank takes a replicated expert on itself, else on its node, else anywhere, in turn (see Replicas); outputs and
-    gradients stay those of one process. Replicas' gradients are summed, so that equal replicas stay equal under any
-    optimizer that goes element by element. Router, losses and checkpoints know experts, not slots.
+    Outputs and gradients stay those of one process. Replicas' gradients are summed, so that equal replicas stay equal
+    under any optimizer that goes element by element. Router, losses and checkpoints know experts, not slots.
 
     Where slots per rank change, expert parameters are new ones: hand the optimizer over, or make it afterwards, and
     hooks set on them are gone. Otherwise they stay the same objects. A layer travels in one all-to-all, and each rank
@@ -67,16 +72,18 @@ def place_experts(module: nn.Module, placement: Placement | None, *, optimizer: 
     """
 
     def plan() -> tuple[_Plan, object]:
+        if replica not in REPLICA:
+            raise ValueError(f"place_experts: replica must be one of {', '.join(REPLICA)}, got {replica!r}")
         if placement is not None and not isinstance(placement, Placement):
             raise TypeError(f"place_experts: placement must be a Placement or None, got {type(placement).__name__}")
         now = placement_of(module, None if placement is None else placement.topology)
         then = _plain(now) if placement is None else placement
         _check_fits(parallel, now, then)
         goals = [None if placement is None else _layer_of(then, layer) for layer in range(len(then.expert_of_slot))]
-        return list(zip(rearrange(now, then), goals, strict=True)), _said(then)
+        return list(zip(rearrange(now, then), goals, strict=True)), (_said(then), replica)
 
     parallel = parallel_of(module)
-    for _ in _made(parallel, _agreed(parallel, optimizer, plan), optimizer):
+    for _ in _made(parallel, _agreed(parallel, optimizer, plan), optimizer, replica):
         pass
     return module
 
@@ -251,7 +258,8 @@ def _agreed(parallel: Parallel, optimizer: Optimizer | None, plan: Callable[[], 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _made(parallel: Parallel, steps: _Plan, optimizer: Optimizer | None) -> Iterator[Moved]:
+def _made(parallel: Parallel, steps: _Plan, optimizer: Optimizer | None, replica: str | None = None) -> Iterator[Moved]:
+    """Makes the steps. `replica`: how replicas are chosen from now on; None: as they were."""
     names = list(parallel.experts)
     for step, goal in steps:
 
@@ -262,12 +270,17 @@ def _made(parallel: Parallel, steps: _Plan, optimizer: Optimizer | None) -> Iter
                 raise ValueError(f"migrate: experts must stand where the step before left them, got others in {name}")
 
         together(check, parallel.fold.group("dp", "cp", "tp"))
-        yield _make(parallel, names[step.layer], step.moves, goal, optimizer)
+        yield _make(parallel, names[step.layer], step.moves, goal, optimizer, replica)
 
 
 @torch.no_grad()
 def _make(
-    parallel: Parallel, name: str, moves: tuple[Move, ...], goal: Placement | None, optimizer: Optimizer | None
+    parallel: Parallel,
+    name: str,
+    moves: tuple[Move, ...],
+    goal: Placement | None,
+    optimizer: Optimizer | None,
+    replica: str | None,
 ) -> Moved:
     """The moves of one layer: afterwards its experts stand as `goal` says."""
     experts = parallel.experts[name]
@@ -276,7 +289,7 @@ def _make(
     states = {key: _states(p, optimizer) for key, p in held.items()}
     tensors = [t for key, p in held.items() for t in (p.detach(), *states[key].values())]
     arrived, sent, received = _travel(tensors, moves, before, shards)
-    shards.place(goal)
+    shards.place(goal, replica or shards.replica)
     targets = [move.target_slot - shards.slots.start for move in _into(moves, shards)]
     if len(before) != len(shards.slots):
         tensors = [_resized(t, len(shards.slots), targets) for t in tensors]
