@@ -26,6 +26,11 @@ _WHERE = {
     "Routing": "kernels.routing",
     "grouped_ffn": "kernels.grouped_ffn",
     "Trace": "placement.trace",
+    "Topology": "placement.topology",
+    "Workload": "placement.topology",
+    "Objective": "placement.problem",
+    "Placement": "placement.placement",
+    "place": "placement.place",
 }
 _MODULES = {
     "hf": "moe.hf",

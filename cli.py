@@ -99,18 +99,18 @@ def train(args: argparse.Namespace) -> int:
     return run(args)
 
 
-def place(args: argparse.Namespace) -> int:
-    """A placement from a trace; with --json its figures go to standard output, all else to standard error."""
-    from .bench.place import run
-
-    return run(args)
-
-
 def trace(args: argparse.Namespace) -> int:
     """A trace recorded, converted or shown; with --json the figures go to standard output."""
     if args.model:
         _need("transformers", "trace", "hf")
     from .bench.trace import run
+
+    return run(args)
+
+
+def place(args: argparse.Namespace) -> int:
+    """A placement from a trace; with --json its figures go to standard output, all else to standard error."""
+    from .bench.place import run
 
     return run(args)
 
@@ -149,16 +149,16 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         importlib.import_module(".bench.train", __package__).add_arguments(training)
     training.set_defaults(call=train)
 
+    tracing = _command(add, "trace", help="where tokens go", description=TRACE, epilog=TRACE_EXAMPLE)
+    if argv[:1] == ["trace"]:  # the options name the formats, which loads numpy
+        importlib.import_module(".bench.trace", __package__).add_arguments(tracing)
+    tracing.set_defaults(call=trace)
+
     about = "Which GPU each expert should live on, layer by layer: a placement with its cost and a proved bound."
     placing = _command(add, "place", help="experts to GPUs, by a trace", description=about)
     if argv[:1] == ["place"]:
         importlib.import_module(".bench.place", __package__).add_arguments(placing)
     placing.set_defaults(call=place)
-
-    tracing = _command(add, "trace", help="where tokens go", description=TRACE, epilog=TRACE_EXAMPLE)
-    if argv[:1] == ["trace"]:  # the options name the formats, which loads numpy
-        importlib.import_module(".bench.trace", __package__).add_arguments(tracing)
-    tracing.set_defaults(call=trace)
 
     about = "What this machine can run; with MODEL, what the swap takes of it, and the calls that really ran."
     check = _command(add, "doctor", help="what this machine can run", description=about, epilog=DOCTOR_EXAMPLE)

@@ -22,6 +22,7 @@ from .groups import homes
 from .slots import Pin, checked_load, checked_nodes, checked_pins, checked_slots, checked_speed, gpu_load, gpu_of_slot
 
 KICKS = 100
+SLOTS = 64  # layers with fewer are searched longer: their descents are short, and end far apart
 ENOUGH = 1e-4  # a layer this near, relative, to a perfect spread is left alone
 
 
@@ -33,7 +34,7 @@ def balance(
     speed: ArrayLike | None = None,
     pins: Sequence[Pin] | None = None,
     seed: int = 0,
-    kicks: int = KICKS,
+    kicks: int | None = None,
 ) -> NDArray[np.int64]:
     """int64 [L, S]: the expert of each slot, GPUs in order, ids rising inside a GPU, from load [L, E].
 
@@ -43,7 +44,8 @@ def balance(
     speed          [G] or None: rows per second of each GPU, in any unit
     pins           triples (layer, expert, gpu): a replica that must be there
     seed           of the kicks; the same seed gives the same plan
-    kicks          random disturbances of each layer, a descent after each; 0: the first descent alone
+    kicks          random disturbances of each layer, a descent after each; 0: the first descent alone; None: 100, or
+                   6400 / S where that is more
 
     Raises ValueError where the slots do not hold every expert, groups do not fit nodes, or pins do not fit either.
     """
@@ -58,6 +60,10 @@ def balance(
     if groups < 1 or experts % groups or groups % nodes:
         rule = f"a multiple of nodes={nodes} that divides the {experts} experts"
         raise ValueError(f"balance: groups must be {rule}, got {groups}")
+    if kicks is not None and kicks < 0:
+        raise ValueError(f"balance: kicks must be 0 or more, got {kicks}")
+    if kicks is None:
+        kicks = KICKS * max(SLOTS, int(slots.sum())) // int(slots.sum())
     known = eplb(weight, slots, nodes, groups) if (slots == slots[0]).all() else None
     seeds = np.random.default_rng(seed).integers(2**31, size=(layers,))
     plan = np.empty((layers, int(slots.sum())), np.int64)
@@ -122,7 +128,8 @@ def _layer(
         must, start = pinned[np.ix_(experts, gpus)], np.empty(0, np.int64)
         if known is not None and not must.any() and np.array_equal(np.unique(known[here]), experts):
             start = np.searchsorted(experts, known[here])
-        held, time = search(load[experts], first, speed[gpus], must, start, beat, kicks, ENOUGH, seed)
+        goal = load[experts].sum() / speed[gpus][slots[gpus] > 0].sum() * (1 + ENOUGH)
+        held, time = search(load[experts], first, speed[gpus], must, start, beat, goal, kicks, seed)
         plan[here] = experts[np.concatenate([np.sort(part) for part in np.split(held, first[1:-1])])]
         worst = max(worst, time)
     return worst, plan

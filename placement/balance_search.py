@@ -12,16 +12,17 @@ from numba import njit
 
 SLACK = 1e-12  # of the largest time: what counts as less
 PATIENCE = 20
+MANY = 10  # changes of a strong kick
 
 
 @njit(cache=True)
-def search(load, first, speed, pinned, start, beat, kicks, enough, seed):
+def search(load, first, speed, pinned, start, beat, goal, kicks, seed):
     """(held int64 [S], its largest time) for load float64 [E], first int64 [G + 1], speed [G], pinned bool [E, G].
 
     start   int64 [S], a plan to be not worse than, or empty; replicas that share a GPU are parted first
     beat    a largest time to reach: while the best is above it, kicks go on, up to PATIENCE times their number
-    kicks   random disturbances; the search ends early where the largest time is within `enough` of the least possible
-            (all load over all speed), relative
+    goal    a largest time that is good enough: the search ends there
+    kicks   random disturbances, a descent after each
     """
     np.random.seed(seed)
     held, on, copies, time = _greedy(load, first, speed, pinned)
@@ -31,8 +32,6 @@ def search(load, first, speed, pinned, start, beat, kicks, enough, seed):
         _descend(load, first, speed, pinned, other[0], other[1], other[2], other[3])
         if other[3].max() < time.max():
             held, on, copies, time = other
-    width = np.diff(first)
-    goal = load.sum() / speed[width > 0].sum() * (1 + enough)
     best = held.copy(), on.copy(), copies.copy(), time.copy()
     for kick in range(PATIENCE * kicks):
         if best[3].max() <= beat and (kick >= kicks or best[3].max() <= goal):
@@ -40,10 +39,22 @@ def search(load, first, speed, pinned, start, beat, kicks, enough, seed):
         _kick(load, first, speed, pinned, held, on, copies, time)
         _descend(load, first, speed, pinned, held, on, copies, time)
         if time.max() <= best[3].max():
-            best[0][:], best[1][:], best[2][:], best[3][:] = held, on, copies, time
+            _copy((held, on, copies, time), best)
         else:
-            held[:], on[:], copies[:], time[:] = best
+            _copy(best, (held, on, copies, time))
     return best[0], best[3].max()
+
+
+@njit(cache=True)
+def _copy(state, into):
+    for slot in range(len(state[0])):
+        into[0][slot] = state[0][slot]
+    for e in range(len(state[1])):
+        into[2][e] = state[2][e]
+        for g in range(len(state[3])):
+            into[1][e, g] = state[1][e, g]
+    for g in range(len(state[3])):
+        into[3][g] = state[3][g]
 
 
 @njit(cache=True)
@@ -63,11 +74,21 @@ def _times(load, first, speed, held, copies):
 
 
 @njit(cache=True)
+def _counted(on):
+    """The copies [E] of each expert. A loop, because numba takes seconds to compile a sum over one axis."""
+    copies = np.zeros(len(on), np.int64)
+    for e in range(len(on)):
+        for there in on[e]:
+            copies[e] += there
+    return copies
+
+
+@njit(cache=True)
 def _replicas(load, pinned, slots):
     """Copies [E], `slots` in all: always one more of the expert with most load per copy, which makes the largest load
     per copy as small as can be."""
     gpus = pinned.shape[1]
-    copies = np.maximum(pinned.sum(1), 1)
+    copies = np.maximum(_counted(pinned), 1)
     for _ in range(slots - copies.sum()):
         expert, most = -1, -1.0
         for e in range(len(load)):
@@ -94,8 +115,10 @@ def _greedy(load, first, speed, pinned):
                 held[used[g]], on[e, g] = e, True
                 used[g] += 1
                 work[g] += load[e] / copies[e]
-    for e in np.argsort(-load / copies, kind="mergesort"):
-        share = load[e] / copies[e]
+    share_of = load / copies
+    for _ in range(experts):
+        e = share_of.argmax()
+        share, share_of[e] = share_of[e], -1.0
         for _ in range(copies[e] - on[e].sum()):
             to, least = -1, np.inf
             for g in range(gpus):
@@ -113,38 +136,54 @@ def _greedy(load, first, speed, pinned):
 def _adopted(load, first, speed, start):
     """The state of a plan. The second replica of an expert on a GPU changes places with one of another GPU, so that the
     busier of the two is least busy; if there is none, its slot is left over."""
-    held, on, second = start.copy(), np.zeros((len(load), len(speed)), np.bool_), np.zeros(len(start), np.bool_)
-    copies = np.bincount(start, minlength=len(load))
+    held, there = start.copy(), np.zeros((len(load), len(speed)), np.int64)
+    copies = np.zeros(len(load), np.int64)
     for g in range(len(speed)):
         for s in range(first[g], first[g + 1]):
-            second[s] = on[held[s], g]
-            on[held[s], g] = True
+            there[held[s], g] += 1
+            copies[held[s]] += 1
     time = _times(load, first, speed, held, copies)
     for g in range(len(speed)):
         for s in range(first[g], first[g + 1]):
-            if not second[s]:
-                continue
             a, least, other, to = held[s], np.inf, -1, -1
+            if there[a, g] == 1:
+                continue
             for h in range(len(speed)):
                 for p in range(first[h], first[h + 1]):
                     b = held[p]
-                    if on[a, h] or second[p] or on[b, g]:
+                    if there[a, h] or there[b, g] or there[b, h] > 1:
                         continue
                     less = load[a] / copies[a] - load[b] / copies[b]
                     after = max(time[g] - less / speed[g], time[h] + less / speed[h])
                     if after < least:
                         least, other, to = after, p, h
-            if other >= 0:
-                _exchange(load, first, speed, held, on, copies, time, s, g, other, to)
-                on[a, g], second[s] = True, False
-    held[second] = -1
-    return _filled(load, first, speed, held, on)
+            if other < 0:
+                continue
+            there[a, g] -= 1
+            there[held[other], to], there[held[other], g], there[a, to] = 0, 1, 1
+            held[s], held[other] = held[other], a
+            time[g] = _time(load, first, speed, held, copies, g)
+            time[to] = _time(load, first, speed, held, copies, to)
+    return _filled(load, first, speed, _without_seconds(held, first, there.shape), there > 0)
+
+
+@njit(cache=True)
+def _without_seconds(held, first, shape):
+    """`held` with -1 for an expert that its GPU has in a slot before."""
+    seen = np.zeros(shape, np.bool_)
+    for g in range(shape[1]):
+        for s in range(first[g], first[g + 1]):
+            if seen[held[s], g]:
+                held[s] = -1
+            else:
+                seen[held[s], g] = True
+    return held
 
 
 @njit(cache=True)
 def _filled(load, first, speed, held, on):
     """The state with slots left over (-1) given to the expert, of those not on the GPU, with most load per copy."""
-    copies = on.sum(1)
+    copies = _counted(on)
     for g in range(len(speed)):
         for slot in range(first[g], first[g + 1]):
             if held[slot] < 0:
@@ -263,10 +302,10 @@ def _give(load, first, speed, held, on, copies, time, slot, h, b):
 
 @njit(cache=True)
 def _kick(load, first, speed, pinned, held, on, copies, time):
-    """One to three random changes, whatever they cost: a slot goes to another expert, often one of the busiest GPU, or
-    two GPUs, often the busiest among them, exchange a replica."""
+    """A few random changes, one time in eight many, whatever they cost: a slot goes to another expert, often one of
+    the busiest GPU, or two GPUs, often the busiest among them, exchange a replica."""
     slots, gpus = len(held), len(speed)
-    for _ in range(1 + np.random.randint(3)):
+    for _ in range(1 + np.random.randint(3 if np.random.randint(8) else MANY)):
         g = time.argmax() if np.random.randint(2) else np.random.randint(gpus)
         p = np.random.randint(slots)
         h = np.searchsorted(first, p, side="right") - 1

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from .bounds import Bound, crossing_bound, load_bound
+from .bounds import METHODS, Bound, crossing_bound, load_bound
 from .copies_bound import copies_bound
 from .methods import Proof, Run
 from .problem import Problem
@@ -30,6 +30,7 @@ def certify(
     if weights.copies or weights.node_copies:
         found |= copies_bound(problem)
         how.append("copies: co-activation")
+    settled = proof is not None and proof.proved
     if weights.gpu or weights.node:
         crossing = crossing_bound(
             problem.transitions,
@@ -37,6 +38,7 @@ def certify(
             problem.topology.node_of_gpu,
             gpu_weight=weights.gpu,
             node_weight=weights.node,
+            methods=METHODS[:2] if settled else METHODS,
             time_limit=max(run.deadline - time.perf_counter(), 0.0),
             progress=lambda bound: run.interrupted.is_set() or _told(bound, run),
         )
@@ -47,7 +49,7 @@ def certify(
         bound = proof.score
         how.append("score: integer program")
     bound = min(bound, score) if bound <= score * (1 + SLACK) else bound
-    proved = bool(proof is not None and proof.proved) or score - bound <= SLACK * abs(score)
+    proved = settled or score - bound <= SLACK * abs(score)
     return {
         **found,
         "score": bound,

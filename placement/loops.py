@@ -24,6 +24,8 @@ class State(NamedTuple):
     held       bool [L, E]      pinned experts, which stay, never changed
     load       float64 [Q, L, E]  of the mean GPU's load, never changed;  time  float64 [Q, L, G]: summed, times pace
     peak       float64 [L]      the largest time over scenarios and GPUs
+    steep      float64 [L]      how steeply `heat` rises with time, never changed
+    heat       float64 [Q, L, G]  exp(steep * (time - 1)): log(sum) / steep is a smooth peak;  sum  float64 [L]
     random     uint64 [1]       the state of the random numbers
     group      int: experts of a group that has to stay on one node, 1 where there are none
     """
@@ -39,6 +41,9 @@ class State(NamedTuple):
     load: NDArray
     time: NDArray
     peak: NDArray
+    steep: NDArray
+    heat: NDArray
+    sum: NDArray
     random: NDArray
     group: int
 
@@ -96,22 +101,56 @@ def crossings_saved(state, layer, e, f):
 
 
 @njit(cache=True)
+def _on_peak(state, layer, gpu):
+    for q in range(state.load.shape[0]):
+        if state.time[q, layer, gpu] == state.peak[layer]:
+            return True
+    return False
+
+
+@njit(cache=True)
 def peak_after(state, layer, e, f):
     """The layer's peak once e and f have changed places."""
     a, b = state.at[layer, e], state.at[layer, f]
-    peak, fell = 0.0, False
+    peak = 0.0
     for q in range(state.load.shape[0]):
         more = state.load[q, layer, f] - state.load[q, layer, e]
         time = state.time[q, layer]
         peak = max(peak, time[a] + more * state.pace[a], time[b] - more * state.pace[b])
-        fell |= time[a] == state.peak[layer] or time[b] == state.peak[layer]
-    if not fell or peak >= state.peak[layer]:
+    if peak >= state.peak[layer] or not (_on_peak(state, layer, a) or _on_peak(state, layer, b)):
         return max(peak, state.peak[layer])
     for q in range(state.load.shape[0]):
         for g in range(state.time.shape[2]):
             if g != a and g != b:
                 peak = max(peak, state.time[q, layer, g])
     return peak
+
+
+@njit(cache=True)
+def heat_of(steep, time):
+    return np.exp(min(steep * (time - 1), 600.0))
+
+
+@njit(cache=True)
+def _smooth_change(state, layer, e, f, a, b):
+    """How much the layer's smooth peak rises if e on a and f on b change places."""
+    steep, after = state.steep[layer], state.sum[layer]
+    for q in range(state.load.shape[0]):
+        more = state.load[q, layer, f] - state.load[q, layer, e]
+        time, heat = state.time[q, layer], state.heat[q, layer]
+        after += heat_of(steep, time[a] + more * state.pace[a]) - heat[a]
+        after += heat_of(steep, time[b] - more * state.pace[b]) - heat[b]
+    return np.log(max(after, 1e-300) / state.sum[layer]) / steep
+
+
+@njit(cache=True)
+def _smooth_most(state, layer, a, b):
+    """No swap between a and b lowers the smooth peak by more."""
+    part = 0.0
+    for q in range(state.load.shape[0]):
+        part += state.heat[q, layer, a] + state.heat[q, layer, b]
+    rest = state.sum[layer] - part
+    return part / (rest * state.steep[layer]) if rest > 0.01 * part else np.inf  # log(1 + x) <= x
 
 
 @njit(cache=True)
@@ -128,14 +167,14 @@ def _shift(counts, a, b, gone, come):
 def swap(state, layer, e, f):
     """Experts e and f of `layer`, on different GPUs, change places."""
     a, b = state.at[layer, e], state.at[layer, f]
-    peak = 0.0
     for q in range(state.load.shape[0]):
         more = state.load[q, layer, f] - state.load[q, layer, e]
         state.time[q, layer, a] += more * state.pace[a]
         state.time[q, layer, b] -= more * state.pace[b]
-        for g in range(state.time.shape[2]):
-            peak = max(peak, state.time[q, layer, g])
-    state.peak[layer] = peak
+        for g in (a, b):
+            state.heat[q, layer, g] = heat_of(state.steep[layer], state.time[q, layer, g])
+    state.peak[layer] = state.time[:, layer].max()
+    state.sum[layer] = state.heat[:, layer].sum()
     state.at[layer, e], state.at[layer, f] = b, a
     m, n = state.node[a], state.node[b]
     if layer > 0:
@@ -153,7 +192,11 @@ def swap(state, layer, e, f):
 @njit(cache=True)
 def anneal(state, price, temperature, sweeps):
     """`sweeps` times L layers, drawn at random, with E proposals each: two experts change places where that is better,
-    or no worse than chance allows (Metropolis). A layer at a time, so that its counts stay in the cache."""
+    or no worse than chance allows (Metropolis). A layer at a time, so that its counts stay in the cache.
+
+    The load is paid for by the smooth peak, whose slope tells of every busy GPU and not of the busiest alone; that
+    anneals better than the peak itself, and holds better on tokens that were not counted.
+    """
     layers, experts = state.at.shape
     random, free = state.random, state.group == 1
     for _ in range(sweeps * layers):
@@ -166,14 +209,16 @@ def anneal(state, price, temperature, sweeps):
                 continue
             gpu, node = crossings_saved(state, layer, e, f)
             worse = -price.gpu * gpu - price.node * node
-            least = worse - price.load * max(0.0, state.peak[layer] - 1)  # if the layer became even
+            least = worse
+            if price.load > 0 and worse > 0:
+                least -= price.load * _smooth_most(state, layer, a, b)
             if least > 30 * temperature:
                 continue
             patience = _patience(random, temperature)
             if least > patience or state.held[layer, e] or state.held[layer, f]:
                 continue
             if price.load > 0:
-                worse += price.load * (peak_after(state, layer, e, f) - state.peak[layer])
+                worse += price.load * _smooth_change(state, layer, e, f, a, b)
             if worse <= patience:
                 swap(state, layer, e, f)
 
@@ -207,9 +252,10 @@ def anneal_groups(state, price, temperature, sweeps):
                 continue
             if state.held[layer, second : second + state.group].any():
                 continue
-            peak = state.peak[layer]
+            before = state.sum[layer]
             gpu, node = _change_groups(state, layer, p, q)
-            worse = price.load * (state.peak[layer] - peak) - price.gpu * gpu - price.node * node
+            worse = price.load * np.log(state.sum[layer] / before) / state.steep[layer]
+            worse -= price.gpu * gpu + price.node * node
             if worse > _patience(state.random, temperature):
                 _change_groups(state, layer, p, q)
 
@@ -242,7 +288,10 @@ def descend(state, price, budget, sweeps):
                         continue
                     gpu, node = crossings_saved(state, layer, e, f)
                     worse = -price.gpu * gpu - price.node * node
-                    if worse - price.load * max(0.0, state.peak[layer] - 1) >= best:
+                    least = worse
+                    if _on_peak(state, layer, state.at[layer, e]) or _on_peak(state, layer, state.at[layer, f]):
+                        least -= price.load * max(0.0, state.peak[layer] - 1)
+                    if least >= best:
                         continue
                     more = peak_after(state, layer, e, f) - state.peak[layer]
                     worse += price.load * more

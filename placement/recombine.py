@@ -82,8 +82,8 @@ class Pool:
                     stays, self.renamed[layer, i, j] = self.names.match(flow.T / counts.total)
                     self.stays[layer, i, j] = stays
 
-    def best(self, load: float) -> NDArray[np.int32]:
-        """The best that can be put together at a price of `load` for the mean of the peaks."""
+    def path(self, load: float) -> list[int]:
+        """Which placement to take each layer from, at a price of `load` for the mean of the peaks."""
         prices = load * self.peaks / self.used
         cost, ways = prices[0], []
         for stays, price in zip(self.stays, prices[1:], strict=True):
@@ -93,9 +93,30 @@ class Pool:
         path = [int(cost.argmin())]
         for way in reversed(ways):
             path.append(int(way[path[-1]]))
-        return self._put_together(path[::-1])
+        return path[::-1]
 
-    def _put_together(self, path: list[int]) -> NDArray[np.int32]:
+    def path_within(self, load: float, limit: float, most: float) -> list[int]:
+        """The path at the lowest price from `load` to `most`, found by halving, at which the mean of the peaks is at
+        most `limit`; the one at `most` where it is never."""
+        path = self.path(load)
+        if self._load(path) <= limit:
+            return path
+        low, path = max(load, 1e-6 * most), self.path(most)
+        high = most
+        while high > 1.02 * low:
+            middle = float(np.sqrt(low * high))
+            found = self.path(middle)
+            if self._load(found) <= limit:
+                high, path = middle, found
+            else:
+                low = middle
+        return path
+
+    def _load(self, path: list[int]) -> float:
+        return float(self.peaks[np.arange(len(path)), path].sum()) / self.used
+
+    def placement(self, path: list[int]) -> NDArray[np.int32]:
+        """[L, E]: layers from the placements of `path`, names changed so that most transitions stay."""
         found = np.empty_like(self.placements[0])
         found[0] = self.placements[path[0]][0]
         names = np.arange(self.renamed.shape[-1])  # the GPU that each name of the present placement stands for

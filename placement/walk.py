@@ -5,6 +5,8 @@ The walk's rules, all of them deterministic. A token starts at its home GPU. An 
     replica="home"     at the home GPU, if it stands there; else from those on the home's node, else from all, in turn
     replica="follow"   where most of the token's choices in the layer before were; among equals on the node where most
                        were; among equals as above
+    replica="foretold" where most were, and by `Foretold` will be in the next layer, on the GPU and on its node
+                       together; among equals as above
 
 "in turn": the n-th time that the tokens of home h fall back on replicas of an expert they take number (n + h) of them,
 GPUs rising. With "follow" the first layer is taken as with "home". After the layer the token's home
@@ -29,7 +31,7 @@ from .cost import Cost
 from .placement import Placement
 from .trace import Trace
 
-REPLICA = ("home", "follow")
+REPLICA = ("home", "follow", "foretold")
 HOME = ("fixed", "most", "foretold")
 
 
@@ -79,8 +81,8 @@ def walk(
 ) -> Cost:
     """Counts what `placement` costs `trace`. `homes` [T]: each token's first home; None: `homes_of`.
 
-    `chosen` int32 [L, T, K]: receives the slot of every choice, -1 for none. `foretold` is what home="foretold" goes
-    by: counted on another trace, the home is chosen without knowing what comes.
+    `chosen` int32 [L, T, K]: receives the slot of every choice, -1 for none. `foretold` is what home="foretold" and
+    replica="foretold" go by: counted on another trace, they choose without knowing what comes.
 
     Raises ValueError where placement and trace do not fit, or a rule or home is not known.
     """
@@ -110,12 +112,12 @@ def walk(
         picked = np.full((tokens, top_k), -1, np.int32)
         _choose(
             ids[layer], trace.none, first[layer], order[layer], placement.gpu_of_slot, topology.node_of_gpu, at, before,
-            replica == "follow" and layer > 0, np.zeros((gpus, placement.num_experts), np.int64), picked,
+            REPLICA.index(replica), tell, np.zeros((gpus, placement.num_experts), np.int64), picked,
         )  # fmt: skip
         on = np.where(picked < 0, -1, placement.gpu_of_slot[picked]).astype(np.int32)
         then = at.copy()
         if home != "fixed":
-            _move(ids[layer], on, tell, then)
+            _move(ids[layer], on, tell if home == "foretold" else tell[:0], then)
         _count(on, at, then, topology.node_of_gpu, cost.load[layer], cost.rows[layer], cost.node_rows[layer],
                cost.back[layer], cost.node_back[layer])  # fmt: skip
         if layer:
@@ -137,8 +139,10 @@ def _checked(trace, placement, homes, replica, home, foretold, chosen) -> NDArra
     for name, value, known in (("replica", replica, REPLICA), ("home", home, HOME)):
         if value not in known:
             raise ValueError(f"walk: {name} must be one of {', '.join(known)}, got {value!r}")
-    if (home == "foretold") != (foretold is not None):
-        raise ValueError(f"walk: foretold must be given with home='foretold' and only then, got home={home!r}")
+    if ("foretold" in (home, replica)) != (foretold is not None):
+        raise ValueError(
+            f"walk: foretold must be given with home or replica 'foretold' and only then, got {home!r}, {replica!r}"
+        )
     if chosen is not None and (chosen.shape != trace.expert_ids.shape or chosen.dtype != np.int32):
         raise ValueError(f"walk: chosen must be int32 {trace.expert_ids.shape}, got {chosen.dtype} {chosen.shape}")
     homes = homes_of(trace, gpus) if homes is None else np.asarray(homes)
@@ -150,20 +154,16 @@ def _checked(trace, placement, homes, replica, home, foretold, chosen) -> NDArra
 
 
 @njit(cache=True)
-def _choose(ids, none, first, order, gpu_of_slot, node_of_gpu, at, before, follow, turns, picked):
-    """picked [T, K]: the slot of each choice. turns [G, E] counts how often a home fell back on replicas in turn."""
+def _choose(ids, none, first, order, gpu_of_slot, node_of_gpu, at, before, rule, tell, turns, picked):
+    """picked [T, K]: the slot of each choice. `rule`: its number in REPLICA. tell [E, G], or [0, G] in the last layer.
+    turns [G, E] counts how often a home fell back on replicas in turn."""
     tokens, top_k = ids.shape
-    on_gpu = np.zeros(len(node_of_gpu), np.int64)
-    on_node = np.zeros(node_of_gpu.max() + 1, np.int64)
+    gpus = len(node_of_gpu)
+    rank = np.zeros(gpus)  # where a replica is best; the same everywhere with "home"
     for t in range(tokens):
         home = at[t]
-        if follow:
-            on_gpu[:] = 0
-            on_node[:] = 0
-            for k in range(top_k):
-                if before[t, k] >= 0:
-                    on_gpu[before[t, k]] += 1
-                    on_node[node_of_gpu[before[t, k]]] += 1
+        if rule > 0:
+            _rank(ids[t], none, before[t], node_of_gpu, rule, tell, rank)
         for k in range(top_k):
             e = np.int64(ids[t, k])
             if e == none:
@@ -172,15 +172,12 @@ def _choose(ids, none, first, order, gpu_of_slot, node_of_gpu, at, before, follo
             if end - begin == 1:
                 picked[t, k] = order[begin]
                 continue
-            best, here, near = np.int64(-1), -1, 0
+            best, here, near, among = -1.0, -1, 0, 0
             for i in range(begin, end):
+                best = max(best, rank[gpu_of_slot[order[i]]])
+            for i in range(begin, end):  # of the best, the home's, else those of its node, else all
                 gpu = gpu_of_slot[order[i]]
-                if follow:
-                    best = max(best, on_gpu[gpu] * (top_k + 1) + on_node[node_of_gpu[gpu]])
-            among = 0  # of those that follow best, the home's, else those of its node, else all
-            for i in range(begin, end):
-                gpu = gpu_of_slot[order[i]]
-                if follow and on_gpu[gpu] * (top_k + 1) + on_node[node_of_gpu[gpu]] != best:
+                if rank[gpu] != best:
                     continue
                 among += 1
                 if gpu == home:
@@ -198,14 +195,29 @@ def _choose(ids, none, first, order, gpu_of_slot, node_of_gpu, at, before, follo
                 turns[home, e] += 1
             for i in range(begin, end):
                 gpu = gpu_of_slot[order[i]]
-                if follow and on_gpu[gpu] * (top_k + 1) + on_node[node_of_gpu[gpu]] != best:
-                    continue
-                if near > 0 and node_of_gpu[gpu] != node_of_gpu[home]:
+                if rank[gpu] != best or (near > 0 and node_of_gpu[gpu] != node_of_gpu[home]):
                     continue
                 if turn == 0:
                     picked[t, k] = order[i]
                     break
                 turn -= 1
+
+
+@njit(cache=True)
+def _rank(ids, none, before, node_of_gpu, rule, tell, rank):
+    """rank [G]: how much of one token's layer before, and with rule 2 of its next, is on each GPU and on its node."""
+    gpus, top_k = len(node_of_gpu), len(ids)
+    rank[:] = 0
+    for k in range(top_k):
+        if rule == 2 and len(tell) and ids[k] != none:
+            rank += tell[ids[k]]
+        if before[k] >= 0:
+            rank[before[k]] += 1
+    node = np.zeros(node_of_gpu.max() + 1)
+    for g in range(gpus):
+        node[node_of_gpu[g]] += rank[g]
+    for g in range(gpus):
+        rank[g] = rank[g] * (top_k * gpus + 1 if rule == 1 else 1) + node[node_of_gpu[g]]
 
 
 @njit(cache=True)

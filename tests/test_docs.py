@@ -32,7 +32,7 @@ def test_the_readmes_examples_run(example, monkeypatch, tmp_path):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

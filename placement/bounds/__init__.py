@@ -5,8 +5,8 @@ part has slots. Each is bounded for itself and the two are added, by the best of
 
 | method | what it knows | time, 26 layers of 64 experts / 60 of 256 |
 |---|---|---|
-| spectral | singular values of each pair of layers | 0.02 s / 1 s |
-| matching | how many partners an expert can have in its part | 0.3 s / 8 s |
+| spectral | singular values of each pair of layers | 0.02 s / 0.7 s |
+| matching | how many partners an expert can have in its part | 0.1 s / 1.3 s |
 | sdp | the semidefinite relaxation of the whole chain, with triangle inequalities | improves until the time is up |
 
 Any point at which a method stops proves its bound: dual.py says why, and takes the margins of all roundings off.
@@ -37,7 +37,7 @@ class Level:
     name      "gpu" or "node"
     crossing  the bound, rounded up where all weights are whole
     total     the weight of all transitions: crossing / total is the share that must cross
-    method    whose bound it is
+    method    whose bound it is; "none" where it is 0
     pairs     float64 [L - 1], by layer pair; with "sdp" only the sum is a bound, as its pairs help one another
     """
 
@@ -50,7 +50,10 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """`value` <= the cost of every placement: the sum over `levels` of weight * crossing. `seconds`: wall time."""
+    """`value` <= the cost of every placement: over `levels`, the sum of weight * crossing; whole where both are.
+
+    seconds  by the clock given
+    """
 
     value: float
     levels: tuple[Level, ...]
@@ -77,17 +80,19 @@ def crossing_bound(
     time_limit: float = 30.0,
     iterations: int = 2000,
     progress: Callable[[Bound], object] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Bound:
-    """A lower bound on sum_l sum_ef W_l[e, f] * (gpu_weight * [on different GPUs] + node_weight * [on different nodes]).
+    """A lower bound on sum_l sum_ef W_l[e, f] * (gpu_weight * [GPUs differ] + node_weight * [nodes differ]).
 
     transitions: L - 1 matrices W_l [E, E], dense or scipy.sparse, not negative, from layer l to l + 1. slots_of_gpu
     [G]: experts of each layer on each GPU. node_of_gpu [G]: whole numbers, all one node unless given. Where slots sum
     to more than E an expert may have replicas, on distinct GPUs, and a transition counts as local where any GPU (node)
     has both experts: the bound is then "matching" alone.
 
-    `time_limit` in seconds of wall time holds up to one piece of work (a pair's matrices, one method of one level);
-    within it, and up to `iterations` of "sdp" for each level, the same input gives the same bound. `progress` is
-    called with each better Bound and ends the search where it returns something true. L <= 1 costs nothing.
+    `time_limit` in seconds of `clock` (time.process_time where the machine is not one's own) holds up to one piece of
+    work: an evaluation of the bound, half an iteration of "sdp". Within it, and up to `iterations` of "sdp" for each
+    level, the same input gives the same bound. `progress` is called with each better Bound and ends the search where
+    it returns something true.
 
     Raises ValueError / TypeError where shapes do not fit, slots are fewer than experts, or a number is out of range.
 
@@ -97,7 +102,7 @@ def crossing_bound(
     >>> crossing_bound([[[3, 2], [2, 3]]], [1, 1]).value
     4.0
     """
-    start = time.monotonic()
+    start = clock()
     weights = _weights(transitions)
     slots = positive_whole("crossing_bound", "slots_of_gpu", slots_of_gpu)
     nodes = _nodes(node_of_gpu, len(slots))
@@ -112,7 +117,7 @@ def crossing_bound(
     if len(weights) and slots.sum() < weights.shape[1]:
         raise ValueError(f"crossing_bound: slots_of_gpu must sum to at least E={weights.shape[1]}, got {slots.sum()}")
     parts = {"gpu": slots, "node": np.bincount(nodes, weights=slots).astype(np.int64)}
-    search = _Search(weights, {name: parts[name] for name in prices}, prices, start, progress)
+    search = _Search(weights, {name: parts[name] for name in prices}, prices, start, progress, clock)
     search.run(methods, start + time_limit, iterations)
     return search.best()
 
@@ -127,21 +132,25 @@ class _Search:
         prices: dict[str, float],
         start: float,
         progress: Callable[[Bound], object] | None,
+        clock: Callable[[], float],
     ) -> None:
-        self.weights, self.parts, self.prices, self.start, self.progress = weights, parts, prices, start, progress
+        self.weights, self.parts, self.prices = weights, parts, prices
+        self.start, self.progress, self.clock = start, progress, clock
         self.whole = bool((weights == np.floor(weights)).all()) and float(weights.sum()) < 2**53
         self.levels = {name: self._level(name, "none", np.zeros(len(weights))) for name in parts}
 
     def _level(self, name: str, method: str, pairs: NDArray[np.float64]) -> Level:
         crossing = max(float(pairs.sum()) * (1 - 1e-14), 0.0)
-        return Level(
-            name, float(np.ceil(crossing)) if self.whole else crossing, float(self.weights.sum()), method, pairs
-        )
+        if self.whole:
+            crossing = float(np.ceil(crossing))
+        return Level(name, crossing, float(self.weights.sum()), method, pairs)
 
     def best(self) -> Bound:
         levels = tuple(self.levels.values())
         value = sum(self.prices[level.name] * level.crossing for level in levels)
-        return Bound(value * (1 if value == round(value) else 1 - 1e-15), levels, time.monotonic() - self.start)
+        if not (self.whole and all(price.is_integer() for price in self.prices.values())):
+            value *= 1 - 1e-15
+        return Bound(value, levels, self.clock() - self.start)
 
     def offer(self, name: str, method: str, pairs: NDArray[np.float64]) -> bool:
         """Takes a bound, if it is better; True where the caller of all this has seen enough."""
@@ -158,9 +167,9 @@ class _Search:
         for name in open_levels:
             if self._pair_by_pair(name, methods, deadline):
                 return
-        if "sdp" in methods and self.weights.any():
+        if "sdp" in methods:
             for left, name in zip(range(len(open_levels), 0, -1), open_levels, strict=True):
-                now = time.monotonic()
+                now = self.clock()
                 if self._chain(name, now + (deadline - now) / left, iterations):
                     return
 
@@ -175,7 +184,7 @@ class _Search:
         for column, (method, bound) in enumerate(wanted):
             if method in methods and not (replicas and method == "spectral"):
                 for first in range(0, len(self.weights), bunch):
-                    if time.monotonic() > deadline:
+                    if self.clock() > deadline:
                         break
                     here = slice(first, first + bunch)
                     found[here, column] = bound(self.weights[here], slots)
@@ -187,15 +196,15 @@ class _Search:
         slots, experts = self.parts[name], self.weights.shape[1]
         width = int(slots.max())
         padded = width * len(slots)
-        if slots.sum() > experts or padded > WIDEST_SDP * experts or time.monotonic() > deadline:
+        if slots.sum() > experts or padded > WIDEST_SDP * experts or self.clock() > deadline:
             return False
         from . import chain
 
         fill = padded - experts
         weights = np.pad(self.weights, ((0, 0), (0, fill), (0, fill)))
         return any(
-            self.offer(name, "sdp", found.crossing)
-            for found in chain.bounds(weights, width, len(slots), deadline, iterations)
+            self.offer(name, "sdp", found)
+            for found in chain.bounds(weights, width, len(slots), deadline, iterations, self.clock)
         )
 
 

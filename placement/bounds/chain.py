@@ -10,9 +10,7 @@ Source: ADMM with over-relaxation after Boyd et al. (2011), sections 3.4 and 4.3
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numba import njit
@@ -29,26 +27,23 @@ CUT_THRESHOLD, CUTS_PER_PAIR = 0.03, 3000
 PATIENCE, GAIN = 6, 2e-5  # evaluations without so much relative gain, before it stops
 
 
-@dataclass(frozen=True)
-class Found:
-    """crossing: float64 [P], whose sum is a bound; iterations: how many it took."""
-
-    crossing: NDArray[np.float64]
-    iterations: int
-
-
 def bounds(
-    weights: NDArray[np.float64], capacity: int, parts: int, deadline: float, iterations: int
-) -> Iterator[Found]:
-    """Better and better bounds on the crossing weight of weights [P, E, E], E = capacity * parts, until time.monotonic
-    passes `deadline`, `iterations` are done or nothing is gained any more."""
+    weights: NDArray[np.float64],
+    capacity: int,
+    parts: int,
+    deadline: float,
+    iterations: int,
+    clock: Callable[[], float],
+) -> Iterator[NDArray[np.float64]]:
+    """Better and better bounds, float64 [P] that sum up to one, on the crossing weight of weights [P, E, E], E =
+    capacity * parts, until the clock passes `deadline`, `iterations` are done or nothing is gained any more."""
     chain = Chain(weights, capacity, parts)
     best, stalled = -np.inf, 0
     for done in range(1, iterations + 1):
-        start = time.monotonic()
-        if not chain.step(deadline):
+        start = clock()
+        if not chain.step(deadline, clock):
             return
-        now = time.monotonic()
+        now = clock()
         last = done == iterations or now + 2 * (now - start) > deadline
         if last or done % JUDGE_EVERY == 0:
             found = chain.bound()
@@ -56,11 +51,11 @@ def bounds(
             stalled = 0 if gain > GAIN * abs(found.sum()) else stalled + 1
             if gain > 0:
                 best = found.sum()
-                yield Found(found, done)
+                yield found
             if last or (stalled >= PATIENCE and done > CUT_FIRST):
                 return
         if done >= CUT_FIRST and done % CUT_EVERY == 0:
-            chain.cut(deadline)
+            chain.cut(deadline, clock)
 
 
 class Chain:
@@ -72,7 +67,7 @@ class Chain:
 
     def __init__(self, weights: NDArray[np.float64], capacity: int, parts: int) -> None:
         self.weights, self.capacity, self.parts = weights, capacity, parts
-        self.rho = float(weights.std()) * parts**0.5 / 2 or 1.0
+        self.rho = float(weights.std()) * parts**0.5 / 2 or float(weights.mean())
         pairs, experts, _ = weights.shape
         self.multipliers = np.zeros((pairs, 2 * experts, 2 * experts))
         self.projected = np.empty_like(self.multipliers)
@@ -94,13 +89,13 @@ class Chain:
         blocks = flat.reshape(-1, experts, experts)
         return blocks[: pairs + 1], blocks[pairs + 1 :]
 
-    def step(self, deadline: float) -> bool:
+    def step(self, deadline: float, clock: Callable[[], float]) -> bool:
         """One iteration; False, and nothing of use, where the time is up before its end."""
         experts = self.weights.shape[1]
         target = np.zeros_like(self.flat)
         inside, between = self._blocks(target)
         for p, multiplier in enumerate(self.multipliers):
-            if time.monotonic() > deadline:
+            if clock() > deadline:
                 return False
             z = self.piece(p)
             q = self._projection(multiplier / self.rho + z)
@@ -139,11 +134,11 @@ class Chain:
         positive = vectors[:, values > 0]
         return (positive * values[values > 0]) @ positive.T + 1 / self.parts
 
-    def cut(self, deadline: float) -> None:
+    def cut(self, deadline: float, clock: Callable[[], float]) -> None:
         """Adds the triangle inequalities that are violated, and drops those that cost nothing."""
         self.cuts = self.cuts.priced()
         for p in range(len(self.weights)):
-            if time.monotonic() > deadline:
+            if clock() > deadline:
                 return
             found = violated(self.piece(p), p, len(self.weights), self.parts, CUT_THRESHOLD, CUTS_PER_PAIR)
             self.cuts = self.cuts.joined(*found)

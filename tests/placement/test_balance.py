@@ -101,7 +101,7 @@ def test_not_worse_than_eplb_on_random_loads_even_where_it_doubles_replicas(expe
 )
 def test_the_best_of_all_plans_on_small_cases(experts, slots, speed):
     load = np.random.default_rng(1).integers(1, 100, (12, experts))
-    found = busiest(load, balance(load, slots, speed=speed), slots, speed or 1.0)
+    found = busiest(load, balance(load, slots, speed=speed, kicks=1000), slots, speed or 1.0)
     every = list(every_plan(experts, slots))
     for layer in range(len(load)):
         best = min(busiest(load[layer][None], plan[None], slots, speed or 1.0)[0] for plan in every)
@@ -167,6 +167,7 @@ def test_the_same_seed_the_same_plan_and_kicks_that_pay():
         ({"nodes": 2, "groups": 1}, "groups must be a multiple of nodes=2 that divides the 4 experts, got 1"),
         ({"nodes": 2, "groups": 2}, r"slots_of_gpu must be at least the 2 experts of a node.*got \[3\] on node 0"),
         ({"pins": [(0, 4, 0)]}, r"pins must be \(layer, expert, gpu\) below \(1, 4, 2\), got \(0, 4, 0\)"),
+        ({"kicks": -1}, "kicks must be 0 or more, got -1"),
         ({"pins": [(0, 0)]}, r"pins must be \(layer, expert, gpu\)"),
         ({"pins": [(0, e, 0) for e in range(4)]}, "pins must fit the slots of their GPU, got 4 on GPU 0 of 3 slots"),
         (
