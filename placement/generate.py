@@ -46,7 +46,7 @@ def generate(
     drift     the share that follows later preferences at the last token; it grows linearly from none at the first
     seed      same seed, same trace
 
-    About 1e7 choices a second. Raises ValueError naming field, rule and value.
+    Raises ValueError naming field, rule and value.
 
     >>> generate(layers=4, experts=16, top_k=2, tokens=100).shape
     (4, 100, 2)

@@ -21,7 +21,7 @@ from .search import search
 from .simple import linear, random
 from .state import from_slots, score, to_slots
 
-SWAPS, COPIES = 30_000_000, 5_000_000  # proposals of the two searches, a few seconds each
+SWAPS, COPIES, EXCHANGES = 30_000_000, 5_000_000, 200_000  # proposals of the searches, a few seconds each
 EXACT = 130  # binaries up to which HiGHS, too, is asked: beyond, it proves nothing in a minute
 
 
@@ -68,7 +68,9 @@ def _auto(problem: Problem, run: Run) -> Found:
     else:
         at = search(single, start, proposals=run.proposals(SWAPS), seed=run.seed, stop=run.stop)
     if problem.spare:
-        return replicate(problem, at, seed=run.seed, stop=run.stop), None
+        fixed = replace(problem, objective=replace(problem.objective, home="fixed"))
+        rule, proposals = problem.objective.replica, run.proposals(EXCHANGES)
+        return replicate(fixed, at, replica=rule, seed=run.seed, proposals=proposals, stop=run.stop), None
     if problem.objective.counts_copies or problem.layers * problem.num_experts * problem.topology.gpus > EXACT:
         return to_slots(at), None
     exact, proof = _ilp(problem, run)

@@ -125,7 +125,7 @@ def statistics(source: Source | Sequence[Source], co_activation: bool = False) -
     """The Statistics of a trace, of a trace file as it streams by, or of several of one model together.
 
     `co_activation`: count pairs inside a layer too. Raises ValueError where the list is empty, its traces are of
-    different models, or a file turns out broken. About 3e8 pairs (token, a, b) a second on one core.
+    different models, or a file turns out broken.
     """
     sources = [source] if isinstance(source, Trace | TraceFile) else list(source)
     _rule(bool(sources), "source", "a trace, a trace file or some of them", "an empty list")

@@ -206,8 +206,6 @@ class _Stream:
             while size:
                 parts.append(self._next(size))
                 size -= len(parts[-1])
-            if self.at == member.size_bytes and self.stream.read(1):  # at its end the archive compares checksums
-                raise EOFError("more")
             return parts[0] if len(parts) == 1 else b"".join(parts)
         except BROKEN as error:
             self.close()

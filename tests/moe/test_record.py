@@ -1,5 +1,7 @@
 """headgate.record: the trace is what the routers chose, and the model is left as it was."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -234,6 +236,25 @@ def test_streamed_layers_of_different_sizes(tmp_path):
     assert trace.shape == (2, 6, 2)
     assert trace.experts_of_layer.tolist() == [4, 300]
     assert next(trace.chunks(0)).tolist() == [[3, 1], [trace.none] * 2] * 3
+
+
+def test_memory_of_a_streamed_recording_does_not_grow_with_tokens(tmp_path):
+    model = Stack(*[Experts(torch.arange(8192).view(4096, 2) % 7, 7) for _ in range(2)])
+    batch = ids(4, 1024)
+
+    def peak(count, **more):
+        tracemalloc.start()
+        try:
+            record(model, (batch for _ in range(count)), **more)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    path = tmp_path / "t.npz"
+    record(model, batch, path=path)  # whatever is loaded at first use is there
+    few, many = (peak(count, path=path) for count in (100, 300))
+    assert many < few + 1e5
+    assert peak(300) > few + 4e6
 
 
 def test_a_failure_while_streaming_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -146,6 +146,12 @@ def test_groups_with_pins_and_uneven_nodes():
     assert all(len(set(node[row // 2 == g])) == 1 for row in plan for g in range(4))
 
 
+def test_a_pinned_group_is_not_swapped_away():
+    plan = balance([[9, 9, 8, 8, 7, 7, 1, 1]], [2] * 4, 2, 4, pins=[(0, 0, 0), (0, 6, 2)])
+    assert 0 in parts(plan[0], [2] * 4)[0]
+    assert 6 in parts(plan[0], [2] * 4)[2]
+
+
 def test_the_same_seed_the_same_plan_and_kicks_that_pay():
     load = np.random.default_rng(0).dirichlet(np.full(64, 0.5), 10)
     plan = balance(load, [9] * 8, seed=3)

@@ -78,6 +78,10 @@ def test_an_even_split_that_is_best_stays():
     assert Choice([0, 1, 0, 1], [0, 0, 1, 1]).rows([0, 0]).tolist() == [0, 0, 0, 0]
 
 
+def test_no_more_moves_than_the_limit_asks_for():
+    assert Choice([0, 1, 0, 2], [0, 0, 1, 2]).rows([10, 6, 9]).tolist() == [3, 6, 7, 9]
+
+
 def test_many_layers_are_each_by_itself():
     load = np.random.default_rng(0).integers(0, 200, (5, 16))
     plan, gpu = eplb(load, [5] * 4), gpu_of_slot([5] * 4)

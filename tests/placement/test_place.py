@@ -208,7 +208,7 @@ def test_ctrl_c_gives_the_best_so_far_with_its_bound(trace):
     sender = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
     sender.start()
     began = time.perf_counter()
-    found = place(trace, TWO, objective="copies", effort=1e4, time_limit=500, progress=said.append)
+    found = place(trace, TWO, objective="copies", effort=20, time_limit=500, progress=said.append)
     sender.join()
     assert found.method["interrupted"]
     assert time.perf_counter() - began < 100
