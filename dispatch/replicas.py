@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -68,20 +68,11 @@ class Replicas:
         expert = torch.where((flat >= 0) & (flat < self.num_experts), flat, self.num_experts)
         if not self.in_turn:
             return self.table[expert, 0].view(expert_ids.shape)
-        turn = (_times_before(expert) + self.gpu) % self.candidates[expert]
+        turn = (times_before(expert) + self.gpu) % self.candidates[expert]
         return self.table[expert, turn].view(expert_ids.shape)
 
-    def routing(self, routing: Routing) -> Routing:
-        """A routing over E experts as one over S slots. What the losses go by stays behind: it is the experts'."""
-        if routing.num_experts != self.num_experts:
-            raise ValueError(
-                f"Replicas: routing must be over the placement's {self.num_experts} experts, got {routing.num_experts}"
-            )
-        slots = self.slots(routing.expert_ids)
-        return replace(routing, expert_ids=slots, num_experts=self.num_slots, counts=None, scores=None, logits=None)
 
-
-def _times_before(ids: Tensor) -> Tensor:
+def times_before(ids: Tensor) -> Tensor:
     """For each of ids int64 [n] how often it stands before: int64 [n]."""
     order = ids.argsort(stable=True)
     ordered = ids[order]
@@ -90,14 +81,29 @@ def _times_before(ids: Tensor) -> Tensor:
     return torch.empty_like(times).scatter_(0, order, times)
 
 
+class Chooser(Protocol):
+    """Which slots the choices of a layer's experts go to."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def num_slots(self) -> int: ...
+
+    def slots(self, expert_ids: Tensor) -> Tensor:
+        """Expert ids [T, K] -> slots int32 [T, K], -1 for no expert."""
+        ...
+
+
 @dataclass(frozen=True)
 class Placed:
     """A dispatcher that knows slots, given experts: `inner` shares S slots over its ranks as it does experts.
 
-    The weights of a rank are those of its slots, and `local_experts` are numbers of slots.
+    The weights of a rank are those of its slots, and `local_experts` are numbers of slots. `replicas`: a Replicas, or
+    a Balanced (dispatch/balanced.py).
     """
 
-    replicas: Replicas
+    replicas: Chooser
     inner: Dispatcher
 
     def local_experts(self, num_experts: int) -> range:
@@ -109,7 +115,15 @@ class Placed:
         return self.inner.local_experts(self.replicas.num_slots)
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Any]:
-        return self.inner.dispatch(x, self.replicas.routing(routing))
+        slots, experts = self.replicas, self.replicas.num_experts
+        if routing.num_experts != experts:
+            raise ValueError(
+                f"Placed: routing must be over the placement's {experts} experts, got {routing.num_experts}"
+            )
+        ids = slots.slots(routing.expert_ids)
+        # What the losses go by stays behind: it is the experts'.
+        placed = Routing(ids, routing.weights, slots.num_slots, capacity=routing.capacity)
+        return self.inner.dispatch(x, placed)
 
     def combine(self, rows: Tensor, ticket: Any) -> Tensor:
         return self.inner.combine(rows, ticket)

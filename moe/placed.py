@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from dataclasses import replace as with_
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,42 +13,34 @@ from torch.distributed.tensor import DTensor
 
 from ..dispatch import collectives
 from ..dispatch.agreement import disagreement, together
-from ..dispatch.wire import pack, unpack
-from ..placement.migrate import Migration, Move, Step
+from ..placement.migrate import Migration, Step
 from ..placement.migrate import migrate as planned
 from ..placement.placement import Placement
 from ..placement.rearrange import rearrange
 from ..placement.topology import Topology
-from .copies import Copies
-from .experts import Experts
+from .moving import Moved, Optimizer, make_step, shards_in, states_of
 from .parallel import Parallel, parallel_of
-from .shards import Shards, shards_of
+from .shards import Shards
 
-Optimizer = torch.optim.Optimizer
+REPLICA = ("home", "balanced")
 _Plan = list[tuple[Step, Placement | None]]  # each with the placement of its layer that it leaves; None: the plain one
 
 
-@dataclass(frozen=True)
-class Moved:
-    """A step that was made: the layer's name, its moves, and the bytes that left this rank and that reached it."""
-
-    layer: str
-    moves: tuple[Move, ...]
-    sent_bytes: int
-    received_bytes: int
-
-
-def place_experts(module: nn.Module, placement: Placement | None, *, optimizer: Optimizer | None = None) -> nn.Module:
+def place_experts(
+    module: nn.Module, placement: Placement | None, *, optimizer: Optimizer | None = None, replica: str = "home"
+) -> nn.Module:
     """Puts the experts of a parallelized layer or model where `placement` says, in place; weights travel, rows follow.
 
     module     what `parallelize` was given: its layers of experts are the placement's, in the order of their names
     placement  of ep GPUs, ranks of an ep group in order, with as many slots each; an expert may stand on several. None:
                E/ep in a row on each rank, as parallelize left them
     optimizer  the one made after parallelize, whose state of experts travels too
+    replica    "home": a rank takes a replicated expert on itself, else on its node, else anywhere, in turn (Replicas).
+               "balanced": all ranks of an ep group count, in each call, and the busiest has as few rows as can be
+               (Balanced): for speed where replicas are there for balance, at the price of a wait for the device
 
-    A rank takes a replicated expert on itself, else on its node, else anywhere, in turn (see Replicas); outputs and
-    gradients stay those of one process. Replicas' gradients are summed, so that equal replicas stay equal under any
-    optimizer that goes element by element. Router, losses and checkpoints know experts, not slots.
+    Outputs and gradients stay those of one process. Replicas' gradients are summed, so that equal replicas stay equal
+    under any optimizer that goes element by element. Router, losses and checkpoints know experts, not slots.
 
     Where slots per rank change, expert parameters are new ones: hand the optimizer over, or make it afterwards, and
     hooks set on them are gone. Otherwise they stay the same objects. A layer travels in one all-to-all, and each rank
@@ -67,16 +57,18 @@ def place_experts(module: nn.Module, placement: Placement | None, *, optimizer: 
     """
 
     def plan() -> tuple[_Plan, object]:
+        if replica not in REPLICA:
+            raise ValueError(f"place_experts: replica must be one of {', '.join(REPLICA)}, got {replica!r}")
         if placement is not None and not isinstance(placement, Placement):
             raise TypeError(f"place_experts: placement must be a Placement or None, got {type(placement).__name__}")
         now = placement_of(module, None if placement is None else placement.topology)
         then = _plain(now) if placement is None else placement
         _check_fits(parallel, now, then)
         goals = [None if placement is None else _layer_of(then, layer) for layer in range(len(then.expert_of_slot))]
-        return list(zip(rearrange(now, then), goals, strict=True)), _said(then)
+        return list(zip(rearrange(now, then), goals, strict=True)), (_said(then), replica)
 
     parallel = parallel_of(module)
-    for _ in _made(parallel, _agreed(parallel, optimizer, plan), optimizer):
+    for _ in _made(parallel, _agreed(parallel, optimizer, plan), optimizer, replica):
         pass
     return module
 
@@ -107,7 +99,7 @@ def migrate(
             raise TypeError(f"migrate: target must be a Placement or a Migration, got {type(target).__name__}")
         then = target if isinstance(target, Placement) else target.target
         most = None if max_bytes is None else _most_moves(parallel, optimizer, max_bytes)
-        placed = any(_shards(experts).placement is not None for experts in parallel.experts.values())
+        placed = any(shards_in(experts).placement is not None for experts in parallel.experts.values())
         now = placement_of(module, None if placed else then.topology)
         _check_fits(parallel, now, then)
         migration = target if isinstance(target, Migration) else planned(now, target, most_moves=most)
@@ -122,7 +114,7 @@ def placement_of(module: nn.Module, topology: Topology | None = None) -> Placeme
     one node. Raises ValueError where the module is not parallelized or its layers differ in experts or slots."""
     parallel = parallel_of(module)
     layers, sizes = [], set()
-    for shards in map(_shards, parallel.experts.values()):
+    for shards in map(shards_in, parallel.experts.values()):
         layers.append(_standing(shards))
         topology = topology or (None if shards.placement is None else shards.placement.topology)
         sizes.add((shards.num_experts, len(layers[-1])))
@@ -186,7 +178,7 @@ def _check_fits(parallel: Parallel, now: Placement, then: Placement) -> None:
         raise ValueError(
             f"place_experts: placement must have as many slots on each GPU, got {then.slots_of_gpu.tolist()}"
         )
-    if then.replicas.max() > 1 and any(_shards(e).replicated for e in parallel.experts.values()):
+    if then.replicas.max() > 1 and any(shards_in(e).replicated for e in parallel.experts.values()):
         raise ValueError(
             "place_experts: placement must have no replicas where activations are replicated, got some of "
             f"expert {int(then.replicas.max(0).argmax())}"
@@ -215,8 +207,8 @@ def _most_moves(parallel: Parallel, optimizer: Optimizer | None, max_bytes: int)
     """How many experts of any layer have no more than max_bytes together."""
     largest = 0
     for experts in parallel.experts.values():
-        held = [getattr(experts, key) for key in _shards(experts).cuts]
-        largest = max(largest, sum(t[0].nbytes for p in held for t in (p, *_states(p, optimizer).values())))
+        held = [getattr(experts, key) for key in shards_in(experts).cuts]
+        largest = max(largest, sum(t[0].nbytes for p in held for t in (p, *states_of(p, optimizer).values())))
     if not isinstance(max_bytes, int) or max_bytes < largest:
         raise ValueError(f"migrate: max_bytes must be at least an expert's {largest}, got {max_bytes!r}")
     return max_bytes // largest
@@ -251,118 +243,22 @@ def _agreed(parallel: Parallel, optimizer: Optimizer | None, plan: Callable[[], 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _made(parallel: Parallel, steps: _Plan, optimizer: Optimizer | None) -> Iterator[Moved]:
+def _made(parallel: Parallel, steps: _Plan, optimizer: Optimizer | None, replica: str | None = None) -> Iterator[Moved]:
+    """Makes the steps. `replica`: how replicas are chosen from now on; None: as they were."""
     names = list(parallel.experts)
     for step, goal in steps:
 
         def check(name: str = names[step.layer], step: Step = step) -> None:  # the caller may have done anything since
             _check_module(parallel, optimizer)
-            stand = _standing(_shards(parallel.experts[name]))
+            stand = _standing(shards_in(parallel.experts[name]))
             if any(stand[move.source_slot] != move.expert for move in step.moves):
                 raise ValueError(f"migrate: experts must stand where the step before left them, got others in {name}")
 
         together(check, parallel.fold.group("dp", "cp", "tp"))
-        yield _make(parallel, names[step.layer], step.moves, goal, optimizer)
+        yield make_step(parallel, names[step.layer], step.moves, goal, optimizer, replica)
 
 
-@torch.no_grad()
-def _make(
-    parallel: Parallel, name: str, moves: tuple[Move, ...], goal: Placement | None, optimizer: Optimizer | None
-) -> Moved:
-    """The moves of one layer: afterwards its experts stand as `goal` says."""
-    experts = parallel.experts[name]
-    shards = _shards(experts)
-    before, held = shards.slots, {key: getattr(experts, key) for key in shards.cuts}
-    states = {key: _states(p, optimizer) for key, p in held.items()}
-    tensors = [t for key, p in held.items() for t in (p.detach(), *states[key].values())]
-    arrived, sent, received = _travel(tensors, moves, before, shards)
-    shards.place(goal)
-    targets = [move.target_slot - shards.slots.start for move in _into(moves, shards)]
-    if len(before) != len(shards.slots):
-        tensors = [_resized(t, len(shards.slots), targets) for t in tensors]
-    for t, rows in zip(tensors, arrived, strict=True):
-        t.index_copy_(0, _index(targets, t), rows.view(-1, *t.shape[1:]))
-    group, device = shards.fold.group("ep"), next(iter(held.values())).device
-    copies = None if goal is None else Copies.of(goal, group, device)
-    written = iter(tensors)
-    for key, old in held.items():
-        data, fields = next(written), {field: next(written) for field in states[key]}
-        new = old if len(before) == len(shards.slots) else nn.Parameter(data, requires_grad=old.requires_grad)
-        if new is not old:
-            setattr(experts, key, new)
-            torch.autograd.graph.increment_version(old)  # a backward pass to come would leave its gradient there
-            _hand_over(parallel, optimizer, old, new, fields)
-        share = parallel.sync.drop(old)
-        if share is not None:
-            parallel.sync.add(new, with_(share, copies=copies))
-    shards.weight_bytes = sum(getattr(experts, key).nbytes for key in held)
-    if isinstance(experts, Experts):
-        experts.local_experts = shards.held
-    return Moved(name, moves, sent, received)
-
-
-def _into(moves: Sequence[Move], shards: Shards) -> list[Move]:
-    """The moves that end on this rank: from other ranks, these rising, then from itself."""
-    gpu = shards.fold.rank("ep")
-    return sorted((m for m in moves if m.target_gpu == gpu), key=lambda m: (m.source_gpu == gpu, m.source_gpu))
-
-
-def _travel(
-    tensors: Sequence[Tensor], moves: Sequence[Move], slots: range, shards: Shards
-) -> tuple[list[Tensor], int, int]:
-    """(for each of the tensors [slots, ...] the rows [n, .] that this rank gets, in the order of `_into`; bytes sent;
-    bytes received): all of an expert's rows in one message."""
-    fold, gpu = shards.fold, shards.fold.rank("ep")
-    into = _into(moves, shards)
-    here = [move for move in into if move.source_gpu == gpu]
-    out = sorted((m for m in moves if m.source_gpu == gpu != m.target_gpu), key=lambda m: m.target_gpu)
-
-    def rows(chosen: Sequence[Move]) -> list[Tensor]:
-        sources = [move.source_slot - slots.start for move in chosen]
-        return [t.index_select(0, _index(sources, t)).flatten(1) for t in tensors]
-
-    own = rows(here)
-    if all(move.source_gpu == move.target_gpu for move in moves):
-        return own, 0, 0
-    outgoing = rows(out)
-    message = pack(outgoing)
-    ranks = range(fold.size("ep"))
-    sent = [sum(move.target_gpu == rank for move in out) for rank in ranks]
-    received = [sum(move.source_gpu == rank != gpu for move in into) for rank in ranks]
-    arrived = unpack(collectives.all_to_all(message, received, sent, fold.group("ep")), outgoing)
-    each = message.shape[1]
-    return [torch.cat(both) for both in zip(arrived, own, strict=True)], sum(sent) * each, sum(received) * each
-
-
-def _resized(t: Tensor, slots: int, targets: list[int]) -> Tensor:
-    """t [slots before, ...] with another number of slots: what is no target stays where it is."""
-    new = t.new_empty(slots, *t.shape[1:])
-    stay = _index([i for i in range(slots) if i not in targets], t)
-    return new.index_copy_(0, stay, t.index_select(0, stay))
-
-
-def _hand_over(
-    parallel: Parallel, optimizer: Optimizer | None, old: nn.Parameter, new: nn.Parameter, fields: dict[str, Tensor]
-) -> None:
-    """`new` instead of `old` to whoever knows parameters."""
-    if old in parallel.seen:
-        parallel.seen.discard(old)
-        parallel.seen.add(new)
-    if optimizer is None:
-        return
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    if old in optimizer.state:
-        optimizer.state[new] = {**optimizer.state.pop(old), **fields}
-
-
-# --- what a layer has ------------------------------------------------------------------------------------------------
-
-
-def _shards(experts: nn.Module) -> Shards:
-    shards = shards_of(experts)
-    assert shards is not None
-    return shards
+# --- what a module has ----------------------------------------------------------------------------------------------
 
 
 def _standing(shards: Shards) -> NDArray[np.int32]:
@@ -373,21 +269,11 @@ def _standing(shards: Shards) -> NDArray[np.int32]:
 
 def _parameters(parallel: Parallel) -> Iterator[tuple[str, nn.Parameter]]:
     for name, experts in parallel.experts.items():
-        for key in _shards(experts).cuts:
+        for key in shards_in(experts).cuts:
             yield f"{name}.{key}" if name else key, getattr(experts, key)
-
-
-def _states(parameter: nn.Parameter, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """What the optimizer keeps for each number of the parameter."""
-    kept = {} if optimizer is None else optimizer.state.get(parameter, {})
-    return {field: t for field, t in sorted(kept.items()) if isinstance(t, Tensor) and t.dim()}
 
 
 def _fields(parallel: Parallel, optimizer: Optimizer | None) -> list[tuple[str, list[tuple[str, str]]]]:
     """What will travel beside each parameter: the ranks must have the same."""
-    states = ((name, _states(p, optimizer)) for name, p in _parameters(parallel))
+    states = ((name, states_of(p, optimizer)) for name, p in _parameters(parallel))
     return [(name, [(field, str(t.dtype)) for field, t in kept.items()]) for name, kept in states]
-
-
-def _index(numbers: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=like.device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..dispatch import Auto, Compose, Dispatcher, Fold, Local, collectives
 from ..dispatch.all_to_all import destinations
 from ..dispatch.pending import Pending
-from ..dispatch.replicas import Placed, Replicas
+from ..dispatch.replicas import Chooser, Placed, Replicas
 from ..kernels.routing import Routing
 from ..placement.placement import Placement
 
@@ -105,19 +105,26 @@ class Shards:
         self._dispatchers: dict[int, Dispatcher] = {}
         self.set_degree(self.etp)
 
-    def place(self, placement: Placement | None) -> None:
+    def place(self, placement: Placement | None, replica: str = "home") -> None:
         """Rows go where the one layer of `placement` says, or E/ep experts in a row are each rank's; no weight moves.
 
-        Every rank must come by. The placement has ep GPUs, alike in slots.
+        Every rank must come by. The placement has ep GPUs, alike in slots. `replica`: see `place_experts`.
         """
-        self.placement, gpu, ep = placement, self.fold.rank("ep"), self.fold.size("ep")
+        self.placement, self.replica = placement, replica
+        gpu, ep = self.fold.rank("ep"), self.fold.size("ep")
         self.num_slots = self.num_experts if placement is None else placement.expert_of_slot.shape[1]
         each = self.num_slots // ep
         self.slots = range(gpu * each, (gpu + 1) * each)
         self.held: Sequence[int] = self.slots
-        self.replicas = None
-        if placement is not None:
-            self.held = placement.expert_of_slot[0, self.slots.start : self.slots.stop].tolist()
+        self.replicas: Chooser | None = None
+        if placement is None:
+            return
+        self.held = placement.expert_of_slot[0, self.slots.start : self.slots.stop].tolist()
+        if replica == "balanced":
+            from ..dispatch.balanced import Balanced  # numba, for those who ask for it
+
+            self.replicas = Balanced.of(placement, 0, self.fold.group("ep"))
+        else:
             self.replicas = Replicas.of(placement, 0, gpu, self.fold.device_type)
 
     def set_degree(self, degree: int) -> None:

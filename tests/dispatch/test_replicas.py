@@ -49,16 +49,6 @@ def test_no_tokens_and_no_experts():
     assert (replicas.slots(torch.full((3, 2), -1)) == -1).all()
 
 
-def test_a_routing_over_slots_keeps_its_weights_and_leaves_the_losses_fields():
-    weights = torch.rand(4, 2, requires_grad=True)
-    ids = torch.randint(5, (4, 2), dtype=torch.int32)
-    found = Replicas.of(TWO_NODES, 0, 0).routing(Routing(ids, weights, 5, counts=torch.ones(5), capacity=3))
-    assert found.weights is weights
-    assert (found.num_experts, found.capacity, found.counts) == (8, 3, None)
-    with pytest.raises(ValueError, match="Replicas: routing must be over the placement's 5 experts, got 6"):
-        Replicas.of(TWO_NODES, 0, 0).routing(Routing(ids, weights, 6))
-
-
 def test_bad_numbers_are_refused():
     with pytest.raises(ValueError, match=r"Replicas: gpu must be in 0 \.\. 3, got 4"):
         Replicas.of(TWO_NODES, 0, 4)
@@ -88,6 +78,8 @@ def test_placed_is_a_dispatcher(make, group, assert_close):
     rows, local, ticket = placed.dispatch(x, Routing.from_topk(ids, torch.rand(6, 2, dtype=torch.float64), 4))
     r = torch.randn_like(rows)
     assert_close((rows * r).sum(), (x * placed.combine(r, ticket)).sum())
+    with pytest.raises(ValueError, match="Placed: routing must be over the placement's 4 experts, got 8"):
+        placed.dispatch(x, Routing.from_topk(ids, torch.rand(6, 2), 8))
     slot = {3: 0, 1: 1, 0: 2, 2: 3, -1: -1}
     chosen = sorted(s for row in ids.tolist() for s in map(slot.get, row))
     assert sorted(s for s in local.expert_ids.flatten().tolist() if s >= 0) == [s for s in chosen if s >= 0]

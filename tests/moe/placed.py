@@ -13,8 +13,10 @@ from ranks_compare import close
 
 import headgate
 from headgate.dispatch import Fold
+from headgate.dispatch.balanced import Balanced
 from headgate.dispatch.fold import Sizes
 from headgate.moe.capacity import Capacity
+from headgate.placement.choice import Choice
 
 sys.path.append(str(Path(__file__).parent))
 import placed_amiss  # noqa: F401  # these add checks of their own
@@ -30,7 +32,7 @@ def folds() -> list[Fold]:
     return [make_fold(s) for s in (sizes if size > 2 else sizes[:1])]
 
 
-def once(fold: Fold, spare: int, options=None, **how) -> None:
+def once(fold: Fold, spare: int, options=None, replica: str = "home", **how) -> None:
     """Layer, its gradients, their norm and one optimizer step under a random placement, against one process."""
     size, rank = dist.get_world_size(), dist.get_rank()
     tokens = [5, 0, 9, 1][:size]
@@ -38,7 +40,7 @@ def once(fold: Fold, spare: int, options=None, **how) -> None:
     x, g = torch.randn(sum(tokens), D), torch.randn(sum(tokens), D)
     whole, mine = layer(**(options or {})), layer(**(options or {}))
     headgate.parallelize(mine, fold, **how)
-    headgate.place_experts(mine, placement(spare, fold.size("ep"), E, spare))
+    headgate.place_experts(mine, placement(spare, fold.size("ep"), E, spare), replica=replica)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for m in (whole, mine)]
     average = fold.size("dp", "cp")
     x1 = x.clone().requires_grad_()
@@ -89,6 +91,28 @@ def other_forms_of_layers():
     once(folds()[0], 1, {"gated": False, "activation": "gelu", "bias": False})
     once(folds()[-1], 1, {"capacity": Capacity(0.7, scope="batch")})
     once(folds()[0], 1, fsdp=True)
+
+
+@check
+def replicas_chosen_for_the_whole_batch():
+    """The same numbers, and on each slot exactly the rows of the linear program for the counts of all ranks."""
+    for fold in folds():
+        once(fold, 2, replica="balanced")
+    fold, size = folds()[0], dist.get_world_size()
+    goal = placement(8, size, E, 3)
+    mine = headgate.place_experts(headgate.parallelize(layer(), fold), goal, replica="balanced")
+    with torch.no_grad():
+        mine(torch.randn(50, D, generator=torch.Generator().manual_seed(dist.get_rank())))
+    ids = mine.last_routing.expert_ids
+    slots = mine.experts.dispatcher.replicas.slots(ids)
+    assert torch.equal(torch.from_numpy(goal.expert_of_slot[0])[slots.long()], ids)
+    counts = [torch.bincount(t.flatten(), minlength=n) for t, n in ((ids, E), (slots, goal.expert_of_slot.shape[1]))]
+    for total in counts:
+        dist.all_reduce(total)
+    expected = Choice(goal.expert_of_slot[0], goal.gpu_of_slot).rows(counts[0].numpy())
+    assert counts[1].tolist() == expected.tolist()
+    headgate.migrate(mine, placement(9, size, E, 3)).__next__()
+    assert isinstance(mine.experts.dispatcher.replicas, Balanced)
 
 
 @check

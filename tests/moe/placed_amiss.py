@@ -54,6 +54,8 @@ def what_does_not_fit_is_refused_before_anything_moves():
             headgate.place_experts(mine, bad)
     with pytest.raises(TypeError, match=r"^place_experts: placement must be a Placement or None, got dict"):
         headgate.place_experts(mine, {})
+    with pytest.raises(ValueError, match=r"^place_experts: replica must be one of home, balanced, got 'follow'"):
+        headgate.place_experts(mine, good, replica="follow")
     with pytest.raises(TypeError, match=r"^place_experts: optimizer must be a torch\.optim\.Optimizer, got dict"):
         headgate.place_experts(mine, good, optimizer={})
     with pytest.raises(ValueError, match=r"must hold the module's experts, got one without experts\.w_gate_up"):
@@ -109,6 +111,8 @@ def a_rank_with_another_placement_is_named():
     words = rf"^place_experts: placement must be the same on every rank, got another on rank {size - 1} than on rank 0$"
     with pytest.raises(ValueError, match=words):
         headgate.place_experts(mine, placement(3 if odd else 2, size, E, 1))
+    with pytest.raises(ValueError, match=words):
+        headgate.place_experts(mine, placement(2, size, E, 1), replica="balanced" if odd else "home")
     on = "" if odd else rf" \(on rank {size - 1}\)"
     with pytest.raises(ValueError, match=f"^place_experts: placement must have {E} experts, got {2 * E}{on}$"):
         headgate.place_experts(mine, placement(2, size, 2 * E if odd else E, 1))
