@@ -140,7 +140,7 @@ def shift(case: Case, effort: float) -> Row:
             ("placed", "auto", None),
             ("placed, robust", "auto", 8),
         ):
-            objective = Objective(**CALM, max_load=1.06)
+            objective = Objective(**CALM, max_load=1.06 if scenarios is None else 1.12)
             made = place(fit, ONE, method=method, objective=objective, scenarios=scenarios, bound=False, effort=effort)
             for b in domains:
                 key = f"{a} -> {b}"
