@@ -1,6 +1,7 @@
 """The inner loops of the swap search, compiled: two experts of a layer change places, and every number follows.
 
-A swap costs two rows of counts in each neighbouring layer; to know beforehand what it would change takes eight look-ups.
+A swap costs two rows of counts in each neighbouring layer; to know beforehand what it would change takes eight
+look-ups.
 Crossings are kept as integers, so that nothing drifts.
 """
 
@@ -17,7 +18,7 @@ class State(NamedTuple):
     """A placement without replicas and what the loops know of it; arrays, all changed in place but where said so.
 
     at         int32 [L, E]     the GPU of each expert
-    near       int [L, G, E]    transitions between an expert and those experts of the layers beside it that are on a GPU
+    near       int [L, G, E]    transitions between an expert and the neighbouring layers' experts on a GPU
     near_node  int [L, N, E]    the same for nodes
     after      int [L-1, E, E]  counts of (expert, next layer's expert), never changed;  before: transposed
     node       int32 [G];  pace  float64 [G]: 1 / speed, never changed
@@ -118,10 +119,10 @@ def crossings_saved(state, layer, e, f):
 
 @njit(cache=True, inline="always")
 def _on_peak(state, layer, gpu):
+    found = False
     for q in range(state.load.shape[0]):
-        if state.time[q, layer, gpu] == state.peak[layer]:
-            return True
-    return False
+        found |= state.time[q, layer, gpu] == state.peak[layer]
+    return found
 
 
 @njit(cache=True)
@@ -150,12 +151,15 @@ def heat_of(steep, time):
 @njit(cache=True)
 def _smooth_change(state, layer, e, f, a, b):
     """How much the layer's smooth peak rises if e on a and f on b change places."""
-    steep, after = state.steep[layer], state.sum[layer]
+    steep, after = state.steep[layer], 0.0
     for q in range(state.load.shape[0]):
         more = state.load[q, layer, f] - state.load[q, layer, e]
-        after += heat_of(steep, state.time[q, layer, a] + more * state.pace[a]) - state.heat[q, layer, a]
-        after += heat_of(steep, state.time[q, layer, b] - more * state.pace[b]) - state.heat[q, layer, b]
-    return np.log(max(after, 1e-300) / state.sum[layer]) / steep
+        for g in range(state.heat.shape[2]):  # all of them: the two may be all that counts
+            if g != a and g != b:
+                after += state.heat[q, layer, g]
+        after += heat_of(steep, state.time[q, layer, a] + more * state.pace[a])
+        after += heat_of(steep, state.time[q, layer, b] - more * state.pace[b])
+    return np.log(after / state.sum[layer]) / steep
 
 
 @njit(cache=True, inline="always")

@@ -1,15 +1,17 @@
 """The best of several placements, layer by layer.
 
-To give the GPUs of a layer and of all later ones other names changes only the transitions into that layer. So for any two
-placements, the least that it costs to go from a layer of one to the next layer of the other is an assignment problem of
-G x G, and the best way through all layers, from placement to placement, is a shortest path: exact for what it may choose
-from, and as a placement's parts far from each other hardly know of each other, far better than each of them.
+To give the GPUs of a layer and of all later ones other names changes only the transitions into that layer. So for any
+two placements, the least that it costs to go from a layer of one to the next layer of the other is an assignment problem
+of G x G, and the best way through all layers, from placement to placement, is a shortest path: exact for what it may
+choose from, and as a placement's parts far from each other hardly know of each other, far better than each of them.
 
-GPUs may change names where they have equal slots and speed and nothing is pinned to them, and with a price on nodes whole
+GPUs may change names where they have equal slots and speed and nothing is pinned to them; with a price on nodes, whole
 nodes change, and GPUs inside a node.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 from numba import njit
@@ -128,7 +130,7 @@ class Pool:
         found = np.empty_like(self.placements[0])
         found[0] = self.placements[path[0]][0]
         names = np.arange(self.renamed.shape[-1])  # the GPU that each name of the present placement stands for
-        for layer, (i, j) in enumerate(zip(path, path[1:], strict=False)):
+        for layer, (i, j) in enumerate(pairwise(path)):
             names = names[self.renamed[layer, i, j]]
             found[layer + 1] = names[self.placements[j][layer + 1]]
         return found

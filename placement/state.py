@@ -49,8 +49,8 @@ class Counts:
         self.before = np.ascontiguousarray(self.after.transpose(0, 2, 1))
 
     def near(self, at: NDArray[np.int32], layer: int, gpus: int, ahead: bool = True) -> NDArray[np.integer]:
-        """[G, E]: transitions between each expert of `layer` and the neighbours' experts on each GPU, at [L, E]; without
-        `ahead` those from the layer before alone."""
+        """[G, E]: transitions between each expert of `layer` and the neighbours' experts on each GPU, at [L, E];
+        without `ahead` those from the layer before alone."""
         found = np.zeros((gpus, at.shape[1]), self.after.dtype)
         if layer > 0:
             add_rows(self.after[layer - 1], at[layer - 1], found)
@@ -101,7 +101,7 @@ def times(problem: Problem, gpu_of_expert: NDArray[np.integer]) -> NDArray[np.fl
 
 
 def check_problem(problem: Problem, who: str) -> None:
-    """Raises ValueError where `who` cannot serve: spare slots, copies to be counted, pins or groups that cannot be kept."""
+    """Raises ValueError where `who` cannot serve: spare slots, copies counted, pins or groups that cannot be kept."""
     layers, experts, gpus = problem.layers, problem.num_experts, problem.topology.gpus
     weights, node_of, slots = problem.objective, problem.topology.node_of_gpu, problem.slots_of_gpu
     if problem.spare:
@@ -111,7 +111,9 @@ def check_problem(problem: Problem, who: str) -> None:
     if problem.pins.shape != (layers, experts):
         raise ValueError(f"{who}: pins must be [L={layers}, E={experts}], got {problem.pins.shape}")
     if problem.pins.min(initial=-1) < -1 or problem.pins.max(initial=-1) >= gpus:
-        raise ValueError(f"{who}: pins must be GPUs below {gpus}, or -1, got {problem.pins.min()} .. {problem.pins.max()}")
+        raise ValueError(
+            f"{who}: pins must be GPUs below {gpus}, or -1, got {problem.pins.min()} .. {problem.pins.max()}"
+        )
     for layer, pins in enumerate(problem.pins):
         held = np.bincount(pins[pins >= 0], minlength=gpus)
         if (held > slots).any():
@@ -124,7 +126,9 @@ def check_problem(problem: Problem, who: str) -> None:
     size = experts // problem.groups
     room = np.bincount(node_of, slots)
     if (room % size).any():
-        raise ValueError(f"{who}: groups must fill each node, {size} experts each, got {room.astype(int)} slots of nodes")
+        raise ValueError(
+            f"{who}: groups must fill each node, {size} experts each, got {room.astype(int)} slots of nodes"
+        )
     for layer, pins in enumerate(problem.pins):
         nodes = np.where(pins < 0, -1, node_of[pins]).reshape(problem.groups, size)
         wanted = nodes.max(1)

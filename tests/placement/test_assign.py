@@ -1,4 +1,4 @@
-"""One layer after the other, exactly: against every placement of a layer, and what a placement scores against the walk."""
+"""One layer after the other, exactly: against every placement of a layer; and a placement's score against the walk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ UNEVEN = Topology(2, 2, slots=(1, 3, 2, 2), speed=(1.0, 2.0, 1.0, 1.5))
 def test_transport_is_worth_as_much_as_scipys_assignment(seed, columns, whole, guess):
     rng = np.random.default_rng(seed)
     room = rng.integers(0, 4, columns)
-    worth = rng.integers(-4, 5, (room.sum(), columns)).astype(float) if whole else rng.normal(size=(room.sum(), columns))
+    worth = (
+        rng.integers(-4, 5, (room.sum(), columns)).astype(float) if whole else rng.normal(size=(room.sum(), columns))
+    )
     found = transport(worth, room, rng.normal(size=columns) * guess)
     np.testing.assert_array_equal(np.bincount(found, minlength=columns), room)
     column_of = np.repeat(np.arange(columns), room)
@@ -90,7 +92,9 @@ def test_at_the_fixpoint_no_layer_can_be_placed_better(topology):
     problem = problem_of(random_trace(3, 3, 6), topology, Objective(gpu=1, node=3))
     at = assign(problem)
     best = score(problem, at).total
-    rows = {tuple(row[0]) for row in every_placement(replace(problem, loads=problem.loads[:, :1], pins=problem.pins[:1]))}
+    rows = {
+        tuple(row[0]) for row in every_placement(replace(problem, loads=problem.loads[:, :1], pins=problem.pins[:1]))
+    }
     for layer in range(3):
         for row in rows:
             other = at.copy()
