@@ -22,6 +22,7 @@ from .simple import linear, random
 from .state import from_slots, score, to_slots
 
 SWAPS, COPIES, EXCHANGES = 30_000_000, 5_000_000, 200_000  # proposals of the searches, a few seconds each
+LOOSE = 1.2  # load that the search may leave to the replicas, at least
 EXACT = 130  # binaries up to which HiGHS, too, is asked: beyond, it proves nothing in a minute
 
 
@@ -60,6 +61,9 @@ def _auto(problem: Problem, run: Run) -> Found:
     if not (problem.objective.counts_copies or problem.objective.gpu or problem.objective.node):
         return _balance(problem, run)
     single = _without_spare(problem)
+    if problem.spare and problem.objective.max_load is not None:  # replicas level it, and more cheaply
+        loose = max(problem.objective.max_load, LOOSE)
+        single = replace(single, objective=replace(problem.objective, max_load=loose))
     start = None
     if run.start is not None and not problem.spare:
         start = from_slots(run.start.expert_of_slot, problem.gpu_of_slot)

@@ -19,7 +19,7 @@ from .cost import Cost
 from .methods import METHODS, Run
 from .placement import Placement
 from .problem import Objective, Problem
-from .scenarios import scenario_loads
+from .scenarios import Scenarios, scenario_loads
 from .slots import Pin
 from .statistics import statistics
 from .topology import Topology, Workload
@@ -40,7 +40,7 @@ def place(
     *,
     objective: str | Objective = "time",
     workload: Workload | None = None,
-    scenarios: int | NDArray[np.integer] | None = None,
+    scenarios: Scenarios = None,
     pins: Sequence[Pin] | None = None,
     groups: int = 1,
     start: Placement | None = None,
@@ -116,7 +116,7 @@ def problem_of(
     slots_per_gpu: int | None,
     objective: str | Objective,
     workload: Workload | None = None,
-    scenarios: int | NDArray[np.integer] | None = None,
+    scenarios: Scenarios = None,
     pins: Sequence[Pin] | None = None,
     groups: int = 1,
     seed: int = 0,

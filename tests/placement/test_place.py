@@ -176,6 +176,11 @@ def test_scenarios_of_a_trace_without_sequences(trace):
             scenario_loads(bare, bad)
     with pytest.raises(ValueError, match="labels"):
         scenario_loads(bare, np.zeros(3, np.int64))
+    given = np.ones((1, 3, 8))
+    np.testing.assert_allclose(scenario_loads(bare, given)[1], 1 / 8)
+    for bad in (np.ones((1, 3, 7)), -given, given * np.nan):
+        with pytest.raises(ValueError, match="scenarios: loads must be finite, not negative"):
+            scenario_loads(bare, bad)
 
 
 # --- files, interruptions, errors ----------------------------------------------------------------------------------
