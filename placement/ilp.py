@@ -133,8 +133,8 @@ class _Model:
             return
         counts, experts = self.counts, x.shape[1]
         self.constant += price * float(counts.after.sum()) / counts.total
-        for layer, matrix in enumerate(counts.after):
-            worth = price * matrix / counts.total
+        for layer in range(len(counts.after)):
+            worth = price * counts.after[layer] / counts.total
             for part, slots in enumerate(room):
                 y = np.array([self._column(-w) for w in worth.ravel()]).reshape(experts, experts)
                 for e in range(experts):

@@ -1,8 +1,8 @@
 """The best of several placements, layer by layer.
 
 To give the GPUs of a layer and of all later ones other names changes only the transitions into that layer. So for any
-two placements, the least that it costs to go from a layer of one to the next layer of the other is an assignment problem
-of G x G, and the best way through all layers, from placement to placement, is a shortest path: exact for what it may
+two placements, the least that it costs to go from a layer of one to the next layer of the other is an assignment of
+G to G, and the best way through all layers, from placement to placement, is a shortest path: exact for what it may
 choose from, and as a placement's parts far from each other hardly know of each other, far better than each of them.
 
 GPUs may change names where they have equal slots and speed and nothing is pinned to them; with a price on nodes, whole
@@ -81,7 +81,8 @@ class Pool:
         number, gpus = len(placements), problem.topology.gpus
         self.stays = np.zeros((problem.layers - 1, number, number))
         self.renamed = np.zeros((*self.stays.shape, gpus), np.intp)
-        for layer, matrix in enumerate(counts.after):
+        for layer in range(problem.layers - 1):
+            matrix = counts.after[layer]
             for i, before in enumerate(placements):
                 rows = np.zeros((gpus, problem.num_experts), matrix.dtype)
                 add_rows(matrix, before[layer], rows)

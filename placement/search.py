@@ -5,9 +5,9 @@
                annealed again, and are with it what the next round puts together
     last       what the last round gives, descended until no swap makes it better
 
-The load that is wished for at most (`Objective.max_load`) becomes a price on load, moved up or down after each annealing
-by what came of it, and what is put together is the cheapest that keeps it. The price is the same in all layers, so that
-load is spent where it saves most.
+The load that is wished for at most (`Objective.max_load`) becomes a price on load, moved up or down after each
+annealing by what came of it, and what is put together is the cheapest that keeps it. The price is the same in all
+layers, so that load is spent where it saves most.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _warm_up(problem: Problem) -> None:
 
 
 def _judged(fit: Trace, judge: Trace, problem: Problem, slots: NDArray[np.integer]) -> dict[str, float]:
-    placement = Placement(slots, problem.num_experts, problem.topology, problem.slots_of_gpu)
+    placement = Placement(slots.astype(np.int32), problem.num_experts, problem.topology, problem.slots_of_gpu)
     seen, cost = walk(fit, placement), walk(judge, placement)
     return {
         "gpu": cost.cross_gpu_share,
