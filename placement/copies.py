@@ -39,7 +39,7 @@ def improve_copies(
     stop: Callable[[], bool] = lambda: False,
 ) -> NDArray[np.int32]:
     """int32 [L, E]: the GPU of each expert, by annealed swaps from `gpu_of_expert`. None: one drawn from `seed` or,
-    where homes move and layers have to fit together, what `search` makes of the transitions.
+    where homes move and nodes have to fit together over the layers, what `search` makes of the transitions.
 
     The score is the objective's (`score`). Where it has a `max_load`, the load's weight follows the load while the
     search goes on, and the best that keeps to it is returned, else the one with the least load. Never worse than the
@@ -50,7 +50,7 @@ def improve_copies(
 
     Raises ValueError where slots are not as many as experts, or the start does not fit slots, pins or groups.
     """
-    by_chance = gpu_of_expert is None and problem.objective.home == "fixed"
+    by_chance = gpu_of_expert is None and (problem.objective.home == "fixed" or problem.topology.nodes == 1)
     heat = (HOT if by_chance else MILD) if heat is None else heat
     start = first_places(problem, seed) if gpu_of_expert is None else np.array(gpu_of_expert, np.int32)
     state = state_of(problem, start, seed)
@@ -109,6 +109,7 @@ def _tuned(
 ) -> float:
     """The load's weight, per layer, at which a short annealing just keeps to `max_load`; the objective's at least."""
     objective, least = problem.objective, _weights(problem)[4]
+    most = np.inf if objective.max_load is None else objective.max_load
     scale = objective.gpu + objective.node + objective.copies + objective.node_copies
     weight = max(least, scale / problem.layers)
     low, high = 0.0, 0.0  # 0: not known yet
@@ -119,7 +120,7 @@ def _tuned(
         _look(problem, state)
         state.weight[4] = weight
         _anneal(problem, state, heat, proposals, stop, [((0.0, -np.inf), start)], False)
-        if mean_load(state) > problem.objective.max_load:
+        if mean_load(state) > most:
             low = weight
         else:
             high = weight
