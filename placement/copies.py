@@ -12,17 +12,20 @@ visits. The search takes transitions at that price, and v from walking the homes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import token_loops
-from .problem import Problem
+from .problem import Objective, Problem
+from .search import search
 from .token_loops import State
 from .walk import _move
 
 ROUNDS, LAST = 150, 20  # of an annealing, and those of them that only go down
 LOOK = 15  # rounds from one look at the homes and the exact score to the next
+HOT, MILD = 0.5, 0.15  # first temperatures, over what a swap changes on average
 TUNINGS, SHORTER = 6, 8  # annealings that find the load's weight, and how much shorter they are
 
 
@@ -32,27 +35,46 @@ def improve_copies(
     *,
     seed: int = 0,
     proposals: int = 4_000_000,
-    heat: float = 0.5,
+    heat: float | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> NDArray[np.int32]:
-    """int32 [L, E]: the GPU of each expert, by annealed swaps from `gpu_of_expert` (None: one drawn from `seed`).
+    """int32 [L, E]: the GPU of each expert, by annealed swaps from `gpu_of_expert`. None: one drawn from `seed` or,
+    where homes move and nodes have to fit together over the layers, what `search` makes of the transitions.
 
     The score is the objective's (`score`). Where it has a `max_load`, the load's weight follows the load while the
     search goes on, and the best that keeps to it is returned, else the one with the least load. Never worse than the
-    start, in that order. `proposals`: swaps tried in all; `heat`: the first temperature, in mean changes by a swap.
+    start, in that order. `proposals`: swaps tried in all; `heat`: the first temperature, in mean changes by a swap
+    (None: hot for a start by chance, mild for another).
     `stop` is asked before each of 150 rounds: once true, the best so far is returned. The same arguments give the same
     answer. Cost: about T / 60 ns a proposal.
 
     Raises ValueError where slots are not as many as experts, or the start does not fit slots, pins or groups.
     """
+    by_chance = gpu_of_expert is None and (problem.objective.home == "fixed" or problem.topology.nodes == 1)
+    heat = (HOT if by_chance else MILD) if heat is None else heat
     start = first_places(problem, seed) if gpu_of_expert is None else np.array(gpu_of_expert, np.int32)
     state = state_of(problem, start, seed)
+    if gpu_of_expert is None and not by_chance and proposals:
+        start = _by_transitions(problem, seed, proposals, stop)
+        state = state_of(problem, start, seed)
     best = [(_look(problem, state), start)]
     if proposals and problem.objective.max_load is not None:
         state.weight[4] = _tuned(problem, start, seed, heat, proposals // SHORTER, stop)
     if proposals:
-        _anneal(problem, state, heat, proposals, stop, best)
+        _anneal(problem, state, heat, proposals, stop, best, problem.objective.max_load is not None)
     return best[0][1]
+
+
+def _by_transitions(problem: Problem, seed: int, proposals: int, stop: Callable[[], bool]) -> NDArray[np.int32]:
+    """Where homes move, rows follow transitions: a placement with few that cross."""
+    objective = problem.objective
+    near = Objective(
+        gpu=objective.gpu + objective.copies,
+        node=objective.node + objective.node_copies,
+        load=objective.load,
+        max_load=objective.max_load,
+    )
+    return search(replace(problem, objective=near), proposals=proposals, seed=seed, stop=stop)
 
 
 def _anneal(
@@ -62,8 +84,10 @@ def _anneal(
     proposals: int,
     stop: Callable[[], bool],
     best: list[tuple[tuple[float, float], NDArray[np.int32]]],
+    adapt: bool,
 ) -> None:
-    """Anneals the state in place. `best` holds one (rank, placement), replaced by what is better."""
+    """Anneals the state in place. `best` holds one (rank, placement), replaced by what is better. With
+    `adapt` the load's weight rises while the load is above `max_load`, from half the way on."""
     each = -(-proposals // (ROUNDS * problem.layers))
     first = heat * token_loops.mean_change(state, 200)
     for turn in range(ROUNDS):
@@ -71,12 +95,13 @@ def _anneal(
             return
         temperature = first * 0.01 ** (turn / (ROUNDS - LAST)) if turn < ROUNDS - LAST else 0.0
         token_loops.anneal(state, temperature, each)
-        if turn % LOOK == LOOK - 1 or turn >= ROUNDS - 3:
+        last = turn >= ROUNDS - LAST
+        if turn % (3 if last else LOOK) == 0 or turn == ROUNDS - 1:
             found = _look(problem, state)
             if found < best[0][0]:
                 best[0] = (found, state.gpu.copy())
-            if problem.objective.max_load is not None and turn > ROUNDS // 2:
-                state.weight[4] *= 1.2 if found[0] > 0 else 0.9
+            if adapt and turn > ROUNDS // 2:
+                state.weight[4] *= (1.4 if last else 1.15) if found[0] > 0 else 0.95
 
 
 def _tuned(
@@ -84,6 +109,7 @@ def _tuned(
 ) -> float:
     """The load's weight, per layer, at which a short annealing just keeps to `max_load`; the objective's at least."""
     objective, least = problem.objective, _weights(problem)[4]
+    most = np.inf if objective.max_load is None else objective.max_load
     scale = objective.gpu + objective.node + objective.copies + objective.node_copies
     weight = max(least, scale / problem.layers)
     low, high = 0.0, 0.0  # 0: not known yet
@@ -93,15 +119,15 @@ def _tuned(
         state = state_of(problem, start, seed)
         _look(problem, state)
         state.weight[4] = weight
-        _anneal(problem, state, heat, proposals, stop, [((0.0, -np.inf), start)])
-        if mean_load(state) > problem.objective.max_load:
+        _anneal(problem, state, heat, proposals, stop, [((0.0, -np.inf), start)], False)
+        if mean_load(state) > most:
             low = weight
         else:
             high = weight
             if weight == least:
                 break
         weight = np.sqrt(low * high) if low and high else max(least, weight * (3 if low else 1 / 3))
-    return high or low or least
+    return high or 3 * low or least
 
 
 def score(problem: Problem, gpu_of_expert: NDArray[np.integer]) -> dict[str, float]:

@@ -23,7 +23,7 @@ class Replicas(NamedTuple):
     held       bool [L, E, G]: where experts stand; copies  int32 [L, E]: how often
     ids        int16 [L, T, K]; home  int32 [T]; on  int16 [L, T, K]: the GPU of each choice, -1 for none
     begin      int32 [L, E+1], choice  int32 [L, T*K]: the choices t * K + k of each expert
-    count      uint8 [L, T, G], node_count  uint8 [L, T, N]: choices of a token on each GPU, and node
+    gpu_count  uint8 [L, T, G], node_count  uint8 [L, T, N]: choices of a token on each GPU, and node
     load       float64 [L, G]: expert time of each GPU over the mean; pair  float64 [L, G]: what one choice adds to it
     heaviest   float64 [L]: the largest load
     note       int32 [M, 4]: layer, t, k and GPU before of every change not yet decided on; noted  int64 [1]: how many
@@ -46,7 +46,7 @@ class Replicas(NamedTuple):
     on: NDArray
     begin: NDArray
     choice: NDArray
-    count: NDArray
+    gpu_count: NDArray
     node_count: NDArray
     load: NDArray
     pair: NDArray
@@ -125,11 +125,11 @@ def _put(on, count, node_count, node_of_gpu, load, pair, weight, home, layer, t,
 @njit(cache=True)
 def _again(s, layer, e):
     """All choices of an expert, after it has come to stand elsewhere."""
-    on, count, node_count, node_of_gpu, held = s.on, s.count, s.node_count, s.node_of_gpu, s.held
+    on, count, node_count, node_of_gpu, held = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held
     load, pair, weight, homes, note, chosen = s.load, s.pair, s.weight, s.home, s.note, s.choice
     rule, ahead, found, top_k, i, only = s.rule, s.ahead, 0.0, on.shape[2], s.noted[0], -1
     if s.copies[layer, e] == 1:
-        only = np.argmax(held[layer, e])
+        only = int(np.argmax(held[layer, e]))
     for j in range(s.begin[layer, e], s.begin[layer, e + 1]):
         t, k, h = chosen[layer, j] // top_k, chosen[layer, j] % top_k, only
         if only < 0:
@@ -145,7 +145,7 @@ def _again(s, layer, e):
 @njit(cache=True)
 def _follow(s):
     """Choices of later layers that go elsewhere because of the changes noted."""
-    on, count, node_count, node_of_gpu, held = s.on, s.count, s.node_count, s.node_of_gpu, s.held
+    on, count, node_count, node_of_gpu, held = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held
     load, pair, weight, homes, note, ids = s.load, s.pair, s.weight, s.home, s.note, s.ids
     rule, ahead, copies, found, top_k, i, end = s.rule, s.ahead, s.copies, 0.0, on.shape[2], 0, s.noted[0]
     while i < end:
@@ -200,14 +200,14 @@ def guess(s, layer, a, b, e, f):
     _stand(s, layer, a, f)
     if b >= 0:
         _stand(s, layer, b, e)
-    on, count, node_count, node_of_gpu, held = s.on, s.count, s.node_count, s.node_of_gpu, s.held
+    on, count, node_count, node_of_gpu, held = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held
     weight, homes, chosen, top_k, found = s.weight, s.home, s.choice, s.on.shape[2], 0.0
     rule, ahead = s.rule, s.ahead
     moved = np.zeros(held.shape[2], np.int64)
     for x in (e, f):
         only, stay, near = -1, 0, 0
         if s.copies[layer, x] == 1:
-            only = np.argmax(held[layer, x])
+            only = int(np.argmax(held[layer, x]))
         for j in range(s.begin[layer, x], s.begin[layer, x + 1]):
             t, k, h = chosen[layer, j] // top_k, chosen[layer, j] % top_k, only
             g = on[layer, t, k]
@@ -254,7 +254,7 @@ def _stand(s, layer, slot, e):
 @njit(cache=True)
 def undo(s, layer, a, b, e, f):
     """What `exchange` did last."""
-    on, count, node_count, node_of_gpu = s.on, s.count, s.node_count, s.node_of_gpu
+    on, count, node_count, node_of_gpu = s.on, s.gpu_count, s.node_count, s.node_of_gpu
     load, pair, weight, homes, note = s.load, s.pair, s.weight, s.home, s.note
     for i in range(s.noted[0] - 1, -1, -1):
         t, k, h = note[i, 1], note[i, 2], note[i, 3]
@@ -313,7 +313,7 @@ def anneal(s, temperature, slack, proposals):
 @njit(cache=True)
 def fill(s):
     """What follows from `slot` and `ahead`."""
-    on, count, node_count, node_of_gpu, held, homes = s.on, s.count, s.node_count, s.node_of_gpu, s.held, s.home
+    on, count, node_count, node_of_gpu, held, homes = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held, s.home
     (layers, tokens, top_k), rule, ahead = s.ids.shape, s.rule, s.ahead
     held[:] = False
     s.copies[:] = 0
@@ -360,7 +360,7 @@ def look_ahead(s, tell):
 def counts(s):
     """int64 [5]: transitions in all; those that stay on their GPU, on their node; rows that leave home's GPU, node."""
     found = np.zeros(5, np.int64)
-    count, node_count = s.count, s.node_count
+    count, node_count = s.gpu_count, s.node_count
     layers, tokens, gpus = count.shape
     for layer in range(layers):
         for t in range(tokens):

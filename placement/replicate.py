@@ -199,7 +199,7 @@ def state_of(problem: Problem, expert_of_slot: NDArray[np.integer], replica: str
         on=np.full(ids.shape, -1, np.int16),
         begin=begin,
         choice=choice,
-        count=np.zeros((layers, tokens, gpus), np.uint8),
+        gpu_count=np.zeros((layers, tokens, gpus), np.uint8),
         node_count=np.zeros((layers, tokens, topology.nodes), np.uint8),
         load=np.zeros((layers, gpus)),
         pair=speed.sum() / speed / chosen[:, None],

@@ -197,17 +197,20 @@ def anneal(s, temperature, proposals):
 
 @njit(cache=True)
 def mean_change(s, tries):
-    """Mean size of the changes of the score that `tries` swaps in each layer would make."""
-    total, seen = 0.0, 0
+    """Mean size of the changes of the score that `tries` swaps in each layer would make; of those inside nodes, where
+    there are any: what holds nodes together must not melt."""
+    total, seen = np.zeros(2), np.zeros(2)
     for layer in range(len(s.gpu)):
         movable = s.movable[layer]
         for _ in range(tries if movable > 1 else 0):
             e = s.free[layer, int(_uniform(s.random) * movable)]
             f = s.free[layer, int(_uniform(s.random) * movable)]
-            if s.gpu[layer, e] != s.gpu[layer, f]:
-                total += abs(delta(s, layer, e, f))
-                seen += 1
-    return total / max(1, seen)
+            g, h = s.gpu[layer, e], s.gpu[layer, f]
+            if g != h:
+                across = int(s.node_of_gpu[g] != s.node_of_gpu[h])
+                total[across] += abs(delta(s, layer, e, f))
+                seen[across] += 1
+    return total[0] / seen[0] if seen[0] > 0 else total[1] / max(1.0, seen[1])
 
 
 @njit(cache=True)

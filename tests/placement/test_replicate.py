@@ -110,7 +110,7 @@ def test_an_exchange_changes_the_score_by_what_was_said_and_undo_takes_it_back(
         else:
             before = weighed(problem, fresh)
     fresh = anew(problem, state, replica)
-    for name in ("on", "count", "node_count", "held", "copies", "load", "heaviest"):
+    for name in ("on", "gpu_count", "node_count", "held", "copies", "load", "heaviest"):
         np.testing.assert_allclose(getattr(state, name), getattr(fresh, name), atol=1e-9, err_msg=name)
 
 

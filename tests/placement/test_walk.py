@@ -119,7 +119,7 @@ def test_homes_keep_sequences_whole():
         ({"homes": np.array([0, 1])}, r"homes must be integers \[T=3\]"),
         ({"homes": np.array([0.0, 1, 0])}, "homes must be integers"),
         ({"homes": np.array([0, 2, 0])}, r"homes must be in 0 \.\. 1, got 0 \.\. 2"),
-        ({"replica": "near"}, "replica must be one of home, follow, got 'near'"),
+        ({"replica": "near"}, "replica must be one of home, follow, foretold, got 'near'"),
         ({"home": "nowhere"}, "home must be one of fixed, most, foretold, got 'nowhere'"),
         ({"home": "foretold"}, "foretold must be given"),
         ({"chosen": np.zeros((2, 3, 2), np.int64)}, "chosen must be int32"),
