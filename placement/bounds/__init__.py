@@ -1,13 +1,13 @@
 """How good a placement can be at all: certified lower bounds on what crosses between GPUs and nodes, and on load.
 
 Crossings between GPUs, and between nodes, are partition problems, with as many experts of a layer in a part as the
-part has slots. Each is bounded for itself and the two are added, by the best of three methods, cheap to dear:
+part has slots. Each is bounded for itself, and the two are added, by the best of three methods, cheap to dear:
 
-| method | what it knows | time, 26 layers of 64 experts / 60 of 256 |
-|---|---|---|
-| spectral | singular values of each pair of layers | 0.02 s / 0.7 s |
-| matching | how many partners an expert can have in its part | 0.1 s / 1.3 s |
-| sdp | the semidefinite relaxation of the whole chain, with triangle inequalities | improves until the time is up |
+| method | what it knows |
+|---|---|
+| spectral | singular values of each pair of layers |
+| matching | how many partners an expert can have in its part |
+| sdp | the semidefinite relaxation of the whole chain, with triangle inequalities: better until the time is up |
 
 Any point at which a method stops proves its bound: dual.py says why, and takes the margins of all roundings off.
 """

@@ -2,8 +2,8 @@
 
 Each pair of layers has its own matrix Q_p of the set in dual.py, and all share the entries z: the blocks inside the
 layers tie the pairs together. An iteration projects, pair by pair, on Q (one eigendecomposition [2E, 2E]), then on
-what is asked of the entries; the multipliers S_p are the prices of Q_p = z. Cost: about 2.3 ms a pair at E = 64 on one
-core, 35 ms at E = 256.
+what is asked of the entries; the multipliers S_p are the prices of Q_p = z. Cost of an iteration: L E^3; memory: two
+matrices [2E, 2E] of float64 a pair.
 
 Source: ADMM with over-relaxation after Boyd et al. (2011), sections 3.4 and 4.3.
 """

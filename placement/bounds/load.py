@@ -55,9 +55,7 @@ def _packed(load: NDArray[np.float64], slots: NDArray[np.int64], speeds: NDArray
         for (room, pace), count in zip(kinds, many, strict=True):
             room = int(room)
             held = np.arange(1, min(room, j) + 1)
-            forced = np.maximum(held, room - (experts - j))  # the others are not enough to fill it
-            rest = room - forced
-            least = below[j] - below[j - forced] + below[experts] - below[experts - rest]
+            least = below[j] - below[j - held] + below[experts] - below[experts - room + held]
             times.append(np.tile(least / pace, count))
         pool = np.concatenate(times)
         worst = max(worst, float(np.partition(pool, j - 1)[j - 1]))

@@ -20,17 +20,15 @@ def matching(weights: NDArray[np.float64], slots: NDArray[np.int64]) -> NDArray[
     optimum as a rule; what they prove does not depend on it.
     """
     pairs, experts, _ = weights.shape
-    degrees = np.sort(np.minimum(slots, experts))[::-1]
-    first = int(degrees[0])
+    widest = int(min(slots.max(), experts))
     u = v = np.zeros((pairs, experts))
     best = _local(weights, u, v, slots)
     for sweep in range(SWEEPS):
-        u = _answer(weights - v[:, None, :], first)
-        v = _answer((weights - u[:, :, None]).transpose(0, 2, 1), first)
-        better = np.minimum(best, _local(weights, u, v, slots))
-        if sweep and better.sum() > best.sum() * (1 - ENOUGH):
+        u = _answer(weights - v[:, None, :], widest)
+        v = _answer((weights - u[:, :, None]).transpose(0, 2, 1), widest)
+        before, best = best, np.minimum(best, _local(weights, u, v, slots))
+        if sweep and best.sum() > before.sum() * (1 - ENOUGH):
             break
-        best = better
     if slots.sum() > experts:  # a price above which it is cheaper to have replicas
         for share in np.linspace(0, 0.9, 10):
             most = np.quantile(u, share, axis=1, keepdims=True), np.quantile(v, share, axis=1, keepdims=True)

@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from headgate.placement import bounds as module
 from headgate.placement.bounds import METHODS, crossing_bound, dual, load, simple
@@ -116,6 +117,18 @@ def test_planted_blocks_are_proved_optimal(method, slots):
     assert found.levels[0].total == weights.sum()
 
 
+@pytest.mark.parametrize("slots", [[4] * 4, [8, 8], [1] * 16], ids=str)
+def test_matching_is_near_its_linear_program(slots):
+    """max sum W x, rows and columns of x in 0 .. 1 at most the slots of a part: HiGHS, the independent truth."""
+    rng, (experts, degree) = np.random.default_rng(1), (sum(slots), slots[0])
+    sides = [np.kron(np.eye(experts), np.ones(experts)), np.kron(np.ones(experts), np.eye(experts))]
+    for weights in random_weights(rng, 3, experts):
+        done = linprog(-weights.ravel(), A_ub=np.vstack(sides), b_ub=np.full(2 * experts, degree), bounds=(0, 1))
+        best = weights.sum() + done.fun
+        found = simple.matching(weights[None], np.array(slots)).sum()
+        assert best - 1e-3 * weights.sum() <= found <= best * (1 + 1e-9)
+
+
 def test_each_dearer_method_proves_more_and_cuts_more_still():
     rng = np.random.default_rng(2)
     weights = random_weights(rng, 6, 16, whole=False)
@@ -167,6 +180,19 @@ def test_multipliers_that_lie_prove_less_and_nothing_wrong(slots, spoil):
         found = dual.crossing(weights, 3, 2, lies, Cuts(cuts.key, cuts.entry, prices), fixed).sum()
         assert found <= (honest if spoil == "nothing" else best)
         assert (found == -np.inf) == (spoil in ("huge", "nan"))
+
+
+def test_a_negative_price_is_no_price():
+    """One pair, two experts, two parts, all local: multipliers that prove it exactly, and a triangle with room to spare
+    whose negative price would lower the local weight."""
+    weights, inside, across = np.array([[[8.0, 0], [0, 8]]]), [[0, 1], [1, 0]], [[2, 1], [1, 2]]
+    multipliers = np.block([[np.array(inside), np.array(across)], [np.array(across), np.array(inside)]])[None]
+    assert dual.crossing(weights, 1, 2, multipliers).sum() == pytest.approx(0, abs=1e-9)
+    for price in (-1.0, 0.0, 1.0):  # z_01 + z_03 - z_13 <= 1
+        cuts = Cuts(np.array([28]), np.array([[1, 9, 11]]), np.array([price]))
+        found = dual.crossing(weights, 1, 2, multipliers, cuts).sum()
+        assert found == pytest.approx(-2 * max(price, 0), abs=1e-9)
+        assert found <= 0
 
 
 @pytest.mark.parametrize(("capacity", "parts"), [(1, 3), (2, 2), (3, 4), (4, 1), (8, 2)])
