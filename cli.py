@@ -58,6 +58,10 @@ BENCHMARKS = {
     "compile": (".bench.gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
     "roofline": (".bench.gpu.roofline", "FLOPs, bytes and floor time of every launch"),
     "sweep": (".bench.gpu.sweep", "the chosen tiles beside all others, on a GPU"),
+    "placement": (
+        ".bench.placement",
+        "placements beside EPLB: crossings, load, rows that move, bounds, replicas, drift",
+    ),
     "links": (".bench.links", "the links behind published tables, and which dispatcher wins where"),
 }
 

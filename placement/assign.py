@@ -1,8 +1,8 @@
 """Layer by layer, exactly: given the layers beside it, where a layer's experts belong is a linear assignment problem.
 
 An expert on a GPU keeps there its transitions with the neighbours' experts that are on the same GPU (and, for their own
-price, node); the sum over experts is all that a layer contributes, so the best of all placements of one layer is found in
-polynomial time (Kuhn, 1955; here Jonker-Volgenant, transport.py). Layers are solved in turn until none gets better.
+price, node); the sum over experts is all that a layer contributes, so the best of all placements of one layer is found
+in polynomial time (Kuhn, 1955; here Jonker-Volgenant, transport.py). Layers are solved in turn until none gets better.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def _worth(problem, counts, at, layer: int, price, ahead: bool = True) -> NDArra
 
 
 def _solve(problem: Problem, worth: NDArray[np.float64], layer: int, duals: NDArray[np.float64]) -> NDArray[np.int32]:
-    """int32 [E]: the placement of one layer that is worth most, within slots, pins and groups. duals [G]: see `transport`."""
+    """int32 [E]: the placement of one layer that is worth most, within slots, pins and groups.
+
+    duals [G]: see `transport`.
+    """
     pins = problem.pins[layer]
     pinned = np.flatnonzero(pins >= 0)
     worth = worth.copy()

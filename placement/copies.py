@@ -280,6 +280,11 @@ def _transition_weights(problem: Problem, visits: tuple[float, float]) -> NDArra
     objective, top_k = problem.objective, problem.ids.shape[2]
     worth = np.array([objective.gpu, objective.node])
     if objective.home != "fixed" and top_k:
-        price = 2 * top_k * (1 - np.array(visits)) ** (1 - 1 / top_k)
+        price = [transition_price(top_k, v) for v in visits]
         worth += np.array([objective.copies, objective.node_copies]) * price
     return worth / max(1.0, _transitions(problem))
+
+
+def transition_price(top_k: int, visits: float) -> float:
+    """How much a token's visits of its home, per layer, rise with the share of transitions that stay on their GPU."""
+    return 2 * top_k * (1 - visits) ** (1 - 1 / top_k)

@@ -2,8 +2,9 @@
 
 x[l, e, g] = 1: expert e of layer l is on GPU g. For experts e and f of consecutive layers y[l, e, f, g] <= x[l, e, g],
 x[l+1, f, g] says that both are there, whatever the number of tokens, and sum over f of y[l, e, f, g] = slots[g] *
-x[l, e, g] (and the same over e) makes the relaxation much tighter (Sherali and Adams, 1990); nodes in the same way. A layer's peak is at
-least each GPU's time. GPUs that are alike are told apart by the first expert on them, so that no answer stands G! times.
+x[l, e, g] (and the same over e) makes the relaxation much tighter (Sherali and Adams, 1990); nodes in the same way.
+A layer's peak is at least each GPU's time. GPUs that are alike are told apart by the first expert on them, so that no
+answer stands G! times.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ EXCESS = 1000.0  # price of load above max_load: more than all else together
 
 
 class Exact(NamedTuple):
-    """expert_of_slot int32 [L, S]; `bound`: no placement that keeps max_load, pins and groups scores less; `proved`: this one is
-    the best; `source`: "ilp", or "search" where HiGHS had none as good within its time."""
+    """expert_of_slot int32 [L, S]; `bound`: no placement that keeps max_load, pins and groups scores less;
+    `proved`: this one is the best; `source`: "ilp", or "search" where HiGHS had none as good within its time."""
 
     expert_of_slot: NDArray[np.int32]
     bound: float
@@ -50,8 +51,9 @@ def ilp(problem: Problem, time_limit: float = 60.0, *, seed: int = 0) -> Exact:
         constraints=model.constraint(),
         options={"time_limit": float(time_limit), "mip_rel_gap": 0.0},
     )
-    bound = model.constant + (found.mip_dual_bound if found.get("mip_dual_bound") is not None else 0.0)
-    bound = max(bound, problem.objective.load)  # a mean is no more than the largest
+    bound = problem.objective.load  # whatever else: a mean is no more than the largest
+    if found.get("mip_dual_bound") is not None:  # None: not even the relaxation was solved
+        bound = max(bound, model.constant + found.mip_dual_bound)
     at = None if found.x is None else model.read(found.x)
     if found.status == 0 and at is not None:
         return Exact(to_slots(at), min(bound, score(problem, at).total), True, "ilp")
@@ -71,7 +73,9 @@ class _Model:
         self._rows: list[tuple[float, float]] = []
         self._entries: list[tuple[int, int, float]] = []
         self.constant = 0.0
-        self.x = np.array([self._column(whole=1) for _ in range(layers * experts * gpus)]).reshape(layers, experts, gpus)
+        self.x = np.array([self._column(whole=1) for _ in range(layers * experts * gpus)]).reshape(
+            layers, experts, gpus
+        )
         self._placements()
         self._transitions()
         self._loads()

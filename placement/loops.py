@@ -1,6 +1,7 @@
 """The inner loops of the swap search, compiled: two experts of a layer change places, and every number follows.
 
-A swap costs two rows of counts in each neighbouring layer; to know beforehand what it would change takes eight look-ups.
+A swap costs two rows of counts in each neighbouring layer; to know beforehand what it would change takes eight
+look-ups.
 Crossings are kept as integers, so that nothing drifts.
 """
 
@@ -17,7 +18,7 @@ class State(NamedTuple):
     """A placement without replicas and what the loops know of it; arrays, all changed in place but where said so.
 
     at         int32 [L, E]     the GPU of each expert
-    near       int [L, G, E]    transitions between an expert and those experts of the layers beside it that are on a GPU
+    near       int [L, G, E]    transitions between an expert and the neighbouring layers' experts on a GPU
     near_node  int [L, N, E]    the same for nodes
     after      int [L-1, E, E]  counts of (expert, next layer's expert), never changed;  before: transposed
     node       int32 [G];  pace  float64 [G]: 1 / speed, never changed
@@ -66,6 +67,22 @@ def add_rows(counts, at, into):
 
 
 @njit(cache=True)
+def crossings(after, at, node_of):
+    """(GPU, node) crossings of a placement at [L, E], counted anew from `after` [L-1, E, E]."""
+    gpu, node = np.int64(0), np.int64(0)
+    for layer in range(len(after)):
+        for e in range(at.shape[1]):
+            a = at[layer, e]
+            for f in range(at.shape[1]):
+                b = at[layer + 1, f]
+                if a != b:
+                    gpu += after[layer, e, f]
+                    if node_of[a] != node_of[b]:
+                        node += after[layer, e, f]
+    return gpu, node
+
+
+@njit(cache=True, inline="always")
 def _draw(random):
     """The next 64 random bits (xorshift, Marsaglia 2003)."""
     x = random[0]
@@ -76,36 +93,36 @@ def _draw(random):
     return x
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _below(random, n):
     return np.int64(((_draw(random) >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32))
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _patience(random, temperature):
     """How much worse an accepted move may be: exponential with mean `temperature`."""
     return -temperature * np.log((np.float64(_draw(random) >> np.uint64(11)) + 0.5) * (1.0 / 9007199254740992.0))
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def crossings_saved(state, layer, e, f):
     """(GPU, node) crossings that end if experts e and f of `layer` change places; negative where more begin."""
     a, b = state.at[layer, e], state.at[layer, f]
-    near = state.near[layer]
-    gpu = near[b, e] - near[a, e] + near[a, f] - near[b, f]
+    near = state.near  # indexed at once: a view of one layer would cost more than the look-up
+    gpu = near[layer, b, e] - near[layer, a, e] + near[layer, a, f] - near[layer, b, f]
     m, n = state.node[a], state.node[b]
     if m == n:
         return np.int64(gpu), np.int64(0)
-    near = state.near_node[layer]
-    return np.int64(gpu), np.int64(near[n, e] - near[m, e] + near[m, f] - near[n, f])
+    near = state.near_node
+    return np.int64(gpu), np.int64(near[layer, n, e] - near[layer, m, e] + near[layer, m, f] - near[layer, n, f])
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _on_peak(state, layer, gpu):
+    found = False
     for q in range(state.load.shape[0]):
-        if state.time[q, layer, gpu] == state.peak[layer]:
-            return True
-    return False
+        found |= state.time[q, layer, gpu] == state.peak[layer]
+    return found
 
 
 @njit(cache=True)
@@ -115,8 +132,8 @@ def peak_after(state, layer, e, f):
     peak = 0.0
     for q in range(state.load.shape[0]):
         more = state.load[q, layer, f] - state.load[q, layer, e]
-        time = state.time[q, layer]
-        peak = max(peak, time[a] + more * state.pace[a], time[b] - more * state.pace[b])
+        peak = max(peak, state.time[q, layer, a] + more * state.pace[a])
+        peak = max(peak, state.time[q, layer, b] - more * state.pace[b])
     if peak >= state.peak[layer] or not (_on_peak(state, layer, a) or _on_peak(state, layer, b)):
         return max(peak, state.peak[layer])
     for q in range(state.load.shape[0]):
@@ -134,16 +151,18 @@ def heat_of(steep, time):
 @njit(cache=True)
 def _smooth_change(state, layer, e, f, a, b):
     """How much the layer's smooth peak rises if e on a and f on b change places."""
-    steep, after = state.steep[layer], state.sum[layer]
+    steep, after = state.steep[layer], 0.0
     for q in range(state.load.shape[0]):
         more = state.load[q, layer, f] - state.load[q, layer, e]
-        time, heat = state.time[q, layer], state.heat[q, layer]
-        after += heat_of(steep, time[a] + more * state.pace[a]) - heat[a]
-        after += heat_of(steep, time[b] - more * state.pace[b]) - heat[b]
-    return np.log(max(after, 1e-300) / state.sum[layer]) / steep
+        for g in range(state.heat.shape[2]):  # all of them: the two may be all that counts
+            if g != a and g != b:
+                after += state.heat[q, layer, g]
+        after += heat_of(steep, state.time[q, layer, a] + more * state.pace[a])
+        after += heat_of(steep, state.time[q, layer, b] - more * state.pace[b])
+    return np.log(after / state.sum[layer]) / steep
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _smooth_most(state, layer, a, b):
     """No swap between a and b lowers the smooth peak by more."""
     part = 0.0
@@ -260,7 +279,7 @@ def anneal_groups(state, price, temperature, sweeps):
                 _change_groups(state, layer, p, q)
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _may(state, layer, e, f):
     """Whether e, which is not held, may change places with f."""
     a, b = state.at[layer, e], state.at[layer, f]

@@ -19,7 +19,7 @@ from .cost import Cost
 from .methods import METHODS, Run
 from .placement import Placement
 from .problem import Objective, Problem
-from .scenarios import RUN, scenario_loads
+from .scenarios import scenario_loads
 from .slots import Pin
 from .statistics import statistics
 from .topology import Topology, Workload
@@ -28,6 +28,7 @@ from .trace_file import TraceFile
 from .walk import walk
 
 TOKENS = 200_000  # of a trace file are walked one by one; loads and transitions count all
+RUN = 256  # of which so many stand together
 IN_MEMORY_bytes = 1 << 28
 
 

@@ -59,9 +59,10 @@ class Objective:
 
     @property
     def replica(self) -> str:
-        """The walk's rule for replicas that the score goes by: near the token's home where rows are counted or nothing
-        but load, near its last experts where transitions are."""
-        return "home" if self.counts_copies or not (self.gpu or self.node) else "follow"
+        """The walk's rule for replicas that the score goes by: near the token's home where that stays and rows are
+        counted, or nothing but load, else near its last experts."""
+        near_home = self.home == "fixed" and self.counts_copies
+        return "home" if near_home or not (self.gpu or self.node or self.counts_copies) else "follow"
 
     @classmethod
     def transitions(cls, topology: Topology, max_load: float | None = None, load: float = 0.01) -> Objective:

@@ -1,23 +1,26 @@
 """The best of several placements, layer by layer.
 
-To give the GPUs of a layer and of all later ones other names changes only the transitions into that layer. So for any two
-placements, the least that it costs to go from a layer of one to the next layer of the other is an assignment problem of
-G x G, and the best way through all layers, from placement to placement, is a shortest path: exact for what it may choose
-from, and as a placement's parts far from each other hardly know of each other, far better than each of them.
+To give the GPUs of a layer and of all later ones other names changes only the transitions into that layer. So for any
+two placements, the least that it costs to go from a layer of one to the next layer of the other is an assignment problem
+of G x G, and the best way through all layers, from placement to placement, is a shortest path: exact for what it may
+choose from, and as a placement's parts far from each other hardly know of each other, far better than each of them.
 
-GPUs may change names where they have equal slots and speed and nothing is pinned to them, and with a price on nodes whole
+GPUs may change names where they have equal slots and speed and nothing is pinned to them; with a price on nodes, whole
 nodes change, and GPUs inside a node.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from .loops import add_rows
 from .problem import Problem
 from .state import Counts, times
+from .transport import transport
 
 FORBIDDEN = -1e9  # for shares, times weights
 
@@ -30,35 +33,42 @@ class Names:
         pinned = np.isin(np.arange(gpus), problem.pins)
         kind = np.stack([problem.slots_of_gpu, topology.speed_of_gpu, np.where(pinned, 1 + np.arange(gpus), 0)], 1)
         self.alike = (kind[:, None] == kind[None]).all(2)
-        self.nodes = topology.nodes
         self.gpu, self.node = problem.objective.gpu, problem.objective.node
-        self.by_node = self.nodes > 1 and (self.node > 0 or problem.groups > 1)
+        self.by_node = topology.nodes > 1 and (self.node > 0 or problem.groups > 1)
+        self.nodes = topology.nodes if self.by_node else 1
 
-    def match(self, flow: NDArray[np.float64]) -> tuple[float, NDArray[np.intp]]:
+    def match(self, flow: NDArray[np.float64]) -> tuple[float, NDArray[np.int32]]:
         """Of flow [G, G], transitions from a GPU to a name: the most that can stay, times its price, and the GPU that
         each name [G] gets."""
-        if not self.by_node:
-            return self._assign(self.gpu * flow, self.alike)
-        nodes = self.nodes
-        each = len(flow) // nodes
-        cut = flow.reshape(nodes, each, nodes, each).transpose(0, 2, 1, 3)
-        alike = self.alike.reshape(nodes, each, nodes, each).transpose(0, 2, 1, 3)
-        stays, inner = np.zeros((nodes, nodes)), np.zeros((nodes, nodes, each), np.intp)
-        for n in range(nodes):
-            for m in range(nodes):
-                worth, inner[n, m] = self._assign(self.gpu * cut[n, m], alike[n, m])
-                stays[n, m] = worth + self.node * cut[n, m].sum()
-        worth, node_of = self._assign(stays, np.ones_like(stays, bool))
-        found = np.concatenate([node_of[m] * each + inner[node_of[m], m] for m in range(nodes)])
-        return worth, found
+        return _match(flow, self.alike, self.nodes, self.gpu, self.node if self.by_node else 0.0)
 
-    @staticmethod
-    def _assign(worth: NDArray[np.float64], allowed: NDArray[np.bool_]) -> tuple[float, NDArray[np.intp]]:
-        worth = np.where(allowed, worth, FORBIDDEN)
-        rows, columns = linear_sum_assignment(worth, maximize=True)
-        found = np.empty(len(rows), np.intp)
-        found[columns] = rows
-        return float(worth[rows, columns].sum()), found
+
+@njit(cache=True)
+def _match(flow, alike, nodes, gpu, node):
+    """As if there were one node where nodes have no price."""
+    gpus = len(flow)
+    each = gpus // nodes
+    stays, inner = np.zeros((nodes, nodes)), np.zeros((nodes, nodes, each), np.int32)
+    single, price = np.ones(gpus, np.int32), np.zeros(gpus)
+    for n in range(nodes):
+        for m in range(nodes):
+            worth = np.empty((each, each))  # [name, GPU]
+            for i in range(each):
+                for j in range(each):
+                    a, b = n * each + j, m * each + i
+                    worth[i, j] = gpu * flow[a, b] if alike[a, b] else FORBIDDEN
+                    stays[m, n] += node * flow[a, b]
+            price[:] = 0
+            inner[m, n] = transport(worth, single[:each], price[:each])
+            for i in range(each):
+                stays[m, n] += worth[i, inner[m, n, i]]
+    node_of = transport(stays, single[:nodes], np.zeros(nodes))
+    found, total = np.empty(gpus, np.int32), 0.0
+    for m in range(nodes):
+        total += stays[m, node_of[m]]
+        for i in range(each):
+            found[m * each + i] = node_of[m] * each + inner[m, node_of[m], i]
+    return total, found
 
 
 class Pool:
@@ -120,7 +130,7 @@ class Pool:
         found = np.empty_like(self.placements[0])
         found[0] = self.placements[path[0]][0]
         names = np.arange(self.renamed.shape[-1])  # the GPU that each name of the present placement stands for
-        for layer, (i, j) in enumerate(zip(path, path[1:], strict=False)):
+        for layer, (i, j) in enumerate(pairwise(path)):
             names = names[self.renamed[layer, i, j]]
             found[layer + 1] = names[self.placements[j][layer + 1]]
         return found

@@ -9,18 +9,21 @@ rule decides.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import replica_loops
+from .copies import transition_price
 from .placement import Placement
-from .problem import Problem
+from .problem import Objective, Problem
 from .replica_loops import Replicas
 from .walk import REPLICA, Foretold
 
 ROUNDS, LAST = 100, 20  # of an annealing, and those of them that only go down
-LOOK = 10  # rounds from one look at the score to the next
+LOOK = 4  # rounds from one look at the score to the next
+VISITS = 0.75  # of a home that moves, for each token and layer, as measured with good placements
 SLACK = 0.05  # by how much a guess may be worse than allowed, in mean changes, and is still carried out
 
 
@@ -28,7 +31,7 @@ def replicate(
     problem: Problem,
     gpu_of_expert: NDArray[np.integer] | None = None,
     *,
-    replica: str = "follow",
+    replica: str | None = None,
     seed: int = 0,
     proposals: int = 200_000,
     heat: float = 0.03,
@@ -38,18 +41,22 @@ def replicate(
 
     The start is `gpu_of_expert` [L, E] (None: experts in order) with the busiest experts in the slots left over. Then
     replicas give way to other experts, and slots exchange theirs. The score is the objective's (`score`), with homes
-    that stay; loads are those of the tokens. With a `max_load` the load's weight follows the load while the search
-    goes on, and the best that keeps to it is returned, else the one with the least load. Never worse than the start,
-    in that order. `replica`: the rule of `walk` by which tokens choose; `heat`: the first temperature, in mean
-    changes; `stop` is asked before each of 100 rounds. The same arguments give the same answer. Cost: about 70 us a
-    proposal for 8000 tokens of 6 choices among 64 experts.
+    that stay: where they move, transitions are taken at the price that `improve_copies` gives them. Loads are those of
+    the tokens. With a `max_load` the load's weight follows the load while the search goes on, and the best that keeps
+    to it is returned, else the one with the least load. Never worse than the start, in that order.
+
+    replica    the rule of `walk` by which tokens choose; None: the objective's
+    proposals  exchanges tried in all, about 70 us each for 8000 tokens of 6 choices among 64 experts
+    heat       the first temperature, in mean changes by an exchange
+    stop       asked before each of 100 rounds: once true, the best so far is returned
+
+    The same arguments give the same answer.
 
     Raises ValueError where the start does not fit slots, pins or groups, or a rule is not known.
     """
-    if replica not in REPLICA:
-        raise ValueError(f"replicate: replica must be one of {', '.join(REPLICA)}, got {replica!r}")
+    replica = _rule(problem, replica)
     if problem.objective.home != "fixed":
-        raise ValueError(f"replicate: the objective's home must be 'fixed', got {problem.objective.home!r}")
+        problem = replace(problem, objective=_staying(problem))
     start = with_spares(problem, gpu_of_expert)
     state = state_of(problem, start, replica, seed)
     best, rank, least = start, _rank(problem, state), state.weight[4]
@@ -67,14 +74,29 @@ def replicate(
             if found < rank:
                 best, rank = state.slot.copy(), found
             if problem.objective.max_load is not None:
-                state.weight[4] = max(least, state.weight[4] * (1.3 if found[0] > 0 else 0.9))
+                state.weight[4] = max(least, state.weight[4] * (1.15 if found[0] > 0 else 0.95))
     return best
 
 
-def score(problem: Problem, expert_of_slot: NDArray[np.integer], replica: str = "follow") -> dict[str, float]:
+def _staying(problem: Problem) -> Objective:
+    """The objective with homes that stay and, for those that move, more worth in transitions that stay with them."""
+    objective, top_k = problem.objective, max(1, problem.ids.shape[2])
+    price = transition_price(top_k, VISITS)
+    gpu, node = objective.gpu + price * objective.copies, objective.node + price * objective.node_copies
+    return replace(objective, home="fixed", gpu=gpu, node=node)
+
+
+def _rule(problem: Problem, replica: str | None) -> str:
+    replica = problem.objective.replica if replica is None else replica
+    if replica not in REPLICA:
+        raise ValueError(f"replicate: replica must be one of {', '.join(REPLICA)}, got {replica!r}")
+    return replica
+
+
+def score(problem: Problem, expert_of_slot: NDArray[np.integer], replica: str | None = None) -> dict[str, float]:
     """What the objective weighs, on the problem's tokens, and its `score`: their sum. Homes stay, token t's at t mod G;
-    among equal replicas the token's number takes its turn."""
-    return _parts(problem, state_of(problem, expert_of_slot, replica))
+    among equal replicas the token's number takes its turn. `replica`: as in `replicate`."""
+    return _parts(problem, state_of(problem, expert_of_slot, _rule(problem, replica)))
 
 
 def _rank(problem: Problem, state: Replicas) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """Loads that a placement has to stand, beside the trace's own: those of its domains, or of the kinds of text in it.
 
 A load that is even over a whole trace can be far from it on each of its parts, and traffic is never the whole trace. A
-plan that keeps the worst of the parts even has no two experts on one GPU that are busy at the same time.
+plan that keeps the worst of the parts even has no two experts on one GPU that are busy at the same time, and stands a
+domain that it has not seen better than one that knows the mean alone.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from scipy.cluster.vq import kmeans2
 from .statistics import loads_of
 from .trace import Trace
 
-RUN = 256  # tokens that stand for a sequence where there are none
+RUN = 32  # tokens of a sequence that are about one thing: whole sequences would be too few, and too alike
 
 
 def scenario_loads(trace: Trace, scenarios: int | NDArray[np.integer] | None, seed: int = 0) -> NDArray[np.float64]:
     """float64 [1 + Q, L, E]: the load of all tokens and of each scenario, each layer adding up to 1 (0 if unused).
 
-    `scenarios`: labels [T], 0 .. Q - 1, such as a token's domain; or a number Q >= 2: sequences (runs of 256 tokens,
-    where the trace has none) fall into at most so many kinds by which experts they use (k-means of their shares). None
-    or 1: no scenario. The load of a scenario of few tokens is drawn towards that of all: n tokens count n to E.
+    `scenarios`: labels [T], 0 .. Q - 1, such as a token's domain; or a number Q >= 2: runs of 32 tokens of a sequence
+    fall into at most so many kinds by which experts they use (k-means of their shares). None or 1: no scenario. The
+    load of a scenario of few tokens is drawn towards that of all: n tokens count n to E.
 
     Raises ValueError naming the rule.
     """
@@ -41,10 +42,10 @@ def _kinds(trace: Trace, number: object, seed: int) -> NDArray[np.int64]:
     if not hasattr(number, "__index__") or int(number) < 1:  # type: ignore[call-overload]
         raise ValueError(f"scenarios: must be labels [T] or a number of at least 1, got {number!r}")
     tokens = trace.shape[1]
-    if trace.sequence is None:
-        part = np.arange(tokens) // RUN
-    else:
-        part = np.cumsum(np.diff(trace.sequence, prepend=trace.sequence[:1]) != 0)
+    at = np.arange(tokens)
+    starts = at == 0 if trace.sequence is None else np.diff(trace.sequence, prepend=trace.sequence[0] - 1) != 0
+    since = at - np.maximum.accumulate(np.where(starts, at, 0))
+    part = np.cumsum(since % RUN == 0) - 1
     loads = _shares(loads_of(trace, part)).reshape(part.max() + 1, -1)
     count = min(int(number), len(loads))  # type: ignore[call-overload]
     if count < 2:

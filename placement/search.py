@@ -5,8 +5,8 @@
                annealed again, and are with it what the next round puts together
     last       what the last round gives, descended until no swap makes it better
 
-The load that is wished for at most (`Objective.max_load`) becomes a price on load, moved up or down after each annealing by
-what came of it, and what is put together is the cheapest that keeps it. The price is the same in all layers, so that
+The load that is wished for at most (`Objective.max_load`) becomes a price on load, moved up or down after each annealing
+by what came of it, and what is put together is the cheapest that keeps it. The price is the same in all layers, so that
 load is spent where it saves most.
 """
 
@@ -23,8 +23,10 @@ from .problem import Problem
 from .recombine import Pool
 from .state import Counts, check_problem, check_start, score, times
 
-MEMBERS, ROUNDS, COPIES = 4, 8, 4
-HOT, WARM, COLD = 0.1, 0.05, 0.005  # temperatures, over what a swap changes on average (`_Run._usual`)
+MEMBERS, ROUNDS, COPIES = (4, 16), 8, 4  # more members where each still gets 2500 sweeps
+# Temperatures, over what a swap changes on average (`_Run._usual`). HOT is doubled from member to member, up to eight
+# times: small cases need it.
+HOT, WARM, COLD = 0.1, 0.05, 0.005
 STEPS = 50  # temperatures of one annealing
 STEEP = 30.0  # of the smooth peak: a GPU this share below the busiest counts 1/e of it
 PRICE = 0.2  # of load where max_load is given, before it is known better: over the weights of gpu and node
@@ -45,8 +47,8 @@ def search(
     many swaps are tried, 20 million a second; with `seed` it decides the answer. `stop` is asked again and again; once
     it is true, the best so far comes back. start=None: `assign`.
 
-    Raises ValueError / TypeError where the problem has spare slots, weights of copies, or pins and groups that cannot be
-    kept, where start is no placement that the problem allows, or proposals are not a whole number of at least 0.
+    Raises ValueError / TypeError where the problem has spare slots, weights of copies, or pins and groups that cannot
+    be kept, where start is no placement that the problem allows, or proposals are not a whole number of at least 0.
     """
     check_problem(problem, "search")
     if not hasattr(proposals, "__index__") or proposals < 0:
@@ -75,16 +77,17 @@ class _Run:
 
     def offer(self, at: NDArray[np.int32]) -> float:
         """Keeps `at` if it is the best so far. Gives its load."""
-        found = score(self.problem, at)
+        found = score(self.problem, at, self.counts)
         if found.order < self.order:
             self.best, self.order = at.copy(), found.order
         return found.load
 
     def go(self, proposals: int) -> None:
         usual = self._usual()
-        first, again = proposals // (2 * MEMBERS), proposals // (2 * ROUNDS * COPIES)
+        members = int(np.clip(proposals // (5000 * self.best.size), *MEMBERS))
+        first, again = proposals // (2 * members), proposals // (2 * ROUNDS * COPIES)
         found = [self.best]
-        found += [self._anneal(self.best, usual * HOT, usual * COLD, first) for _ in range(MEMBERS)]
+        found += [self._anneal(self.best, usual * HOT * 2 ** (i % 4), usual * COLD, first) for i in range(members)]
         for _ in range(ROUNDS):
             at = self._put_together(found)
             found = [at] + [self._anneal(at, usual * WARM, usual * COLD, again) for _ in range(COPIES)]

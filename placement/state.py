@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .loops import add_rows
+from .loops import add_rows, crossings
 from .problem import Problem
 
 
@@ -30,6 +30,33 @@ def from_slots(expert_of_slot: NDArray[np.integer], gpu_of_slot: NDArray[np.inte
 def dense(matrix: Any) -> NDArray[np.int64]:
     """[E, E] of a matrix, sparse or not."""
     return matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
+
+
+class Counts:
+    """The transition counts, stacked as the loops take them: `after` [L-1, E, E], `before` transposed; `total` of all.
+
+    int32 where no sum over an expert can overflow it, else int64.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        experts = problem.num_experts
+        after = np.zeros((problem.layers - 1, experts, experts), np.int64)
+        for layer, matrix in enumerate(problem.transitions):
+            after[layer] = dense(matrix)
+        self.total = max(int(after.sum()), 1)
+        small = self.total < 2**31 or max(after.sum(axis).max(initial=0) for axis in (1, 2)) < 2**30
+        self.after = after.astype(np.int32) if small else after
+        self.before = np.ascontiguousarray(self.after.transpose(0, 2, 1))
+
+    def near(self, at: NDArray[np.int32], layer: int, gpus: int, ahead: bool = True) -> NDArray[np.integer]:
+        """[G, E]: transitions between each expert of `layer` and the neighbours' experts on each GPU, at [L, E];
+        without `ahead` those from the layer before alone."""
+        found = np.zeros((gpus, at.shape[1]), self.after.dtype)
+        if layer > 0:
+            add_rows(self.after[layer - 1], at[layer - 1], found)
+        if ahead and layer + 1 < len(at):
+            add_rows(self.before[layer], at[layer + 1], found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -51,20 +78,14 @@ class Score:
         return (round(self.excess, 9), self.total)
 
 
-def score(problem: Problem, gpu_of_expert: NDArray[np.integer]) -> Score:
-    """Counted anew from the problem's numbers; gpu_of_expert [L, E]."""
-    at, node_of = gpu_of_expert, problem.topology.node_of_gpu
-    gpu = node = total = 0
-    for layer, matrix in enumerate(problem.transitions):
-        counts = dense(matrix)
-        a, b = at[layer][:, None], at[layer + 1][None, :]
-        gpu += int(counts[a != b].sum())
-        node += int(counts[node_of[a] != node_of[b]].sum())
-        total += int(counts.sum())
+def score(problem: Problem, gpu_of_expert: NDArray[np.integer], counts: Counts | None = None) -> Score:
+    """Counted anew from the problem's numbers, or from `counts`, where they are at hand; gpu_of_expert [L, E]."""
+    at, counts = gpu_of_expert, counts or Counts(problem)
+    gpu, node = crossings(counts.after, np.ascontiguousarray(at, np.int32), problem.topology.node_of_gpu)
     peaks = times(problem, at).max((0, 2))
     used = problem.loads.any((0, 2))
     load = float(peaks[used].mean()) if used.any() else 1.0
-    weights, total = problem.objective, max(total, 1)
+    weights, total = problem.objective, counts.total
     worth = weights.gpu * gpu / total + weights.node * node / total + weights.load * load
     return Score(gpu / total, node / total, load, worth, max(0.0, load - (weights.max_load or np.inf)))
 
@@ -79,35 +100,8 @@ def times(problem: Problem, gpu_of_expert: NDArray[np.integer]) -> NDArray[np.fl
     return found * gpus / problem.topology.speed_of_gpu
 
 
-class Counts:
-    """The transition counts, stacked as the loops take them: `after` [L-1, E, E], `before` transposed; `total` of all.
-
-    int32 where no sum over an expert can overflow it, else int64.
-    """
-
-    def __init__(self, problem: Problem) -> None:
-        experts = problem.num_experts
-        after = np.zeros((problem.layers - 1, experts, experts), np.int64)
-        for layer, matrix in enumerate(problem.transitions):
-            after[layer] = dense(matrix)
-        self.total = max(int(after.sum()), 1)
-        small = self.total < 2**31 or max(after.sum(axis).max(initial=0) for axis in (1, 2)) < 2**30
-        self.after = after.astype(np.int32) if small else after
-        self.before = np.ascontiguousarray(self.after.transpose(0, 2, 1))
-
-    def near(self, at: NDArray[np.int32], layer: int, gpus: int, ahead: bool = True) -> NDArray[np.integer]:
-        """[G, E]: transitions between each expert of `layer` and the neighbours' experts on each GPU, at [L, E]; without
-        `ahead` those from the layer before alone."""
-        found = np.zeros((gpus, at.shape[1]), self.after.dtype)
-        if layer > 0:
-            add_rows(self.after[layer - 1], at[layer - 1], found)
-        if ahead and layer + 1 < len(at):
-            add_rows(self.before[layer], at[layer + 1], found)
-        return found
-
-
 def check_problem(problem: Problem, who: str) -> None:
-    """Raises ValueError where `who` cannot serve: spare slots, copies to be counted, pins or groups that cannot be kept."""
+    """Raises ValueError where `who` cannot serve: spare slots, copies counted, pins or groups that cannot be kept."""
     layers, experts, gpus = problem.layers, problem.num_experts, problem.topology.gpus
     weights, node_of, slots = problem.objective, problem.topology.node_of_gpu, problem.slots_of_gpu
     if problem.spare:
@@ -117,7 +111,9 @@ def check_problem(problem: Problem, who: str) -> None:
     if problem.pins.shape != (layers, experts):
         raise ValueError(f"{who}: pins must be [L={layers}, E={experts}], got {problem.pins.shape}")
     if problem.pins.min(initial=-1) < -1 or problem.pins.max(initial=-1) >= gpus:
-        raise ValueError(f"{who}: pins must be GPUs below {gpus}, or -1, got {problem.pins.min()} .. {problem.pins.max()}")
+        raise ValueError(
+            f"{who}: pins must be GPUs below {gpus}, or -1, got {problem.pins.min()} .. {problem.pins.max()}"
+        )
     for layer, pins in enumerate(problem.pins):
         held = np.bincount(pins[pins >= 0], minlength=gpus)
         if (held > slots).any():
@@ -130,7 +126,9 @@ def check_problem(problem: Problem, who: str) -> None:
     size = experts // problem.groups
     room = np.bincount(node_of, slots)
     if (room % size).any():
-        raise ValueError(f"{who}: groups must fill each node, {size} experts each, got {room.astype(int)} slots of nodes")
+        raise ValueError(
+            f"{who}: groups must fill each node, {size} experts each, got {room.astype(int)} slots of nodes"
+        )
     for layer, pins in enumerate(problem.pins):
         nodes = np.where(pins < 0, -1, node_of[pins]).reshape(problem.groups, size)
         wanted = nodes.max(1)

@@ -192,7 +192,8 @@ class _Search:
         return self.offer(name, " and ".join(names), found.max(1))
 
     def _chain(self, name: str, deadline: float, iterations: int) -> bool:
-        """The SDP, on equal parts: narrower ones are filled up with experts that nothing goes to or comes from."""
+        """The SDP, on equal parts: narrower ones are filled up with experts that nothing goes to or comes from, whose
+        parts are known."""
         slots, experts = self.parts[name], self.weights.shape[1]
         width = int(slots.max())
         padded = width * len(slots)
@@ -200,11 +201,11 @@ class _Search:
             return False
         from . import chain
 
-        fill = padded - experts
-        weights = np.pad(self.weights, ((0, 0), (0, fill), (0, fill)))
+        fixed = np.repeat(np.arange(len(slots)), width - slots)
+        weights = np.pad(self.weights, ((0, 0), (0, len(fixed)), (0, len(fixed))))
         return any(
             self.offer(name, "sdp", found)
-            for found in chain.bounds(weights, width, len(slots), deadline, iterations, self.clock)
+            for found in chain.bounds(weights, width, len(slots), fixed, deadline, iterations, self.clock)
         )
 
 

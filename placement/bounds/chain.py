@@ -31,13 +31,15 @@ def bounds(
     weights: NDArray[np.float64],
     capacity: int,
     parts: int,
+    fixed: NDArray[np.int64],
     deadline: float,
     iterations: int,
     clock: Callable[[], float],
 ) -> Iterator[NDArray[np.float64]]:
     """Better and better bounds, float64 [P] that sum up to one, on the crossing weight of weights [P, E, E], E =
-    capacity * parts, until the clock passes `deadline`, `iterations` are done or nothing is gained any more."""
-    chain = Chain(weights, capacity, parts)
+    capacity * parts, until the clock passes `deadline`, `iterations` are done or nothing is gained any more. fixed [A]:
+    the parts of the last A experts of each layer."""
+    chain = Chain(weights, capacity, parts, fixed)
     best, stalled = -np.inf, 0
     for done in range(1, iterations + 1):
         start = clock()
@@ -65,8 +67,14 @@ class Chain:
     norm of what a part contributes; found best, within a factor of 2, at 16 to 256 experts in 2 to 64 parts.
     """
 
-    def __init__(self, weights: NDArray[np.float64], capacity: int, parts: int) -> None:
-        self.weights, self.capacity, self.parts = weights, capacity, parts
+    def __init__(
+        self,
+        weights: NDArray[np.float64],
+        capacity: int,
+        parts: int,
+        fixed: NDArray[np.int64] = dual.NOTHING_FIXED,
+    ) -> None:
+        self.weights, self.capacity, self.parts, self.fixed = weights, capacity, parts, fixed
         self.rho = float(weights.std()) * parts**0.5 / 2 or float(weights.mean())
         pairs, experts, _ = weights.shape
         self.multipliers = np.zeros((pairs, 2 * experts, 2 * experts))
@@ -76,7 +84,7 @@ class Chain:
         self.inside, self.between = self._blocks(self.flat)
         self.copies = np.full(pairs + 1, 2.0)  # of a layer's block, one in each pair that it belongs to
         self.copies[[0, -1]] = 1
-        _ones(self.inside)
+        self._set_known()
         # entries count twice in the norm, once on each side of the diagonal
         self.scale = np.empty_like(self.flat)
         of_layers, of_pairs = self._blocks(self.scale)
@@ -88,6 +96,13 @@ class Chain:
         pairs, experts, _ = self.weights.shape
         blocks = flat.reshape(-1, experts, experts)
         return blocks[: pairs + 1], blocks[pairs + 1 :]
+
+    def _set_known(self) -> None:
+        experts = self.weights.shape[1]
+        diagonal, known = np.arange(experts), experts - len(self.fixed)
+        self.inside[:, diagonal, diagonal] = 1
+        for blocks in (self.inside, self.between):
+            blocks[:, known:, known:] = self.fixed[:, None] == self.fixed
 
     def step(self, deadline: float, clock: Callable[[], float]) -> bool:
         """One iteration; False, and nothing of use, where the time is up before its end."""
@@ -115,7 +130,7 @@ class Chain:
         for block in self.inside:  # cuts move the upper triangle alone
             upper = np.triu(block, 1)
             np.add(upper, upper.T, out=block)
-        _ones(self.inside)
+        self._set_known()
         for p, multiplier in enumerate(self.multipliers):
             multiplier += self.rho * (self.piece(p) - self.projected[p])
         return True
@@ -145,12 +160,7 @@ class Chain:
 
     def bound(self) -> NDArray[np.float64]:
         """float64 [P], certified: see dual.crossing."""
-        return dual.crossing(self.weights, self.capacity, self.parts, self.multipliers, self.cuts)
-
-
-def _ones(blocks: NDArray[np.float64]) -> None:
-    diagonal = np.arange(blocks.shape[-1])
-    blocks[:, diagonal, diagonal] = 1
+        return dual.crossing(self.weights, self.capacity, self.parts, self.multipliers, self.cuts, self.fixed)
 
 
 @njit(cache=True)

@@ -10,8 +10,9 @@ for all multipliers S_p [2E, 2E] and prices t >= 0 the local weight, max of sum 
 
     sum_p max { <S_p, Q> }  +  max over 0 <= z <= 1 of { <W - sum S_p - cuts' prices, z> }  +  sum t * right-hand side
 
-and both maxima are closed forms: the first is the sum of the G - 1 largest eigenvalues of S_p, centred, times 2C.
-Nothing else is asked of the multipliers: a solver may stop anywhere, and be wrong, and the bound holds.
+(an entry that is known, with its value) and both maxima are closed forms: the first is the sum of the G - 1 largest
+eigenvalues of S_p, centred, times 2C. Nothing else is asked of the multipliers: a solver may stop anywhere, and be
+wrong, and the bound holds.
 
 Source: chordal decomposition after Zheng, Fantuzzi & Papachristodoulou (2021); the set Q after Graham, Hu, Im, Li &
 Wolkowicz, "A restricted dual Peaceman-Rachford splitting method" (2022).
@@ -28,15 +29,22 @@ if TYPE_CHECKING:
     from .triangles import Cuts
 
 EPS = float(np.finfo(np.float64).eps)
+NOTHING_FIXED = np.zeros(0, np.int64)
 
 
 def crossing(
-    weights: NDArray[np.float64], capacity: int, parts: int, multipliers: NDArray[np.float64], cuts: Cuts | None = None
+    weights: NDArray[np.float64],
+    capacity: int,
+    parts: int,
+    multipliers: NDArray[np.float64],
+    cuts: Cuts | None = None,
+    fixed: NDArray[np.int64] = NOTHING_FIXED,
 ) -> NDArray[np.float64]:
     """float64 [P]: numbers whose sum no placement's crossing weight is below; single ones prove nothing.
 
     weights [P, E, E], not negative, between layers p and p + 1, E = capacity * parts; multipliers [P, 2E, 2E], any
-    numbers: the symmetric part counts, negative prices count as none. A margin for every rounding is taken off.
+    numbers: the symmetric part counts, negative prices count as none. fixed [A]: the parts of the last A experts of
+    every layer, which are known. A margin for every rounding is taken off.
     """
     pairs, experts, _ = weights.shape
     inside = np.zeros((pairs + 1, experts, experts))
@@ -55,14 +63,22 @@ def crossing(
         right = type(cuts)(cuts.key, cuts.entry, prices).subtract(flat, np.ones_like(flat))
         mass[0] += 4 * prices.sum()
         inside, between = (part.reshape(-1, experts, experts) for part in np.split(flat, [inside.size]))
-    of_layer = np.einsum("lii->l", inside) / 2 + np.maximum(np.triu(inside, 1), 0).sum((1, 2))
-    local += np.maximum(between, 0).sum((1, 2))
+    of_layer = np.einsum("lii->l", inside) / 2 + _most(np.triu(inside, 1), fixed)
+    local += _most(between, fixed)
     local += np.r_[of_layer[0], of_layer[1:-1] / 2] + np.r_[of_layer[1:-1] / 2, of_layer[-1]]  # halves between pairs
     local[0] += right
     # an entry stands in at most 8 * 2E cuts: no sum above has a longer chain of roundings than the factor here
     margin = (16 * experts + 64) * EPS * mass
     found = weights.sum((1, 2)) - local - margin
     return found if np.isfinite(found).all() else np.full(pairs, -np.inf)
+
+
+def _most(gain: NDArray[np.float64], fixed: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Of each block of gain [.., E, E]: the most that entries of 0 .. 1 can make of it, fixed ones as they are."""
+    known = gain.shape[-1] - len(fixed)
+    best = np.maximum(gain, 0)
+    best[:, known:, known:] = gain[:, known:, known:] * (fixed[:, None] == fixed)
+    return best.sum((1, 2))
 
 
 def spectral_maximum(s: NDArray[np.float64], capacity: int, parts: int) -> tuple[float, float]:

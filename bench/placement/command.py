@@ -1,0 +1,84 @@
+"""From the command line to the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from .. import machine
+from ..demo import html
+from ..demo.report import CSS
+from ..demo.screen import Screen
+from .case import Case, case_of
+from .rows import ROWS, Row
+
+EXAMPLE = """examples:
+  headgate bench placement
+  headgate bench placement trace.npz --rows crossings copies --json figures.json --plot figures.html
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `headgate bench placement`."""
+    parser.epilog = EXAMPLE
+    add = parser.add_argument
+    add("trace", nargs="?", type=Path, metavar="TRACE", help="a trace file (default: generated like DeepSeek-V2-Lite)")
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"some of {', '.join(ROWS)}")
+    add("--effort", type=float, default=1.0, metavar="X", help="of every search, and of the bounds (default: 1)")
+    add("--plot", type=Path, metavar="FILE", help="the table as an HTML page")
+    add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the rows as they are done; always 0."""
+    if not args.effort > 0:
+        raise ValueError(f"placement: --effort must be above 0, got {args.effort}")
+    screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
+    case = case_of(args.trace)
+    screen.say(
+        f"{case.name}: fitted on {case.fit.shape[1]:,} tokens, judged on {case.judge.shape[1]:,}; {machine.processor()}"
+    )
+    screen.say("load: busiest GPU / mean, averaged over layers. CPU s: processor seconds, compiled beforehand.")
+    _compile(case, args.rows)
+    found = {}
+    for name in args.rows:
+        row = found[name] = ROWS[name](case, args.effort)
+        screen.heading(row.title)
+        screen.table([row.head, *row.lines])
+    if args.plot:
+        _draw(args.plot, case, found)
+    if args.json:
+        text = json.dumps(
+            {"case": case.name, "machine": machine.processor(), "rows": {k: asdict(r) for k, r in found.items()}}
+        )
+        if args.json == "-":
+            print(text)
+        else:
+            Path(args.json).write_text(text + "\n")
+    return 0
+
+
+def _compile(case: Case, names: list[str]) -> None:
+    """Runs everything once on next to nothing, so that compiling is in no figure."""
+    small = Case(
+        "", case.fit.select(slice(64)), case.judge.select(slice(256)), case.fit_domain[:64], case.judge_domain[:256]
+    )
+    for name in names:
+        if name not in ("large", "certified"):
+            ROWS[name](small, 1e-6)
+
+
+def _draw(path: Path, case: Case, found: dict[str, Row]) -> None:
+    parts = "".join(
+        f"<section><h2>{row.title}</h2>{html.table([list(row.head), *map(list, row.lines)])}</section>"
+        for row in found.values()
+    )
+    head = f"<title>headgate bench placement</title><style>{CSS}</style>"
+    about = f'<p class="lead">{case.name}; {machine.processor()}</p>'
+    path.write_text(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{head}</head><body><main>'
+        f"<h1>Placements, side by side</h1>{about}{parts}</main></body></html>\n"
+    )
