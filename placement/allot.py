@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 
 def allot(
-    counts: NDArray[np.integer],
-    rows: NDArray[np.integer],
-    expert_of_slot: NDArray[np.integer],
-    gpu_of_slot: NDArray[np.integer],
-    node_of_gpu: NDArray[np.integer],
+    counts: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    expert_of_slot: NDArray[np.int32],
+    gpu_of_slot: NDArray[np.int32],
+    node_of_gpu: NDArray[np.int32],
 ) -> NDArray[np.int64]:
     """int64 [G, S]: rows from each GPU to each slot, from counts [G, E] of rows that each GPU has for each expert, and
     `rows` [S], which add up to the same for each expert.
@@ -19,31 +20,32 @@ def allot(
     A GPU keeps what its own slot takes, then what slots of its node take, then the rest; at each stage GPUs and slots,
     both rising, are matched one after the other. No stage could place more rows than it does.
     """
-    supply = counts[:, expert_of_slot].astype(np.int64)  # [G, S]: what is left of the expert of each slot
-    quota = rows.astype(np.int64).copy()
-    sent = np.zeros_like(supply)
-    gpus = np.arange(len(counts))
-    node_of_slot = node_of_gpu[gpu_of_slot]
-    for reach in (gpus[:, None] == gpu_of_slot, node_of_gpu[:, None] == node_of_slot, np.ones_like(supply, bool)):
-        moved = _matched(supply, quota, reach, expert_of_slot)
-        sent += moved
-        quota -= moved.sum(0)
-        for g in gpus:
-            gone = np.bincount(expert_of_slot, moved[g], counts.shape[1]).astype(np.int64)
-            supply[g] -= gone[expert_of_slot]
+    sent = np.zeros((len(counts), len(rows)), np.int64)
+    left, free = counts.copy(), rows.copy()
+    order = np.argsort(expert_of_slot, kind="stable")
+    first = np.searchsorted(expert_of_slot[order], np.arange(counts.shape[1] + 1))
+    _match(left, free, order, first, gpu_of_slot, node_of_gpu, sent)
     return sent
 
 
-def _matched(
-    supply: NDArray[np.int64], quota: NDArray[np.int64], reach: NDArray[np.bool_], expert_of_slot: NDArray[np.integer]
-) -> NDArray[np.int64]:
-    """[G, S]: for each expert, the GPUs' rows and the slots' quotas laid end to end within reach, where they overlap.
-
-    `reach` [G, S] falls into blocks of GPUs that reach the same slots.
-    """
-    ends = np.where(reach, supply, 0).cumsum(0)
-    starts = ends - supply
-    same = (expert_of_slot[:, None] == expert_of_slot) & (reach.T.astype(np.int64) @ reach > 0)  # [S, S]
-    until = (np.tril(same) * quota).sum(1)
-    overlap = np.minimum(ends, until) - np.maximum(starts, until - quota)
-    return np.where(reach, np.maximum(overlap, 0), 0)
+@njit(cache=True)
+def _match(left, free, order, first, gpu_of_slot, node_of_gpu, sent):
+    """Fills sent [G, S]. left [G, E] and free [S]: rows that are still to go, and places for them."""
+    for e in range(len(first) - 1):
+        for stage in range(3):
+            for i in range(first[e], first[e + 1]):
+                slot = order[i]
+                at = gpu_of_slot[slot]
+                for g in range(len(left)):
+                    if free[slot] == 0:
+                        break
+                    if (
+                        left[g, e] == 0
+                        or (stage == 0 and g != at)
+                        or (stage == 1 and node_of_gpu[g] != node_of_gpu[at])
+                    ):
+                        continue
+                    moved = min(left[g, e], free[slot])
+                    sent[g, slot] += moved
+                    left[g, e] -= moved
+                    free[slot] -= moved

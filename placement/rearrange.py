@@ -15,7 +15,6 @@ def rearrange(source: Placement, target: Placement) -> tuple[Step, ...]:
     else from all in turn. A slot has no move where the same place on the same GPU holds its expert already, so source
     slots are the source's numbers, target slots the target's.
 
-    >>> from .topology import Topology
     >>> two = Topology(nodes=1, gpus_per_node=2)
     >>> one_each, both = (Placement(np.array([slots]), 2, two) for slots in ([0, 1], [0, 1, 0, 1]))
     >>> rearrange(one_each, both)[0].moves[0]

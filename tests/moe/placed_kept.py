@@ -217,12 +217,17 @@ def a_model_restored_to_the_plain_layout():
 
 @check
 def a_backward_pass_to_come_is_noticed():
-    fold = everywhere()
-    ep = fold.size("ep")
-    for goal in (placement(1, ep, E), placement(1, ep, E, 1)):  # in place, and with new parameters
+    """Its gradients would be those of other experts; with weights that travel too (r = 1), of which it has copies."""
+    size = dist.get_world_size()
+    cases = [(everywhere(), 0), (everywhere(), 1)]  # in place, and with new parameters
+    if size > 2:
+        sliced = make_fold(Sizes(size, 1, 1, 1, size // 2, 2))
+        cases += [(sliced, 0), (sliced, 1)]
+    for fold, spare in cases:
         mine = headgate.parallelize(layer(), fold)
+        headgate.set_degree(mine, 1)
         y = mine(torch.randn(4, D))
-        headgate.place_experts(mine, goal)
+        headgate.place_experts(mine, placement(1, fold.size("ep"), E, spare))
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
         dist.barrier()
