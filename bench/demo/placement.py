@@ -74,7 +74,7 @@ def _say(tour: Tour) -> None:
     bound = found["bound"]
     reached = bound["reached"]
     screen.say(
-        f"  fitted: {reached['node']:.1%} across nodes and {reached['gpu']:.1%} across GPUs; proved: none has less than "
+        f"  fitted: {reached['node']:.1%} across nodes and {reached['gpu']:.1%} across GPUs; proved: none below "
         f"{bound['node']:.1%} and {bound['gpu']:.1%}; {found['search']['seconds']:.0f} s"
     )
 

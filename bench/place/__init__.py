@@ -1,4 +1,4 @@
-"""`headgate place`: a placement on the command line, beside the default and EPLB, explained, drawn, and the way to it."""
+"""`headgate place`: a placement beside the default and EPLB, explained, drawn, exported, and the way to it."""
 
 from .command import add_arguments, run
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...placement.assign import assign
 from ...placement.bounds import crossing_bound
@@ -17,14 +18,15 @@ from ...placement.placement import Placement
 from ...placement.problem import Objective
 from ...placement.state import to_slots
 from ...placement.statistics import statistics
+from ...placement.steady import steady_load
 from ...placement.topology import Topology
 from ...placement.trace import Trace
 from ...placement.walk import Foretold
 from . import choice
 from .case import Case, judged, timed
 
-ONE, TWO = Topology(1, 8), Topology(2, 8)
-CALM = dict(gpu=1.0, load=0.01)
+ONE, TWO, LARGE = Topology(1, 8), Topology(2, 8), Topology(8, 8)
+FOUND = "placed"
 
 
 @dataclass(frozen=True)
@@ -33,51 +35,63 @@ class Row:
 
     title: str
     head: tuple[str, ...]
-    lines: list[tuple[str, ...]]
+    lines: Sequence[tuple[str, ...]]
     figures: dict[str, Any] = field(default_factory=dict)
+
+
+def calm(max_load: float, node: float = 0.0) -> Objective:
+    """Few crossings while the load stays near the mean."""
+    return Objective(gpu=1.0, node=node, load=0.01, max_load=max_load)
+
+
+def made(trace: Trace, topology: Topology, objective: Objective, **more: Any) -> tuple[Placement, float]:
+    """A placement without a bound, and its processor seconds."""
+    return timed(lambda: place(trace, topology, objective=objective, bound=False, time_limit=600, **more))
+
+
+def steady(case: Case) -> NDArray[np.float64]:
+    """The loads that a placement is to stand, beside those counted: long sequences cut short."""
+    return steady_load(case.fit, case.fit_domain)[None]
+
+
+def contest(
+    case: Case, topology: Topology, objective: Objective, effort: float, others: Sequence[str] = ("eplb",)
+) -> dict[str, dict[str, float]]:
+    """Figures on the judging half of other methods' placements and of ours."""
+    found = {}
+    for method in (*others, FOUND):
+        ours = {"scenarios": steady(case), "effort": effort} if method == FOUND else {"method": method}
+        placement, seconds = made(case.fit, topology, objective, **ours)
+        found[method] = judged(case.judge, placement) | {"fitted_load": placement.cost["imbalance"], "cpu_s": seconds}
+    return found
 
 
 def crossings(case: Case, effort: float) -> Row:
     """8 GPUs: transitions across GPUs while the load stays near the mean."""
-    found, lines = {}, []
-    objective = Objective(**CALM, max_load=1.055)
-    for name, method in (("EPLB", "eplb"), ("load alone", "balance"), ("placed", "auto")):
-        made, seconds = timed(
-            lambda method=method: place(case.fit, ONE, method=method, objective=objective, bound=False, effort=effort)
-        )
-        found[name] = {**judged(case.judge, made), "seconds": seconds, "fitted_load": made.cost["imbalance"]}
-    exact = assign(problem_of(case.fit, case.fit, ONE, None, Objective(gpu=1)))
-    found["exact layers in turn"] = judged(case.judge, Placement(to_slots(exact), case.fit.num_experts, ONE))
-    for name, row in found.items():
-        lines.append((name, _share(row["gpu"]), f"{row['load']:.3f}", f"{row.get('seconds', 0):.1f}"))
+    found = contest(case, ONE, calm(1.06), 1.7 * effort, ("eplb", "balance"))
+    exact, seconds = timed(lambda: assign(problem_of(case.fit, case.fit, ONE, None, Objective(gpu=1))))
+    found["exact layers in turn"] = _crossed(case.judge, exact, ONE) | {"cpu_s": seconds}
+    lines = [(name, _share(row["gpu"]), f"{row['load']:.3f}", f"{row['cpu_s']:.1f}") for name, row in found.items()]
     return Row("8 GPUs: transitions across GPUs", ("", "across GPUs", "load", "CPU s"), lines, found)
 
 
 def certified(case: Case, effort: float) -> Row:
     """8 GPUs, affinity alone: how far from the best possible, proved."""
-    objective = Objective(gpu=1.0)
-    made, search_s = timed(lambda: place(case.fit, ONE, objective=objective, bound=False, effort=effort))
+    placement, search_s = made(case.fit, ONE, Objective(gpu=1.0), effort=effort)
     counts = statistics(case.fit).transitions
-    bound, bound_s = timed(lambda: crossing_bound(counts, made.slots_of_gpu, time_limit=max(30 * effort, 1.0)))
+    bound, bound_s = timed(lambda: crossing_bound(counts, placement.slots_of_gpu, time_limit=max(30 * effort, 1.0)))
     total = int(sum(matrix.sum() for matrix in counts))
-    reached = made.cost["cross_gpu"] / total
-    gap = bound.gap(made.cost["cross_gpu"])
-    line = ("placed", _share(reached), _share(bound.value / total), f"{gap:.2%}", f"{search_s:.1f} + {bound_s:.1f}")
-    figures = {"reached": reached, "bound": bound.value / total, "gap": gap, "seconds": [search_s, bound_s]}
+    reached, gap = placement.cost["cross_gpu"] / total, bound.gap(placement.cost["cross_gpu"])
+    line = (FOUND, _share(reached), _share(bound.value / total), f"{gap:.2%}", f"{search_s:.1f} + {bound_s:.1f}")
+    figures = {"reached": reached, "bound": bound.value / total, "gap": gap, "cpu_s": [search_s, bound_s]}
     return Row("8 GPUs: proved distance from the best", ("", "across GPUs", "bound", "gap", "CPU s"), [line], figures)
 
 
 def nodes(case: Case, effort: float) -> Row:
     """16 GPUs on 2 nodes."""
-    objective = Objective(gpu=1.0, node=3.0, load=0.01, max_load=1.085)
-    found = {}
-    for name, method in (("EPLB", "eplb"), ("placed", "auto")):
-        made, seconds = timed(
-            lambda method=method: place(case.fit, TWO, method=method, objective=objective, bound=False, effort=effort)
-        )
-        found[name] = {**judged(case.judge, made), "seconds": seconds}
+    found = contest(case, TWO, calm(1.075, node=4.0), 2 * effort)
     lines = [
-        (name, _share(row["gpu"]), _share(row["node"]), f"{row['load']:.3f}", f"{row['seconds']:.1f}")
+        (name, _share(row["gpu"]), _share(row["node"]), f"{row['load']:.3f}", f"{row['cpu_s']:.1f}")
         for name, row in found.items()
     ]
     head = ("", "across GPUs", "across nodes", "load", "CPU s")
@@ -85,116 +99,101 @@ def nodes(case: Case, effort: float) -> Row:
 
 
 def copies(case: Case, effort: float) -> Row:
-    """8 GPUs: rows that leave their GPU, there and back, per token and layer."""
-    found: dict[str, Any] = {}
-    for home in ("fixed", "most"):
-        for name, method in (("EPLB", "eplb"), ("placed", "auto")):
-            objective = Objective(copies=1.0, load=0.1, max_load=1.065, home=home)
-            made, seconds = timed(
-                lambda method=method, objective=objective: place(
-                    case.fit, ONE, method=method, objective=objective, bound=False, effort=effort
-                )
-            )
-            moved = judged(case.judge, made, home=home)
-            if home == "most":
-                tell = Foretold.of(statistics(case.fit).transitions, made)
-                moved["foretold"] = judged(case.judge, made, home="foretold", foretold=tell)["copies"]
-            found[f"{name}, home {home}"] = {**moved, "seconds": seconds}
-    lines = []
-    for label, row in found.items():
-        base = found["EPLB, home " + label.split("home ")[1]]
-        better = [f"{row['copies']:.2f} ({row['copies'] / base['copies'] - 1:+.1%})"]
-        better.append(
-            f"{row['foretold']:.2f} ({row['foretold'] / base['copies'] - 1:+.1%})" if "foretold" in row else ""
-        )
-        lines.append((label, *better, f"{row['load']:.3f}", f"{row['seconds']:.1f}"))
-    head = ("", "copies", "home foretold", "load", "CPU s")
+    """8 GPUs: rows that leave their GPU, there and back, per token and layer, over EPLB's with fixed homes."""
+    objective = Objective(copies=1.0, load=0.1, max_load=1.06, home="most")
+    ours = {"scenarios": steady(case), "effort": 3 * effort}
+    found = {}
+    for name, how in (("eplb", {"method": "eplb"}), (FOUND, ours)):
+        placement, seconds = made(case.fit, ONE, objective, **how)
+        tell = Foretold.of(statistics(case.fit).transitions, placement)
+        found[name] = judged(case.judge, placement) | {
+            "most": judged(case.judge, placement, home="most")["copies"],
+            "foretold": judged(case.judge, placement, home="foretold", foretold=tell)["copies"],
+            "cpu_s": seconds,
+        }
+    base = found["eplb"]["copies"]
+    lines = [
+        (name, *(f"{row[home]:.2f} ({row[home] / base - 1:+.1%})" for home in ("copies", "most", "foretold")),
+         f"{row['load']:.3f}", f"{row['cpu_s']:.1f}")
+        for name, row in found.items()
+    ]  # fmt: skip
+    head = ("", "home fixed", "home moves to most", "home foretold", "load", "CPU s")
     return Row("8 GPUs: rows that leave their GPU, a token and layer", head, lines, found)
 
 
 def replicas(case: Case, effort: float) -> Row:
     """8 GPUs with one more slot each."""
     found = {}
-    for name, per_gpu in (("no replicas", None), ("one more slot", case.fit.num_experts // 8 + 1)):
-        objective = Objective(**CALM, max_load=1.055)
-        made, seconds = timed(
-            lambda per_gpu=per_gpu, objective=objective: place(
-                case.fit, ONE, per_gpu, objective=objective, bound=False, effort=effort
-            )
-        )
-        found[name] = {**judged(case.judge, made, replica="follow"), "seconds": seconds}
+    ways: tuple[tuple[str, int | None, Objective], ...] = (
+        ("no replicas", None, calm(1.06)),
+        ("one more slot", case.fit.num_experts // 8 + 1, Objective(gpu=1.0, load=0.3, max_load=1.03)),
+    )
+    for name, per_gpu, objective in ways:
+        more = {"slots_per_gpu": per_gpu, "scenarios": steady(case), "effort": 1.7 * effort}
+        placement, seconds = made(case.fit, ONE, objective, **more)
+        found[name] = judged(case.judge, placement, replica="follow") | {"cpu_s": seconds}
     points = 100 * (found["no replicas"]["gpu"] - found["one more slot"]["gpu"])
-    lines = [(name, _share(row["gpu"]), f"{row['load']:.3f}", f"{row['seconds']:.1f}") for name, row in found.items()]
-    lines.append(("points", f"{points:.1f}", "", ""))
-    return Row("8 GPUs, one more slot each", ("", "across GPUs", "load", "CPU s"), lines, found)
+    lines = [(name, _share(row["gpu"]), f"{row['load']:.3f}", f"{row['cpu_s']:.1f}") for name, row in found.items()]
+    lines.append(("points less", f"{points:.1f}", "", ""))
+    return Row("8 GPUs, one more slot each", ("", "across GPUs", "load", "CPU s"), lines, found | {"points": points})
 
 
 def shift(case: Case, effort: float) -> Row:
     """Fitted on one domain, judged on another."""
     found: dict[str, Any] = {}
     domains = np.unique(case.fit_domain)
+    ways: tuple[tuple[str, float, dict[str, Any]], ...] = (
+        ("eplb", 1.06, {"method": "eplb"}),
+        (FOUND, 1.06, {"effort": effort}),
+        ("placed, robust", 1.12, {"effort": effort, "scenarios": 8}),
+    )
     for a in domains:
         fit = case.fit.select(case.fit_domain == a)
-        for name, method, scenarios in (
-            ("EPLB", "eplb", None),
-            ("placed", "auto", None),
-            ("placed, robust", "auto", 8),
-        ):
-            objective = Objective(**CALM, max_load=1.06 if scenarios is None else 1.12)
-            made = place(fit, ONE, method=method, objective=objective, scenarios=scenarios, bound=False, effort=effort)
+        for name, max_load, more in ways:
+            placement, _ = made(fit, ONE, calm(max_load), **more)
             for b in domains:
-                key = f"{a} -> {b}"
-                found.setdefault(key, {})[name] = judged(case.judge.select(case.judge_domain == b), made)
+                figures = judged(case.judge.select(case.judge_domain == b), placement)
+                found.setdefault(f"{a} -> {b}", {})[name] = figures
     lines = [
-        (key, name, _share(row["gpu"]), f"{row['load']:.3f}")
-        for key, rows in found.items()
+        (pair, name, _share(row["gpu"]), f"{row['load']:.3f}")
+        for pair, rows in found.items()
         for name, row in rows.items()
     ]
-    told = {}
     if len(domains) > 1:
         first, second = (case.fit.select(case.fit_domain == d) for d in domains[:2])
-        told["drift"] = str(drift(first, second))
+        found["drift"] = str(drift(first, second))
     head = ("domains", "", "across GPUs", "load")
-    return Row("8 GPUs: fitted on one domain, judged on another", head, lines, found | told)
+    return Row("8 GPUs: fitted on one domain, judged on another", head, lines, found)
 
 
 def large(case: Case, effort: float) -> Row:
     """60 layers of 256 experts, top-8, on 64 GPUs in 8 nodes: generated, whatever the trace."""
-    trace = large_trace()
-    topology, objective = Topology(8, 8), Objective(gpu=1.0, node=7.0)
-    problem, counting = timed(lambda: problem_of(trace, trace, topology, None, objective))
+    trace, objective = large_trace(), Objective(gpu=1.0, node=7.0)
+    problem, counting_s = timed(lambda: problem_of(trace, trace, LARGE, None, objective))
     first, first_s = timed(lambda: assign(problem, sweeps=0))
     fixed, fixed_s = timed(lambda: assign(problem))
-    made, search_s = timed(
-        lambda: place(trace, topology, objective=objective, bound=False, effort=effort, time_limit=150)
-    )
+    placement, search_s = made(trace, LARGE, objective, effort=2 * effort)
     counts = problem.transitions
-    bound, bound_s = timed(
-        lambda: crossing_bound(
-            counts, made.slots_of_gpu, topology.node_of_gpu, gpu_weight=1, node_weight=7, time_limit=max(60 * effort, 5)
-        )
-    )
-    total = int(sum(matrix.sum() for matrix in counts))
+    prices = {"gpu_weight": 1.0, "node_weight": 7.0, "time_limit": max(60 * effort, 1.0)}
+    bound, bound_s = timed(lambda: crossing_bound(counts, problem.slots_of_gpu, LARGE.node_of_gpu, **prices))
     found = {
-        "layers in turn, once": {**_crossed(trace, first, topology), "seconds": first_s},
-        "to a fixpoint": {**_crossed(trace, fixed, topology), "seconds": fixed_s},
-        "placed": {**judged(trace, made), "seconds": search_s},
+        "layers in turn, once": _crossed(trace, first, LARGE) | {"cpu_s": first_s},
+        "to a fixpoint": _crossed(trace, fixed, LARGE) | {"cpu_s": fixed_s},
+        FOUND: judged(trace, placement) | {"cpu_s": search_s},
+        "bound": {level.name: level.crossing / level.total for level in bound.levels} | {"cpu_s": bound_s},
     }
     for row in found.values():
         row["score"] = row["gpu"] + 7 * row["node"]
+    gap = 1 - found["bound"]["score"] / found[FOUND]["score"]
     lines = [
-        (name, _share(row["gpu"]), _share(row["node"]), f"{row['score']:.4f}", f"{row['seconds']:.1f}")
+        (name, _share(row["gpu"]), _share(row["node"]), f"{row['score']:.5f}", f"{row['cpu_s']:.1f}")
         for name, row in found.items()
     ]
-    levels = {level.name: level.crossing / total for level in bound.levels}
-    gap = 1 - bound.value / total / found["placed"]["score"]
-    lines.append(
-        ("bound", _share(levels["gpu"]), _share(levels["node"]), f"{bound.value / total:.4f}", f"{bound_s:.1f}")
-    )
     lines.append(("proved gap", "", "", f"{gap:.1%}", ""))
     head = ("", "across GPUs", "across nodes", "GPUs + 7 nodes", "CPU s")
-    figures = found | {"bound": levels, "gap": gap, "counting_s": counting}
-    return Row("60 layers x 256 experts x 64 GPUs on 8 nodes", head, lines, figures)
+    return Row(
+        "60 layers x 256 experts x 64 GPUs on 8 nodes", head, lines, {**found, "gap": gap, "counting_s": counting_s}
+    )
 
 
 def large_trace() -> Trace:
@@ -211,9 +210,9 @@ def batches(case: Case, effort: float) -> Row:
     found, lines = {}, []
     for name, seed in (("tokens in random order", 0), ("consecutive tokens", None)):
         row = found[name] = choice.measure(case.fit, case.judge, seed=seed)
-        lines.append((
-            name, f"{row['even']:.3f}", f"{row['program']:.3f}", f"{row['whole_rows']:.3f}", f"{row['median_us']:.0f}",
-        ))  # fmt: skip
+        lines.append(
+            (name, *(f"{row[key]:.3f}" for key in ("even", "program", "whole_rows")), f"{row['median_us']:.0f}")
+        )
     head = ("", "equal split", "program", "whole rows", "us a layer")
     return Row("replica choice per batch of 128, 8 spare slots: load", head, lines, found)
 
