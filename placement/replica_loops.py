@@ -205,7 +205,7 @@ def guess(s, layer, a, b, e, f):
     rule, ahead = s.rule, s.ahead
     moved = np.zeros(held.shape[2], np.int64)
     for x in (e, f):
-        only, stay, near = -1, 0, 0
+        only, stay, near = -1, np.int64(0), np.int64(0)
         if s.copies[layer, x] == 1:
             only = int(np.argmax(held[layer, x]))
         for j in range(s.begin[layer, x], s.begin[layer, x + 1]):
@@ -364,7 +364,7 @@ def counts(s):
     layers, tokens, gpus = count.shape
     for layer in range(layers):
         for t in range(tokens):
-            now, before = 0, 0
+            now, before = np.int64(0), np.int64(0)
             for g in range(gpus):
                 c = np.int64(count[layer, t, g])
                 found[3] += c > 0 and g != s.home[t]
