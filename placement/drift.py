@@ -72,8 +72,8 @@ class Drift:
 
 
 def drift(a: Source, b: Source, *, movers: int = 5, seed: int = 0) -> Drift:
-    """The Drift from trace (file) `a` to `b`. `seed` deals out the sequences. Files are gone through twice; some 30 bytes
-    a token are in memory.
+    """The Drift from trace (file) `a` to `b`. `seed` deals out the sequences. Files are gone through twice; some 30
+    bytes a token are in memory.
 
     Raises ValueError where the traces are of different models or without tokens.
     """

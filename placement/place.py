@@ -25,7 +25,7 @@ from .statistics import statistics
 from .topology import Topology, Workload
 from .trace import Trace
 from .trace_file import TraceFile
-from .walk import walk
+from .walk import Foretold, walk
 
 TOKENS = 200_000  # of a trace file are walked one by one; loads and transitions count all
 RUN = 256  # of which so many stand together
@@ -91,7 +91,7 @@ def place(
     with _interruptible() as interrupted:
         run = Run(began + time_limit * (0.6 if bound else 1.0), interrupted, seed, effort, start, say)
         slots, proof = METHODS[method](problem, run)
-        placement = Placement(slots, problem.num_experts, topology, problem.slots_of_gpu)
+        placement = Placement(slots.astype(np.int32), problem.num_experts, topology, problem.slots_of_gpu)
         searched = time.perf_counter() - began
         cost = walked(problem, trace, placement)
         parts = problem.parts(cost, placement)
@@ -106,7 +106,9 @@ def place(
 
 def walked(problem: Problem, trace: Trace, placement: Placement) -> Cost:
     """The walk of `trace` by the rules that the problem's objective counts by."""
-    return walk(trace, placement, replica=problem.objective.replica, home=problem.objective.home)
+    objective = problem.objective
+    tell = Foretold.of(problem.transitions, placement) if "foretold" in (objective.replica, objective.home) else None
+    return walk(trace, placement, replica=objective.replica, home=objective.home, foretold=tell)
 
 
 def problem_of(
@@ -132,7 +134,9 @@ def problem_of(
     slots = topology.slots_of_gpu(experts, slots_per_gpu)
     if groups < 1 or experts % groups:
         raise ValueError(f"place: groups must divide the experts, {experts}, got {groups}")
-    ids = np.where(trace.live, trace.expert_ids, -1).astype(np.int16 if experts < 2**15 else np.int32)
+    if experts >= 2**15:
+        raise ValueError(f"place: source must have fewer than {2**15} experts, got {experts}")
+    ids = np.where(trace.live, trace.expert_ids, -1).astype(np.int16)
     found = statistics(source)
     loads = scenario_loads(trace, scenarios, seed)
     loads[0] = found.load / np.maximum(found.load.sum(1, keepdims=True), 1)

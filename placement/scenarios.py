@@ -31,8 +31,8 @@ def scenario_loads(trace: Trace, scenarios: Scenarios, seed: int = 0) -> NDArray
     Raises ValueError naming the rule.
     """
     layers, tokens, _ = trace.shape
-    whole = loads_of(trace, np.zeros(tokens, np.int64)).reshape(-1, layers, trace.num_experts)
-    whole = _shares(whole if len(whole) else np.zeros((1, layers, trace.num_experts)))
+    counted = loads_of(trace, np.zeros(tokens, np.int64))
+    whole = _shares(counted if tokens else np.zeros((1, layers, trace.num_experts)))
     if scenarios is None or (np.ndim(scenarios) == 0 and scenarios == 1) or not tokens:
         return whole
     if np.ndim(scenarios) == 3:

@@ -58,7 +58,9 @@ def _say(tour: Tour) -> None:
     screen.say(
         f"  {TOPOLOGY.nodes} nodes of {TOPOLOGY.gpus_per_node} GPUs; judged by {found['tokens']['judge']:,} tokens"
     )
-    table = [("", "busiest / mean", "across GPUs", "across nodes", "copies a token", "between nodes")]
+    table: list[tuple[str, ...]] = [
+        ("", "busiest / mean", "across GPUs", "across nodes", "copies a token", "between nodes")
+    ]
     for name, row in rows.items():
         table.append(
             (
@@ -85,7 +87,8 @@ def section(tour: Tour) -> str:
     found = tour.metrics["placement"]
     rows = found["judged"]
     bound = found["bound"]
-    odd = tour.trace.sequence % 2 == 1  # type: ignore[operator]
+    assert tour.trace.sequence is not None
+    odd = tour.trace.sequence % 2 == 1
     words = (
         f"The same experts on {TOPOLOGY.nodes} nodes of {TOPOLOGY.gpus_per_node} GPUs: which go where? A placement was "
         f"fitted to half of the sequences and is judged on the other half, {found['tokens']['judge']:,} tokens. "

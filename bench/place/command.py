@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         export(placement, args.export[1], args.export[0])
     shown = judge or sampled(fit)
     rows = compared(placement, fit, shown, args) if args.compare or args.plot else {}
-    found = {"output": str(args.output), "cost": dict(placement.cost), "bound": dict(placement.bound)}
+    found: dict[str, Any] = {"output": str(args.output), "cost": dict(placement.cost), "bound": dict(placement.bound)}
     found |= {"method": dict(placement.method), "compare": rows}
     for line in _lines(placement, rows if args.compare else {}, judge is not None):
         screen.say(line)
@@ -219,7 +219,7 @@ def _lines(placement: Placement, rows: dict[str, dict[str, Any]], held_out: bool
             f"{found['cross_node_share']:.1%}",
             f"{1e3 * found['seconds']:.2f}",
         ]
-        for name, found in (rows or {"this": cost}).items()
+        for name, found in (rows or {"this": dict(cost)}).items()
     ]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     yield "on tokens held out:" if rows and held_out else "on the trace:"

@@ -41,7 +41,7 @@ def pictures(placement: Placement, trace: Trace, rows: dict[str, dict[str, Any]]
     """The pictures and their words, as HTML."""
     cost = walk(trace, placement)
     start = Placement(
-        linear(len(cost.load), placement.num_experts, placement.slots_of_gpu),
+        linear(len(cost.load), placement.num_experts, placement.slots_of_gpu).astype(np.int32),
         placement.num_experts,
         placement.topology,
         placement.slots_of_gpu,
@@ -112,7 +112,7 @@ def _affinity(placement: Placement, trace: Trace) -> str:
     )
 
 
-def _order(placement: Placement, layer: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _order(placement: Placement, layer: int) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
     """Experts by the first slot that holds them, and their GPUs."""
     experts, first = np.unique(placement.expert_of_slot[layer], return_index=True)
     order = experts[np.argsort(first)]
