@@ -11,11 +11,15 @@ from ..place import page
 from . import charts, html
 from .tour import Tour
 
-TOPOLOGY = Topology(nodes=2, gpus_per_node=4)
 MAX_LOAD = 1.1
 SCENARIOS = 3
 LIMIT_s = 8.0
 NAMES = {"linear": "in order", "eplb": "EPLB", "auto": "placed"}
+
+
+def topology_of(tour: Tour) -> Topology:
+    """Two nodes of four GPUs; of one, where experts are few."""
+    return Topology(nodes=2, gpus_per_node=4 if tour.options.shape.experts >= 16 else 1)
 
 
 def run(tour: Tour) -> None:
@@ -24,13 +28,14 @@ def run(tour: Tour) -> None:
     assert tour.trace.sequence is not None
     odd = tour.trace.sequence % 2 == 1
     fit, judge = tour.trace.select(~odd), tour.trace.select(odd)
-    objective = Objective.transitions(TOPOLOGY, MAX_LOAD)
+    topology = topology_of(tour)
+    objective = Objective.transitions(topology, MAX_LOAD)
     found: dict[str, Placement] = {}
     for method in ("linear", "eplb", "auto"):
         ours = method == "auto"
         found[method] = place(
             fit,
-            TOPOLOGY,
+            topology,
             method=method,
             objective=objective,
             scenarios=SCENARIOS,
@@ -42,7 +47,7 @@ def run(tour: Tour) -> None:
     tour.placement = found["auto"]
     rows = {name: walk(judge, placement).summary() for name, placement in found.items()}
     tour.metrics["placement"] = {
-        "topology": TOPOLOGY.to_json(),
+        "topology": topology.to_json(),
         "tokens": {"fit": fit.shape[1], "judge": judge.shape[1]},
         "judged": rows,
         "fitted": dict(found["auto"].cost),
@@ -50,13 +55,15 @@ def run(tour: Tour) -> None:
         "search": dict(found["auto"].method),
     }
     _say(tour)
+    if found["auto"].method["interrupted"]:  # the search has kept its best; the tour ends here
+        raise KeyboardInterrupt
 
 
 def _say(tour: Tour) -> None:
-    found = tour.metrics["placement"]
+    found, topology = tour.metrics["placement"], topology_of(tour)
     screen, rows = tour.screen, found["judged"]
     screen.say(
-        f"  {TOPOLOGY.nodes} nodes of {TOPOLOGY.gpus_per_node} GPUs; judged by {found['tokens']['judge']:,} tokens"
+        f"  {topology.nodes} nodes of {topology.gpus_per_node} GPUs; judged by {found['tokens']['judge']:,} tokens"
     )
     table: list[tuple[str, ...]] = [
         ("", "busiest / mean", "across GPUs", "across nodes", "copies a token", "between nodes")
@@ -84,13 +91,13 @@ def _say(tour: Tour) -> None:
 def section(tour: Tour) -> str:
     assert tour.trace is not None
     assert tour.placement is not None
-    found = tour.metrics["placement"]
+    found, topology = tour.metrics["placement"], topology_of(tour)
     rows = found["judged"]
     bound = found["bound"]
     assert tour.trace.sequence is not None
     odd = tour.trace.sequence % 2 == 1
     words = (
-        f"The same experts on {TOPOLOGY.nodes} nodes of {TOPOLOGY.gpus_per_node} GPUs: which go where? A placement was "
+        f"The same experts on {topology.nodes} nodes of {topology.gpus_per_node} GPUs: which go where? A placement was "
         f"fitted to half of the sequences and is judged on the other half, {found['tokens']['judge']:,} tokens. "
         "Experts that follow each other move together, while the busiest GPU stays near the mean. "
         f"On the tokens it was fitted to {bound['reached']['node']:.1%} of transitions cross nodes, "

@@ -19,7 +19,7 @@ from headgate.placement.trace import Trace
 
 TINY = demo.Shape(layers=2, hidden=16, ffn=8, experts=4, top_k=2, heads=2, length=32)
 LINE = b"def add(a, b):\n    return a + b\n\n\n"
-PARTS = ["metrics.json", "model", "report.html", "trace.npz"]
+PARTS = ["metrics.json", "model", "placement.json", "report.html", "trace.npz"]
 
 
 @pytest.fixture
