@@ -19,8 +19,8 @@ from .cost import Cost
 from .methods import METHODS, Run
 from .placement import Placement
 from .problem import Objective, Problem
-from .scenarios import Scenarios, scenario_loads
-from .slots import Pin
+from .scenarios import scenario_loads
+from .slots import Pin, checked_load
 from .statistics import statistics
 from .topology import Topology, Workload
 from .trace import Trace
@@ -40,7 +40,8 @@ def place(
     *,
     objective: str | Objective = "time",
     workload: Workload | None = None,
-    scenarios: Scenarios = None,
+    load: NDArray | None = None,
+    scenarios: int | NDArray[np.integer] | None = None,
     pins: Sequence[Pin] | None = None,
     groups: int = 1,
     start: Placement | None = None,
@@ -56,7 +57,8 @@ def place(
     method         a name in METHODS: "auto" (decomposition and search), "ilp" (exact, for small cases), "balance" (load
                    alone), "eplb", "linear", "random"
     objective      "time" (predicted seconds of `workload`'s step), "transitions", "copies", "load", or an Objective
-    scenarios      what loads it must stand beside the trace's own: see `scenario_loads`
+    load           [L, E]: what loads to expect, in place of the trace's own, such as `steady_load(trace)`
+    scenarios      what other loads it must stand: see `scenario_loads`
     pins           triples (layer, expert, gpu): replicas that must be there
     groups         E / groups consecutive experts stay on one node (group-limited routers)
     start          a placement to begin with, for the search
@@ -83,7 +85,9 @@ def place(
             raise ValueError(f"place: {name} must be above 0, got {value}")
     say = progress or (lambda line: None)
     trace = sampled(source)
-    problem = problem_of(source, trace, topology, slots_per_gpu, objective, workload, scenarios, pins, groups, seed)
+    problem = problem_of(
+        source, trace, topology, slots_per_gpu, objective, workload, load, scenarios, pins, groups, seed
+    )
     if start is not None and not np.array_equal(start.slots_of_gpu, problem.slots_of_gpu):
         rule = f"{problem.slots_of_gpu.tolist()} slots"
         raise ValueError(f"place: start must have {rule}, got {start.slots_of_gpu.tolist()}")
@@ -118,7 +122,8 @@ def problem_of(
     slots_per_gpu: int | None,
     objective: str | Objective,
     workload: Workload | None = None,
-    scenarios: Scenarios = None,
+    load: NDArray | None = None,
+    scenarios: int | NDArray[np.integer] | None = None,
     pins: Sequence[Pin] | None = None,
     groups: int = 1,
     seed: int = 0,
@@ -139,7 +144,10 @@ def problem_of(
     ids = np.where(trace.live, trace.expert_ids, -1).astype(np.int16)
     found = statistics(source)
     loads = scenario_loads(trace, scenarios, seed)
-    loads[0] = found.load / np.maximum(found.load.sum(1, keepdims=True), 1)
+    expected = found.load if load is None else checked_load("place", load)
+    if expected.shape != (layers, experts):
+        raise ValueError(f"place: load must be [L, E] = {(layers, experts)}, got {expected.shape}")
+    loads[0] = expected / np.maximum(expected.sum(1, keepdims=True), np.finfo(float).tiny)
     return Problem(
         experts,
         found.transitions,
@@ -150,6 +158,7 @@ def problem_of(
         _objective(objective, topology, workload or Workload(), layers, top_k),
         _pins(pins, layers, experts, topology.gpus, slots),
         groups,
+        load is None,
     )
 
 

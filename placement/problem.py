@@ -95,7 +95,8 @@ class Problem:
     """Numbers for solvers.
 
     transitions   L - 1 sparse matrices int64 [E, E]: counts of (expert, next layer's expert)
-    loads         float64 [Q, L, E]: expert loads of Q scenarios, each layer's adding up to 1; the first is the trace's
+    loads         float64 [Q, L, E]: expert loads of Q scenarios, each layer's adding up to 1; the first are the trace's
+                  own where `counted`, and else those that are expected
     ids           int16 [L, T, K]: tokens (a sample, where the trace is long) that copies are counted by, -1 for none
     slots_of_gpu  int32 [G];  pins  int32 [L, E]: the GPU that an expert must be on, -1 where it is free
     groups        experts 0 .. E/groups - 1 and so on are to stay on one node each; 1: no groups
@@ -110,6 +111,7 @@ class Problem:
     objective: Objective
     pins: NDArray[np.int32]
     groups: int = 1
+    counted: bool = True
 
     @property
     def layers(self) -> int:
@@ -138,16 +140,18 @@ class Problem:
         }
 
     def _load(self, cost: Cost, placement: Placement) -> float:
-        if len(self.loads) == 1:
+        if self.counted and len(self.loads) == 1:
             return cost.imbalance
         gpus = self.topology.gpus
         worst = np.zeros(self.layers)
-        for loads in self.loads[1:]:
+        for loads in self.loads[1 if self.counted else 0 :]:
             shared = gpu_load(loads, placement.expert_of_slot, placement.gpu_of_slot, gpus)
             worst = np.maximum(worst, gpus * (shared / self.topology.speed_of_gpu).max(1))
-        own = cost.load / np.maximum(cost.load.sum(1, keepdims=True), 1) / self.topology.speed_of_gpu
+        if self.counted:
+            own = cost.load / np.maximum(cost.load.sum(1, keepdims=True), 1) / self.topology.speed_of_gpu
+            worst = np.maximum(worst, gpus * own.max(1))
         used = self.loads[0].any(1)
-        return float(np.maximum(worst, gpus * own.max(1))[used].mean()) if used.any() else 1.0
+        return float(worst[used].mean()) if used.any() else 1.0
 
     def score(self, parts: Mapping[str, float]) -> float:
         """The objective's weighted sum of `parts`."""

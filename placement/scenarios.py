@@ -17,16 +17,12 @@ from .trace import Trace
 RUN = 32  # tokens of a sequence that are about one thing: whole sequences would be too few, and too alike
 
 
-Scenarios = int | NDArray[np.integer] | NDArray[np.floating] | None
-
-
-def scenario_loads(trace: Trace, scenarios: Scenarios, seed: int = 0) -> NDArray[np.float64]:
+def scenario_loads(trace: Trace, scenarios: int | NDArray[np.integer] | None, seed: int = 0) -> NDArray[np.float64]:
     """float64 [1 + Q, L, E]: the load of all tokens and of each scenario, each layer adding up to 1 (0 if unused).
 
     `scenarios`: labels [T], 0 .. Q - 1, such as a token's domain; or a number Q >= 2: runs of 32 tokens of a sequence
     fall into at most so many kinds by which experts they use (k-means of their shares). None or 1: no scenario. The
-    load of such a scenario of few tokens is drawn towards that of all: n tokens count n to E. Or the loads themselves,
-    float [Q, L, E], such as `steady_load(trace)[None]`.
+    load of a scenario of few tokens is drawn towards that of all: n tokens count n to E.
 
     Raises ValueError naming the rule.
     """
@@ -35,20 +31,11 @@ def scenario_loads(trace: Trace, scenarios: Scenarios, seed: int = 0) -> NDArray
     whole = _shares(counted if tokens else np.zeros((1, layers, trace.num_experts)))
     if scenarios is None or (np.ndim(scenarios) == 0 and scenarios == 1) or not tokens:
         return whole
-    if np.ndim(scenarios) == 3:
-        return np.concatenate([whole, _shares(_given(np.asarray(scenarios), whole.shape[1:]))])
     labels = _kinds(trace, scenarios, seed) if np.ndim(scenarios) == 0 else np.asarray(scenarios)
     counts = loads_of(trace, labels)
     weight = np.bincount(labels, minlength=len(counts))[:, None, None]
     drawn = (counts / np.maximum(weight, 1)) * weight + whole * trace.num_experts * counts.sum((0, 2))[:, None] / tokens
     return np.concatenate([whole, _shares(drawn[weight[:, 0, 0] > 0])])
-
-
-def _given(loads: NDArray, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    loads = loads.astype(np.float64)
-    if loads.shape[1:] != shape or not (np.isfinite(loads) & (loads >= 0)).all():
-        raise ValueError(f"scenarios: loads must be finite, not negative, [Q, L, E] with {shape}, got {loads.shape}")
-    return loads
 
 
 def _kinds(trace: Trace, number: object, seed: int) -> NDArray[np.int64]:

@@ -51,8 +51,8 @@ def made(trace: Trace, topology: Topology, objective: Objective, **more: Any) ->
 
 
 def steady(case: Case) -> NDArray[np.float64]:
-    """The loads that a placement is to stand, beside those counted: long sequences cut short."""
-    return steady_load(case.fit, case.fit_domain)[None]
+    """The load that is expected of tokens to come: long sequences cut short."""
+    return steady_load(case.fit, case.fit_domain)
 
 
 def contest(
@@ -61,7 +61,7 @@ def contest(
     """Figures on the judging half of other methods' placements and of ours."""
     found = {}
     for method in (*others, FOUND):
-        ours = {"scenarios": steady(case), "effort": effort} if method == FOUND else {"method": method}
+        ours = {"load": steady(case), "effort": effort} if method == FOUND else {"method": method}
         placement, seconds = made(case.fit, topology, objective, **ours)
         found[method] = judged(case.judge, placement) | {"fitted_load": placement.cost["imbalance"], "cpu_s": seconds}
     return found
@@ -105,7 +105,7 @@ def nodes(case: Case, effort: float) -> Row:
 def copies(case: Case, effort: float) -> Row:
     """8 GPUs: rows that leave their GPU, there and back, per token and layer, over EPLB's with fixed homes."""
     objective = Objective(copies=1.0, load=0.1, max_load=1.06, home="most")
-    ours = {"scenarios": steady(case), "effort": 3 * effort}
+    ours = {"load": steady(case), "effort": 3 * effort}
     found = {}
     for name, how in (("eplb", {"method": "eplb"}), (FOUND, ours)):
         placement, seconds = made(case.fit, ONE, objective, **how)
@@ -133,7 +133,7 @@ def replicas(case: Case, effort: float) -> Row:
         ("one more slot", case.fit.num_experts // 8 + 1, Objective(gpu=1.0, load=0.3, max_load=1.03)),
     )
     for name, per_gpu, objective in ways:
-        more = {"slots_per_gpu": per_gpu, "scenarios": steady(case), "effort": 1.7 * effort}
+        more = {"slots_per_gpu": per_gpu, "load": steady(case), "effort": 1.5 * effort}
         placement, seconds = made(case.fit, ONE, objective, **more)
         found[name] = judged(case.judge, placement, replica="follow") | {"cpu_s": seconds}
     points = 100 * (found["no replicas"]["gpu"] - found["one more slot"]["gpu"])

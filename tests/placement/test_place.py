@@ -176,11 +176,24 @@ def test_scenarios_of_a_trace_without_sequences(trace):
             scenario_loads(bare, bad)
     with pytest.raises(ValueError, match="labels"):
         scenario_loads(bare, np.zeros(3, np.int64))
-    given = np.ones((1, 3, 8))
-    np.testing.assert_allclose(scenario_loads(bare, given)[1], 1 / 8)
-    for bad in (np.ones((1, 3, 7)), -given, given * np.nan):
-        with pytest.raises(ValueError, match="scenarios: loads must be finite, not negative"):
-            scenario_loads(bare, bad)
+
+
+@pytest.mark.parametrize("per_gpu", [None, 3])
+def test_an_expected_load_takes_the_place_of_the_traces(trace, per_gpu):
+    """Expert 0 is said to bring half of all load: no other stands beside it that need not."""
+    load = np.ones((3, 8))
+    load[:, 0] = 7
+    found = place(trace, ONE, per_gpu, "balance", objective="load", load=load, **QUICK)
+    beside = found.expert_of_slot.reshape(3, 4, -1)[(found.expert_of_slot.reshape(3, 4, -1) == 0).any(2)]
+    assert beside.shape[0] >= 3
+    problem = rebuilt(trace, ONE, "load", per_gpu, load=load)
+    assert problem.parts(walked(problem, trace, found), found)["load"] == pytest.approx(found.cost["score"])
+    assert found.bound["load"] <= found.cost["score"]
+    if per_gpu is None:
+        assert found.cost["score"] == pytest.approx(4 * 8 / 14)  # two slots a GPU: one other has to
+    for bad, says in ((np.ones((3, 7)), r"load must be \[L, E\]"), (-load, "not negative"), (load * np.nan, "finite")):
+        with pytest.raises(ValueError, match=says):
+            place(trace, ONE, load=bad)
 
 
 # --- files, interruptions, errors ----------------------------------------------------------------------------------
