@@ -44,7 +44,7 @@ def search(
     """int32 [L, E]: the GPU of each expert, by the score of `problem.objective`, never worse than `start` [L, E].
 
     Better is first what has less load above max_load, where one is given, then what scores less. `proposals`: about how
-    many swaps are tried, 20 million a second; with `seed` it decides the answer. `stop` is asked again and again; once
+    many swaps are tried; with `seed` it decides the answer. `stop` is asked again and again; once
     it is true, the best so far comes back. start=None: `assign`.
 
     Raises ValueError / TypeError where the problem has spare slots, weights of copies, or pins and groups that cannot

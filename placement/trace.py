@@ -74,6 +74,8 @@ class Trace:
         if self.weights is not None:
             _rule(self.weights.shape == ids.shape, "weights", f"{ids.shape} as expert_ids", self.weights.shape)
             _rule(self.weights.dtype == np.float16, "weights", "float16", self.weights.dtype, TypeError)
+            odd = ~np.isfinite(self.weights)
+            _rule(not odd.any(), "weights", "finite", self.weights[odd][0] if odd.any() else None)
         if self.sequence is not None:
             _rule(self.sequence.shape == (tokens,), "sequence", f"[T={tokens}]", self.sequence.shape)
             _rule(self.sequence.dtype == np.int32, "sequence", "int32", self.sequence.dtype, TypeError)

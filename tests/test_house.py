@@ -184,7 +184,7 @@ def test_the_root_imports_nothing_eagerly():
     assert runpy.run_path(str(ROOT / "__init__.py"))["__version__"] == PROJECT["project"]["version"]
 
 
-@pytest.mark.parametrize("line", ["import headgate", "import headgate.placement", "from headgate import Trace"])
+@pytest.mark.parametrize("line", ["import headgate", "import headgate.placement", "from headgate import Trace, place"])
 def test_planning_loads_no_torch(line, tmp_path):
     code = f"import sys\n{line}\nprint([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert python(code, tmp_path, tmp_path).strip() == "[]"

@@ -135,7 +135,7 @@ def test_a_case_is_cut_in_the_middle_of_each_domain(tmp_path):
 
 @pytest.mark.slow
 def test_every_row_of_the_table(tmp_path, capsys):
-    rows = [name for name in ROWS if name != "large"]
+    rows = [name for name in ROWS if name not in ("large", "rebalanced")]  # those take minutes
     generate(layers=3, experts=16, top_k=2, tokens=1200, length=50, domains=2).save(tmp_path / "t.npz")
     files = ["--json", str(tmp_path / "f.json"), "--plot", str(tmp_path / "f.html")]
     assert cli.main(["bench", "placement", str(tmp_path / "t.npz"), "--effort", "0.002", "--rows", *rows, *files]) == 0

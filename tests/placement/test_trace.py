@@ -150,3 +150,11 @@ def test_nothing_to_count():
     assert expert_load(trace).sum() == 0
     assert imbalance(expert_load(trace)).tolist() == [0, 0]
     assert affinity(trace)[0].lift == 0
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused(odd):
+    weights = np.full((3, 50, 2), 0.5, np.float16)
+    weights[1, 7, 0] = odd
+    with pytest.raises(ValueError, match=r"Trace: weights must be finite, got (nan|inf)"):
+        make(weights=weights)
