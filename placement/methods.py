@@ -22,7 +22,7 @@ from .simple import linear, random
 from .state import from_slots, score, to_slots
 
 SWAPS, COPIES, EXCHANGES = 30_000_000, 5_000_000, 200_000  # proposals of the searches, a few seconds each
-LOOSE = 1.2  # load that the search may leave to the replicas, at least
+LOOSE = 1.5  # load that the search may leave to the replicas, at least
 EXACT = 130  # binaries up to which HiGHS, too, is asked: beyond, it proves nothing in a minute
 
 

@@ -139,7 +139,7 @@ def replicas(case: Case, effort: float) -> Row:
         ("one more slot", case.fit.num_experts // 8 + 1, Objective(gpu=1.0, load=0.3, max_load=1.03)),
     )
     for name, per_gpu, objective in ways:
-        more = {"slots_per_gpu": per_gpu, "load": steady(case), "effort": 1.5 * effort}
+        more = {"slots_per_gpu": per_gpu, "load": steady(case), "effort": (4 if per_gpu else 1.5) * effort}
         placement, seconds = made(case.fit, ONE, objective, **more)
         found[name] = judged(case.judge, placement, replica="follow") | {"cpu_s": seconds}
     points = 100 * (found["no replicas"]["gpu"] - found["one more slot"]["gpu"])
