@@ -49,7 +49,7 @@ def certify(
         bound = proof.score
         how.append("score: integer program")
     bound = min(bound, score) if bound <= score * (1 + SLACK) else bound
-    proved = settled or score - bound <= SLACK * abs(score)
+    proved = settled or abs(score - bound) <= SLACK * abs(score)
     return {
         **found,
         "score": bound,

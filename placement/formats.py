@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -118,7 +120,7 @@ def import_map(
         return Placement(table, int(table.max()) + 1 if num_experts is None else num_experts, topology)
     except FileNotFoundError:
         raise
-    except (ValueError, TypeError, KeyError, EOFError) as error:
+    except (ValueError, TypeError, KeyError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"import_map: {path} must hold another system's placement, got {error}") from error
 
 

@@ -58,9 +58,10 @@ Found = tuple[NDArray[np.integer], Proof | None]
 
 def _auto(problem: Problem, run: Run) -> Found:
     """Search; small cases by the integer program too; replicas once every expert has a place."""
-    if not (problem.objective.counts_copies or problem.objective.gpu or problem.objective.node):
+    affinity = problem.objective.counts_copies or problem.objective.gpu or problem.objective.node
+    if not affinity and (problem.spare or len(problem.loads) == 1):
         return _balance(problem, run)
-    single = _without_spare(problem)
+    single = _without_spare(problem) if problem.spare else problem
     if problem.spare and problem.objective.max_load is not None:  # replicas level it, and more cheaply
         loose = max(problem.objective.max_load, LOOSE)
         single = replace(single, objective=replace(problem.objective, max_load=loose))
@@ -84,6 +85,8 @@ def _auto(problem: Problem, run: Run) -> Found:
 
 def _ilp(problem: Problem, run: Run) -> Found:
     found = ilp(problem, max(run.deadline - time.perf_counter(), 0.1), seed=run.seed)
+    if problem.objective.max_load is not None:  # what it proves, it proves of placements that keep to that alone
+        return found.expert_of_slot, None
     return found.expert_of_slot, Proof(found.bound, found.proved)
 
 
@@ -91,7 +94,7 @@ def _balance(problem: Problem, run: Run) -> Found:
     pins = [(layer, e, problem.pins[layer, e]) for layer, e in np.argwhere(problem.pins >= 0).tolist()]
     groups = problem.groups if problem.groups > 1 else None
     found = balance(
-        problem.loads[0],
+        problem.loads.mean(0),
         problem.slots_of_gpu,
         problem.topology.nodes,
         groups,
@@ -131,11 +134,45 @@ METHODS: dict[str, Callable[[Problem, Run], Found]] = {
 def _free(method: str, problem: Problem) -> None:
     if (problem.pins >= 0).any():
         raise ValueError(f"place: pins must be left out with method {method!r}, got {int((problem.pins >= 0).sum())}")
+    if problem.groups > 1 and (method != "eplb" or problem.groups % problem.topology.nodes):
+        rule = "a multiple of the nodes" if method == "eplb" else "left out"
+        raise ValueError(f"place: groups must be {rule} with method {method!r}, got {problem.groups}")
 
 
 def _without_spare(problem: Problem) -> Problem:
-    """The problem with one slot for each expert: GPUs with most slots give theirs up first."""
-    slots = problem.slots_of_gpu.copy()
-    for _ in range(problem.spare):
-        slots[np.argmax(slots - np.arange(len(slots)) * 1e-9)] -= 1
-    return replace(problem, slots_of_gpu=slots)
+    """The problem with one slot for each expert: the GPUs with most slots give theirs up first, but none that a pin
+    needs. With groups each node keeps whole groups, and no fewer experts than its largest GPU can then take."""
+    nodes, slots = problem.topology.nodes, problem.slots_of_gpu.astype(np.int64)
+    least = np.zeros(len(slots), np.int64)
+    for pins in problem.pins:
+        least = np.maximum(least, np.bincount(pins[pins >= 0], minlength=len(slots)))
+    kept = _kept_of_node(problem, slots.reshape(nodes, -1), least.reshape(nodes, -1))
+    for node, mine in enumerate(np.split(np.arange(len(slots)), nodes)):
+        total = None if kept is None else kept[node]
+        while total is not None and slots[mine].sum() > total:
+            slots[_fullest(slots, least, mine)] -= 1
+    while slots.sum() > problem.num_experts:
+        slots[_fullest(slots, least, np.arange(len(slots)))] -= 1
+    return replace(problem, slots_of_gpu=slots.astype(np.int32))
+
+
+def _fullest(slots: NDArray[np.int64], least: NDArray[np.int64], among: NDArray[np.int64]) -> int:
+    return int(among[np.argmax(np.where(slots[among] > least[among], slots[among], -1))])
+
+
+def _kept_of_node(problem: Problem, slots: NDArray[np.int64], least: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """How many experts each node is to hold, whole groups of them; None where there are no groups."""
+    if problem.groups == 1:
+        return None
+    size = problem.num_experts // problem.groups
+    kept = slots.sum(1) // size * size
+    floor = -(-np.maximum(slots.max(1), least.sum(1)) // size) * size
+    while kept.sum() > problem.num_experts:
+        node = int(np.argmax(np.where(kept - size >= floor, kept, -1)))
+        if kept[node] - size < floor[node]:
+            break
+        kept[node] -= size
+    if kept.sum() != problem.num_experts or (kept < floor).any():
+        rule = f"such that nodes can hold whole groups of {size} experts, each as many as its largest GPU has slots"
+        raise ValueError(f"place: slots must be {rule}, got {slots.tolist()}")
+    return kept

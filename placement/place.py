@@ -27,7 +27,7 @@ from .trace import Trace
 from .trace_file import TraceFile
 from .walk import Foretold, walk
 
-TOKENS = 200_000  # of a trace file are walked one by one; loads and transitions count all
+TOKENS = 200_000  # of a longer trace file are looked at
 RUN = 256  # of which so many stand together
 IN_MEMORY_bytes = 1 << 28
 
@@ -58,18 +58,20 @@ def place(
                    alone), "eplb", "linear", "random"
     objective      "time" (predicted seconds of `workload`'s step), "transitions", "copies", "load", or an Objective
     load           [L, E]: what loads to expect, in place of the trace's own, such as `steady_load(trace)`
-    scenarios      what other loads it must stand: see `scenario_loads`
+    scenarios      what other loads it must stand: see `scenario_loads`; with "load" and spare slots their mean
     pins           triples (layer, expert, gpu): replicas that must be there
-    groups         E / groups consecutive experts stay on one node (group-limited routers)
-    start          a placement to begin with, for the search
+    groups         E / groups consecutive experts stay on one node (group-limited routers); not with "linear", "random"
+    start          a placement for the search to begin with; left aside with spare slots and with "load"
     time_limit     seconds; the search ends earlier by itself, its length is `effort` times the usual
     seed           same seed, same answer, unless the time limit or Ctrl-C ends the search early
     bound          whether to prove how far from the best possible the answer can be
     progress       told a line now and then
 
     `placement.cost` are the figures of the walk (`Cost.summary`, and the objective's `score`), `placement.bound` what
-    no placement can be below, with `gap`, the answer's relative distance from it; `proved` where that is none.
-    Ctrl-C ends the search, not the call: the best so far is returned, its bound too; a second one raises.
+    no placement can be below, with `gap`, how much lower the best can be, over the score; `proved` where that is 0.
+    A TraceFile of more than 200,000 tokens is sampled (`sampled`), and all figures are those of the sample.
+    Ctrl-C ends the search, not the call: the best so far is returned, its bound too; a second one raises. An integer
+    program that runs is not interrupted.
 
     Raises ValueError / TypeError naming argument, rule and value.
 
@@ -84,10 +86,10 @@ def place(
         if not value > 0:
             raise ValueError(f"place: {name} must be above 0, got {value}")
     say = progress or (lambda line: None)
-    trace = sampled(source)
-    problem = problem_of(
-        source, trace, topology, slots_per_gpu, objective, workload, load, scenarios, pins, groups, seed
-    )
+    trace = sampled(source, TOKENS)
+    if np.ndim(scenarios) == 1 and len(scenarios) == source.shape[1] != trace.shape[1]:  # type: ignore[arg-type]
+        scenarios = np.asarray(scenarios)[_taken(source.shape[1], TOKENS)]
+    problem = problem_of(trace, topology, slots_per_gpu, objective, workload, load, scenarios, pins, groups, seed)
     if start is not None and not np.array_equal(start.slots_of_gpu, problem.slots_of_gpu):
         rule = f"{problem.slots_of_gpu.tolist()} slots"
         raise ValueError(f"place: start must have {rule}, got {start.slots_of_gpu.tolist()}")
@@ -116,7 +118,6 @@ def walked(problem: Problem, trace: Trace, placement: Placement) -> Cost:
 
 
 def problem_of(
-    source: Trace | TraceFile,
     trace: Trace,
     topology: Topology,
     slots_per_gpu: int | None,
@@ -128,7 +129,7 @@ def problem_of(
     groups: int = 1,
     seed: int = 0,
 ) -> Problem:
-    """The Problem of these arguments of `place`, checked. `trace`: the tokens of `source`, or a sample of them."""
+    """The Problem of these arguments of `place`, checked."""
     layers, tokens, top_k = trace.shape
     experts = trace.num_experts
     if trace.experts_of_layer is not None and len(set(trace.experts_of_layer.tolist())) > 1:
@@ -141,8 +142,8 @@ def problem_of(
         raise ValueError(f"place: groups must divide the experts, {experts}, got {groups}")
     if experts >= 2**15:
         raise ValueError(f"place: source must have fewer than {2**15} experts, got {experts}")
-    ids = np.where(trace.live, trace.expert_ids, -1).astype(np.int16)
-    found = statistics(source)
+    ids = np.where(trace.live, trace.expert_ids.astype(np.int16), np.int16(-1))
+    found = statistics(trace)
     loads = scenario_loads(trace, scenarios, seed)
     expected = found.load if load is None else checked_load("place", load)
     if expected.shape != (layers, experts):
@@ -207,10 +208,7 @@ def sampled(source: Trace | TraceFile, tokens: int = TOKENS) -> Trace:
     every = source.shape[1]
     if every <= tokens:
         return source.trace()
-    taken = np.zeros(every, bool)
-    for start in np.linspace(0, every - RUN, max(tokens // RUN, 1)).astype(np.int64).tolist():
-        taken[start : start + RUN] = True
-    layers = []
+    taken, layers = _taken(every, tokens), []
     for layer in range(source.shape[0]):
         at, parts = 0, []
         for ids in source.chunks(layer):
@@ -220,6 +218,13 @@ def sampled(source: Trace | TraceFile, tokens: int = TOKENS) -> Trace:
     sequence = source.sequence
     kept = None if sequence is None else sequence[taken]
     return Trace(np.stack(layers), source.num_experts, None, kept, source.layer_names, source.experts_of_layer)
+
+
+def _taken(every: int, tokens: int) -> NDArray[np.bool_]:
+    taken = np.zeros(every, bool)
+    for start in np.linspace(0, every - RUN, max(tokens // RUN, 1)).astype(np.int64).tolist():
+        taken[start : start + RUN] = True
+    return taken
 
 
 @contextmanager

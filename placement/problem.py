@@ -49,7 +49,7 @@ class Objective:
             raise ValueError(f"Objective: max_load must be at least 1 (max over mean), got {self.max_load}")
         if self.home not in MOVES:
             raise ValueError(f"Objective: home must be one of {', '.join(MOVES)}, got {self.home!r}")
-        if not any((self.gpu, self.node, self.copies, self.node_copies, self.load, self.max_load)):
+        if not any((self.gpu, self.node, self.copies, self.node_copies, self.load)):
             raise ValueError("Objective: one weight at least must be above 0, got none")
 
     @property
@@ -150,7 +150,7 @@ class Problem:
         if self.counted:
             own = cost.load / np.maximum(cost.load.sum(1, keepdims=True), 1) / self.topology.speed_of_gpu
             worst = np.maximum(worst, gpus * own.max(1))
-        used = self.loads[0].any(1)
+        used = self.loads.any((0, 2))
         return float(worst[used].mean()) if used.any() else 1.0
 
     def score(self, parts: Mapping[str, float]) -> float:

@@ -23,7 +23,7 @@ from .walk import REPLICA, Foretold
 
 ROUNDS, LAST = 100, 20  # of an annealing, and those of them that only go down
 LOOK = 4  # rounds from one look at the score to the next
-VISITS = 0.75  # of a home that moves, for each token and layer, as measured with good placements
+VISITS = 0.75  # of a home that moves, for each token and layer, with a good placement: a guess to start from
 SLACK = 0.05  # by how much a guess may be worse than allowed, in mean changes, and is still carried out
 
 
@@ -46,7 +46,7 @@ def replicate(
     to it is returned, else the one with the least load. Never worse than the start, in that order.
 
     replica    the rule of `walk` by which tokens choose; None: the objective's
-    proposals  exchanges tried in all, about 70 us each for 8000 tokens of 6 choices among 64 experts
+    proposals  exchanges tried in all
     heat       the first temperature, in mean changes by an exchange
     stop       asked before each of 100 rounds: once true, the best so far is returned
 

@@ -7,6 +7,8 @@ domain that it has not seen better than one that knows the mean alone.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
@@ -47,10 +49,12 @@ def _kinds(trace: Trace, number: object, seed: int) -> NDArray[np.int64]:
     since = at - np.maximum.accumulate(np.where(starts, at, 0))
     part = np.cumsum(since % RUN == 0) - 1
     loads = _shares(loads_of(trace, part)).reshape(part.max() + 1, -1)
-    count = min(int(number), len(loads))  # type: ignore[call-overload]
+    count = min(int(number), len(np.unique(loads, axis=0)))  # type: ignore[call-overload]
     if count < 2:
         return np.zeros(tokens, np.int64)
-    _, kind = kmeans2(np.sqrt(loads), count, iter=25, minit="++", rng=seed, missing="warn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a kind may end up empty
+        _, kind = kmeans2(np.sqrt(loads), count, iter=25, minit="++", rng=seed, missing="warn")
     return np.unique(kind, return_inverse=True)[1][part]
 
 

@@ -84,6 +84,8 @@ class _Run:
 
     def go(self, proposals: int) -> None:
         usual = self._usual()
+        if not usual:  # nothing that a swap changes is worth anything
+            return
         members = int(np.clip(proposals // (5000 * self.best.size), *MEMBERS))
         first, again = proposals // (2 * members), proposals // (2 * ROUNDS * COPIES)
         found = [self.best]

@@ -55,7 +55,9 @@ def run(tour: Tour) -> None:
         "search": dict(found["auto"].method),
     }
     _say(tour)
-    if found["auto"].method["interrupted"]:  # the search has kept its best; the tour ends here
+    if any(
+        placement.method["interrupted"] for placement in found.values()
+    ):  # the search has kept its best; the tour ends here
         raise KeyboardInterrupt
 
 

@@ -30,7 +30,7 @@ EXAMPLE = """examples:
   headgate place trace.npz --nodes 2 --gpus-per-node 4 --output placement.json
   headgate place trace.npz --nodes 1 --gpus-per-node 8 --slots-per-gpu 9 --objective transitions --max-load 1.06 \\
       --compare --explain --plot placement.html --output placement.json
-  headgate place trace.npz --nodes 1 --gpus-per-node 8 --migrate-from placement.json --output new.json
+  headgate place newer.npz --nodes 2 --gpus-per-node 4 --migrate-from placement.json --output new.json
   headgate place trace.npz --nodes 1 --gpus-per-node 8 --output placement.json --export sglang experts.json
 """
 OTHERS = ("linear", "eplb", "balance")
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     before = None if args.migrate_from is None else _earlier(args.migrate_from, topology)
     source = open_source(args.trace)
+    if before is not None:
+        _same_model(before, source, topology, args)
     fit, judge = _split(source, args.hold_out, args.seed)
     placement, migration = _placed(fit, topology, before, args, lambda line: screen.say(f"  {line}"))
     placement.save(args.output)
@@ -118,9 +120,27 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"place: --hold-out must be 0 or more and below 1, got {args.hold_out}")
     if args.max_load is not None and args.objective not in ("transitions", "copies"):
         raise ValueError(f"place: --max-load goes with --objective transitions or copies, got {args.objective}")
+    if args.relabel and (args.pin or args.slots or args.speed):
+        raise ValueError("place: --relabel must be left out with --pin, --slots and --speed, got both")
+    if args.export and args.slots and len(set(args.slots)) > 1:
+        raise ValueError(f"place: --slots must be alike on every GPU for {args.export[0]}, got {args.slots}")
+    if args.migrate_from is not None and args.migrate_from.absolute() == args.output.absolute():
+        raise ValueError(f"place: --output must be another file than --migrate-from, got {args.output}")
     for path in (args.output, args.plot, args.export and Path(args.export[1])):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"place: the folder of {path} must exist, got none")
+
+
+def _same_model(before: Placement, source: Trace | TraceFile, topology: Topology, args: argparse.Namespace) -> None:
+    """Refuses, before the search, an earlier placement that no migration can start from."""
+    slots = topology.slots_of_gpu(source.num_experts, args.slots_per_gpu).tolist()
+    here = (source.shape[0], source.num_experts, topology.nodes, topology.gpus_per_node, slots)
+    there = (len(before.expert_of_slot), before.num_experts, before.topology.nodes, before.topology.gpus_per_node,
+             before.slots_of_gpu.tolist())  # fmt: skip
+    names = ("layers", "experts", "nodes", "GPUs a node", "slots of GPUs")
+    for name, wanted, given in zip(names, here, there, strict=True):
+        if wanted != given:
+            raise ValueError(f"place: --migrate-from must have {name} as asked for now, {wanted}, got {given}")
 
 
 def _earlier(path: Path, topology: Topology) -> Placement:
@@ -175,7 +195,7 @@ def _placed(
         objective=_objective(args, topology),
         scenarios=args.scenarios,
         pins=None if method else args.pin,
-        groups=args.groups,
+        groups=1 if method else args.groups,
         time_limit=args.time_limit,
         seed=args.seed,
         bound=method is None,
@@ -196,16 +216,17 @@ def compared(
         try:
             other, _ = _placed(fit, placement.topology, None, args, lambda line: None, name)
             rows[name] = walk(judge, other).summary()
-        except ValueError as error:
-            if name != "eplb":  # which wants slots alike on all GPUs
-                raise error
+        except ValueError:  # EPLB wants slots alike on all GPUs
+            continue
+        if other.method["interrupted"]:
+            raise KeyboardInterrupt
     rows["this"] = walk(judge, placement).summary()
     return rows
 
 
 def _lines(placement: Placement, rows: dict[str, dict[str, Any]], held_out: bool) -> Iterator[str]:
     cost, bound = placement.cost, placement.bound
-    gap = f", at most {bound['gap']:.1%} above the best possible" if bound else ""
+    gap = f", the best possible is at most {bound['gap']:.1%} lower" if bound else ""
     yield f"score {cost['score']:.6g}{' (proved optimal)' if bound.get('proved') else gap}"
     head = ["", "load", "GPUs", "copies", "node copies", "cross GPU", "cross node", "ms"]
     table = [head] + [

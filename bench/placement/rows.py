@@ -75,7 +75,7 @@ def crossings(case: Case, effort: float) -> Row:
     """8 GPUs: transitions across GPUs while the load stays near the mean."""
     ours = {FOUND: calm(1.06), "placed, load 1.085 on the fit": calm(1.085)}
     found = contest(case, ONE, ours, 1.5 * effort, ("eplb", "balance"))
-    exact, seconds = timed(lambda: assign(problem_of(case.fit, case.fit, ONE, None, Objective(gpu=1))))
+    exact, seconds = timed(lambda: assign(problem_of(case.fit, ONE, None, Objective(gpu=1))))
     found["exact layers in turn"] = _crossed(case.judge, exact, ONE) | {"cpu_s": seconds}
     lines = [(name, _share(row["gpu"]), f"{row['load']:.3f}", f"{row['cpu_s']:.1f}") for name, row in found.items()]
     return Row("8 GPUs: transitions across GPUs", ("", "across GPUs", "load", "CPU s"), lines, found)
@@ -179,7 +179,7 @@ def shift(case: Case, effort: float) -> Row:
 def large(case: Case, effort: float) -> Row:
     """60 layers of 256 experts, top-8, on 64 GPUs in 8 nodes: generated, whatever the trace."""
     trace, objective = large_trace(), Objective(gpu=1.0, node=7.0)
-    problem, counting_s = timed(lambda: problem_of(trace, trace, LARGE, None, objective))
+    problem, counting_s = timed(lambda: problem_of(trace, LARGE, None, objective))
     first, first_s = timed(lambda: assign(problem, sweeps=0))
     fixed, fixed_s = timed(lambda: assign(problem))
     placement, search_s = made(trace, LARGE, objective, effort=2 * effort)

@@ -75,6 +75,24 @@ def test_migration_from_an_earlier_placement_and_export(folder, capsys):
     assert place(folder, "--migrate-from", folder / "s.json", "--method", "linear", output="r.json") == 0
 
 
+def test_an_earlier_placement_that_does_not_fit_is_refused_before_the_search(folder, capsys):
+    assert place(folder, "--slots-per-gpu", 3, "--method", "linear") == 0
+    before = (folder / "p.json").read_text()
+    assert place(folder, "--migrate-from", folder / "p.json", output="q.json") == 2
+    assert "--migrate-from must have slots of GPUs as asked for now, [2, 2, 2, 2], got [3, 3, 3, 3]" in (
+        capsys.readouterr().err
+    )
+    assert place(folder, "--migrate-from", folder / "p.json") == 2
+    assert "--output must be another file" in capsys.readouterr().err
+    assert (folder / "p.json").read_text() == before
+    assert not (folder / "q.json").exists()
+
+
+def test_a_baseline_that_cannot_be_made_is_left_out(folder, capsys):
+    assert place(folder, "--slots", 1, 3, 2, 2, "--compare", "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)["compare"]) == {"linear", "balance", "this"}
+
+
 def test_pins_groups_scenarios_and_uneven_gpus(folder):
     assert place(folder, "--pin", 0, 5, 3, "--groups", 4, "--scenarios", 2) == 0
     assert Placement.load(folder / "p.json").gpus_of(0, 5) == [3]
@@ -100,6 +118,8 @@ def test_the_page_stands_alone_and_shows_every_picture(folder):
         (["--export", "megatron", "x"], "--export must name one of sglang, vllm, trtllm, got megatron"),
         (["--plot", "/nowhere/p.html"], "the folder of /nowhere/p.html must exist"),
         (["--slots-per-gpu", "1"], "slots must be at least as many as experts, 8, got 4"),
+        (["--relabel", "--pin", "0", "1", "2"], "--relabel must be left out with --pin"),
+        (["--export", "vllm", "x", "--slots", "1", "2", "2", "3"], "--slots must be alike on every GPU for vllm"),
         (["--links", "abacus"], "machine must be one of h800-cx7, got 'abacus'"),
     ],
 )

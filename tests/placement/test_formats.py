@@ -77,6 +77,8 @@ def test_arrays(tmp_path):
         ("p.json", '{"physical_to_logical_map": [[0.5, 1]]}', "must be whole numbers"),
         ("p.yaml", "num_slots: 3\n", "no initial_global_assignments"),
         ("p.txt", "", "ends in .txt"),
+        ("p.npz", "PK\x03\x04", "must hold another system's placement"),
+        ("p.json", "[" * 100_000, "must hold another system's placement"),
         ("p.npy", "", "must hold another system's placement"),
     ],
 )

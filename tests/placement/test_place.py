@@ -36,7 +36,7 @@ def trace() -> Trace:
 
 
 def rebuilt(source: Trace, topology: Topology, objective, per_gpu=None, **more):
-    return problem_of(source, source, topology, per_gpu, objective, **more)
+    return problem_of(source, topology, per_gpu, objective, **more)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -194,6 +194,92 @@ def test_an_expected_load_takes_the_place_of_the_traces(trace, per_gpu):
     for bad, says in ((np.ones((3, 7)), r"load must be \[L, E\]"), (-load, "not negative"), (load * np.nan, "finite")):
         with pytest.raises(ValueError, match=says):
             place(trace, ONE, load=bad)
+
+
+# --- what once went wrong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("per_gpu", [None, 3])
+def test_choices_that_are_missing(objective, per_gpu):
+    ids = np.tile(np.array([[[0, 1], [2, 255], [3, 255], [255, 255]]], np.uint8), (2, 20, 1))
+    found = place(Trace(ids, 4), Topology(1, 2), per_gpu, objective=objective, **QUICK)
+    assert found.bound["score"] <= found.cost["score"]
+
+
+def test_a_load_that_cannot_be_kept_proves_nothing():
+    rng = np.random.default_rng(0)
+    ids = np.where(rng.random((3, 400, 1)) < 0.6, 0, rng.integers(0, 12, (3, 400, 1))).astype(np.uint8)
+    topology = Topology(1, 4)
+    for method in ("ilp", "auto"):
+        objective = Objective.transitions(topology, 1.0)
+        found = place(Trace(ids, 12), topology, method=method, objective=objective, effort=0.001, time_limit=1.5)
+        assert found.bound["score"] <= found.cost["score"]
+        assert found.bound["proved"] == (found.bound["gap"] == 0)
+
+
+def test_a_layer_without_expected_load_counts_in_its_scenarios():
+    ids = np.zeros((2, 400, 1), np.uint8)
+    ids[1, :, 0] = np.arange(400) % 4
+    labels = (np.arange(400) >= 200).astype(np.int64)
+    load = np.array([[0] * 4, [1] * 4])
+    found = place(Trace(ids, 4), Topology(1, 2), objective="load", load=load, scenarios=labels, **QUICK)
+    assert found.bound["score"] <= found.cost["score"]
+
+
+def test_load_alone_stands_scenarios():
+    source = two_domains(2000)
+    labels = np.asarray(source.sequence) % 2
+    found = place(source, Topology(1, 2), objective="load", scenarios=labels, effort=0.01, bound=False)
+    assert found.cost["score"] < 1.3  # by the mean alone, one domain might be on one GPU: 2
+
+
+def test_spare_slots_leave_pins_and_groups_their_room():
+    ids = np.tile(np.arange(4, dtype=np.uint8)[None, :, None], (1, 10, 1))
+    pins = [(0, 0, 0), (0, 1, 0), (0, 2, 0)]
+    found = place(Trace(ids, 4), Topology(1, 2), 4, objective="transitions", pins=pins, **QUICK)
+    assert all(0 in found.gpus_of(0, expert) for expert in range(3))
+    source = generate(layers=2, experts=12, top_k=2, tokens=200, seed=0)
+    for topology, per_gpu, groups in ((Topology(2, 4), 2, 2), (Topology(2, 2), 4, 4), (Topology(2, 2), 5, 12)):
+        found = place(source, topology, per_gpu, objective="transitions", groups=groups, **QUICK)
+        node = topology.node_of_gpu[found.gpu_of_slot]
+        for experts in found.expert_of_slot:
+            for group in range(groups):
+                assert len(set(node[experts // (12 // groups) == group].tolist())) == 1
+    with pytest.raises(ValueError, match="place: slots must be such that nodes can hold whole groups of 6"):
+        place(source, Topology(2, 2, slots=(1, 3, 5, 5)), objective="transitions", groups=2, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("method", "groups", "says"), [("linear", 2, "left out"), ("eplb", 4, "a multiple of the nodes")]
+)
+def test_groups_are_refused_where_they_would_be_split(method, groups, says):
+    source = generate(layers=1, experts=24, top_k=2, tokens=50)
+    with pytest.raises(ValueError, match=f"place: groups must be {says} with method '{method}'"):
+        place(source, Topology(3, 2), method=method, groups=groups)
+
+
+def test_one_layer_has_no_transitions_to_search_for():
+    source = generate(layers=1, experts=8, top_k=2, tokens=50)
+    assert place(source, ONE, objective=Objective(gpu=1.0)).bound["proved"]
+
+
+def test_text_that_is_all_alike_has_one_kind(recwarn):
+    source = Trace(np.zeros((2, 320, 1), np.uint8), 4)
+    assert len(scenario_loads(source, 3)) == 1 + 1
+    assert not recwarn.list
+
+
+def test_labels_of_a_long_file_are_sampled_with_it(tmp_path, monkeypatch):
+    import importlib
+
+    monkeypatch.setattr(importlib.import_module("headgate.placement.place"), "TOKENS", 512)
+    rng = np.random.default_rng(0)
+    Trace(rng.integers(0, 4, (2, 3000, 1)).astype(np.uint8), 4).save(tmp_path / "t.npz")
+    with TraceFile(tmp_path / "t.npz") as file:
+        found = place(file, Topology(1, 2), objective="transitions", scenarios=np.arange(3000) % 2, **QUICK)
+    assert found.cost["tokens"] == 512
+    assert found.bound["score"] <= found.cost["score"]
 
 
 # --- files, interruptions, errors ----------------------------------------------------------------------------------
