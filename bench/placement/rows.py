@@ -155,7 +155,7 @@ def shift(case: Case, effort: float) -> Row:
     ways: tuple[tuple[str, float, dict[str, Any]], ...] = (
         ("eplb", 1.06, {"method": "eplb"}),
         (FOUND, 1.06, {"effort": effort}),
-        ("placed, robust", 1.06, {"effort": effort, "scenarios": 8}),
+        ("placed, robust", 1.06, {"effort": effort, "scenarios": 12}),
     )
     for a in domains:
         fit = case.fit.select(case.fit_domain == a)
