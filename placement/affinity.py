@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .statistics import Source, count_pairs
+from .statistics import Source, count_load, count_pairs
 from .trace import Trace
 
 
 def expert_load(trace: Trace) -> NDArray[np.int64]:
     """int64 [L, E]: how many tokens chose each expert. Layers with fewer than E experts have zeros at the end."""
     load = np.zeros((len(trace.expert_ids), trace.num_experts), np.int64)
-    for layer, ids in enumerate(trace.expert_ids):
-        load[layer] = np.bincount(ids[ids != trace.none], minlength=trace.num_experts)
+    for ids, found in zip(trace.expert_ids, load, strict=True):
+        count_load(ids, trace.none, found)
     return load
 
 

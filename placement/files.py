@@ -17,8 +17,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not say which file
+            error.filename = str(path)
         raise
 
 

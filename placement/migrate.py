@@ -206,9 +206,9 @@ def relabelled(source: Placement, target: Placement) -> Placement:
             f"migrate: relabel must be left out where GPUs differ, got slots {target.slots_of_gpu.tolist()} and speeds "
             f"{topology.speed_of_gpu.tolist()}"
         )
-    here, there = (_on_gpu(p).reshape(topology.gpus, -1).astype(np.int64) for p in (source, target))
+    here, there = (p.standing.reshape(-1, topology.gpus).astype(np.int64) for p in (source, target))
     nodes, each = topology.nodes, topology.gpus_per_node
-    kept = (there @ here.T).reshape(nodes, each, nodes, each)  # [target's GPU, name in source]
+    kept = (there.T @ here).reshape(nodes, each, nodes, each)  # [target's GPU, name in source]
     name = np.zeros((nodes, nodes, each), np.int64)
     worth = np.zeros((nodes, nodes), np.int64)
     for a in range(nodes):
@@ -222,11 +222,3 @@ def relabelled(source: Placement, target: Placement) -> Placement:
     slots = np.empty_like(by_gpu)
     slots[:, renamed] = by_gpu
     return replace(target, expert_of_slot=slots.reshape(layers, -1))
-
-
-def _on_gpu(placement: Placement) -> NDArray[np.bool_]:
-    """bool [G, L, E]."""
-    layers = len(placement.expert_of_slot)
-    table = np.zeros((placement.topology.gpus, layers, placement.num_experts), bool)
-    table[placement.gpu_of_slot[None, :], np.arange(layers)[:, None], placement.expert_of_slot] = True
-    return table

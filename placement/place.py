@@ -143,15 +143,15 @@ def problem_of(
     if experts >= 2**15:
         raise ValueError(f"place: source must have fewer than {2**15} experts, got {experts}")
     ids = np.where(trace.live, trace.expert_ids.astype(np.int16), np.int16(-1))
-    found = statistics(trace)
     loads = scenario_loads(trace, scenarios, seed)
-    expected = found.load if load is None else checked_load("place", load)
-    if expected.shape != (layers, experts):
-        raise ValueError(f"place: load must be [L, E] = {(layers, experts)}, got {expected.shape}")
-    loads[0] = expected / np.maximum(expected.sum(1, keepdims=True), np.finfo(float).tiny)
+    if load is not None:
+        expected = checked_load("place", load)
+        if expected.shape != (layers, experts):
+            raise ValueError(f"place: load must be [L, E] = {(layers, experts)}, got {expected.shape}")
+        loads[0] = expected / np.maximum(expected.sum(1, keepdims=True), np.finfo(float).tiny)
     return Problem(
         experts,
-        found.transitions,
+        statistics(trace).transitions,
         loads,
         ids,
         topology,

@@ -72,6 +72,14 @@ class Placement:
         """int64 [L, E]: how often each expert stands."""
         return np.stack([np.bincount(layer, minlength=self.num_experts) for layer in self.expert_of_slot])
 
+    @property
+    def standing(self) -> NDArray[np.bool_]:
+        """bool [L, E, G]: where experts stand."""
+        layers = len(self.expert_of_slot)
+        table = np.zeros((layers, self.num_experts, self.topology.gpus), bool)
+        table[np.arange(layers)[:, None], self.expert_of_slot, self.gpu_of_slot] = True
+        return table
+
     def gpus_of(self, layer: int, expert: int) -> list[int]:
         """The GPUs that hold an expert, rising."""
         return self.gpu_of_slot[self.expert_of_slot[layer] == expert].tolist()

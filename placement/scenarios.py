@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
 
+from .affinity import expert_load
 from .statistics import loads_of
 from .trace import Trace
 
@@ -28,9 +29,8 @@ def scenario_loads(trace: Trace, scenarios: int | NDArray[np.integer] | None, se
 
     Raises ValueError naming the rule.
     """
-    layers, tokens, _ = trace.shape
-    counted = loads_of(trace, np.zeros(tokens, np.int64))
-    whole = _shares(counted if tokens else np.zeros((1, layers, trace.num_experts)))
+    tokens = trace.shape[1]
+    whole = _shares(expert_load(trace)[None])
     if scenarios is None or (np.ndim(scenarios) == 0 and scenarios == 1) or not tokens:
         return whole
     labels = _kinds(trace, scenarios, seed) if np.ndim(scenarios) == 0 else np.asarray(scenarios)

@@ -53,20 +53,12 @@ class Foretold:
     @classmethod
     def of(cls, transitions: Any, placement: Placement) -> Foretold:
         """By transition counts, L - 1 matrices [E, E], dense or sparse. An expert lies on each GPU that holds it."""
-        table = _standing(placement)
+        table = placement.standing.astype(np.float64)
         found = np.zeros((len(table) - 1, *table.shape[1:]))
         for layer, counts in enumerate(transitions):
             to = np.asarray(counts @ table[layer + 1])
             found[layer] = to / np.maximum(np.asarray(counts.sum(1)).reshape(-1, 1), 1)
         return cls(found)
-
-
-def _standing(placement: Placement) -> NDArray[np.float64]:
-    """[L, E, G]: 1 where an expert stands."""
-    layers = len(placement.expert_of_slot)
-    table = np.zeros((layers, placement.num_experts, placement.topology.gpus))
-    table[np.arange(layers)[:, None], placement.expert_of_slot, placement.gpu_of_slot] = 1
-    return table
 
 
 def walk(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from folds_cases import CHECKS, D, E, K, check, compare, layer, make_fold, parts, some_folds
+from folds_cases import CHECKS, D, E, K, check, compare, layer, make_fold, once, parts, some_folds
 from ranks_compare import close
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -24,38 +24,6 @@ import folds_amiss  # noqa: F401  # these add checks of their own
 import folds_kept  # noqa: F401
 
 __all__ = ["CHECKS"]
-
-
-def once(fold: Fold, options=None, **how) -> None:
-    """Layer, its gradients, their norm and one optimizer step under `fold`, against one process."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    tokens = [5, 0, 9, 1, 4, 3, 6, 2][:size]
-    torch.manual_seed(11)
-    x, g = torch.randn(sum(tokens), D), torch.randn(sum(tokens), D)
-    whole, mine = layer(**(options or {})), layer(**(options or {}))
-    headgate.parallelize(mine, fold, **how)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for m in (whole, mine)]
-    average = fold.size("dp", "cp")
-    x1 = x.clone().requires_grad_()
-    y1 = whole(x1)
-    ((y1 * g).sum() / average).backward()
-    part = parts(tokens)[rank]
-    x2 = x[part].clone().requires_grad_()
-    y2 = mine(x2)
-    (y2 * g[part]).sum().backward()
-    what = f"{fold} {how}"
-    close(y2, y1[part], f"{what}: y")
-    close(x2.grad / average, x1.grad[part], f"{what}: dx")
-    for name, loss in whole.aux_losses.items():
-        close(mine.aux_losses[name], loss, f"{what}: {name}")
-    if whole.capacity is not None:
-        assert mine.last_overflow.dropped_total == whole.last_overflow.dropped > 0, what
-    compare(whole, mine, lambda p: p.grad, f"{what}: gradient")
-    norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
-    close(headgate.clip_grad_norm_(mine, 0.5).float(), norm, f"{what}: norm")
-    for optimizer in optimizers:
-        optimizer.step()
-    compare(whole, mine, lambda p: p.detach(), f"{what}: after a step")
 
 
 @check

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import folds_cases
 import torch
 import torch.distributed as dist
-from folds_cases import D, E, compare, layer, make_fold, optimizer_of, parts, train
+from folds_cases import D, E, compare, layer, make_fold, optimizer_of, train
 from placed_cases import CHECKS, check, messages, placement, replicas_are_equal
 from ranks_compare import close
 
@@ -34,38 +35,16 @@ def folds() -> list[Fold]:
 
 def once(fold: Fold, spare: int, options=None, replica: str = "home", **how) -> None:
     """Layer, its gradients, their norm and one optimizer step under a random placement, against one process."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    tokens = [5, 0, 9, 1][:size]
-    torch.manual_seed(11)
-    x, g = torch.randn(sum(tokens), D), torch.randn(sum(tokens), D)
-    whole, mine = layer(**(options or {})), layer(**(options or {}))
-    headgate.parallelize(mine, fold, **how)
-    headgate.place_experts(mine, placement(spare, fold.size("ep"), E, spare), replica=replica)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for m in (whole, mine)]
-    average = fold.size("dp", "cp")
-    x1 = x.clone().requires_grad_()
-    y1 = whole(x1)
-    ((y1 * g).sum() / average).backward()
-    part = parts(tokens)[rank]
-    x2 = x[part].clone().requires_grad_()
-    y2 = mine(x2)
-    (y2 * g[part]).sum().backward()
-    what = f"{fold} spare={spare} {how}"
-    close(y2, y1[part], f"{what}: y")
-    close(x2.grad / average, x1.grad[part], f"{what}: dx")
-    for name, loss in whole.aux_losses.items():
-        close(mine.aux_losses[name], loss, f"{what}: {name}")
-    if whole.capacity is not None:
-        assert mine.last_overflow.dropped_total == whole.last_overflow.dropped > 0, what
-    assert torch.equal(mine.last_routing.expert_ids, whole.last_routing.expert_ids[part]), what
-    compare(whole, mine, lambda p: p.grad, f"{what}: gradient")
-    replicas_are_equal(mine, f"{what}: gradient", lambda p: p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
-    close(headgate.clip_grad_norm_(mine, 0.5).float(), norm, f"{what}: norm")
-    for optimizer in optimizers:
-        optimizer.step()
-    compare(whole, mine, lambda p: p.detach(), f"{what}: after a step")
-    replicas_are_equal(mine, f"{what}: after a step")
+    where = placement(spare, fold.size("ep"), E, spare)
+
+    def also(whole, mine, part, what, of) -> None:
+        assert torch.equal(mine.last_routing.expert_ids, whole.last_routing.expert_ids[part]), what
+        replicas_are_equal(mine, what, of)
+
+    def prepare(mine) -> None:
+        headgate.place_experts(mine, where, replica=replica)
+
+    folds_cases.once(fold, options, prepare=prepare, also=also, **how)
 
 
 @check

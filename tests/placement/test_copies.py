@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from swap_problems import problem_of
 
 from headgate.placement import token_loops
-from headgate.placement.affinity import expert_load, transition_counts
 from headgate.placement.copies import first_places, improve_copies, mean_load, score, state_of
 from headgate.placement.placement import Placement
 from headgate.placement.problem import Objective, Problem
@@ -32,22 +32,6 @@ def trace_of(layers=3, tokens=70, top_k=3, experts=8, seed=0, none=0.1) -> Trace
             ids[layer, t] = rng.choice(experts, top_k, replace=False, p=p)
     ids[rng.random(ids.shape) < none] = 255
     return Trace(ids, experts)
-
-
-def problem_of(trace: Trace, topology: Topology, objective: Objective, **more) -> Problem:
-    layers = len(trace.expert_ids)
-    load = expert_load(trace).astype(float)
-    fields = {
-        "num_experts": trace.num_experts,
-        "transitions": tuple(transition_counts(trace, layer) for layer in range(layers - 1)),
-        "loads": (load / np.maximum(load.sum(1, keepdims=True), 1))[None],
-        "ids": np.where(trace.live, trace.expert_ids.astype(np.int16), -1),
-        "topology": topology,
-        "slots_of_gpu": topology.slots_of_gpu(trace.num_experts),
-        "objective": objective,
-        "pins": np.full((layers, trace.num_experts), -1, np.int32),
-    }
-    return Problem(**(fields | more))
 
 
 def placed(problem: Problem, gpu: np.ndarray) -> Placement:

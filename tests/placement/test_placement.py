@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placement_cases import random_case
 
+from headgate.placement.files import write_whole
 from headgate.placement.links import H800_CX7, Link, Links
 from headgate.placement.placement import Placement
 from headgate.placement.topology import Topology, Workload
@@ -65,6 +66,16 @@ def test_an_older_file_survives_a_failed_save(tmp_path):
         broken.save(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    def full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*p\.json'"):
+        write_whole(tmp_path / "p.json", full)
+    assert not list(tmp_path.iterdir())
 
 
 def test_replicas_are_counted_and_found():

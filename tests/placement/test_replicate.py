@@ -5,11 +5,11 @@ from itertools import product
 
 import numpy as np
 import pytest
+import swap_problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headgate.placement import replica_loops
-from headgate.placement.affinity import expert_load, transition_counts
 from headgate.placement.placement import Placement
 from headgate.placement.problem import Objective, Problem
 from headgate.placement.replicate import replicate, score, state_of, with_spares
@@ -36,18 +36,7 @@ def trace_of(layers=3, tokens=70, top_k=3, experts=8, seed=0, none=0.1) -> Trace
 
 
 def problem_of(trace: Trace, topology: Topology, slots: list[int], objective=EVERYTHING, **more) -> Problem:
-    layers, load = len(trace.expert_ids), expert_load(trace).astype(float)
-    fields = {
-        "num_experts": trace.num_experts,
-        "transitions": tuple(transition_counts(trace, layer) for layer in range(layers - 1)),
-        "loads": (load / np.maximum(load.sum(1, keepdims=True), 1))[None],
-        "ids": np.where(trace.live, trace.expert_ids.astype(np.int16), -1),
-        "topology": topology,
-        "slots_of_gpu": np.array(slots, np.int32),
-        "objective": objective,
-        "pins": np.full((layers, trace.num_experts), -1, np.int32),
-    }
-    return Problem(**(fields | more))
+    return swap_problems.problem_of(trace, topology, objective, slots_of_gpu=np.array(slots, np.int32), **more)
 
 
 def placed(problem: Problem, slot: np.ndarray) -> Placement:

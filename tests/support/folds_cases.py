@@ -66,6 +66,50 @@ def compare(whole: nn.Module, mine: nn.Module, of, what: str, tolerance=TOLERANC
         close(found, part, f"{what}: {name}", tolerance)
 
 
+def once(fold: Fold, options=None, *, prepare=None, also=None, **how) -> None:
+    """Layer, its gradients, their norm and one optimizer step under `fold`, against one process.
+
+    `prepare(mine)`: what is done to the parallelized layer first; `also(whole, mine, part, what, of)`: what else holds
+    of gradients and weights, `of(parameter)`, where this rank has the rows `part`.
+    """
+    size, rank = dist.get_world_size(), dist.get_rank()
+    tokens = [5, 0, 9, 1, 4, 3, 6, 2][:size]
+    torch.manual_seed(11)
+    x, g = torch.randn(sum(tokens), D), torch.randn(sum(tokens), D)
+    whole, mine = layer(**(options or {})), layer(**(options or {}))
+    headgate.parallelize(mine, fold, **how)
+    if prepare is not None:
+        prepare(mine)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for m in (whole, mine)]
+    average = fold.size("dp", "cp")
+    x1 = x.clone().requires_grad_()
+    y1 = whole(x1)
+    ((y1 * g).sum() / average).backward()
+    part = parts(tokens)[rank]
+    x2 = x[part].clone().requires_grad_()
+    y2 = mine(x2)
+    (y2 * g[part]).sum().backward()
+    what = f"{fold} {how}"
+    close(y2, y1[part], f"{what}: y")
+    close(x2.grad / average, x1.grad[part], f"{what}: dx")
+    for name, loss in whole.aux_losses.items():
+        close(mine.aux_losses[name], loss, f"{what}: {name}")
+    if whole.capacity is not None:
+        assert mine.last_overflow.dropped_total == whole.last_overflow.dropped > 0, what
+
+    def same(of, when: str) -> None:
+        compare(whole, mine, of, f"{what}: {when}")
+        if also is not None:
+            also(whole, mine, part, f"{what}: {when}", of)
+
+    same(lambda p: p.grad, "gradient")
+    norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
+    close(headgate.clip_grad_norm_(mine, 0.5).float(), norm, f"{what}: norm")
+    for optimizer in optimizers:
+        optimizer.step()
+    same(lambda p: p.detach(), "after a step")
+
+
 def some_folds() -> list[Fold]:
     """A few of all: each degree larger than one somewhere, experts and attention cut differently."""
     every = list(Fold.possible(dist.get_world_size()))

@@ -1,4 +1,4 @@
-"""Random problems without replicas, with the traces that their numbers were counted on."""
+"""Problems with the numbers of the traces they are given, and random ones without replicas."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def problem_of(trace: Trace, topology: Topology, objective: Objective = WEIGHTS,
         **more,
     }
     transitions = tuple(transition_counts(trace, layer) for layer in range(layers - 1))
-    ids = np.zeros((layers, 0, 1), np.int16)
+    ids = np.where(trace.live, trace.expert_ids.astype(np.int16), -1)
     return Problem(trace.num_experts, transitions, ids=ids, topology=topology, objective=objective, **given)
 
 
