@@ -1,9 +1,9 @@
 """Which experts stand in a cache of slots: decided step by step, by one piece of code for simulator and live model.
 
 A step is a layer's turn in a forward pass: the distinct experts that its tokens need. The policy takes notice of it,
-what is there is a hit, and each miss takes a free slot or that of the resident with the lowest value that this step does
-not need (of equal ones, the lowest layer, then the lowest expert). Decisions are taken when they are asked for; an expert on its
-way counts as there, so that nothing depends on how fast copies are.
+what is there is a hit, and each miss takes a free slot or that of the resident with the lowest value that this step
+does not need (of equal ones, the lowest layer, then the lowest expert). Decisions are taken when they are asked for; an
+expert on its way counts as there, so that nothing depends on how fast copies are.
 
 Where a step needs more experts than there are slots it is served in waves: first what is there and as many misses, by
 rising number, as find a slot; then the rest, over slots of waves before.
@@ -72,8 +72,8 @@ class Table(NamedTuple):
 
 @numba.njit(cache=True)
 def victim(table, policy, pool, ahead):
-    """The slot to take in `pool`: a free one, else the cheapest that may go; -1: there is none. For a fetch `ahead` what
-    the step in hand uses must stay, and so must what was fetched ahead before; a miss takes the latter last."""
+    """The slot to take in `pool`: a free one, else the cheapest that may go; -1: there is none. For a fetch `ahead`
+    what the step in hand uses must stay, and so must what was fetched ahead before; a miss takes the latter last."""
     experts = table.slot_of.shape[1]
     best, lowest, kept = -1, 0.0, False
     for s in range(table.first[pool], table.first[pool + 1]):
