@@ -125,12 +125,8 @@ class FileStore:
 
     def _fill(self, data: memoryview, offset: int) -> None:
         """Reads until `data` is full: a read may be short."""
-        direct = (
-            self._direct >= 0
-            and offset % _PAGE == 0
-            and len(data) % _PAGE == 0
-            and np.frombuffer(data, np.uint8).ctypes.data % _PAGE == 0
-        )
+        at = np.frombuffer(data, np.uint8).ctypes.data
+        direct = self._direct >= 0 and not (offset % _PAGE or len(data) % _PAGE or at % _PAGE)
         got = 0
         while got < len(data):
             n = os.preadv(self._direct if direct and got % _PAGE == 0 else self._file, [data[got:]], offset + got)
