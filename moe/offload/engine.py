@@ -11,7 +11,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from ...kernels.expert_outputs import combine_outputs, expert_outputs
 from ...kernels.quantized import Quantized
 from ...kernels.routing import Routing
 from ...placement.cache import Cache
-from ...placement.policies import Setting
+from ...placement.policies import Setting, State
 from ...placement.policies import policy as start_policy
 from ...placement.trace import Trace
 from .arena import Arena, plan_slots
@@ -56,7 +56,7 @@ class Engine:
 
     `budget`: bytes, "8GiB", or a share of the experts' bytes, "25%" or 0.25; at least `top_k` experts of each layer, or
     with `scope` "shared" of one. `policy`: a name of POLICIES, with its `options`, and a `trace` where it learns from
-    one. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises TimeoutError.
+    one; or its State. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises TimeoutError.
     `log`: keep every Access in `log`.
 
     Any number of threads may call at once. `close` ends the threads and lets the memory go; so does the end of a
@@ -68,7 +68,7 @@ class Engine:
         store: Store,
         budget: str | int | float,
         *,
-        policy: str = "lru",
+        policy: str | State = "lru",
         scope: str = "layer",
         top_k: int = 1,
         device: torch.device | str = "cpu",
@@ -83,8 +83,9 @@ class Engine:
         layout = plan_slots(store.layers, budget, top_k, scope)
         self.layers, self.store, self.places, self.patience_s = store.layers, store, layout.places, patience_s
         shape = self.places.of.shape
-        setting = Setting(shape[0], shape[1], self.places.slots, trace, options or {})
-        self.cache = Cache(self.places, start_policy(policy, setting))
+        if isinstance(policy, str):
+            policy = start_policy(policy, Setting(shape[0], shape[1], self.places.slots, trace, options or {}))
+        self.cache = Cache(self.places, policy)
         self.arena = Arena(layout.kinds, layout.slots, device)
         self.log: list[Access] | None = [] if log else None
         self._calls = self._accesses = self._hits = self._ahead = self._used = 0
@@ -107,10 +108,12 @@ class Engine:
         gated: bool = True,
         transposed: bool = False,
         interleaved: bool = False,
+        then: Callable[[NDArray[np.int32]], None] | None = None,
     ) -> Tensor:
         """grouped_ffn(rows, routing, ...) [R, D] on the experts of `layer`, to the bit. See there for the arguments.
 
-        The store's weights must be called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). Waits for
+        The store's weights must be called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see
+        `step`. Waits for
         the device once, to know the experts. Raises OSError or RuntimeError naming layer and expert where one cannot
         be had; the next call tries again.
         """
@@ -123,7 +126,7 @@ class Engine:
             )
         form = dict(activation=activation, gated=gated, transposed=transposed, interleaved=interleaved)
         out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed))
-        with closing(self.step(layer, ids)) as groups:
+        with closing(self.step(layer, ids, then)) as groups:
             for group in groups:
                 slots = np.full(routing.num_experts, -1, np.int32)
                 slots[group.experts] = group.slots
@@ -135,16 +138,20 @@ class Engine:
                 )  # fmt: skip
         return combine_outputs(out, routing)
 
-    def step(self, layer: int, ids: NDArray[np.int32]) -> Generator[Group]:
+    def step(
+        self, layer: int, ids: NDArray[np.int32], then: Callable[[NDArray[np.int32]], None] | None = None
+    ) -> Generator[Group]:
         """One step of `layer`, which needs the experts `ids`, distinct and rising: yields each of them once, in groups,
-        as they are there. A group's weights are valid until the next is asked for. Close the generator (`closing`) if
-        it may be left early."""
+        as they are there. A group's weights are valid until the next is asked for. `then(ids)` is called once the loads
+        are ordered, before anything is waited for. Close the generator (`closing`) if it may be left early."""
         self._check(layer)
         experts, ids = self.layers[layer].experts, np.asarray(ids, np.int32)
         if ids.ndim != 1 or (len(ids) and (ids[0] < 0 or ids[-1] >= experts or (np.diff(ids) <= 0).any())):
             raise ValueError(f"offload: ids must be distinct, rising and below {experts}, got {ids.tolist()}")
         chains = self._begin(layer, ids)
         try:
+            if then is not None:
+                then(ids)
             while chains:
                 uses = self._arrived(layer, chains)
                 kind = self.arena.kind_of(uses[0].slot)
@@ -179,6 +186,11 @@ class Engine:
         """Tells the policy that another sequence begins."""
         with self._loader.lock:
             self.cache.new_sequence()
+
+    def pace(self) -> tuple[int, float]:
+        """(loads that wait or run, seconds of copying for each so far)."""
+        with self._loader.lock:
+            return self._loader.waiting, self._timing.seconds()[0] / max(1, self._loader.loads)
 
     def stats(self) -> Stats:
         with self._loader.lock:

@@ -65,6 +65,11 @@ class Loader:
         thread.start()
         return thread
 
+    @property
+    def waiting(self) -> int:
+        """Urgent loads that are not over."""
+        return len(self._running) + sum(load.state == QUEUED for load in self._urgent)
+
     # --- for the owner, who holds the lock ---------------------------------------------------------------------------
 
     def queue(self, load: Load, urgent: bool) -> None:

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from ...kernels.quantized import Quantized, quantize
 from ...kernels.routing import Routing
+from ...placement.policies import Setting
+from ...placement.policies import policy as start_policy
 from ...placement.predict import Predictor, fit
 from ...placement.trace import Trace
 from . import ahead
 from .admission import Admission
+from .arena import plan_slots
 from .engine import Engine
 from .file import FileStore
 from .forms import Form, experts_in, form_of
 from .host import HostStore, Store
-from .kinds import Kind, Layer, Weights, split
+from .kinds import Layer, Weights
 from .seam import elsewhere_of, send_elsewhere
 from .stats import Access, Stats
 
@@ -93,10 +96,11 @@ def offload(
         Layer.of(name, *((experts, _like(form.weights(module), len(experts), format)) for experts, format in parts))
         for (name, module, form), parts in zip(found, groups, strict=True)
     ]
-    check_slots(layers, budget, scope)
+    places = plan_slots(layers, budget, 1, scope).places
+    state = start_policy(policy, Setting(*places.of.shape, places.slots, trace))
     store = _store(found, layers, groups, disk, where, page_cache=page_cache, verify=verify)
     try:
-        engine = Engine(store, budget, policy=policy, scope=scope, device=where, readers=readers, trace=trace, log=log)
+        engine = Engine(store, budget, policy=state, scope=scope, device=where, readers=readers, log=log)
     except BaseException:
         store.close()
         raise
@@ -315,7 +319,7 @@ class Offload:
         self._admission.came(index, ids)
         guess = self._foresight.guess(index, rows, routing.expert_ids.cpu().numpy())
         if guess is not None:
-            wanted = self._admission.choose(guess, self.engine)
+            wanted = self._admission.choose(guess, *self.engine.pace())
             if len(wanted):
                 self.engine.prefetch(guess.layer, wanted)
 
