@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import inf, isfinite
 from typing import Any
 
@@ -44,14 +45,14 @@ class Costs:
 
     def __post_init__(self) -> None:
         rows = self.rows
-        rising = all(a < b for a, b in zip(rows, rows[1:], strict=False))
+        rising = all(a < b for a, b in pairwise(rows))
         _rule(len(rows) > 0 and rows[0] >= 1 and rising, "rows", "rising from 1 or more", rows)
         for name, table in (("device_s", self.device_s), ("host_s", self.host_s)):
             if table is None:
                 continue
             _rule(len(table) == len(rows), name, f"as long as rows, {len(rows)}", len(table))
             fine = all(isfinite(t) and t > 0 for t in table)
-            falls = any(a > b for a, b in zip(table, table[1:], strict=False))
+            falls = any(a > b for a, b in pairwise(table))
             _rule(fine and not falls, name, "positive and never falling", table)
         _rule(self.expert_bytes >= 1, "expert_bytes", "at least 1", self.expert_bytes)
         _rule(isfinite(self.start_s) and self.start_s >= 0, "start_s", "finite and not negative", self.start_s)
@@ -67,7 +68,7 @@ class Costs:
         return _along(np.asarray(rows), *self.tables[:2])
 
     def on_host(self, rows: ArrayLike) -> NDArray[np.float64]:
-        """Seconds of one expert with `rows` [...] rows, weights in host memory; infinity where the host is the device."""
+        """Seconds of one expert with `rows` [...] rows, weights in its memory; infinity where it is the device."""
         if self.host_s is None:
             return np.full(np.shape(rows), inf)
         return _along(np.asarray(rows), self.tables[0], self.tables[2])

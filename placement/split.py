@@ -296,7 +296,7 @@ def _pass(f, d, h, busy, start, by_link, by_device, shortest, limit, kept):
 
 @njit(cache=True)
 def _step(stairs_a, stairs_c, stairs, at, a, c):
-    """Puts (a, c) on the stairs, a rising and c falling, in the place of those that are nowhere earlier; their number."""
+    """Puts (a, c) on the stairs, a rising and c falling, for those that are nowhere earlier; the number of stairs."""
     first, last = at, at
     if at > 0 and stairs_a[at - 1] == a:
         first -= 1
