@@ -1,6 +1,6 @@
 """Experts larger than the device: they stand in a lower tier, and those in use in a fixed number of slots."""
 
-from .arena import Arena, parse_budget, plan_slots
+from .arena import Arena, plan_slots
 from .engine import Engine, Group
 from .file import FileStore
 from .host import HostStore, Store
@@ -18,6 +18,5 @@ __all__ = [
     "Layer",
     "Stats",
     "Store",
-    "parse_budget",
     "plan_slots",
 ]
