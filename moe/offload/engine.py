@@ -125,7 +125,8 @@ class Engine:
                 f"got {routing.num_experts}"
             )
         form = dict(activation=activation, gated=gated, transposed=transposed, interleaved=interleaved)
-        out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed))
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed), dtype=wide)
         with closing(self.step(layer, ids, then)) as groups:
             for group in groups:
                 slots = np.full(routing.num_experts, -1, np.int32)
@@ -136,7 +137,7 @@ class Engine:
                     rows, routing, first, w["w_down"], torch.from_numpy(slots).to(rows.device), out,
                     b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), **form,
                 )  # fmt: skip
-        return combine_outputs(out, routing)
+        return combine_outputs(out, routing, rows.dtype)
 
     def step(
         self, layer: int, ids: NDArray[np.int32], then: Callable[[NDArray[np.int32]], None] | None = None
