@@ -26,7 +26,7 @@ from .file import FileStore
 from .forms import Form, experts_in, form_of
 from .host import HostStore, Store
 from .kinds import Layer, Weights
-from .seam import elsewhere_of, send_elsewhere
+from ..elsewhere import elsewhere_of, send_elsewhere
 from .stats import Access, Stats
 
 FILE = "experts.safetensors"
