@@ -122,7 +122,8 @@ class Engine:
                 f"got {routing.num_experts}"
             )
         form = dict(activation=activation, gated=gated, transposed=transposed, interleaved=interleaved)
-        out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed))
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed), dtype=wide)
         with closing(self.step(layer, ids)) as groups:
             for group in groups:
                 slots = np.full(routing.num_experts, -1, np.int32)
@@ -133,7 +134,7 @@ class Engine:
                     rows, routing, first, w["w_down"], torch.from_numpy(slots).to(rows.device), out,
                     b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), **form,
                 )  # fmt: skip
-        return combine_outputs(out, routing)
+        return combine_outputs(out, routing, rows.dtype)
 
     def step(self, layer: int, ids: NDArray[np.int32]) -> Generator[Group]:
         """One step of `layer`, which needs the experts `ids`, distinct and rising: yields each of them once, in groups,
@@ -318,6 +319,8 @@ class Engine:
         self._loader.wait()
 
     def _note(self, layer: int, expert: int, how: str, gone: int) -> None:
+        if gone >= 0:
+            self._promised.flat[gone] = False
         if self.log is not None:
             self.log.append(Access(self._calls, layer, expert, how, gone))
 
