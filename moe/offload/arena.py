@@ -125,15 +125,17 @@ def _aligned(n: int) -> int:
 class Arena:
     """Slots for experts of each of the `kinds`, as many as `slots` says, allocated once on `device`.
 
-    Slots are numbered through all kinds. On CPUs the memory begins on a page, is of the process's own, and takes room
-    only as it is written.
+    Slots are numbered through all kinds. On CPUs the memory begins on a page, and is page-locked (`pinned`) or takes
+    room only as it is written.
     """
 
-    def __init__(self, kinds: Sequence[Kind], slots: Sequence[int], device: torch.device | str) -> None:
+    def __init__(
+        self, kinds: Sequence[Kind], slots: Sequence[int], device: torch.device | str, pinned: bool = False
+    ) -> None:
         self.kinds, self.device = tuple(kinds), torch.device(device)
         self.first = [sum(slots[:k]) for k in range(len(slots) + 1)]
         self.nbytes = arena_bytes(kinds, slots)
-        memory = _memory(self.nbytes, self.device)
+        memory = _memory(self.nbytes, self.device, pinned)
         self._parts: list[dict[str, Tensor]] = []
         at = 0
         for kind, n in zip(kinds, slots, strict=True):
@@ -161,9 +163,9 @@ class Arena:
         self._parts, self._weights = [], []
 
 
-def _memory(nbytes: int, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+def _memory(nbytes: int, device: torch.device, pinned: bool) -> Tensor:
+    if device.type != "cpu" or pinned:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them

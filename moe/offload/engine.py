@@ -176,10 +176,15 @@ class Engine:
             self._settle()
             ahead = self.cache.prefetch(layer, ids, worth)
             self._calls += 1
-            for e, slot, gone in zip(ahead.experts.tolist(), ahead.slots.tolist(), ahead.gone.tolist(), strict=True):
-                self._note(layer, e, "ahead", gone)
-                self._order(layer, e, slot, urgent=False)
-                self._promised[layer, e] = True
+            taken = dict(zip(ahead.experts.tolist(), zip(ahead.slots.tolist(), ahead.gone.tolist()), strict=True))
+            for e in np.asarray(ids).tolist():
+                if e in taken:
+                    slot, gone = taken[e]
+                    self._note(layer, e, "ahead", gone)
+                    self._order(layer, e, slot, urgent=False)
+                    self._promised[layer, e] = True
+                elif self.cache.table.slot_of[layer, e] >= 0:
+                    self._note(layer, e, "kept", -1)
             self._ahead += len(ahead.experts)
         return len(ahead.experts)
 
@@ -331,6 +336,8 @@ class Engine:
         self._loader.wait()
 
     def _note(self, layer: int, expert: int, how: str, gone: int) -> None:
+        if gone >= 0:
+            self._promised.flat[gone] = False
         if self.log is not None:
             self.log.append(Access(self._calls, layer, expert, how, gone))
 
