@@ -118,6 +118,12 @@ def is_swapped(model: nn.Module) -> bool:
     return any(_SWAP in vars(module) for module in model.modules())
 
 
+def adapter_in(module: nn.Module) -> Adapter | None:
+    """The adapter by which a swapped experts module runs; None for any other module."""
+    swap = vars(module).get(_SWAP)
+    return None if swap is None or swap.helper else adapter_of(module)
+
+
 def swapped_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The experts modules of a swapped model by name."""
     swapped = [(n, m) for n, m in model.named_modules() if _SWAP in vars(m)]

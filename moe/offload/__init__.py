@@ -1,1 +1,22 @@
 """Experts larger than the device: they stand in a lower tier, and those in use in a fixed number of slots."""
+
+from .arena import Arena, plan_slots
+from .engine import Engine, Group
+from .file import FileStore
+from .host import HostStore, Store
+from .kinds import Kind, Layer
+from .stats import Access, Stats
+
+__all__ = [
+    "Access",
+    "Arena",
+    "Engine",
+    "FileStore",
+    "Group",
+    "HostStore",
+    "Kind",
+    "Layer",
+    "Stats",
+    "Store",
+    "plan_slots",
+]
