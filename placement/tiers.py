@@ -119,10 +119,9 @@ def stall(device: Simulation, times: Times, host: Simulation | None = None) -> S
     floor = _floor(steps, device.places, work, times.load_s, times.expert_s)
     if host is not None:
         both = min(device.slots + host.slots, steps.layers * steps.experts)
-        floor = max(
-            floor,
-            _floor(steps, shared(steps.layers, steps.experts, both), work, times.read_s, times.expert_s + times.load_s),
-        )
+        # an expert that must be read from disk is in neither cache
+        above, last_s = shared(steps.layers, steps.experts, both), times.load_s + times.expert_s
+        floor = max(floor, _floor(steps, above, work, times.read_s, last_s))
     compute = float(work.sum())
     return Stall(compute, max(0.0, total - compute), max(0.0, floor - compute), link, disk)
 
@@ -154,7 +153,7 @@ def _floor(steps: Steps, places: Pools, work: NDArray[np.float64], load_s: float
 
 @numba.njit(cache=True)
 def _load(clocks, issued, far, load_s, read_s):
-    """One expert over the links, each free from its clock on: [link, disk, link busy, disk busy]. Returns its arrival."""
+    """One expert over the links; clocks: when link and disk are free, how long each was busy. Returns its arrival."""
     if far:
         issued = max(clocks[1], issued) + read_s
         clocks[1] = issued

@@ -58,8 +58,8 @@ def lfu_cached_step(policy, layer, ids, now):
 
 
 def lfru(setting: Setting) -> State:
-    """Frequency over recency (the idea of vLLM's pull request 37190): uses, over 4 plus the layer's steps since the last
-    one. With less than 4, a single use just now outweighs many a little longer ago."""
+    """Frequency over recency (the idea of vLLM's pull request 37190): uses, over 4 plus the layer's steps since the
+    last one. With less than 4, a single use just now outweighs many a little longer ago."""
     options("lfru", setting)
     return state(LFRU, setting, memory=2)
 

@@ -32,7 +32,7 @@ def in_python(device, times, host):
         link = max(link, issued) + times.load_s
         return link
 
-    log = [row for row in zip(*(field.tolist() for field in device.log), strict=True)]
+    log = list(zip(*(field.tolist() for field in device.log), strict=True))
     for n in range(len(device.steps)):
         start = now + times.layer_s
         while waiting and max(disk if waiting[0][2] else link, waiting[0][1]) < start:
@@ -81,9 +81,7 @@ def test_the_timeline_is_plain_pythons_and_not_below_the_bound(seed, rule, batch
     rng = np.random.default_rng(seed)
     trace = generate(layers=2, experts=6, top_k=2, tokens=14, length=9, seed=seed)
     steps = steps_of(trace, batch)
-    ahead = [Prefetch(rng.integers(-1, 6, (len(steps), 3)), None, h, 2) for h in horizons]
-    ahead = [Prefetch(np.stack([np.arange(3)] * len(steps)) + one.ids[:, :1].clip(0, 3), None, one.horizon, 2)
-             for one in ahead]  # fmt: skip
+    ahead = [Prefetch(rng.integers(0, 4, (len(steps), 1)) + np.arange(3), None, h, 2) for h in horizons]
     device = simulate(steps, rule, slots, scope=scope, prefetch=ahead, log=True)
     times = Times(1e9, rng.choice([1.0, 4.0]), rng.choice([0.5, 2.0]), rng.choice([0, 0.7]), rng.choice([0, 0.3]))
     host = simulate(loads_of(device), "lru", shared(2, 6, int(rng.integers(1, 12))), log=True) if below else None
@@ -116,8 +114,8 @@ def test_by_hand():
 
 
 def test_fetching_ahead_hides_loads():
-    """One layer of six experts in turn, slots for two steps: with the next one known only the first load is waited for."""
-    trace = Trace(np.arange(60, dtype=np.uint8)[None, :, None] % 6, 6)
+    """A new expert in every step, slots for two steps: with the next one known only the first load is waited for."""
+    trace = Trace(np.arange(60, dtype=np.uint8)[None, :, None], 60)
     steps = steps_of(trace)
     times = Times(1e9, 1.0, layer_s=1.0, expert_s=0.5)
     wanted = Prefetch(steps.ids[:, None])
