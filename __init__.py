@@ -21,6 +21,7 @@ _WHERE = {
     "set_degree": "moe.parallel",
     "place_experts": "moe.placed",
     "migrate": "moe.placed",
+    "offload": "moe.offload.offload",
     "save_checkpoint": "moe.checkpoint",
     "load_checkpoint": "moe.checkpoint",
     "Routing": "kernels.routing",

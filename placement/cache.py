@@ -258,6 +258,14 @@ class Cache:
         """Tells the policy that another sequence begins."""
         new_sequence(self.policy)
 
+    def lose(self, layer: int, expert: int) -> None:
+        """Empties the slot of an expert that could not be fetched; nothing where it is not there."""
+        slot = self.table.slot_of[layer, expert]
+        if slot >= 0:
+            self.table.holder[slot] = self.table.slot_of[layer, expert] = -1
+            self.table.promised[layer, expert] = False
+            evicted(self.policy, layer, expert)
+
     def _check(self, layer: int, ids: NDArray[np.int32]) -> None:
         layers, experts = self.table.slot_of.shape
         if not 0 <= layer < layers:
