@@ -8,6 +8,7 @@ import gc
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -233,6 +234,27 @@ def test_a_fetch_that_is_displaced_before_it_begins_is_not_read():
     assert set(store.reads) == {(1, 7), (0, 0), (0, 1)}
 
 
+def test_a_load_into_a_slot_waits_for_one_that_is_running_there():
+    """A fetch ahead is being read as a step takes its slot: the step's own load comes after it, never before."""
+    made, gate = weights(), threading.Event()
+    store = Watched(host_store(made), lambda layer, expert, nth: gate.wait(30) if expert == 7 else None)
+    with Engine(store, K * L * sum(t[0].nbytes for t in made[0].values()), top_k=K) as engine:
+        engine.prefetch(0, [7])
+        assert soon(lambda: store.reads[0, 7] == 1)
+        chosen = Routing.from_topk(torch.tensor([[0, 1]]), torch.ones(1, 2), E)
+        x, out = torch.randn(1, D), []
+        thread = threading.Thread(target=lambda: out.append(engine.compute(0, x, chosen)))
+        thread.start()
+        assert soon(lambda: engine.cache.table.slot_of[0, 1] >= 0)
+        time.sleep(0.1)
+        assert not out
+        assert store.reads[0, 0] + store.reads[0, 1] == 1
+        gate.set()
+        thread.join(30)
+        for y in (out[0], engine.compute(0, x, chosen)):
+            assert torch.equal(y, resident(x, chosen, made[0]))
+
+
 def test_computes_what_is_there_while_the_rest_is_on_its_way():
     made = weights()
     gate = threading.Event()
@@ -418,11 +440,16 @@ def test_cannot_be_copied_and_does_not_survive_a_fork():
         for way in (copy.deepcopy, copy.copy, pickle.dumps):
             with pytest.raises(TypeError, match="cannot be copied or pickled"):
                 way(engine)
+        engine._loader.lock.acquire()  # as a reader might hold it just then
         pid = os.fork()
-        if pid == 0:
+        if pid:
+            engine._loader.lock.release()
+        else:
+            signal.alarm(20)
             try:
                 engine.prefetch(0, [1])
             except RuntimeError as error:
+                engine.close()  # nothing to end here, and nothing to wait for
                 os._exit(17 if "process that made it" in str(error) else 1)
             os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 17
