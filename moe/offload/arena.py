@@ -85,27 +85,26 @@ def _share_out(
 ) -> list[int]:
     """Slots of each pool: the least for each, then always one more where the share of experts with a slot is lowest."""
     slots = [min(top_k, n) for n in experts]
-
-    def used() -> int:
-        return arena_bytes(kinds, _by_kind(len(kinds), kind_of, slots))
-
-    least = used()
-    if size < least:
+    per_kind = _by_kind(len(kinds), kind_of, slots)
+    spare = size - arena_bytes(kinds, per_kind)
+    if spare < 0:
         where = "each layer" if scope == "layer" else "one layer"
-        raise ValueError(f"offload: budget must be at least {least} bytes, for {top_k} experts of {where}, got {size}")
-    spare = size - least
+        raise ValueError(
+            f"offload: budget must be at least {size - spare} bytes, for {top_k} experts of {where}, got {size}"
+        )
     queue = [(s / n, p) for p, (s, n) in enumerate(zip(slots, experts, strict=True)) if s < n]
     heapq.heapify(queue)
     while queue:
         _, p = heapq.heappop(queue)
-        if (cost := kinds[kind_of[p]].nbytes) > spare:
+        k = kind_of[p]
+        cost = arena_bytes([kinds[k]], [per_kind[k] + 1]) - arena_bytes([kinds[k]], [per_kind[k]])
+        if cost > spare:
             continue
         spare -= cost
         slots[p] += 1
+        per_kind[k] += 1
         if slots[p] < experts[p]:
             heapq.heappush(queue, (slots[p] / experts[p], p))
-    while used() > size:  # what alignment takes: a few bytes, and so one slot
-        slots[max((p for p in range(len(slots)) if slots[p] > min(top_k, experts[p])), key=slots.__getitem__)] -= 1
     return slots
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Mapping
 
@@ -38,13 +39,15 @@ class HostCache:
         self.layers, self.store, self.places = store.layers, store, layout.places
         self.cache = Cache(layout.places, start_policy(policy, setting))
         self.arena = Arena(layout.kinds, layout.slots, "cpu", pinned=torch.cuda.is_available())
-        self.hits = self.loads = 0
+        self.hits, self.loads, self.closed = 0, 0, False
         self._free = threading.Condition()
         self._filling = [threading.Lock() for _ in range(layout.places.slots)]
         self._holds: list[tuple[int, int] | None] = [None] * layout.places.slots  # whose bytes are there, whole
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """See Store. Waits while other reads hold every slot."""
+        if self.closed:
+            raise OSError(errno.EBADF, "the cache of offloaded experts is closed")
         key, busy = (layer, expert), self.cache.table.busy
         with self._free:
             while not self.cache.ready(layer, [expert]):
@@ -70,5 +73,6 @@ class HostCache:
                 self._free.notify_all()
 
     def close(self) -> None:
+        self.closed = True
         self.store.close()
         self.arena.close()

@@ -1,4 +1,4 @@
-"""The offload engine: to the bit what all weights at hand give, whatever stands in the slots and whatever goes wrong."""
+"""The offload engine: to the bit what all weights at hand give, whatever stands in slots and whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(engine: Engine, made: list[dict], steps: int = 24, tokens=(1, 1, 5, 40),
     assert not engine.cache.table.busy.any()
 
 
-# --- right, to the bit ------------------------------------------------------------------------------------------------
+# --- right, to the bit -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", ["layer", "shared"])
@@ -168,7 +168,7 @@ def test_several_kinds_in_one_layer(assert_close):
             assert_close(engine.compute(i % L, x, routing), resident(x, routing, whole[i % L]))
 
 
-# --- the same decisions as the simulator's -----------------------------------------------------------------------------
+# --- the same decisions as the simulator's ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", ["layer", "shared"])
@@ -249,7 +249,7 @@ def test_computes_what_is_there_while_the_rest_is_on_its_way():
             assert [g.experts for g in step] == [[3]]
 
 
-# --- when something goes wrong -----------------------------------------------------------------------------------------
+# --- when something goes wrong ---------------------------------------------------------------------------------------
 
 
 def test_a_read_that_fails_once_is_tried_again():
@@ -277,9 +277,7 @@ def test_an_expert_that_cannot_be_read_is_named_and_the_others_go_on():
     ill.set()
     with Engine(store, "60%", top_k=K) as engine:
         for _ in range(3):
-            with pytest.raises(
-                OSError, match=r"expert 3 of model\.1\.experts \(layer 1\) could not be read: .*bad sec"
-            ):
+            with pytest.raises(OSError, match=r"expert 3 of model\.1\.experts \(layer 1\) could not be read: .*bad"):
                 engine.compute(1, x, bad)
             assert torch.equal(engine.compute(1, x, good), resident(x, good, made[1]))
         engine.prefetch(1, [3])
@@ -372,10 +370,9 @@ def test_a_step_that_is_left_early(left):
     made = weights()
     with Engine(host_store(made), K * L * sum(t[0].nbytes for t in made[0].values()), top_k=K) as engine:
         for i in range(6):
-            with pytest.raises(KeyError), closing(engine.step(i % L, np.arange(E))) as step:
-                for n, _group in enumerate(step):
-                    if n == left:
-                        raise KeyError
+            with closing(engine.step(i % L, np.arange(E))) as step:
+                for _ in range(left + 1):
+                    next(step)
             assert not engine.cache.table.busy.any()
             run(engine, made, steps=L, tokens=(1,))
 
@@ -466,7 +463,7 @@ def test_bad_calls():
         run(engine, made, steps=6)
 
 
-# --- tiers -------------------------------------------------------------------------------------------------------------
+# --- tiers -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_cache_in_host_memory_between(tmp_path):
