@@ -19,7 +19,7 @@ CHUNK = 4096  # tokens at a time
 
 def ids_of(trace: Trace) -> NDArray[np.int32]:
     """int32 [L, T, K], -1: no expert."""
-    return np.where(trace.live, trace.expert_ids, -1).astype(np.int32)
+    return np.where(trace.live, trace.expert_ids.astype(np.int32), np.int32(-1))
 
 
 def experts_of(trace: Trace) -> NDArray[np.int32]:
@@ -50,7 +50,7 @@ def used(ids, experts):
     out = np.zeros((len(ids), experts), np.float32)
     for t in range(len(ids)):
         for e in ids[t]:
-            if e >= 0:
+            if 0 <= e < experts:
                 out[t, e] = 1
     return out
 
