@@ -7,8 +7,8 @@ front of the step and costs 1 - p + q bytes more than fetching on demand (in loa
     p - q > price * (1 - p + q),    that is    p - q > price / (1 + price).
 
 v is whom the policy would give up first among those for whom this holds; a free slot has q = 0. At a price of 1 a load
-fetched in vain costs as much as one waited for: on a link that is never idle nothing is lost by fetching ahead. Where a
-link is idle while a layer computes, bytes cost less, but only so many loads as it has `room` for are hidden: the n-th is
+fetched in vain costs as much as one waited for: on a link that is never idle nothing is lost by fetching ahead. Where
+it is idle while a layer computes, bytes cost less, but only as many loads as it has `room` for are hidden: the n-th is
 late by n - room of its time, gains less if right and holds up others if wrong, so that p - q must be above that, too.
 """
 
@@ -93,7 +93,8 @@ def prefetch(cache: Cache, layer: int, chance: NDArray[np.floating], price: floa
     if not 0 <= layer < len(chance):
         raise ValueError(f"prefetch: layer must be 0 .. {len(chance) - 1}, got {layer}")
     margin = _margin(price, room)
-    who, slot, gone = (np.empty(chance.shape[1], kind) for kind in (np.int32, np.int32, np.int64))
+    experts = chance.shape[1]
+    who, slot, gone = np.empty(experts, np.int32), np.empty(experts, np.int32), np.empty(experts, np.int64)
     n = admit(cache.table, cache.policy, layer, chance, margin, float(room), who, slot, gone)
     return Ahead(who[:n], slot[:n], gone[:n])
 
@@ -141,7 +142,7 @@ class Prefetcher:
 
 @dataclass(frozen=True)
 class Served:
-    """What a trace met: of `accesses` experts asked for, `hits` were there, `fetched` were loaded ahead, and `waited` is
+    """What a trace met: of `accesses` experts asked for, `hits` were there; `fetched` were loaded ahead; `waited` is
     the time that steps stood still, in units of a step's own time."""
 
     accesses: int

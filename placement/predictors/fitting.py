@@ -182,10 +182,14 @@ class Sums:
         return total
 
     def __add__(self, other: Sums) -> Sums:
-        mine, theirs = (
-            (s.tokens, s.f, s.y, s.ff, s.fy, s.yy) for s in (self, other)
-        )  # fmt: skip
-        return Sums(*(a + b for a, b in zip(mine, theirs, strict=True)))
+        return Sums(
+            self.tokens + other.tokens,
+            self.f + other.f,
+            self.y + other.y,
+            self.ff + other.ff,
+            self.fy + other.fy,
+            self.yy + other.yy,
+        )
 
     def solve(self, penalty: float) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """(weights [D, E], constant [E]) of least squares + penalty * squared weights."""

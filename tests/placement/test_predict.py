@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from headgate.placement.generate import generate
 from headgate.placement.predict import PREDICTORS, fit, foretell, load, recall, reliability
 from headgate.placement.predictors.curve import KNOTS, fit_curve, none
@@ -147,7 +148,7 @@ def test_the_penalty_is_the_best_on_tokens_held_back():
         errors.append(_error(part, trace, held))
     part, _ = ridge(trace, held, 1, 2, (0.5,), penalties)
     np.testing.assert_allclose(_error(part, trace, held), np.min(errors, 0), rtol=1e-4)
-    assert set(np.argmin(errors, 0)) == {1}
+    assert set(np.argmin(errors, 0)) == {1, 2}  # layers differ
 
 
 def _error(tables, trace, held) -> np.ndarray:
@@ -387,19 +388,19 @@ def test_bad_options_are_refused(options, error, says):
 
 def test_bad_steps_are_refused():
     predictor = fit(planted(), "popular")
-    with pytest.raises(ValueError, match="layer must be 0 .. 2, got 3"):
+    with pytest.raises(ValueError, match=r"layer must be 0 .. 2, got 3"):
         predictor.scores(3)
-    with pytest.raises(ValueError, match="layer must be 0 .. 2, got -1"):
+    with pytest.raises(ValueError, match=r"layer must be 0 .. 2, got -1"):
         predictor.observe(-1, [0])
-    with pytest.raises(TypeError, match="ids must be integers"):
+    with pytest.raises(TypeError, match=r"ids must be integers"):
         predictor.observe(0, [0.5])
-    with pytest.raises(ValueError, match="ids must be .K. or .T, K."):
+    with pytest.raises(ValueError, match=r"ids must be .K. or .T, K."):
         predictor.observe(0, np.zeros((1, 1, 1), int))
-    with pytest.raises(ValueError, match="trace must have .L, E. = "):
+    with pytest.raises(ValueError, match=r"trace must have .L, E. = "):
         foretell(predictor, made(10))
-    with pytest.raises(ValueError, match="scores must be .L, T, E. = "):
+    with pytest.raises(ValueError, match=r"scores must be .L, T, E. = "):
         recall(np.zeros((3, 400, 7)), planted())
-    with pytest.raises(ValueError, match="fetched must be 1 .. 8"):
+    with pytest.raises(ValueError, match=r"fetched must be 1 .. 8"):
         recall(np.zeros((3, 400, 8)), planted(), (9,))
     with pytest.raises(ValueError, match="at least 2 tokens"):
         fit(planted(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from headgate.placement.cache import Cache, per_layer, shared
 from headgate.placement.generate import generate
 from headgate.placement.policies import Setting, policy
@@ -65,7 +66,10 @@ def test_what_is_there_and_likely_stays():
     cache.step(0, [0])
     chance = row(e0=0.9, e1=0.9, e3=0.95)
     assert not len(prefetch(cache, 1, chance, price=0.1).experts)
-    assert prefetch(cache, 1, chance, price=0.0).experts.tolist() == [3]
+    assert not len(prefetch(cache, 1, row(e3=1.0), price=0.0).experts)  # they were promised to the step to come
+    cache.step(1, [])
+    cache.step(0, [0])
+    assert prefetch(cache, 1, row(e3=1.0), price=0.0).experts.tolist() == [3]
 
 
 def test_the_step_in_hand_keeps_its_experts():
@@ -161,7 +165,7 @@ def test_without_chances_it_is_the_cache_alone(traces):
 
 
 def test_waiting_is_counted_on_one_link():
-    """Layer 0 loads two experts one after the other (4); the fetch for layer 1 starts with its step and ends 1 later."""
+    """Two loads on demand, one after the other; what layer 1 is to need is asked for when they are there."""
     trace = Trace(np.array([[[0, 1]], [[2, 3]]], np.uint8), num_experts=4)
     chance = np.zeros((2, 1, 4), np.float32)
     chance[1, 0, [2, 0]] = 0.9, 0.8  # right, and wrong
@@ -221,7 +225,7 @@ def test_bad_input_is_refused_before_anything_changes(change, says):
 
 def test_what_does_not_fit_together_is_refused(traces):
     fitted, served, chance = traces
-    with pytest.raises(ValueError, match="predictor must be for .L, E. = .3, 12., got .4, 32."):
+    with pytest.raises(ValueError, match=r"predictor must be for .L, E. = .3, 12., got .4, 32."):
         Prefetcher(cache_of(), fit(fitted, "popular"))
-    with pytest.raises(ValueError, match="chance must be .L, T, E. = .4, 900, 32."):
+    with pytest.raises(ValueError, match=r"chance must be .L, T, E. = .4, 900, 32."):
         serve_trace(cache_of(8, layers=4, experts=32), served, chance[:, 1:])
