@@ -70,6 +70,22 @@ class Table(NamedTuple):
     clock: NDArray[np.int64]  # [2]: steps, waves
 
 
+def empty(places: Pools) -> Table:
+    """Nobody stands anywhere."""
+    shape, slots = places.of.shape, places.slots
+    return Table(
+        places.of,
+        places.first,
+        np.full(shape, -1, np.int32),
+        np.full(slots, -1, np.int64),
+        np.full(slots, -1, np.int64),
+        np.full(slots, -1, np.int64),
+        np.zeros(slots, np.int32),
+        np.zeros(shape, np.bool_),
+        np.zeros(2, np.int64),
+    )
+
+
 @numba.njit(cache=True)
 def victim(table, policy, pool, ahead):
     """The slot to take in `pool`: a free one, else the cheapest that may go; -1: there is none. For a fetch `ahead`
@@ -138,15 +154,17 @@ def serve(table, policy, layer, ids, order, slot, gone, wave):
 
 
 @numba.njit(cache=True)
-def fetch_ahead(table, policy, layer, ids, worth, slot, gone):
-    """Experts `ids` of a step to come, in this order, where they are not there yet and `worth` more than who must go.
-    Fills `slot` (-1: not fetched) and `gone`; returns how many are fetched."""
+def fetch_ahead(table, policy, layer, ids, worth, most, slot, gone):
+    """Experts `ids` of a step to come, in this order, where they are not there yet and `worth` more than who must go,
+    `most` of them; what is there is kept. Fills `slot` (-1: not fetched) and `gone`; returns how many are fetched."""
     experts, n = table.slot_of.shape[1], 0
     for i in range(len(ids)):
         e = ids[i]
         slot[i], gone[i] = -1, -1
         if table.slot_of[layer, e] >= 0:
             table.promised[layer, e] = True
+            continue
+        if n == most:
             continue
         s = victim(table, policy, table.pool[layer, e], True)
         if s < 0:
@@ -193,17 +211,7 @@ class Cache:
         if policy.value.shape != shape:
             raise ValueError(f"Cache: policy must be for [L, E] = {shape}, got {policy.value.shape}")
         self.policy = policy
-        self.table = Table(
-            places.of,
-            places.first,
-            np.full(shape, -1, np.int32),
-            np.full(places.slots, -1, np.int64),
-            np.full(places.slots, -1, np.int64),
-            np.full(places.slots, -1, np.int64),
-            np.zeros(places.slots, np.int32),
-            np.zeros(shape, np.bool_),
-            np.zeros(2, np.int64),
-        )
+        self.table = empty(places)
 
     def step(self, layer: int, ids) -> Step:
         """Serves the experts `ids` of `layer`, distinct and rising.
@@ -232,17 +240,17 @@ class Cache:
             for p in {int(table.pool[layer, e]) for e in missing}
         )
 
-    def prefetch(self, layer: int, ids, worth=None) -> Ahead:
+    def prefetch(self, layer: int, ids, worth=None, most: int | None = None) -> Ahead:
         """Fetches experts ahead of the next step of `layer`: `ids` in the order of their importance, each where it is
-        worth more than the value of the one that must go (None: always). What the last step served stays, and so does
-        what is fetched ahead until its layer has had its step."""
+        worth more than the value of the one that must go (None: always), `most` of them (None: all). What the last step
+        served stays, and so does what is fetched ahead, or was there, until its layer has had its step."""
         ids = np.ascontiguousarray(ids, np.int32)
         self._check(layer, ids)
         worth = np.full(len(ids), np.inf) if worth is None else np.ascontiguousarray(worth, np.float64)
         if worth.shape != ids.shape:
             raise ValueError(f"Cache: worth must have one number for each of {len(ids)} ids, got {worth.shape}")
         slot, gone = np.empty(len(ids), np.int32), np.empty(len(ids), np.int64)
-        fetch_ahead(self.table, self.policy, layer, ids, worth, slot, gone)
+        fetch_ahead(self.table, self.policy, layer, ids, worth, len(ids) if most is None else most, slot, gone)
         taken = slot >= 0
         return Ahead(ids[taken], slot[taken], gone[taken])
 

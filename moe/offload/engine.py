@@ -11,9 +11,9 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,9 @@ from torch import Tensor
 
 from ...kernels.activation import Activation
 from ...kernels.expert_outputs import combine_outputs, expert_outputs
-from ...kernels.quantized import Quantized
 from ...kernels.routing import Routing
 from ...placement.cache import Cache
-from ...placement.policies import Setting
+from ...placement.policies import Setting, State
 from ...placement.policies import policy as start_policy
 from ...placement.trace import Trace
 from .arena import Arena, plan_slots
@@ -35,11 +34,12 @@ from .stats import Access, Stats, Timing
 
 
 class Group(NamedTuple):
-    """Experts of a step that are there, of one kind: weights [S, ...], and each expert's slot among them."""
+    """Experts of a step that are there, of one kind: weights [S, ...] (tensors or Quantized), and each expert's slot
+    among them."""
 
     experts: list[int]
     slots: list[int]
-    weights: Mapping[str, Tensor | Quantized]
+    weights: Mapping[str, Any]
 
 
 class _Use:
@@ -56,7 +56,7 @@ class Engine:
 
     `budget`: bytes, "8GiB", or a share of the experts' bytes, "25%" or 0.25; at least `top_k` experts of each layer, or
     with `scope` "shared" of one. `policy`: a name of POLICIES, with its `options`, and a `trace` where it learns from
-    one. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises TimeoutError.
+    one; or its State. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises TimeoutError.
     `log`: keep every Access in `log`.
 
     Any number of threads may call at once. `close` ends the threads and lets the memory go; so does the end of a
@@ -68,7 +68,7 @@ class Engine:
         store: Store,
         budget: str | int | float,
         *,
-        policy: str = "lru",
+        policy: str | State = "lru",
         scope: str = "layer",
         top_k: int = 1,
         device: torch.device | str = "cpu",
@@ -83,8 +83,9 @@ class Engine:
         layout = plan_slots(store.layers, budget, top_k, scope)
         self.layers, self.store, self.places, self.patience_s = store.layers, store, layout.places, patience_s
         shape = self.places.of.shape
-        setting = Setting(shape[0], shape[1], self.places.slots, trace, options or {})
-        self.cache = Cache(self.places, start_policy(policy, setting))
+        if isinstance(policy, str):
+            policy = start_policy(policy, Setting(shape[0], shape[1], self.places.slots, trace, options or {}))
+        self.cache = Cache(self.places, policy)
         self.arena = Arena(layout.kinds, layout.slots, device)
         self.log: list[Access] | None = [] if log else None
         self._calls = self._accesses = self._hits = self._ahead = self._used = 0
@@ -107,10 +108,12 @@ class Engine:
         gated: bool = True,
         transposed: bool = False,
         interleaved: bool = False,
+        then: Callable[[NDArray[np.int32]], None] | None = None,
     ) -> Tensor:
         """grouped_ffn(rows, routing, ...) [R, D] on the experts of `layer`, to the bit. See there for the arguments.
 
-        The store's weights must be called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). Waits for
+        The store's weights must be called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see
+        `step`. Waits for
         the device once, to know the experts. Raises OSError or RuntimeError naming layer and expert where one cannot
         be had; the next call tries again.
         """
@@ -121,9 +124,9 @@ class Engine:
                 f"offload: routing must be over the {self.layers[layer].experts} experts of {self.layers[layer].name}, "
                 f"got {routing.num_experts}"
             )
-        form = dict(activation=activation, gated=gated, transposed=transposed, interleaved=interleaved)
-        out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed))
-        with closing(self.step(layer, ids)) as groups:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed), dtype=wide)
+        with closing(self.step(layer, ids, then)) as groups:
             for group in groups:
                 slots = np.full(routing.num_experts, -1, np.int32)
                 slots[group.experts] = group.slots
@@ -131,20 +134,25 @@ class Engine:
                 first = w["w_gate_up"] if "w_gate_up" in w else (w["w_gate"], w["w_up"])
                 expert_outputs(
                     rows, routing, first, w["w_down"], torch.from_numpy(slots).to(rows.device), out,
-                    b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), **form,
+                    b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), activation=activation,
+                    gated=gated, transposed=transposed, interleaved=interleaved,
                 )  # fmt: skip
-        return combine_outputs(out, routing)
+        return combine_outputs(out, routing, rows.dtype)
 
-    def step(self, layer: int, ids: NDArray[np.int32]) -> Generator[Group]:
+    def step(
+        self, layer: int, ids: NDArray[np.int32], then: Callable[[NDArray[np.int32]], None] | None = None
+    ) -> Generator[Group]:
         """One step of `layer`, which needs the experts `ids`, distinct and rising: yields each of them once, in groups,
-        as they are there. A group's weights are valid until the next is asked for. Close the generator (`closing`) if
-        it may be left early."""
+        as they are there. A group's weights are valid until the next is asked for. `then(ids)` is called once the loads
+        are ordered, before anything is waited for. Close the generator (`closing`) if it may be left early."""
         self._check(layer)
         experts, ids = self.layers[layer].experts, np.asarray(ids, np.int32)
         if ids.ndim != 1 or (len(ids) and (ids[0] < 0 or ids[-1] >= experts or (np.diff(ids) <= 0).any())):
             raise ValueError(f"offload: ids must be distinct, rising and below {experts}, got {ids.tolist()}")
         chains = self._begin(layer, ids)
         try:
+            if then is not None:
+                then(ids)
             while chains:
                 uses = self._arrived(layer, chains)
                 kind = self.arena.kind_of(uses[0].slot)
@@ -168,10 +176,15 @@ class Engine:
             self._settle()
             ahead = self.cache.prefetch(layer, ids, worth)
             self._calls += 1
-            for e, slot, gone in zip(ahead.experts.tolist(), ahead.slots.tolist(), ahead.gone.tolist(), strict=True):
-                self._note(layer, e, "ahead", gone)
-                self._order(layer, e, slot, urgent=False)
-                self._promised[layer, e] = True
+            taken = dict(zip(ahead.experts.tolist(), zip(ahead.slots.tolist(), ahead.gone.tolist()), strict=True))
+            for e in np.asarray(ids).tolist():
+                if e in taken:
+                    slot, gone = taken[e]
+                    self._note(layer, e, "ahead", gone)
+                    self._order(layer, e, slot, urgent=False)
+                    self._promised[layer, e] = True
+                elif self.cache.table.slot_of[layer, e] >= 0:
+                    self._note(layer, e, "kept", -1)
             self._ahead += len(ahead.experts)
         return len(ahead.experts)
 
@@ -179,6 +192,11 @@ class Engine:
         """Tells the policy that another sequence begins."""
         with self._loader.lock:
             self.cache.new_sequence()
+
+    def pace(self) -> tuple[int, float]:
+        """(loads that wait or run, seconds of copying for each so far)."""
+        with self._loader.lock:
+            return self._loader.waiting, self._timing.seconds()[0] / max(1, self._loader.loads)
 
     def stats(self) -> Stats:
         with self._loader.lock:
@@ -318,6 +336,8 @@ class Engine:
         self._loader.wait()
 
     def _note(self, layer: int, expert: int, how: str, gone: int) -> None:
+        if gone >= 0:
+            self._promised.flat[gone] = False
         if self.log is not None:
             self.log.append(Access(self._calls, layer, expert, how, gone))
 

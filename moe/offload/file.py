@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...placement.files import write_whole
-from .host import fill, parts_of
+from .host import fill, parts_of, plain
 from .kinds import Kind, Layer, Part, Weights
 
 DTYPES = {
@@ -109,6 +110,17 @@ class FileStore:
             )
         if not direct:
             fill(into, parts)
+
+    def whole(self, layer: int) -> dict[str, Tensor]:
+        """Maps of the file, private to the process: what is never touched takes no memory."""
+        if not plain(self.layers[layer]):
+            return {}
+        ((experts, kind),) = self.layers[layer].groups
+        found = {}
+        for part, begin in zip(kind.parts, self._offsets[layer][0], strict=True):
+            data = np.memmap(self.path, np.uint8, "c", begin, (len(experts) * part.nbytes,))
+            found[part.name] = torch.from_numpy(data).view(part.dtype).view(len(experts), *part.shape)
+        return found
 
     def close(self) -> None:
         for handle in (self._file, self._direct):

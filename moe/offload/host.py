@@ -21,6 +21,10 @@ class Store(Protocol):
         """Fills `into`, an expert's parts by name, on any device; returns when the bytes are there. Any number of
         threads may read at once. Raises OSError where they cannot be had; `into` is then undefined."""
 
+    def whole(self, layer: int) -> dict[str, Tensor]:
+        """The weights [E, ...] of a layer by name, as views of this tier: no copy is made. None for a layer whose
+        experts are of several kinds or in few bits."""
+
     def close(self) -> None: ...
 
 
@@ -50,8 +54,16 @@ class HostStore:
         group, row = self.layers[layer].places[expert]
         fill(into, {name: t[row] for name, t in self._parts[layer][group].items()})
 
+    def whole(self, layer: int) -> dict[str, Tensor]:
+        return dict(self._parts[layer][0]) if plain(self.layers[layer]) else {}
+
     def close(self) -> None:
         self._parts.clear()
+
+
+def plain(layer: Layer) -> bool:
+    """Whether the experts of a layer are of one kind, none of it in few bits."""
+    return len(layer.groups) == 1 and not layer.groups[0][1].coded
 
 
 def parts_of(layer: Layer, weights: Sequence[Weights]) -> list[dict[str, Tensor]]:
