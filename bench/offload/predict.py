@@ -1,13 +1,14 @@
 """Predictors and prefetching, measured on a trace: recall, chances that come true, hits against bytes, waiting.
 
-    headgate.bench.offload.predict.measure(fit, judge) -> figures
-    python -m headgate.bench.offload.predict [trace.npz]      # fitted on one half, judged on the other; then by sequence
+headgate.bench.offload.predict.measure(fit, judge) -> figures
+python -m headgate.bench.offload.predict [trace.npz]      # fitted on halves, judged on the others; then by sequence
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...placement.cache import Cache, per_layer
+from ...placement.generate import like_deepseek_v2_lite
 from ...placement.policies import Setting, policy
 from ...placement.predict import Predictor, fit, foretell, recall, reliability
 from ...placement.prefetch import Served, serve_trace
 from ...placement.trace import Trace
-from ..placement.case import case_of
+from ..placement.case import TOKENS, case_of
 
+PARTS = ("recall", "ahead", "curve", "waiting")
 METHODS = ("popular", "transition", "ridge", "path")
 PRICES = (0.25, 0.5, 1.0, 2.0)
-LOADS = (0.25, 0.5, 1.0, 2.0, 4.0)
+LOADS = (0.25, 1.0, 4.0)
 
 
 def measure(
-    train: Trace, test: Trace, slots: tuple[int, ...] = (16, 8), policies: tuple[str, ...] = ("lru",)
+    train: Trace,
+    test: Trace,
+    slots: tuple[int, ...] = (16, 8),
+    policies: tuple[str, ...] = ("lru", "adaptive"),
+    parts: tuple[str, ...] = PARTS,
 ) -> dict[str, Any]:
-    """`recall` of each method, `ahead` by two and three layers, `curve` of hit rate and loads by price, `waiting` by
-    load time; all fitted on `train` and judged on `test`."""
-    chance = foretell(fit(train), test)
-    return {
-        "recall": {method: recalled(train, test, method) for method in METHODS},
-        "ahead": {str(horizon): recalled(train, test, "path", horizon) for horizon in (2, 3)},
-        "curve": [row for name in policies for size in slots for row in curve(train, test, chance, size, name)],
-        "waiting": [row for size in slots for row in waiting(train, test, chance, size)],
+    """All fitted on `train` and judged on `test`: `recall` of each method, `ahead` by two and three layers, `curve` of
+    hit rate and loads by price, `waiting` by load time. `parts` picks among them."""
+    chance = foretell(fit(train), test) if {"curve", "waiting"} & set(parts) else np.empty(0)
+    made: dict[str, Callable[[], Any]] = {
+        "recall": lambda: {method: recalled(train, test, method) for method in METHODS},
+        "ahead": lambda: {str(horizon): recalled(train, test, "path", horizon) for horizon in (2, 3)},
+        "curve": lambda: [r for name in policies for size in slots for r in curve(train, test, chance, size, name)],
+        "waiting": lambda: [row for size in slots for row in waiting(train, test, chance, size)],
     }
+    return {part: made[part]() for part in parts}
 
 
 def recalled(train: Trace, test: Trace, method: str, horizon: int = 1) -> dict[str, Any]:
@@ -122,41 +130,45 @@ def by_sequence(trace: Trace) -> tuple[Trace, Trace]:
 
 
 def show(title: str, figures: dict[str, Any]) -> None:
-    print(f"## {title}\n\n| recall of the layer's experts, K / 2K fetched | from layer 1 | all | off by | MB | fit | step |")
-    print("|---|---|---|---|---|---|---|")
-    for name, row in {**figures["recall"], **{f"path, {h} ahead": r for h, r in figures.get("ahead", {}).items()}}.items():
-        halves = ["{:.3f} / {:.3f}".format(*row[key]) for key in ("from_layers", "all_layers")]
+    """Prints what there is of `measure` as tables."""
+    print(f"## {title}\n")
+    rows = figures.get("recall", {}) | {f"path, {h} ahead": row for h, row in figures.get("ahead", {}).items()}
+    if rows:
+        print("| recall, K / 2K fetched | layers with one before | all | chances off by | MB | fit, CPU s | step, us |")
+        print("|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        some, every = ("{:.3f} / {:.3f}".format(*row[key]) for key in ("from_layers", "all_layers"))
         print(
-            f"| {name} | {halves[0]} | {halves[1]} | {row['calibration_largest']:.3f} | {row['bytes'] / 1e6:.1f} "
-            f"| {row['fit_cpu_s']:.1f} s | {sum(row['step_us']):.0f} us |"
+            f"| {name} | {some} | {every} | {row['calibration_largest']:.3f} | {row['bytes'] / 1e6:.1f} "
+            f"| {row['fit_cpu_s']:.1f} | {sum(row['step_us']):.0f} |"
         )
     if "curve" in figures:
-        print("\n| policy | slots | price | hit rate | loads / LRU |\n|---|---|---|---|---|")
+        print("\n| policy | slots | price | hit rate | loads / LRU's |\n|---|---|---|---|---|")
         for row in figures["curve"]:
             price = "none ahead" if row["price"] is None else f"{row['price']:g}"
             print(f"| {row['policy']} | {row['slots']} | {price} | {row['hit_rate']:.3f} | {row['loads']:.3f} |")
     if "waiting" in figures:
-        print("\n| slots | load / step | waiting, with prefetching / without, by price |\n|---|---|---|")
+        print("\n| slots | load / step | LRU's waiting with fetches ahead over without, by price |\n|---|---|---|")
         for row in figures["waiting"]:
             shares = ", ".join(f"{price}: {share:.3f}" for price, share in row["waiting"].items())
             print(f"| {row['slots']} | {row['load']:g} | {shares} |")
-    print()
+    print(flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("trace", type=Path, nargs="?", help="a trace file; without one, a generated trace")
-    parser.add_argument("--policies", nargs="+", default=["lru"])
-    parser.add_argument("--only", choices=("recall", "halves", "sequences"), help="a part of it")
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "sequences"), default=[*PARTS, "sequences"])
+    parser.add_argument("--policies", nargs="+", default=["lru", "adaptive"])
     options = parser.parse_args()
     case = case_of(options.trace)
-    if options.only != "sequences":
-        show(f"{case.name}: halves", measure(case.fit, case.judge, policies=tuple(options.policies)))
-    if options.only != "halves":
-        whole = Trace.load(options.trace) if options.trace else None
-        if whole is not None:
-            train, test = by_sequence(whole)
-            show(f"{case.name}: by sequence", {"recall": {m: recalled(train, test, m) for m in METHODS}})
+    for part in PARTS:
+        if part in options.parts:
+            figures = measure(case.fit, case.judge, policies=tuple(options.policies), parts=(part,))
+            show(f"{case.name}: {part}, halves", figures)
+    if "sequences" in options.parts:
+        train, test = by_sequence(Trace.load(options.trace) if options.trace else like_deepseek_v2_lite(TOKENS))
+        show(f"{case.name}: by sequence", measure(train, test, parts=("recall",)))
 
 
 if __name__ == "__main__":
