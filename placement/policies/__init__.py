@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .layers import layer, ring
-from .taught import affinity, sequence, static, statistics
 from .recency import lfru, lfu, lfu_cached, lru, random
 from .state import BELADY, Setting, State, options, state
+from .taught import affinity, sequence, static, statistics
 
 POLICIES: dict[str, Callable[[Setting], State]] = {
     "lru": lru,

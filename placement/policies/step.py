@@ -5,9 +5,9 @@ from __future__ import annotations
 import numba
 
 from .layers import layer_step, ring_step
-from .taught import affinity_step, sequence_begins, sequence_step, statistics_step
 from .recency import lfru_step, lfu_cached_step, lfu_step, lru_step, random_step
 from .state import AFFINITY, LAYER, LFRU, LFU, LFU_CACHED, LRU, RANDOM, RING, SEQUENCE, STATISTICS
+from .taught import affinity_step, sequence_begins, sequence_step, statistics_step
 
 # (policy: State, layer, ids [n] distinct and rising, now: the number of the step)
 
@@ -50,7 +50,5 @@ def new_sequence(policy):
     """Takes notice that another sequence begins."""
     if policy.kind == LFU_CACHED:
         policy.value[:] -= policy.value // 1  # the counts go, the order of their last uses stays
-    elif policy.kind == LFRU:
-        policy.memory[0] = 0
     elif policy.kind == SEQUENCE:
         sequence_begins(policy)
