@@ -100,7 +100,7 @@ def test_ends_of_sequences():
 
 
 def test_an_offloaded_model_fetches_once_for_all(tmp_path):
-    model, given = qwen(), prompts()
+    model, given = qwen(), prompts() * 3
     want = one_batch(model, given)
     headgate.replace(model)
     loads = {}
@@ -108,8 +108,8 @@ def test_an_offloaded_model_fetches_once_for_all(tmp_path):
         with headgate.offload(model, budget="25%", disk=tmp_path, prefetch=None) as offloaded:
             assert texts(generate_offline(model, given, micro_batch=1, at_once=at_once, **RULES)) == want
             loads[at_once] = offloaded.stats().loads
-    steps = 6
-    assert loads[None] <= steps * 3 * 8 < loads[1]
+    assert loads[None] <= 6 * 3 * 8  # steps, layers, experts
+    assert loads[1] > 2 * loads[None]
 
 
 def test_nothing_to_do():
@@ -262,9 +262,7 @@ def test_other_models():
         generate_offline(nn.Linear(2, 2), [[3]], micro_batch=1)
     small = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small))
-    with pytest.raises(
-        ValueError, match="model must have experts called at transformers' boundary, got none"
-    ):
+    with pytest.raises(ValueError, match="model must have experts called at transformers' boundary, got none"):
         generate_offline(dense, [[3]], micro_batch=1)
 
 
