@@ -10,6 +10,7 @@ if __name__ == "kernels":  # found by its bare name: somebody looks for Hugging 
     stand_aside()
 else:
     from .activation import GPT_OSS, Activation
+    from .expert_outputs import combine_outputs, expert_outputs
     from .grouped_ffn import grouped_ffn
     from .grouped_linear import grouped_linear
     from .plan import Plan, plan
@@ -24,6 +25,8 @@ __all__ = [
     "Plan",
     "Quantized",
     "Routing",
+    "combine_outputs",
+    "expert_outputs",
     "grouped_ffn",
     "grouped_linear",
     "plan",

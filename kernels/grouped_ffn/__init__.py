@@ -10,6 +10,7 @@ from ..chip import say_once
 from ..quantized import Quantized
 from ..routing import Routing
 from . import on_cpu, on_gpu, plain, quantized
+from .checks import check
 from .reference import grouped_ffn_reference
 
 __all__ = ["grouped_ffn", "grouped_ffn_reference"]
@@ -130,9 +131,16 @@ def grouped_ffn(
     """
     act = as_activation(activation, gated)
     w1, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
-    _check(rows, routing, w1, w_up, w_down, b_gate_up, b_down, act, transposed, interleaved)
-    tensors = [rows, routing.expert_ids, routing.weights, w1, w_up, w_down, b_gate_up, b_down]
-    if _under_autocast(rows.device):
+    autocast = _under_autocast(rows.device)
+    weights = (w1, w_up, w_down, b_gate_up, b_down)
+    check("grouped_ffn", rows, routing, *weights, act, transposed, interleaved, cast=autocast)
+    if routing.num_experts != w_down.shape[0]:
+        raise ValueError(
+            "grouped_ffn: routing.num_experts must equal w_down's experts, got "
+            f"{routing.num_experts} and {w_down.shape[0]}"
+        )
+    tensors = [rows, routing.expert_ids, routing.weights, *weights]
+    if autocast:
         to = torch.get_autocast_dtype(rows.device.type)
         tensors = [t.to(to) if i not in (1, 2) and isinstance(t, Tensor) else t for i, t in enumerate(tensors)]
     if isinstance(w_down, Quantized):
@@ -140,54 +148,3 @@ def grouped_ffn(
     keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
     form = (act.kind, act.params, act.gated, transposed, interleaved)
     return torch.ops.headgate.grouped_ffn(*tensors, *form, keep)[0]
-
-
-def _check(rows, routing, w1, w_up, w_down, b1, b2, act, transposed, interleaved) -> None:
-    if rows.dim() != 2:
-        raise ValueError(f"grouped_ffn: rows must be [R, D], got {tuple(rows.shape)}")
-    if routing.expert_ids.dim() != 2 or routing.expert_ids.shape != routing.weights.shape:
-        raise ValueError(
-            "grouped_ffn: routing's expert_ids and weights must both be [R, K], got "
-            f"{tuple(routing.expert_ids.shape)} and {tuple(routing.weights.shape)}"
-        )
-    if routing.expert_ids.shape[0] != rows.shape[0]:
-        raise ValueError(
-            f"grouped_ffn: routing must have one row of experts per row, got {routing.expert_ids.shape[0]} "
-            f"for R={rows.shape[0]}"
-        )
-    if any(isinstance(w, Quantized) for w in (w1, w_up, w_down)):
-        quantized.check(w1, w_up, w_down, transposed)
-    if len(w1.shape) != 3 or len(w_down.shape) != 3:
-        raise ValueError(
-            f"grouped_ffn: weights must be 3-D [E, out, in], got {tuple(w1.shape)} and {tuple(w_down.shape)}"
-        )
-    if w_up is not None and (not act.gated or interleaved or b1 is not None):
-        raise ValueError("grouped_ffn: a pair (w_gate, w_up) must be gated, not interleaved and without b_gate_up")
-    experts, d = w_down.shape[0], rows.shape[1]
-    f = w_down.shape[1] if transposed else w_down.shape[2]
-    width = 2 * f if act.gated and w_up is None else f
-    want = (experts, d, width) if transposed else (experts, width, d)
-    if min(experts, d, f) < 1:
-        raise ValueError(f"grouped_ffn: E, D and F must be at least 1, got E={experts}, D={d}, F={f}")
-    for name, w in (("w_gate_up", w1), ("w_up", w_up)):
-        if w is not None and tuple(w.shape) != want:
-            raise ValueError(
-                f"grouped_ffn: {name} must be {want} for D={d}, F={f}, E={experts}, gated={act.gated}, "
-                f"transposed={transposed}, got {tuple(w.shape)}"
-            )
-    if routing.num_experts != experts:
-        raise ValueError(
-            f"grouped_ffn: routing.num_experts must equal w_down's experts, got {routing.num_experts} and {experts}"
-        )
-    d_out = w_down.shape[2] if transposed else w_down.shape[1]
-    for name, b, size in (("b_gate_up", b1, width), ("b_down", b2, d_out)):
-        if b is not None and tuple(b.shape) != (experts, size):
-            raise ValueError(f"grouped_ffn: {name} must be {(experts, size)}, got {tuple(b.shape)}")
-    autocast = _under_autocast(rows.device)
-    for name, w in (("w_gate_up", w1), ("w_up", w_up), ("w_down", w_down), ("b_gate_up", b1), ("b_down", b2)):
-        if w is not None and w.device != rows.device:
-            raise ValueError(f"grouped_ffn: {name} must be on the device of rows, got {w.device} and {rows.device}")
-        if isinstance(w, Tensor) and w.dtype != rows.dtype and not autocast:
-            raise TypeError(f"grouped_ffn: {name} must have the dtype of rows, got {w.dtype} and {rows.dtype}")
-    if rows.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"grouped_ffn: rows must be fp64, fp32, bf16 or fp16, got {rows.dtype}")

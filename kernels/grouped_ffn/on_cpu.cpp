@@ -107,12 +107,14 @@ template <class T>
 Status forward(const Args& args) {
   Problem<T> p(args);
   if (!p.order.good) return BAD_ID;
+  // the choice of a form goes by the whole routing, so that experts computed by several calls come out as by one
   int hit = 0;
   for (int e = 0; e < args.E; ++e) hit += p.count(e) > 0;
   if (args.h) want_huge_pages(args.h, size_t(args.R) * p.K * p.W * sizeof(T));
-  Scratch<T> out(size_t(p.live()) * p.O);
+  Scratch<T> out(args.pairs ? 0 : size_t(p.live()) * p.O);
   if (p.live() < std::max(24, THIN<T>) * hit || p.live() < 512) forward_slices(p, out.get());
   else forward_blocks(p, out.get());
+  if (args.pairs) return OK;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t t = 0; t < args.R; ++t) sum_rows(p, out.get(), p.O, (T*)args.y, t, t + 1);
   return OK;

@@ -7,6 +7,8 @@ columns of a block [W, rows], in the order of the plan.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +28,8 @@ def forward(rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated
     f, o = _sizes(w2, transposed)
     y = rows.new_empty(rows.shape[0], o)
     h = rows.new_empty(expert_ids.numel() if keep else 0, 2 * f if gated else f)
-    call = _Call(rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved)
-    call.run(lib.hg_grouped_ffn_forward, [y.data_ptr(), _address(h), *[0] * 18])
+    call = Call(rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved)
+    call.run(lib.hg_grouped_ffn_forward, y=y, h=h)
     return y, h
 
 
@@ -47,10 +49,10 @@ def backward(
     ]
     dx, ds, d1, du, d2, db1, db2 = out
     ds32 = ds if ds.dtype == torch.float32 else torch.empty_like(ds, dtype=torch.float32)
-    call = _Call(rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved)
+    call = Call(rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved)
     matrices = [x for w in (d1, du, d2) for x in (_address(w), *_strides(w if w.numel() else None, transposed))]
     tail = [grad.data_ptr(), grad.stride(0), _address(dx), _address(ds32), *matrices, _address(db1), _address(db2)]
-    call.run(lib.hg_grouped_ffn_backward, [0, h.data_ptr(), *tail])
+    call.run(lib.hg_grouped_ffn_backward, h=h, gradients=tail)
     if ds32 is not ds:
         out[1] = ds32.to(ds.dtype)
     return tuple(out)
@@ -72,26 +74,34 @@ def _strides(w: Tensor | None, transposed: bool) -> tuple[int, ...]:
     return (w.stride(0), w.stride(2), w.stride(1)) if transposed else w.stride()
 
 
-class _Call:
-    """The arguments common to forward and backward, in the order of Args in problem.h; holds what it points to."""
+class Call:
+    """A call of the library: the arguments common to its functions, in the order of Args in problem.h; holds what it
+    points to. `slots` int32 [E] or None: where each expert lies in the weights, for the operation `op` that says so;
+    `weights` may be None there."""
 
-    def __init__(self, rows, ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved) -> None:
+    def __init__(
+        self, rows, ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved,
+        *, slots: Tensor | None = None, op: str = "grouped_ffn",
+    ) -> None:  # fmt: skip
         if ids.numel() >= 2**31:
-            raise ValueError(f"grouped_ffn: R * K must be below 2^31 pairs on CPU, got {ids.numel()}")
+            raise ValueError(f"{op}: R * K must be below 2^31 pairs on CPU, got {ids.numel()}")
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        ids, weights = narrow_ids(ids, w2.shape[0]).contiguous(), weights.to(torch.float32).contiguous()
+        experts = w2.shape[0] if slots is None else slots.numel()
+        ids, slots = narrow_ids(ids, experts).contiguous(), None if slots is None else slots.contiguous()
+        weights = None if weights is None else weights.to(torch.float32).contiguous()
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
         if w_up is not None and w_up.stride()[1:] != w1.stride()[1:]:  # a tile reads rows of both
             w1, w_up = w1.contiguous(), w_up.contiguous()
         numbers = (ctypes.c_float * 4)(*params)
         self.held = (rows, ids, weights, w1, w_up, b1, b2, numbers)
+        self.op, self.slots = op, slots
         f, o = _sizes(w2, transposed)
         self.args = [
             native.DTYPES[rows.dtype],
             torch.get_num_threads(),
             rows.shape[0],
             ids.shape[1],
-            w2.shape[0],
+            experts,
             rows.shape[1],
             f,
             o,
@@ -100,7 +110,7 @@ class _Call:
             interleaved,
             ctypes.addressof(numbers),
             ids.data_ptr(),
-            weights.data_ptr(),
+            _address(weights),
             rows.data_ptr(),
             rows.stride(0),
         ]
@@ -108,11 +118,19 @@ class _Call:
             self.args += (0 if w is None else w.data_ptr(), *_strides(w, transposed))
         self.args += (_address(b1), _address(b2))
 
-    def run(self, function, tail: list[int]) -> None:
-        args = self.args + tail
+    def run(
+        self,
+        function: Callable[[Any], int],
+        *,
+        y: Tensor | None = None,
+        h: Tensor | None = None,
+        gradients: Sequence[int] = (0,) * 18,
+        pairs: Tensor | None = None,
+    ) -> None:
+        args = [*self.args, _address(y), _address(h), *gradients, _address(self.slots), _address(pairs)]
         code = function((ctypes.c_int64 * len(args))(*args))
         if code == 1:
             ids = self.held[1]
-            raise IndexError(f"grouped_ffn: expert_ids must be at least -1 (no expert), got {int(ids.min())}")
+            raise IndexError(f"{self.op}: expert_ids must be at least -1 (no expert), got {int(ids.min())}")
         if code:
-            raise MemoryError("grouped_ffn: no memory for scratch space")
+            raise MemoryError(f"{self.op}: no memory for scratch space")

@@ -32,7 +32,7 @@ def forward(
         tensors = (rows, expert_ids, weights, w1, w_up, w2, b1, b2)
         y = thin.thin_forward(*tensors, act, transposed, interleaved, chip=chip, launch=launch)
         return y, rows.new_empty(0, _width(w1, w_up, transposed))
-    run = _Run(rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles)
+    run = Run(rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles)
     form = {"FORM": form_of(act), "INTERLEAVED": interleaved}
     order = run.schedule(run.tiles.up.rows)
     a, h = run.new(run.pairs, run.f), run.new(run.pairs if keep else 0, run.width)
@@ -48,7 +48,7 @@ def backward(
     grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, kind, params, gated, transposed, interleaved, needs,
     *, chip: Chip, launch: Launch = launch, tiles: Tiles | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    run = _Run(rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles)
+    run = Run(rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles)
     form = {"FORM": form_of(Activation.from_params(kind, gated, params)), "INTERLEAVED": interleaved}
     order = run.schedule(run.tiles.back.rows)
     grad = with_contiguous_rows(grad)
@@ -85,15 +85,38 @@ def backward(
     return out
 
 
+def combine(
+    y_rows: Tensor, row_of_pair: Tensor, offsets: Tensor, experts: int, weights: Tensor | None, y: Tensor,
+    *, top_k: int, launch: Launch,
+) -> None:  # fmt: skip
+    """y [R, D]: each row's sum over its pairs, of the rows of y_rows at their places, where those are live."""
+    block = columns_of(y)
+    launch(
+        combine_kernel, grid=(y.shape[0], -(-y.shape[1] // block)), warps=4 if block > 256 else 1, stages=1,
+        y_rows=y_rows, row_of_pair=row_of_pair, offsets=offsets, weights=or_other(weights, y_rows), y=y,
+        D=y.shape[1], E=experts, TOP_K=top_k, WEIGHTED=weights is not None, BD=block,
+    )  # fmt: skip
+
+
+def columns_of(y: Tensor) -> int:
+    """Columns of one program of a kernel that copies or adds rows."""
+    return min(1024, max(16, triton.next_power_of_2(y.shape[1])))
+
+
 def _width(w1: Tensor, w_up: Tensor | None, transposed: bool) -> int:
     return sum(w.shape[2 if transposed else 1] for w in (w1, w_up) if w is not None)
 
 
-class _Run:
-    """The tensors, sizes and tiles of one pass, and one method per kernel."""
+class Run:
+    """The tensors, sizes and tiles of one pass, and one method per kernel. `routed`: how many experts the routing has,
+    where those of the weights are some of them: the tiles are the ones for all."""
 
-    def __init__(self, rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles) -> None:
-        self.rows, self.ids, self.weights = with_contiguous_rows(rows), expert_ids, weights.contiguous()
+    def __init__(
+        self, rows, expert_ids, weights, w1, w_up, w2, transposed, interleaved, chip, launch, tiles,
+        routed: int | None = None,
+    ) -> None:  # fmt: skip
+        self.rows, self.ids = with_contiguous_rows(rows), expert_ids
+        self.weights = None if weights is None else weights.contiguous()
         self.ups, self.down = Matrix.pair(w1, w_up, transposed), Matrix.of(w2, transposed)
         self.experts, self.top_k, self.pairs = w2.shape[0], expert_ids.shape[1], expert_ids.numel()
         self.d = rows.shape[1]
@@ -102,8 +125,9 @@ class _Run:
         self.chip, self.launch = chip, launch
         quantized = self.down.format != "none"
         size = Size(
-            self.pairs, self.d, self.f, self.experts, rows.element_size(), self.width > self.f, interleaved, quantized
-        )
+            self.pairs, self.d, self.f, routed or self.experts, rows.element_size(), self.width > self.f, interleaved,
+            quantized,
+        )  # fmt: skip
         self.tiles = tiles or choose(size, chip)
         # where a map's tile begins must be aligned too, and the up projection behind the gate's columns is not always
         self.aligned = self.f * rows.element_size() % 16 == 0
@@ -150,12 +174,9 @@ class _Run:
         )  # fmt: skip
 
     def combine(self, order: Schedule, y_rows: Tensor, weights: Tensor | None, y: Tensor) -> None:
-        block = min(1024, max(16, triton.next_power_of_2(y.shape[1])))
-        self.launch(
-            combine_kernel, grid=(y.shape[0], -(-y.shape[1] // block)), warps=4 if block > 256 else 1, stages=1,
-            y_rows=y_rows, row_of_pair=order.row_of_pair, offsets=order.offsets, weights=or_other(weights, y_rows), y=y,
-            D=y.shape[1], E=self.experts, TOP_K=self.top_k, WEIGHTED=weights is not None, BD=block,
-        )  # fmt: skip
+        combine(
+            y_rows, order.row_of_pair, order.offsets, self.experts, weights, y, top_k=self.top_k, launch=self.launch
+        )
 
     def back(self, order, grad, h, dh, sa, parts, form, want_h, want_2, want_s) -> None:
         tile, w = self.tiles.back, self.down.backward()

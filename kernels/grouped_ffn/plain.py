@@ -18,7 +18,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _views(w1: Tensor, w_up: Tensor | None, w2: Tensor, transposed: bool) -> tuple[list[Tensor], Tensor]:
+def views(w1: Tensor, w_up: Tensor | None, w2: Tensor, transposed: bool) -> tuple[list[Tensor], Tensor]:
     """Projections as [E, in, out] views (the right side of rows @ w), whatever is stored."""
     ups = [w1] if w_up is None else [w1, w_up]
     return [w if transposed else w.transpose(1, 2) for w in ups], w2 if transposed else w2.transpose(1, 2)
@@ -36,20 +36,32 @@ def _join(parts: tuple[Tensor, ...], interleaved: bool) -> Tensor:
     return torch.stack(parts, 2).flatten(1) if interleaved else torch.cat(parts, 1)
 
 
-def _live(expert_ids: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+def live_pairs(expert_ids: Tensor, experts: int, op: str = "grouped_ffn") -> tuple[Tensor, list[int]]:
+    """The pairs in the plan's order, and where each expert's begin."""
     if expert_ids.numel() and int(expert_ids.min()) < -1:
-        raise IndexError(f"grouped_ffn: expert_ids must be at least -1 (no expert), got {int(expert_ids.min())}")
+        raise IndexError(f"{op}: expert_ids must be at least -1 (no expert), got {int(expert_ids.min())}")
     order = plan(expert_ids, experts)
     return order.pair_of_row.long(), order.offsets.tolist()
+
+
+def one_expert(x, e, ups, down, b1, b2, act, interleaved) -> tuple[Tensor, Tensor]:
+    """(pre-activation, output) of the rows x of the expert whose weights are the e-th."""
+    h = torch.cat([x @ u[e] for u in ups], 1) if len(ups) > 1 else x @ ups[0][e]
+    if b1 is not None:
+        h += b1[e]
+    out = act(*(s.to(_wide(x.dtype)) for s in _split(h, act, interleaved))).to(x.dtype) @ down[e]
+    if b2 is not None:
+        out += b2[e]
+    return h, out
 
 
 def forward(
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved, keep
 ) -> tuple[Tensor, Tensor]:
     act = Activation.from_params(kind, gated, params)
-    ups, down = _views(w1, w_up, w2, transposed)
+    ups, down = views(w1, w_up, w2, transposed)
     wide, k = _wide(rows.dtype), expert_ids.shape[1]
-    pair, offsets = _live(expert_ids, w2.shape[0])
+    pair, offsets = live_pairs(expert_ids, w2.shape[0])
     width = sum(u.shape[2] for u in ups)
     h_all = rows.new_empty(pair.numel() if keep else 0, width)
     y = torch.zeros(rows.shape[0], down.shape[2], dtype=wide, device=rows.device)
@@ -60,15 +72,9 @@ def forward(
             continue
         p = pair[lo:hi]
         t = p // k
-        x = rows[t]
-        h = torch.cat([x @ u[e] for u in ups], 1) if w_up is not None else x @ ups[0][e]
-        if b1 is not None:
-            h += b1[e]
+        h, out = one_expert(rows[t], e, ups, down, b1, b2, act, interleaved)
         if keep:
             h_all[lo:hi] = h
-        out = act(*(s.to(wide) for s in _split(h, act, interleaved))).to(rows.dtype) @ down[e]
-        if b2 is not None:
-            out += b2[e]
         y.index_add_(0, t, out.to(wide) * scale[p, None])
     return y.to(rows.dtype), h_all
 
@@ -77,9 +83,9 @@ def backward(
     grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h_all, kind, params, gated, transposed, interleaved, needs
 ) -> tuple[Tensor, ...]:
     act = Activation.from_params(kind, gated, params)
-    ups, down = _views(w1, w_up, w2, transposed)
+    ups, down = views(w1, w_up, w2, transposed)
     wide, k, dtype = _wide(rows.dtype), expert_ids.shape[1], rows.dtype
-    pair, offsets = _live(expert_ids, w2.shape[0])
+    pair, offsets = live_pairs(expert_ids, w2.shape[0])
     scale = weights.reshape(-1).to(wide)
     want_x, want_s, want_1, want_up, want_2, want_b1, want_b2 = needs
     dx = torch.zeros(rows.shape, dtype=wide, device=rows.device) if want_x else rows.new_empty(0)

@@ -42,6 +42,10 @@ struct Args {
   void* dw2;
   int64_t dw2_e, dw2_r, dw2_c;
   void *db1, *db2;
+  // expert_outputs: weights and biases of expert e lie in slot slots[e] (-1: not here; null: in slot e), and the output
+  // of each of its pairs, not weighted, goes to pairs [R*K, O] (null: weighted and summed to y)
+  const int32_t* slots;
+  float* pairs;
 };
 
 // Large fresh memory in huge pages: a page fault per 2 MiB, not per 4 KiB.
@@ -112,28 +116,38 @@ struct Problem {
   int count(int e) const { return order.offsets[e + 1] - order.offsets[e]; }
   int live() const { return order.offsets[a.E]; }
   const int32_t* pairs(int e) const { return order.pair_of_row.data() + order.offsets[e]; }
+  int slot(int e) const { return a.slots ? a.slots[e] : e; }
 
   // The stored row of gate f and of up f (one order for weights, biases, h and their gradients).
   int gate_row(int f) const { return gated && a.interleaved ? 2 * f : f; }
   int up_row(int f) const { return a.interleaved ? 2 * f + 1 : F + f; }
 
   const T* w1_row(int e, int f2) const {
-    if (pair_of_tensors && f2 >= F) return (const T*)a.wu + e * a.wu_e + (f2 - F) * a.wu_r;
-    return (const T*)a.w1 + e * a.w1_e + f2 * a.w1_r;
+    if (pair_of_tensors && f2 >= F) return (const T*)a.wu + slot(e) * a.wu_e + (f2 - F) * a.wu_r;
+    return (const T*)a.w1 + slot(e) * a.w1_e + f2 * a.w1_r;
   }
   int64_t w1_r(int f2) const { return pair_of_tensors && f2 >= F ? a.wu_r : a.w1_r; }
   int64_t w1_c(int f2) const { return pair_of_tensors && f2 >= F ? a.wu_c : a.w1_c; }
-  const T* w2_row(int e, int o) const { return (const T*)a.w2 + e * a.w2_e + o * a.w2_r; }
+  const T* w2_row(int e, int o) const { return (const T*)a.w2 + slot(e) * a.w2_e + o * a.w2_r; }
+  const T* b1(int e) const { return a.b1 ? (const T*)a.b1 + int64_t(slot(e)) * W : nullptr; }
+  const T* b2(int e) const { return a.b2 ? (const T*)a.b2 + int64_t(slot(e)) * O : nullptr; }
 
   float scale(int32_t pair) const { return a.weights[pair]; }
 
-  // An expert's rows in blocks of about `most`, evenly cut, each a multiple of LANES but the last. No cut leaves a
+  // x: outputs o .. of the m-th row of expert e
+  HG_INLINE void put(T* out, int e, int m, int o, vf x, int left) const {
+    const int32_t pair = pairs(e)[m];
+    if (a.pairs) store(a.pairs + int64_t(pair) * O + o, x, left);
+    else store(out + (int64_t(order.offsets[e]) + m) * O + o, x * scale(pair), left);
+  }
+
+  // The rows of an expert that is here, in blocks of about `most`, evenly cut, each a multiple of LANES but the last. No cut leaves a
   // block of one vector, which is summed in another order: results must not depend on the number of threads.
   std::vector<Block> blocks(int first, int last, int most) const {
     std::vector<Block> out;
     for (int e = first; e < last; ++e) {
       int m = count(e), pieces = (m + most - 1) / most;
-      if (!m) continue;
+      if (!m || slot(e) < 0) continue;
       int size = ((m + pieces - 1) / pieces + LANES - 1) / LANES * LANES;
       for (int m0 = 0, n; m0 < m; m0 += n) {
         n = m - m0 <= size + LANES ? m - m0 : size;

@@ -47,26 +47,28 @@ class _Widened:
         return one.T if self.turned else one
 
 
-def _weights(w1, w_up, w2, formats, blocks) -> tuple[Quantized, Quantized | None, Quantized]:
+def unpacked(w1, w_up, w2, formats, blocks) -> tuple[Quantized, Quantized | None, Quantized]:
+    """The weights out of the operator's lists."""
     first, last = (blocks[0], blocks[1]), (blocks[2], blocks[3])
     up = Quantized(w_up[0], w_up[1], formats[0], first) if w_up else None
     return Quantized(w1[0], w1[1], formats[0], first), up, Quantized(w2[0], w2[1], formats[1], last)
 
 
-def _widened(dtype: torch.dtype, weights: tuple[Quantized | None, ...]) -> list[Any]:
+def widened(dtype: torch.dtype, weights: tuple[Quantized | None, ...]) -> list[Any]:
+    """For plain.py, in place of tensors."""
     return [None if w is None else _Widened(w, dtype) for w in weights]
 
 
 def _forward(
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
 ) -> tuple[Tensor, Tensor]:
-    packed = _weights(w1, w_up, w2, formats, blocks)
+    packed = unpacked(w1, w_up, w2, formats, blocks)
     lib = None if keep else quantized_on_cpu.serves(rows, expert_ids.numel(), packed)
     if lib is not None:
         form = (kind, params, gated, interleaved)
         y = quantized_on_cpu.forward(lib, rows, expert_ids, weights, packed, b1, b2, form)
         return y, rows.new_empty(0, packed[2].shape[2] * (2 if gated else 1))
-    first, second, last = _widened(rows.dtype, packed)
+    first, second, last = widened(rows.dtype, packed)
     return plain.forward(
         rows, expert_ids, weights, first, second, last, b1, b2, kind, params, gated, False, interleaved, keep
     )
@@ -75,7 +77,7 @@ def _forward(
 def _backward(
     grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, formats, blocks, kind, params, gated, interleaved, needs
 ) -> tuple[Tensor, ...]:
-    first, second, last = _widened(rows.dtype, _weights(w1, w_up, w2, formats, blocks))
+    first, second, last = widened(rows.dtype, unpacked(w1, w_up, w2, formats, blocks))
     out = plain.backward(
         grad, rows, expert_ids, weights, first, second, last, b1, b2, h, kind, params, gated, False, interleaved,
         [needs[0], needs[1], False, False, False, needs[2], needs[3]],
@@ -83,7 +85,7 @@ def _backward(
     return out[0], out[1], out[5], out[6]
 
 
-def _on_triton(rows: Tensor, weights: tuple[Quantized | None, ...]) -> bool:
+def triton_serves(rows: Tensor, weights: tuple[Quantized | None, ...], op: str = "grouped_ffn") -> bool:
     """Whether the Triton form serves; says once why not."""
     there = [w for w in weights if w is not None]
     why = chip.why_no_grouped_gemm(rows, there[0].shape[0])
@@ -92,15 +94,15 @@ def _on_triton(rows: Tensor, weights: tuple[Quantized | None, ...]) -> bool:
         if across & (across - 1) and across < w.shape[2]:
             why = why or f"a scale's columns must be a power of 2, or all of them, for the Triton form, got {across}"
     if why is not None:
-        chip.say_once("grouped_ffn", why, "a loop that widens one expert after another, and waits for the device")
+        chip.say_once(op, why, "a loop that widens one expert after another, and waits for the device")
     return why is None
 
 
 def _forward_on_cuda(
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
 ) -> tuple[Tensor, Tensor]:
-    packed = _weights(w1, w_up, w2, formats, blocks)
-    if not _on_triton(rows, packed):
+    packed = unpacked(w1, w_up, w2, formats, blocks)
+    if not triton_serves(rows, packed):
         rest = (formats, blocks, kind, params, gated, interleaved, keep)
         return _forward(rows, expert_ids, weights, w1, w_up, w2, b1, b2, *rest)
     from . import on_triton
@@ -112,8 +114,8 @@ def _forward_on_cuda(
 def _backward_on_cuda(
     grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, formats, blocks, kind, params, gated, interleaved, needs
 ) -> tuple[Tensor, ...]:
-    packed = _weights(w1, w_up, w2, formats, blocks)
-    if not _on_triton(rows, packed):
+    packed = unpacked(w1, w_up, w2, formats, blocks)
+    if not triton_serves(rows, packed):
         rest = (formats, blocks, kind, params, gated, interleaved, needs)
         return _backward(grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, *rest)
     from . import on_triton
@@ -175,18 +177,18 @@ torch.library.register_autograd("headgate::grouped_ffn_quantized", _gradients, s
 torch.library.register_autograd("headgate::grouped_ffn_quantized_backward", _second_backward)
 
 
-def check(w_gate_up: object, w_up: object, w_down: object, transposed: bool) -> None:
+def check(w_gate_up: object, w_up: object, w_down: object, transposed: bool, op: str) -> None:
     """Raises where some of an experts' weights are Quantized and the rest do not go with them."""
     weights = [w for w in (w_gate_up, w_up, w_down) if w is not None]
     if not all(isinstance(w, Quantized) for w in weights):
         got = ", ".join(type(w).__name__ for w in weights)
-        raise TypeError(f"grouped_ffn: weights must be all Quantized or all tensors, got {got}")
+        raise TypeError(f"{op}: weights must be all Quantized or all tensors, got {got}")
     if transposed:
-        raise ValueError("grouped_ffn: transposed must be False for Quantized weights, which are [E, out, in]")
+        raise ValueError(f"{op}: transposed must be False for Quantized weights, which are [E, out, in]")
     if isinstance(w_up, Quantized) and isinstance(w_gate_up, Quantized):
         one, two = ((w.format, w.block, w.scale.dtype) for w in (w_gate_up, w_up))
         if one != two:
-            raise ValueError(f"grouped_ffn: w_up must have w_gate's format, block and scales, got {two} and {one}")
+            raise ValueError(f"{op}: w_up must have w_gate's format, block and scales, got {two} and {one}")
 
 
 def call(tensors: list[Any], act: Activation, interleaved: bool) -> Tensor:

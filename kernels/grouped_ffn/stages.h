@@ -99,7 +99,7 @@ void up_product(const Problem<T>& p, int e, int m0, int n, int f0, int f1, const
   constexpr int PACK = Form<T>::M::PACK;
   const int P = words<T>(p.D), PA = words<T>(p.F), M = p.count(e);
   const UpTile<T> up(p);
-  const T* b1 = p.a.b1 ? (const T*)p.a.b1 + int64_t(e) * p.W : nullptr;
+  const T* b1 = p.b1(e);
   for (int f = f0; f < f1; f += TILES * up.per) {
     const int here = std::min(TILES * up.per, f1 - f), tiles_here = (here + up.per - 1) / up.per;
     Tile tile[TILES];
@@ -140,12 +140,11 @@ void up_product(const Problem<T>& p, int e, int m0, int n, int f0, int f1, const
   }
 }
 
-// out[row m][o] = scale(m) * (A W2^T + b2) for outputs o0 .. o1, rows m0 .. m0+n of expert e; out is [live rows, O].
+// A W2^T + b2 for outputs o0 .. o1, rows m0 .. m0+n of expert e, to where Problem::put has it; out is [live rows, O].
 template <class T>
 void down_product(const Problem<T>& p, int e, int m0, int n, int o0, int o1, const float* ap, T* out, float* pack) {
   const int P = words<T>(p.F);
-  const int32_t* pair = p.pairs(e) + m0;
-  const T* b2 = p.a.b2 ? (const T*)p.a.b2 + int64_t(e) * p.O : nullptr;
+  const T* b2 = p.b2(e);
   Turn turn;
   for (int o = o0; o < o1; o += CHUNK) {
     const int here = std::min(CHUNK, o1 - o);
@@ -157,8 +156,7 @@ void down_product(const Problem<T>& p, int e, int m0, int n, int o0, int o1, con
           turn.take(nv, n - lane0, here, [&](int lane, int r, vf x) {
             const int left = here - r;
             if (b2) x = x + load(b2 + o + r, left);
-            const int m = lane0 + lane;
-            store(out + (int64_t(p.order.offsets[e]) + m0 + m) * p.O + o + r, x * p.scale(pair[m]), left);
+            p.put(out, e, m0 + lane0 + lane, o + r, x, left);
           });
         });
   }

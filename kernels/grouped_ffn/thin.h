@@ -172,7 +172,7 @@ void thin_up(const Problem<T>& p, int e, int f0, int f1, Inputs<T> x, typename T
   float gates[2 * CUT * THIN<T>], *ups = gates + n * M, both[2 * CUT];
   thin_product(p.w1_row(e, at), p.w1_r(at), p.w1_c(at), paired ? 2 * n : n, p.D, x, M, gates);
   if (p.gated && !paired) thin_product(p.w1_row(e, ut), p.w1_r(ut), p.w1_c(ut), n, p.D, x, M, ups);
-  const T* b1 = p.a.b1 ? (const T*)p.a.b1 + int64_t(e) * p.W : nullptr;
+  const T* b1 = p.b1(e);
   for (int m = 0; m < M; ++m) {
     float *gate = gates + m * n, *up = p.gated ? ups + m * n : gate;
     if (paired) {  // apart, so that what follows need not know
@@ -192,21 +192,19 @@ void thin_up(const Problem<T>& p, int e, int f0, int f1, Inputs<T> x, typename T
   }
 }
 
-// rows of out: scale * (A W2^T + b2), outputs o0 .. o1
+// A W2^T + b2, outputs o0 .. o1, to where Problem::put has it
 template <class T>
 void thin_down(const Problem<T>& p, int e, int o0, int o1, Inputs<T> a, T* out) {
   const int M = p.count(e), n = o1 - o0;
   float buffer[CUT * THIN<T>];
   thin_product(p.w2_row(e, o0), p.a.w2_r, p.a.w2_c, n, p.F, a, M, buffer);
-  const T* b2 = p.a.b2 ? (const T*)p.a.b2 + int64_t(e) * p.O + o0 : nullptr;
-  for (int m = 0; m < M; ++m) {
-    const float s = p.scale(p.pairs(e)[m]);
-    T* to = out + (int64_t(p.order.offsets[e]) + m) * p.O + o0;
+  const T* b2 = p.b2(e);
+  for (int m = 0; m < M; ++m)
     for (int o = 0; o < n; o += LANES) {
       vf x = load(buffer + m * n + o, n - o);
-      store(to + o, s * (b2 ? x + load(b2 + o, n - o) : x), n - o);
+      if (b2) x = x + load(b2 + o0 + o, n - o);
+      p.put(out, e, m, o0 + o, x, n - o);
     }
-  }
 }
 
 }  // namespace hg
