@@ -144,8 +144,8 @@ def quantize(
     scale_dtype: torch.dtype = torch.float32,
 ) -> Quantized:
     """Weights w [E, O, I] to the nearest numbers of `format`. `block` is by default (128, 128) for "fp8", (1, 128)
-    for "int8" and "int4", and (1, 32) for "mxfp4". Scales take the largest magnitude of each block to the format's largest
-    ("mxfp4": to its largest power of two, as the OCP standard has it)."""
+    for "int8" and "int4", and (1, 32) for "mxfp4". Scales take the largest magnitude of each block to the format's
+    largest ("mxfp4": to its largest power of two, as the OCP standard has it)."""
     if format not in FORMATS:
         raise ValueError(f"quantize: format must be one of {', '.join(FORMATS)}, got {format!r}")
     if w.dim() != 3 or not w.dtype.is_floating_point:

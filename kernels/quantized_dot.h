@@ -80,36 +80,36 @@ __attribute__((noinline)) void dot_units(const uint8_t* w, int64_t r, const floa
     for (int m = 0; m < M; ++m) out[m * stride + i] = sum(sums[i][m]);
 }
 
-template <class T, Format FORMAT, int M, int R>
+template <bool INTEGERS, Format FORMAT, int M, int R>
 void dot_together(const FewBits& w, int64_t slot, int o, int columns, const float* const* x, float* out, int stride,
                   float* buffer) {
   const float* scale[R];
   for (int i = 0; i < R; ++i) scale[i] = scales_of(w, slot, o + i, columns, buffer + i * (padded(columns) / UNIT));
 #ifdef __AVX2__
-  if constexpr (FIXED<T>)
+  if constexpr (INTEGERS)
     return dot_fixed<FORMAT, M, R>(w.row(slot, o), w.r, scale, w.shift(), columns, w.bytes(columns), x, out, stride);
 #endif
   dot_units<FORMAT, M, R>(w.row(slot, o), w.r, scale, w.shift(), columns, w.bytes(columns), x, out, stride);
 }
 
-template <class T, Format FORMAT, int M>
+template <bool INTEGERS, Format FORMAT, int M>
 void dot_few(const FewBits& w, int64_t slot, int o, int rows, int columns, const float* const* x, float* out,
              int stride, float* buffer) {
   constexpr int R = M <= 2 ? 2 : 1;  // two rows share what is read of the inputs, where registers allow
   int i = 0;
-  for (; i + R <= rows; i += R) dot_together<T, FORMAT, M, R>(w, slot, o + i, columns, x, out + i, stride, buffer);
-  for (; i < rows; ++i) dot_together<T, FORMAT, M, 1>(w, slot, o + i, columns, x, out + i, stride, buffer);
+  for (; i + R <= rows; i += R) dot_together<INTEGERS, FORMAT, M, R>(w, slot, o + i, columns, x, out + i, stride, buffer);
+  for (; i < rows; ++i) dot_together<INTEGERS, FORMAT, M, 1>(w, slot, o + i, columns, x, out + i, stride, buffer);
 }
 
 constexpr int TOGETHER = 8;  // inputs that a row of weights meets while its sums are in registers
 
 // out[m * rows + i] = <row o + i of an expert, x[m]>, i < rows; `buffer` holds the scales of two rows.
-template <class T, Format FORMAT>
+template <bool INTEGERS, Format FORMAT>
 void dot_inputs(const FewBits& w, int64_t slot, int o, int rows, int columns, const float* const* x, int M, float* out,
                 float* buffer) {
   using Dot = void (*)(const FewBits&, int64_t, int, int, int, const float* const*, float*, int, float*);
-  static constexpr Dot dot[] = {dot_few<T, FORMAT, 1>, dot_few<T, FORMAT, 2>, dot_few<T, FORMAT, 3>, dot_few<T, FORMAT, 4>,
-                                dot_few<T, FORMAT, 5>, dot_few<T, FORMAT, 6>, dot_few<T, FORMAT, 7>, dot_few<T, FORMAT, 8>};
+  static constexpr Dot dot[] = {dot_few<INTEGERS, FORMAT, 1>, dot_few<INTEGERS, FORMAT, 2>, dot_few<INTEGERS, FORMAT, 3>, dot_few<INTEGERS, FORMAT, 4>,
+                                dot_few<INTEGERS, FORMAT, 5>, dot_few<INTEGERS, FORMAT, 6>, dot_few<INTEGERS, FORMAT, 7>, dot_few<INTEGERS, FORMAT, 8>};
   if (M <= TOGETHER) return dot[M - 1](w, slot, o, rows, columns, x, out, rows, buffer);
   // several passes, over cuts of the weights small enough for all but the first to read them from the cache
   const int cut = std::max(8, int(16384 / std::max<int64_t>(1, w.bytes(columns))) & ~7);
@@ -125,9 +125,9 @@ template <class T>
 void few_bits_product(const FewBits& w, int64_t slot, int o, int rows, int columns, const float* const* x, int M,
                       float* out, float* buffer) {
   switch (w.format) {
-    case INT8: return dot_inputs<T, INT8>(w, slot, o, rows, columns, x, M, out, buffer);
-    case INT4: return dot_inputs<T, INT4>(w, slot, o, rows, columns, x, M, out, buffer);
-    default: return dot_inputs<T, MXFP4>(w, slot, o, rows, columns, x, M, out, buffer);
+    case INT8: return dot_inputs<FIXED<T>, INT8>(w, slot, o, rows, columns, x, M, out, buffer);
+    case INT4: return dot_inputs<FIXED<T>, INT4>(w, slot, o, rows, columns, x, M, out, buffer);
+    default: return dot_inputs<FIXED<T>, MXFP4>(w, slot, o, rows, columns, x, M, out, buffer);
   }
 }
 

@@ -1,7 +1,7 @@
 """grouped_ffn on frozen weights in few bits (see ../quantized.py): gradients reach rows, router weights and biases.
 
 On CUDA devices the Triton form reads the weights as they are stored and widens them in registers, forward and backward;
-elsewhere one expert at a time is widened to the rows' type.
+so does the C++ form on CPU, forward (quantized_on_cpu.py). Elsewhere one expert at a time is widened to the rows' type.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _forward(
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
 ) -> tuple[Tensor, Tensor]:
     packed = unpacked(w1, w_up, w2, formats, blocks)
-    lib = None if keep else quantized_on_cpu.serves(rows, expert_ids.numel(), packed)
+    lib = None if keep else quantized_on_cpu.serves(rows.dtype, expert_ids.numel(), packed[2].shape[0], packed)
     if lib is not None:
         form = (kind, params, gated, interleaved)
         y = quantized_on_cpu.forward(lib, rows, expert_ids, weights, packed, b1, b2, form)

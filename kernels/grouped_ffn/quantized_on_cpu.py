@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..quantized import PER_BYTE, Quantized
+from ..quantized import Quantized
 from .on_cpu import Call
 
 _FORMATS = {"int8": 0, "int4": 1, "mxfp4": 2}
@@ -22,28 +22,35 @@ _SCALES = {**native.DTYPES, torch.uint8: 3}
 _NO_MATRIX = (0,) * 9
 
 
-def serves(rows: Tensor, pairs: int, weights: tuple[Quantized | None, ...]) -> ctypes.CDLL | None:
-    """The library, if it is the form to multiply rows with these weights."""
-    there = [w for w in weights if w is not None]
-    if rows.device.type != "cpu" or any(w.format not in _FORMATS for w in there):
+Packed = tuple[Quantized, Quantized | None, Quantized]
+Form = tuple[str, list[float], bool, bool]  # activation, params, gated, interleaved
+
+
+def serves(dtype: torch.dtype, pairs: int, experts: int, packed: Packed) -> ctypes.CDLL | None:
+    """The library, if it is the form to multiply rows of `dtype` with these weights; sizes are the whole batch's."""
+    there = [w for w in packed if w is not None]
+    if any(w.format not in _FORMATS or w.device.type != "cpu" for w in there):
         return None
-    return native.serves(rows.dtype, pairs, there[0].shape[0])
+    return native.serves(dtype, pairs, experts)
 
 
 def forward(
-    lib: ctypes.CDLL,
-    rows: Tensor,
-    expert_ids: Tensor,
-    weights: Tensor,
-    packed: tuple[Quantized, Quantized | None, Quantized],
-    b1: Tensor | None,
-    b2: Tensor | None,
-    form: tuple[str, list[float], bool, bool],
-) -> Tensor:
-    """y [R, O] in the type of rows; `form` is (activation, params, gated, interleaved), `lib` what `serves` gave."""
+    lib: ctypes.CDLL, rows: Tensor, expert_ids: Tensor, weights: Tensor, packed: Packed,
+    b1: Tensor | None, b2: Tensor | None, form: Form,
+) -> Tensor:  # fmt: skip
+    """grouped_ffn's y [R, O], in the type of rows; `lib` is what `serves` gave."""
     y = rows.new_empty(rows.shape[0], packed[2].shape[1])
     _run(lib, _call(rows, expert_ids, weights, packed, b1, b2, form), packed, y=y)
     return y
+
+
+def outputs(
+    lib: ctypes.CDLL, rows: Tensor, expert_ids: Tensor, packed: Packed, b1: Tensor | None, b2: Tensor | None,
+    slots: Tensor, out: Tensor, form: Form,
+) -> None:  # fmt: skip
+    """What expert_outputs writes to `out` [R*K, O]."""
+    call = _call(rows, expert_ids, None, packed, b1, b2, form, slots=slots, op="expert_outputs")
+    _run(lib, call, packed, pairs=out)
 
 
 def _call(rows, expert_ids, weights, packed, b1, b2, form, **more) -> Call:
@@ -53,20 +60,19 @@ def _call(rows, expert_ids, weights, packed, b1, b2, form, **more) -> Call:
     return Call(rows, expert_ids, weights, *shapes, b1, b2, kind, params, gated, False, interleaved, **more)
 
 
-def _run(lib: ctypes.CDLL, call: Call, packed: tuple[Quantized | None, ...], **out: Tensor) -> None:
-    matrices, held = [], []
-    for w in packed:
-        numbers, tensors = _matrix(w)
-        matrices += numbers
-        held.append(tensors)
-    array = (ctypes.c_int64 * len(matrices))(*matrices)
-    call.run(lambda args: lib.hg_grouped_ffn_quantized(args, array), **out)
+def _run(lib: ctypes.CDLL, call: Call, packed: Packed, **out: Tensor) -> None:
+    stored = [None if w is None else _stored(w) for w in packed]  # held until the call is over
+    numbers = [n for w in stored for n in (_NO_MATRIX if w is None else _matrix(w))]
+    matrices = (ctypes.c_int64 * len(numbers))(*numbers)
+    call.run(lambda args: lib.hg_grouped_ffn_quantized(args, matrices), **out)
 
 
-def _matrix(w: Quantized | None) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-    """FewBits of quantized.h, and the tensors that it points into."""
-    if w is None:
-        return _NO_MATRIX, ()
-    data, scale = (t if t.stride(2) == 1 else t.contiguous() for t in (w.data, w.scale))
-    places = (data.data_ptr(), *data.stride()[:2], scale.data_ptr(), *scale.stride()[:2])
-    return (*places, _FORMATS[w.format], w.block[1], _SCALES[scale.dtype]), (data, scale)
+def _stored(w: Quantized) -> Quantized:
+    """With rows whose bytes, and whose scales, lie side by side."""
+    return w if w.data.stride(2) == 1 and w.scale.stride(2) == 1 else w.copy()
+
+
+def _matrix(w: Quantized) -> tuple[int, ...]:
+    """As FewBits in quantized.h."""
+    places = (w.data.data_ptr(), *w.data.stride()[:2], w.scale.data_ptr(), *w.scale.stride()[:2])
+    return (*places, _FORMATS[w.format], w.block[1], _SCALES[w.scale.dtype])

@@ -15,7 +15,7 @@ from ..activation import Activation
 from ..activation_triton import form_of
 from ..chip import Chip
 from ..launch import Launch, launch, with_contiguous_rows
-from ..quantized import Quantized
+from ..quantized import PER_BYTE, Quantized
 from .thin_tiles import MAX_ROWS, ThinSize, ThinTile, choose_thin, power_of_2
 from .triton_thin import thin_down_kernel, thin_up_kernel
 
