@@ -21,6 +21,8 @@ _WHERE = {
     "set_degree": "moe.parallel",
     "place_experts": "moe.placed",
     "migrate": "moe.placed",
+    "offload": "moe.offload.offload",
+    "ModelPool": "moe.offload.models",
     "save_checkpoint": "moe.checkpoint",
     "load_checkpoint": "moe.checkpoint",
     "Routing": "kernels.routing",

@@ -12,6 +12,7 @@ from ..dispatch.protocol import Dispatcher
 from ..kernels.activation import Activation, as_activation
 from ..kernels.grouped_ffn import grouped_ffn
 from ..kernels.routing import Routing
+from .elsewhere import elsewhere_of
 from .shards import Cut, Shards, cut_experts, shards_of, weight_of
 
 WEIGHTS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
@@ -95,6 +96,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         rows, local, ticket = self.dispatcher.dispatch(x, routing)
+        elsewhere = elsewhere_of(self)
+        if elsewhere is not None:  # headgate.offload
+            return self.dispatcher.combine(elsewhere(rows, local), ticket)
         w_gate_up, w_down, b_gate_up, b_down = (weight_of(self, name) for name in WEIGHTS)
         assert w_gate_up is not None
         assert w_down is not None

@@ -18,6 +18,7 @@ from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.plan import Plan, plan
 from ...kernels.routing import Routing
+from ..elsewhere import elsewhere_of
 from ..shards import Cut, shards_of, weight_of
 from .counting import mark
 from .gate import activation_of
@@ -52,6 +53,10 @@ def experts_forward(
     dispatcher, num_experts = (shards, shards.num_experts) if shards else (Local(), m.down_proj.shape[0])
     rows = as_rows(hidden_states, getattr(m, first))
     rows, routing, ticket = dispatcher.dispatch(rows, Routing.from_topk(ids, weights, num_experts))
+    elsewhere = elsewhere_of(module)
+    if elsewhere is not None:  # headgate.offload
+        y = dispatcher.combine(elsewhere(rows, routing), ticket)
+        return y.reshape(hidden_states.shape).to(hidden_states.dtype)
     w1, w2 = weight_of(m, first), weight_of(m, "down_proj")  # after dispatch, which may choose another degree
     b1, b2 = (weight_of(m, f"{first}_bias"), weight_of(m, "down_proj_bias")) if biased else (None, None)
     assert w1 is not None

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..elsewhere import elsewhere_of
 from ..shards import shards_of
 from .counting import counter, forget
 from .gate import forget_gate
@@ -103,6 +104,10 @@ def restore(model: nn.Module) -> list[str]:
                 f"restore: the forward of {name or 'the model'} must be the one that headgate.replace put there, got "
                 f"{vars(module).get('forward')!r}; undo that first"
             )
+        if elsewhere_of(module) is not None:
+            raise ValueError(
+                f"restore: the experts of {name or 'the model'} must be in place, got them offloaded; close the Offload first"
+            )
         if shards_of(module) is not None:
             raise ValueError(
                 f"restore: {name or 'the model'} must hold all its experts, got one parallelized over ranks; "
@@ -116,6 +121,12 @@ def restore(model: nn.Module) -> list[str]:
 
 def is_swapped(model: nn.Module) -> bool:
     return any(_SWAP in vars(module) for module in model.modules())
+
+
+def adapter_in(module: nn.Module) -> Adapter | None:
+    """The adapter by which a swapped experts module runs; None for any other module."""
+    swap = vars(module).get(_SWAP)
+    return None if swap is None or swap.helper else adapter_of(module)
 
 
 def swapped_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:

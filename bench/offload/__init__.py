@@ -1,0 +1,1 @@
+"""`headgate bench offload`: caches, predictors and prefetch on a trace; generation with experts on disk."""

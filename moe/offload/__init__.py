@@ -1,0 +1,24 @@
+"""Experts larger than the device: they stand in a lower tier, and those in use in a fixed number of slots."""
+
+from .arena import Arena, plan_slots
+from .engine import Engine, Group
+from .file import FileStore
+from .host import HostStore, Store
+from .host_cache import HostCache
+from .kinds import Kind, Layer
+from .stats import Access, Stats
+
+__all__ = [
+    "Access",
+    "Arena",
+    "Engine",
+    "FileStore",
+    "Group",
+    "HostCache",
+    "HostStore",
+    "Kind",
+    "Layer",
+    "Stats",
+    "Store",
+    "plan_slots",
+]

@@ -1,0 +1,164 @@
+"""Which experts the next layer will need, said while this one still computes; and which of them to fetch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ...placement.predict import Predictor
+
+Guess = tuple[int, NDArray[np.float32]]  # a layer to come, and the chance [E] that each of its experts is needed
+_RANKS = 2  # places of a token's ranking that are followed, times K
+_FADE = 0.98  # of what was counted, with each guess
+
+
+class Foresight(Protocol):
+    def start(self) -> None:
+        """Another text begins."""
+
+    def came(self, layer: int, experts: NDArray[np.int32]) -> None:
+        """What `layer` needs, now that its router has chosen."""
+
+    def guess(self, layer: int, rows: Tensor, expert_ids: NDArray[np.int32]) -> Guess | None:
+        """At `layer`, whose rows [R, D] go to expert_ids [R, K] (-1: none); None: nothing can be said."""
+
+
+def ranks(scores: Tensor, most: int) -> NDArray[np.int64]:
+    """Of scores [R, E], each expert's best place [E] among the `most` highest of any row, 0 the first; `most` where it
+    is among none."""
+    most = min(most, scores.shape[1])
+    order = scores.topk(most, dim=1).indices.cpu().numpy()
+    rank = np.full(scores.shape[1], most)
+    for place in range(most - 1, -1, -1):
+        rank[order[:, place]] = place
+    return rank
+
+
+@dataclass(frozen=True)
+class Router:
+    """What a router multiplies rows with: weight [E, D]; `bias` [E] on the logits; `correction` [E] on their sigmoids
+    (DeepSeek-V3), which decides the choice."""
+
+    weight: Tensor
+    bias: Tensor | None
+    correction: Tensor | None
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """[R, E], larger for what the router would rather choose."""
+        logits = rows.to(self.weight.dtype) @ self.weight.T
+        if self.bias is not None:
+            logits = logits + self.bias
+        return logits.float() if self.correction is None else logits.float().sigmoid() + self.correction
+
+
+def router_of(model: nn.Module, experts_name: str, num_experts: int) -> Router | None:
+    """The router beside an experts module, in its block or the block around that: the one module with a matrix [E, D]
+    of its own outside the experts. None where there is not exactly one."""
+    path = experts_name.split(".")
+    for up in range(1, min(3, len(path) + 1)):
+        block = model.get_submodule(".".join(path[:-up]))
+        experts = model.get_submodule(experts_name)
+        inside = set(experts.modules())
+        found = [m for m in block.modules() if m not in inside and _matrix(m, num_experts) is not None]
+        if len(found) == 1:
+            weight = _matrix(found[0], num_experts)
+            assert weight is not None
+            return Router(weight, *_vectors(block, found[0], inside, num_experts))
+        if found:
+            return None
+    return None
+
+
+def _matrix(module: nn.Module, num_experts: int) -> Tensor | None:
+    own = [p for _, p in module.named_parameters(recurse=False) if p.dim() == 2 and p.shape[0] == num_experts]
+    return own[0].detach() if len(own) == 1 else None
+
+
+def _vectors(block: nn.Module, router: nn.Module, inside: set[nn.Module], num_experts: int) -> tuple[Any, Any]:
+    """(bias, correction) [E]: the correction may stand in the router or beside it."""
+    bias = correction = None
+    for module in block.modules():
+        if module in inside:
+            continue
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, value in own:
+            if value.dim() != 1 or len(value) != num_experts:
+                continue
+            if "correction" in name:
+                correction = value.detach().float()
+            elif name == "bias" and module is router:
+                bias = value.detach()
+    return bias, correction
+
+
+class Gate:
+    """The next layer's router applied to this layer's rows (Eliseev and Mazur, 2023; Fate, 2025): a residual stream
+    changes little from one layer to the next. How likely a place in that ranking is right is counted as it goes, by
+    layer and place, for one token and for several apart. Says nothing about the layer that follows the last."""
+
+    def __init__(self, routers: Sequence[Router | None]) -> None:
+        self._routers = routers
+        self._right: dict[tuple[int, bool], NDArray[np.float64]] = {}  # (layer, one token) -> by place, right and told
+        self._told: dict[tuple[int, int], tuple[bool, NDArray[np.int64]]] = {}  # (thread, layer) -> the last ranking
+
+    def start(self) -> None:
+        pass
+
+    def came(self, layer: int, experts: NDArray[np.int32]) -> None:
+        one, rank = self._told.pop((threading.get_ident(), layer), (False, None))
+        if rank is None:
+            return
+        count = self._right[layer, one]
+        places = count.shape[1]
+        foreseen = rank < places
+        told = np.bincount(rank[foreseen], minlength=places)
+        right = np.bincount(rank[experts[foreseen[experts]]], minlength=places)
+        count *= _FADE
+        count += right / np.maximum(told, 1), told > 0
+
+    def guess(self, layer: int, rows: Tensor, expert_ids: NDArray[np.int32]) -> Guess | None:
+        to = layer + 1
+        if to == len(self._routers) or not len(rows) or self._routers[to] is None:
+            return None
+        with torch.no_grad():
+            scores = self._routers[to].scores(rows)
+        most = min(_RANKS * expert_ids.shape[1], scores.shape[1])
+        key = to, len(rows) == 1
+        count = self._right.get(key)
+        if count is None or count.shape[1] != most:
+            count = self._right[key] = np.array([np.ones(most), np.full(most, 2.0)])
+        rank = ranks(scores, most)
+        self._told[threading.get_ident(), to] = len(rows) == 1, rank
+        return to, np.append(count[0] / count[1], 0.0)[rank].astype(np.float32)
+
+
+class Path:
+    """A predictor by expert ids alone (placement/predict.py); each thread's text is followed by a twin of its own. After
+    the last layer it foresees the first of the next token."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self._twins: dict[int, Predictor] = {}
+
+    def start(self) -> None:
+        self._twin().start()
+
+    def came(self, layer: int, experts: NDArray[np.int32]) -> None:
+        pass
+
+    def guess(self, layer: int, rows: Tensor, expert_ids: NDArray[np.int32]) -> Guess | None:
+        if not len(expert_ids):
+            return None
+        twin, to = self._twin(), (layer + 1) % self._predictor.shape[0]
+        twin.observe(layer, expert_ids)
+        return to, twin.scores(to)
+
+    def _twin(self) -> Predictor:
+        return self._twins.setdefault(threading.get_ident(), self._predictor.twin())

@@ -1,0 +1,172 @@
+"""Slots: a fixed piece of the device's memory in which cached experts stand, and how many of them a budget pays for."""
+
+from __future__ import annotations
+
+import heapq
+import mmap
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.quantized import Quantized
+from ...placement.cache import Pools, pools
+from .kinds import Kind, Layer
+
+SCOPES = ("layer", "shared")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_ALIGN = 64  # bytes: where the slots of a part begin, beside multiples of its own size
+
+
+def parse_budget(budget: str | int | float, whole: int) -> int:
+    """Bytes: a number of them, text such as "8GiB" or "500 MB", a share of `whole` such as "25%" or 0.25.
+
+    Raises TypeError or ValueError for anything else.
+    """
+    if isinstance(budget, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(%)|([KMGT]I?)?B?)\s*", budget, re.IGNORECASE)
+        if not found:
+            raise ValueError(f'offload: budget must be such as "8GiB", "25%", bytes or a share, got {budget!r}')
+        number, percent, unit = float(found[1]), found[2], (found[3] or "").upper()
+        size = number / 100 * whole if percent else number * _UNITS[unit]
+    elif isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f'offload: budget must be such as "8GiB", "25%", bytes or a share, got {budget!r}')
+    else:
+        size = budget if isinstance(budget, int) else budget * whole
+        if isinstance(budget, float) and not 0 < budget <= 1:
+            raise ValueError(f"offload: budget as a share must be above 0 and at most 1, got {budget!r}")
+    if size < 1:
+        raise ValueError(f"offload: budget must be at least 1 byte, got {budget!r}")
+    return int(size)
+
+
+class Layout(NamedTuple):
+    """Slots for experts of each of the `kinds`, [kinds] of them, kind by kind, and the pools that they make."""
+
+    kinds: list[Kind]
+    slots: list[int]
+    places: Pools
+
+
+def plan_slots(layers: Sequence[Layer], budget: str | int | float, top_k: int, scope: str) -> Layout:
+    """The slots that a budget pays for.
+
+    `scope` "layer": each layer has slots of its own, as large a share of its experts as the others; "shared": all
+    layers share them. Experts of different kinds never share slots. Raises ValueError naming the least that is needed:
+    slots for `top_k` experts, in each layer or for all of them.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"offload: scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    if top_k < 1:
+        raise ValueError(f"offload: top_k must be at least 1, got {top_k}")
+    size = parse_budget(budget, sum(layer.nbytes for layer in layers))
+    kinds = list(dict.fromkeys(kind for layer in layers for _, kind in layer.groups))
+    of = np.zeros((len(layers), max(layer.experts for layer in layers)), np.int32)
+    found: dict[tuple[int, int], int] = {}  # (kind, layer or 0) -> experts in this pool
+    for l, layer in enumerate(layers):
+        for experts, kind in layer.groups:
+            key = kinds.index(kind), l if scope == "layer" else 0
+            found[key] = found.get(key, 0) + len(experts)
+    order = {key: p for p, key in enumerate(sorted(found))}
+    for l, layer in enumerate(layers):
+        for experts, kind in layer.groups:
+            of[l, list(experts)] = order[kinds.index(kind), l if scope == "layer" else 0]
+    experts_of, kind_of = [found[key] for key in order], [k for k, _ in order]
+    slots = _share_out(kinds, kind_of, experts_of, size, top_k, scope)
+    return Layout(kinds, _by_kind(len(kinds), kind_of, slots), pools(of, np.array(slots)))
+
+
+def _share_out(
+    kinds: list[Kind], kind_of: list[int], experts: list[int], size: int, top_k: int, scope: str
+) -> list[int]:
+    """Slots of each pool: the least for each, then always one more where the share of experts with a slot is lowest."""
+    slots = [min(top_k, n) for n in experts]
+    per_kind = _by_kind(len(kinds), kind_of, slots)
+    spare = size - arena_bytes(kinds, per_kind)
+    if spare < 0:
+        where = "each layer" if scope == "layer" else "one layer"
+        raise ValueError(
+            f"offload: budget must be at least {size - spare} bytes, for {top_k} experts of {where}, got {size}"
+        )
+    queue = [(s / n, p) for p, (s, n) in enumerate(zip(slots, experts, strict=True)) if s < n]
+    heapq.heapify(queue)
+    while queue:
+        _, p = heapq.heappop(queue)
+        k = kind_of[p]
+        cost = arena_bytes([kinds[k]], [per_kind[k] + 1]) - arena_bytes([kinds[k]], [per_kind[k]])
+        if cost > spare:
+            continue
+        spare -= cost
+        slots[p] += 1
+        per_kind[k] += 1
+        if slots[p] < experts[p]:
+            heapq.heappush(queue, (slots[p] / experts[p], p))
+    return slots
+
+
+def _by_kind(kinds: int, kind_of: Sequence[int], slots: Sequence[int]) -> list[int]:
+    return [sum(s for k, s in zip(kind_of, slots, strict=True) if k == kind) for kind in range(kinds)]
+
+
+def arena_bytes(kinds: Sequence[Kind], slots: Sequence[int]) -> int:
+    """What so many `slots` of each kind take, with the bytes that alignment costs."""
+    return sum(_aligned(n * part.nbytes) for kind, n in zip(kinds, slots, strict=True) for part in kind.parts)
+
+
+def _aligned(n: int) -> int:
+    return -(-n // _ALIGN) * _ALIGN
+
+
+class Arena:
+    """Slots for experts of each of the `kinds`, as many as `slots` says, allocated once on `device`.
+
+    Slots are numbered through all kinds. On CPUs the memory begins on a page, and is page-locked (`pinned`) or takes
+    room only as it is written.
+    """
+
+    def __init__(
+        self, kinds: Sequence[Kind], slots: Sequence[int], device: torch.device | str, pinned: bool = False
+    ) -> None:
+        self.kinds, self.device = tuple(kinds), torch.device(device)
+        self.first = [sum(slots[:k]) for k in range(len(slots) + 1)]
+        self.nbytes = arena_bytes(kinds, slots)
+        memory = _memory(self.nbytes, self.device, pinned)
+        self._parts: list[dict[str, Tensor]] = []
+        at = 0
+        for kind, n in zip(kinds, slots, strict=True):
+            self._parts.append({})
+            for part in kind.parts:
+                flat = memory[at : at + n * part.nbytes]
+                self._parts[-1][part.name] = flat.view(part.dtype).view(n, *part.shape)
+                at += _aligned(n * part.nbytes)
+        self._weights = [kind.join(parts) for kind, parts in zip(kinds, self._parts, strict=True)]
+
+    def kind_of(self, slot: int) -> int:
+        return next(k for k in range(len(self.kinds)) if slot < self.first[k + 1])
+
+    def slot(self, slot: int) -> dict[str, Tensor]:
+        """The parts of the expert in a slot, to be filled."""
+        kind = self.kind_of(slot)
+        return {name: t[slot - self.first[kind]] for name, t in self._parts[kind].items()}
+
+    def weights(self, kind: int) -> dict[str, Tensor | Quantized]:
+        """The weights [S, ...] of all slots of a kind; slot s of all is s - first[kind] here."""
+        return self._weights[kind]
+
+    def close(self) -> None:
+        """Lets the memory go, once nobody else holds a tensor of it."""
+        self._parts, self._weights = [], []
+
+
+def _memory(nbytes: int, device: torch.device, pinned: bool) -> Tensor:
+    if device.type != "cpu" or pinned:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)

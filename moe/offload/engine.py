@@ -1,0 +1,401 @@
+"""The engine of an offload cache: serves a layer's step from slots, while what is missing is on its way.
+
+One piece of code decides (placement/cache.py), readers fetch (loads.py), and whoever calls `compute` computes: first
+what is there, then each expert as it arrives. Outputs are taken pair by pair and summed at the end, so no result
+depends on what was there, or on what came first.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...kernels.activation import Activation
+from ...kernels.expert_outputs import combine_outputs, expert_outputs
+from ...kernels.routing import Routing
+from ...placement.cache import Ahead, Cache
+from ...placement.policies import Setting, State
+from ...placement.policies import policy as start_policy
+from ...placement.prefetch import prefetch as prefetch_likely
+from ...placement.trace import Trace
+from .arena import Arena, plan_slots
+from .host import Store
+from .loads import DONE, FAILED, HELD, Load, Loader
+from .stats import Access, Stats, Timing
+
+
+class Group(NamedTuple):
+    """Experts of a step that are there, of one kind: weights [S, ...] (tensors or Quantized), and each expert's slot
+    among them."""
+
+    experts: list[int]
+    slots: list[int]
+    weights: Mapping[str, Any]
+
+
+class _Use:
+    """One expert's turn in a slot within a step."""
+
+    __slots__ = ("expert", "load", "slot")
+
+    def __init__(self, expert: int, slot: int, load: Load | None) -> None:
+        self.expert, self.slot, self.load = expert, slot, load
+
+
+class Engine:
+    """Serves the experts of `store` from slots on `device` that a `budget` pays for.
+
+    `budget`: bytes, "8GiB", or a share of the experts' bytes, "25%" or 0.25; at least `top_k` experts of each layer, or
+    with `scope` "shared" of one. `policy`: a name of POLICIES, with its `options`, and a `trace` where it learns from
+    one; or its State. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises TimeoutError.
+    `log`: keep every Access in `log`.
+
+    Any number of threads may call at once. `close` ends the threads and lets the memory go; so does the end of a
+    `with` block, and of the engine's own life. It does not survive a fork, and cannot be copied or pickled.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        budget: str | int | float,
+        *,
+        policy: str | State = "lru",
+        scope: str = "layer",
+        top_k: int = 1,
+        device: torch.device | str = "cpu",
+        readers: int = 2,
+        patience_s: float = 600.0,
+        trace: Trace | None = None,
+        options: Mapping[str, float] | None = None,
+        log: bool = False,
+    ) -> None:
+        if readers < 1:
+            raise ValueError(f"Engine: readers must be at least 1, got {readers}")
+        layout = plan_slots(store.layers, budget, top_k, scope)
+        self.layers, self.store, self.places, self.patience_s = store.layers, store, layout.places, patience_s
+        shape = self.places.of.shape
+        if isinstance(policy, str):
+            policy = start_policy(policy, Setting(shape[0], shape[1], self.places.slots, trace, options or {}))
+        self.cache = Cache(self.places, policy)
+        self.arena = Arena(layout.kinds, layout.slots, device)
+        self.log: list[Access] | None = [] if log else None
+        self._calls = self._accesses = self._hits = self._ahead = self._used = 0
+        self._wait_s, self._timing = 0.0, Timing()
+        self._chance = np.zeros(shape, np.float32)  # told last, for each layer
+        self._promised = np.zeros(shape, bool)  # fetched ahead, and not used yet
+        self._newest: dict[int, Load] = {}  # slot -> the last load ordered for it
+        self._loader = Loader(store, self.arena, readers, self._timing)
+        self._pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _end, self._loader, store, self.arena)
+
+    # --- what a layer calls ------------------------------------------------------------------------------------------
+
+    def compute(
+        self,
+        layer: int,
+        rows: Tensor,
+        routing: Routing,
+        *,
+        activation: str | Activation = "silu",
+        gated: bool = True,
+        transposed: bool = False,
+        interleaved: bool = False,
+        then: Callable[[NDArray[np.int32]], None] | None = None,
+    ) -> Tensor:
+        """grouped_ffn(rows, routing, ...) [R, D] on the experts of `layer`, to the bit. See there for the arguments.
+
+        The store's weights must be called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see
+        `step`. Waits for
+        the device once, to know the experts. Raises OSError or RuntimeError naming layer and expert where one cannot
+        be had; the next call tries again.
+        """
+        self._check(layer)
+        ids = _distinct(routing.expert_ids, routing.num_experts)
+        if routing.num_experts != self.layers[layer].experts:
+            raise ValueError(
+                f"offload: routing must be over the {self.layers[layer].experts} experts of {self.layers[layer].name}, "
+                f"got {routing.num_experts}"
+            )
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed), dtype=wide)
+        with closing(self.step(layer, ids, then)) as groups:
+            for group in groups:
+                slots = np.full(routing.num_experts, -1, np.int32)
+                slots[group.experts] = group.slots
+                w = group.weights
+                first = w["w_gate_up"] if "w_gate_up" in w else (w["w_gate"], w["w_up"])
+                expert_outputs(
+                    rows, routing, first, w["w_down"], torch.from_numpy(slots).to(rows.device), out,
+                    b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), activation=activation,
+                    gated=gated, transposed=transposed, interleaved=interleaved,
+                )  # fmt: skip
+        return combine_outputs(out, routing, rows.dtype)
+
+    def step(
+        self, layer: int, ids: NDArray[np.int32], then: Callable[[NDArray[np.int32]], None] | None = None
+    ) -> Generator[Group]:
+        """One step of `layer`, which needs the experts `ids`, distinct and rising: yields each of them once, in groups,
+        as they are there. A group's weights are valid until the next is asked for. `then(ids)` is called once the loads
+        are ordered, before anything is waited for. Close the generator (`closing`) if it may be left early."""
+        self._check(layer)
+        experts, ids = self.layers[layer].experts, np.asarray(ids, np.int32)
+        if ids.ndim != 1 or (len(ids) and (ids[0] < 0 or ids[-1] >= experts or (np.diff(ids) <= 0).any())):
+            raise ValueError(f"offload: ids must be distinct, rising and below {experts}, got {ids.tolist()}")
+        chains = self._begin(layer, ids)
+        try:
+            if then is not None:
+                then(ids)
+            while chains:
+                uses = self._arrived(layer, chains)
+                kind = self.arena.kind_of(uses[0].slot)
+                local = [use.slot - self.arena.first[kind] for use in uses]
+                self._timing.begin_computing()
+                try:
+                    yield Group([use.expert for use in uses], local, self.arena.weights(kind))
+                finally:
+                    self._timing.end_computing()
+                    self._loader.used([use.slot for use in uses])
+                self._computed(chains, uses)
+        finally:
+            self._leave(chains)
+
+    def prefetch(self, layer: int, ids, worth=None) -> int:
+        """Orders experts of a step to come, the most important first, where they are not there and `worth` more than
+        what must go (Cache.prefetch); they are read when no miss waits. Returns how many were ordered; waits for none.
+        """
+        self._check(layer)
+        with self._loader.lock:
+            self._settle()
+            return self._order_ahead(layer, self.cache.prefetch(layer, ids, worth), np.asarray(ids))
+
+    def prefetch_likely(self, layer: int, chance: NDArray[np.float32], price: float, room: float) -> int:
+        """The same by the chance [E] that each expert of `layer` is needed, where it is worth its bytes: see
+        placement/prefetch.py."""
+        self._check(layer)
+        with self._loader.lock:
+            self._settle()
+            self._chance[layer, : len(chance)] = chance
+            ahead = prefetch_likely(self.cache, layer, self._chance, price, room)
+            likeliest = np.argsort(-self._chance[layer], kind="stable")
+            return self._order_ahead(layer, ahead, likeliest[self.cache.table.promised[layer, likeliest]])
+
+    def _order_ahead(self, layer: int, ahead: Ahead, asked: NDArray[np.integer]) -> int:
+        """Orders the loads of a fetch ahead, and notes what was `asked` for, in that order."""
+        self._calls += 1
+        taken = dict(zip(ahead.experts.tolist(), zip(ahead.slots.tolist(), ahead.gone.tolist()), strict=True))
+        for e in asked.tolist():
+            if e in taken:
+                slot, gone = taken[e]
+                self._note(layer, e, "ahead", gone)
+                self._order(layer, e, slot, urgent=False)
+                self._promised[layer, e] = True
+            elif self.cache.table.slot_of[layer, e] >= 0:
+                self._note(layer, e, "kept", -1)
+        self._ahead += len(taken)
+        return len(taken)
+
+    def new_sequence(self) -> None:
+        """Tells the policy that another sequence begins."""
+        with self._loader.lock:
+            self.cache.new_sequence()
+
+    def pace(self) -> tuple[int, float, float]:
+        """(loads that wait or run, seconds of copying for each load so far, and for all)."""
+        with self._loader.lock:
+            copy_s = self._timing.seconds()[0]
+            return self._loader.waiting, copy_s / max(1, self._loader.loads), copy_s
+
+    def stats(self) -> Stats:
+        with self._loader.lock:
+            copy_s, compute_s, both_s = self._timing.seconds()
+            return Stats(
+                self._accesses, self._hits, self._loader.loads, self._ahead, self._used, self._loader.bytes,
+                self._wait_s, copy_s, compute_s, both_s, self._loader.restarts,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the readers and lets slots and store go; steps in hand raise. May be called twice."""
+        if os.getpid() == self._pid:
+            self._finalizer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self):
+        raise TypeError("offload: an engine holds threads and memory and cannot be copied or pickled: undo it first")
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, layer: int, ids: NDArray[np.int32]) -> dict[int, deque[_Use]]:
+        """Has the cache decide, holds the slots, orders the loads: slot -> the experts that stand there in turn."""
+        loader, begun = self._loader, time.perf_counter()
+        with loader.lock:
+            loader.revive()
+            self._settle()
+            while not self.cache.ready(layer, ids):
+                self._wait(begun, f"a slot of {self.layers[layer].name}")
+                self._settle()
+            step = self.cache.step(layer, ids)
+            self._calls += 1
+            self._accesses += len(ids)
+            self._hits += step.hits
+            chains: dict[int, deque[_Use]] = {}
+            for e, slot, gone in zip(step.experts.tolist(), step.slots.tolist(), step.gone.tolist(), strict=True):
+                hit = gone == -2
+                self._note(layer, e, "hit" if hit else "miss", -1 if hit else gone)
+                load = self._there(slot) if hit else self._order(layer, e, slot, urgent=True, held=slot in chains)
+                if slot not in chains:
+                    chains[slot] = deque()
+                    self.cache.table.busy[slot] += 1
+                chains[slot].append(_Use(e, slot, load))
+            self._used += int(self._promised[layer, ids].sum())
+            self._promised[layer, ids] = False
+            self._wait_s += time.perf_counter() - begun
+        return chains
+
+    def _there(self, slot: int) -> Load | None:
+        """The load that a hit has to wait for, now among the urgent ones; None: the expert has arrived."""
+        load = self._newest.get(slot)
+        if load is None or load.state == DONE:
+            return None
+        self._loader.hurry(load)
+        return load
+
+    def _order(self, layer: int, expert: int, slot: int, *, urgent: bool, held: bool = False) -> Load:
+        """Orders a load; `held`: once this step is through with who stands there."""
+        load, old = Load(layer, expert, slot), self._newest.get(slot)
+        if held:
+            load.state = HELD
+        else:
+            if old is not None:
+                self._loader.cancel(old)
+                load.before = None if old.over else old
+            self._loader.queue(load, urgent)
+        self._newest[slot] = load
+        return load
+
+    def _arrived(self, layer: int, chains: dict[int, deque[_Use]]) -> list[_Use]:
+        """The uses, at the heads of their chains and of one kind, that can be computed; waits until there is one."""
+        begun = time.perf_counter()
+        with self._loader.lock:
+            while True:
+                self._open()
+                heads = [chain[0] for chain in chains.values()]
+                for use in heads:
+                    if use.load is not None and use.load.state == FAILED:
+                        raise _failure(use.load, self.layers[layer].name)
+                there = [use for use in heads if use.load is None or use.load.state == DONE]
+                if there:
+                    self._wait_s += time.perf_counter() - begun
+                    kind = self.arena.kind_of(there[0].slot)
+                    return [use for use in there if self.arena.kind_of(use.slot) == kind]
+                missing = ", ".join(str(use.expert) for use in heads)
+                self._wait(begun, f"experts {missing} of {self.layers[layer].name}")
+
+    def _computed(self, chains: dict[int, deque[_Use]], uses: list[_Use]) -> None:
+        """Lets the loads begin that waited for these uses, and slots go that the step is through with."""
+        with self._loader.lock:
+            for use in uses:
+                chain = chains[use.slot]
+                chain.popleft()
+                if chain:
+                    load = chain[0].load
+                    assert load is not None, "what follows in a slot is a miss"
+                    self._loader.queue(load, urgent=True)
+                else:
+                    del chains[use.slot]
+                    self.cache.table.busy[use.slot] -= 1
+            self._loader.arrived.notify_all()
+
+    def _leave(self, chains: dict[int, deque[_Use]]) -> None:
+        """Ends a step early: what it ordered last into a slot is what the cache counts on, and others may wait for."""
+        if not chains:
+            return
+        with self._loader.lock:
+            for slot, chain in chains.items():
+                *between, last = chain
+                for use in between:  # nobody else can have seen these
+                    if use.load is not None:
+                        self._loader.cancel(use.load)
+                if between and last.load is not None:
+                    last.load.before = between[0].load
+                    self._loader.queue(last.load, urgent=True)
+                self.cache.table.busy[slot] -= 1
+            chains.clear()
+            self._loader.arrived.notify_all()
+
+    def _settle(self) -> None:
+        """Takes experts that could not be fetched out of the cache: the next step that needs them tries again."""
+        failed, self._loader.failed = self._loader.failed, []
+        for load in failed:
+            if self._newest.get(load.slot) is load:
+                self.cache.lose(load.layer, load.expert)
+                del self._newest[load.slot]
+                self._promised[load.layer, load.expert] = False
+
+    def _wait(self, begun: float, what: str) -> None:
+        self._open()
+        if time.perf_counter() - begun > self.patience_s:
+            raise TimeoutError(f"offload: waited {self.patience_s:g} s for {what}")
+        self._loader.wait()
+
+    def _note(self, layer: int, expert: int, how: str, gone: int) -> None:
+        if gone >= 0:
+            self._promised.flat[gone] = False
+        if self.log is not None:
+            self.log.append(Access(self._calls, layer, expert, how, gone))
+
+    def _width(self, layer: int, transposed: bool) -> int:
+        """The outputs of the layer's experts."""
+        shapes = {part.name: part.shape for part in self.layers[layer].groups[0][1].parts}
+        shape = shapes.get("w_down", shapes.get("w_down.data"))
+        if shape is None:
+            raise ValueError(f"offload: {self.layers[layer].name} must have a weight w_down, got {', '.join(shapes)}")
+        return shape[1] if transposed else shape[0]
+
+    def _check(self, layer: int) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("offload: the engine must be used in the process that made it, got a fork of it")
+        self._open()
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"offload: layer must be 0 .. {len(self.layers) - 1}, got {layer}")
+
+    def _open(self) -> None:
+        if self._loader.closed:
+            raise RuntimeError("offload: the engine must be open, got one that is closed")
+
+
+def _distinct(expert_ids: Tensor, experts: int) -> NDArray[np.int32]:
+    """The experts that somebody chose, rising. The one wait for the device."""
+    ids = expert_ids.detach().cpu().numpy()
+    if ids.size and ids.min() < -1:
+        raise IndexError(f"offload: expert_ids must be at least -1 (no expert), got {ids.min()}")
+    return np.unique(ids[(ids >= 0) & (ids < experts)]).astype(np.int32)
+
+
+def _failure(load: Load, layer: str) -> Exception:
+    """What a step raises that needs an expert which could not be had."""
+    text = f"offload: expert {load.expert} of {layer} (layer {load.layer}) could not be read: {load.error}"
+    error = OSError(load.error.errno, text) if isinstance(load.error, OSError) else RuntimeError(text)
+    error.__cause__ = load.error
+    return error
+
+
+def _end(loader: Loader, store: Store, arena: Arena) -> None:
+    """Of an engine that is closed or gone."""
+    if loader.close():
+        store.close()
+    arena.close()

@@ -1,0 +1,278 @@
+"""The lower tier on disk: one safetensors file, read expert by expert.
+
+Each part of a group of experts is one tensor [n, ...], called by the path of the experts' module and the part's name;
+a layer's second group adds #1, and so on. `__metadata__` says which experts the groups are, and has a checksum (CRC-32)
+for each. Nothing is mapped: what is read is in the reader's memory, and nowhere else in the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...placement.files import write_whole
+from .host import fill, parts_of, plain
+from .kinds import Kind, Layer, Part, Weights
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PAGE = 4096
+_LARGEST_HEADER = 100_000_000  # safetensors' own limit
+
+
+class FileStore:
+    """The experts of a file that `FileStore.write` wrote. `layers`: what must be in it (None: whatever is).
+
+    `verify`: each expert's checksum is compared when it is read. `page_cache=False`: the kernel keeps no copy of what
+    was read (O_DIRECT where the file system, offsets and sizes allow it; otherwise pages are let go after each read).
+
+    Raises OSError where the file cannot be read, ValueError where it is not such a file, is cut short, or holds other
+    experts than `layers`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        layers: Sequence[Layer] | None = None,
+        *,
+        verify: bool = False,
+        page_cache: bool = True,
+    ) -> None:
+        self.path, self.verify, self.page_cache = Path(path), verify, page_cache
+        self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._direct = -1
+        self._staging = threading.local()
+        try:
+            self.layers, self._offsets, self._sums = _open(self._file, self.path)
+            if layers is not None:
+                _compare(self.path, self.layers, layers)
+            if not page_cache and hasattr(os, "O_DIRECT"):
+                try:
+                    self._direct = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:  # this file system has no such reads
+                        raise
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def write(path: str | Path, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]]) -> None:
+        """Writes the experts of all layers, whole or not at all: on an error an older file stays as it was.
+
+        `weights(i)` gives the weights of layer i, one mapping for each of its groups, on any device; it is asked once
+        for each layer, in order, and one expert at a time is brought together. Raises OSError naming the file where
+        the disk is full.
+        """
+        path = Path(path)
+        write_whole(path, lambda file: _write(file, tuple(layers), weights))
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, survives a power cut
+        finally:
+            os.close(folder)
+
+    def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
+        """See Store. What goes to a CUDA device passes through a page-locked buffer of this thread's own."""
+        if self._file < 0:
+            raise OSError(errno.EBADF, "the file of offloaded experts is closed", str(self.path))
+        group, row = self.layers[layer].places[expert]
+        kind = self.layers[layer].groups[group][1]
+        direct = all(t.device.type == "cpu" and t.is_contiguous() for t in into.values())
+        parts = into if direct else self._buffer(kind)
+        total = 0
+        for part, begin in zip(kind.parts, self._offsets[layer][group], strict=True):
+            data = memoryview(_bytes(parts[part.name]))
+            self._fill(data, begin + row * part.nbytes)
+            if self.verify:
+                total = zlib.crc32(data, total)
+        if self.verify and total != self._sums[layer][expert]:
+            raise OSError(
+                errno.EIO,
+                f"layer {layer}, expert {expert} must have the checksum {self._sums[layer][expert]:08x}, "
+                f"got {total:08x}",
+                str(self.path),
+            )
+        if not direct:
+            fill(into, parts)
+
+    def whole(self, layer: int) -> dict[str, Tensor]:
+        """Maps of the file, private to the process: what is never touched takes no memory."""
+        if not plain(self.layers[layer]):
+            return {}
+        ((experts, kind),) = self.layers[layer].groups
+        found = {}
+        for part, begin in zip(kind.parts, self._offsets[layer][0], strict=True):
+            data = np.memmap(self.path, np.uint8, "c", begin, (len(experts) * part.nbytes,))
+            found[part.name] = torch.from_numpy(data).view(part.dtype).view(len(experts), *part.shape)
+        return found
+
+    def close(self) -> None:
+        for handle in (self._file, self._direct):
+            if handle >= 0:
+                os.close(handle)
+        self._file = self._direct = -1
+
+    def _buffer(self, kind: Kind) -> Mapping[str, Tensor]:
+        made = self._staging.__dict__.setdefault("parts", {})
+        if kind not in made:
+            pin = torch.cuda.is_available()
+            made[kind] = {p.name: torch.empty(p.shape, dtype=p.dtype, pin_memory=pin) for p in kind.parts}
+        return made[kind]
+
+    def _fill(self, data: memoryview, offset: int) -> None:
+        """Reads until `data` is full: a read may be short."""
+        at = np.frombuffer(data, np.uint8).ctypes.data
+        direct = self._direct >= 0 and not (offset % _PAGE or len(data) % _PAGE or at % _PAGE)
+        got = 0
+        while got < len(data):
+            n = os.preadv(self._direct if direct and got % _PAGE == 0 else self._file, [data[got:]], offset + got)
+            if not n:
+                raise OSError(
+                    errno.EIO, f"the file ends: {len(data)} bytes wanted at offset {offset}, got {got}", str(self.path)
+                )
+            got += n
+        if not self.page_cache and not direct:
+            os.posix_fadvise(self._file, offset, len(data), os.POSIX_FADV_DONTNEED)
+
+
+def _bytes(t: Tensor) -> Any:
+    """A contiguous CPU tensor's memory, as a buffer."""
+    return t.reshape(-1).view(torch.uint8).numpy()
+
+
+def _tensors(layers: Sequence[Layer]) -> list[tuple[str, int, Part]]:
+    """(name in the file, experts n, part) of each tensor, in the order of the file."""
+    return [
+        (f"{layer.name}.{part.name}" + (f"#{g}" if g else ""), len(experts), part)
+        for layer in layers
+        for g, (experts, kind) in enumerate(layer.groups)
+        for part in kind.parts
+    ]
+
+
+def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]]) -> bytes:
+    """The header for these layers: its length does not depend on the checksums. The data begin on a page."""
+    about = [
+        {"name": layer.name, "groups": [[experts, [p.name for p in k.parts], k.coded] for experts, k in layer.groups]}
+        for layer in layers
+    ]
+    crc = ["".join(f"{s:08x}" for s in of_layer) for of_layer in sums]
+    said: dict[str, Any] = {"__metadata__": {"headgate.experts": json.dumps(about), "headgate.crc32": ",".join(crc)}}
+    at = 0
+    for name, n, part in _tensors(layers):
+        if name in said:
+            raise ValueError(f"FileStore: names of tensors must differ, got {name!r} twice")
+        said[name] = {
+            "dtype": _NAMES[part.dtype], "shape": [n, *part.shape], "data_offsets": [at, at + n * part.nbytes]
+        }  # fmt: skip
+        at += n * part.nbytes
+    text = json.dumps(said, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _PAGE)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]]) -> None:
+    sums = [[0] * layer.experts for layer in layers]
+    header = _header(layers, sums)
+    if len(header) > _LARGEST_HEADER:
+        raise ValueError(f"FileStore: header must be at most {_LARGEST_HEADER} bytes, got {len(header)}")
+    file.write(header)
+    for i, layer in enumerate(layers):
+        for (experts, kind), parts in zip(layer.groups, parts_of(layer, weights(i)), strict=True):
+            for part in kind.parts:
+                for row, e in enumerate(experts):
+                    one = _bytes(parts[part.name][row].cpu().contiguous())
+                    sums[i][e] = zlib.crc32(one, sums[i][e])
+                    file.write(one)
+    file.seek(0)
+    file.write(_header(layers, sums))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]]], list[list[int]]]:
+    """(layers, offset in the file of each part by layer and group, checksum by layer and expert)."""
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"FileStore: {path} must be a file that FileStore.write wrote, {why}")
+
+    size = os.fstat(file).st_size
+    length = int.from_bytes(os.pread(file, 8, 0), "little")
+    if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+        raise refuse(f"got a header of {length} bytes in a file of {size}")
+    try:
+        said = json.loads(_all(file, length, 8))
+        layers, sums = _layers(said)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise refuse(f"got a header that does not say so ({type(error).__name__}: {error})") from error
+    at, offsets = 8 + length, []
+    for layer in layers:
+        offsets.append([[0] * len(kind.parts) for _, kind in layer.groups])
+        for g, (experts, kind) in enumerate(layer.groups):
+            for p, part in enumerate(kind.parts):
+                offsets[-1][g][p] = at
+                at += len(experts) * part.nbytes
+    wanted = _header(layers, sums)
+    if json.loads(wanted[8:]) != said:
+        raise refuse("got tensors that are not where they should be")
+    if size != at:
+        raise refuse(f"whole, with {at} bytes, got {size}")
+    return layers, offsets, sums
+
+
+def _all(file: int, length: int, offset: int) -> bytes:
+    """`length` bytes, or fewer where the file ends."""
+    got = b""
+    while len(got) < length and (more := os.pread(file, length - len(got), offset + len(got))):
+        got += more
+    return got
+
+
+def _layers(said: Mapping[str, Any]) -> tuple[tuple[Layer, ...], list[list[int]]]:
+    about = said["__metadata__"]
+    layers = []
+    for layer in json.loads(about["headgate.experts"]):
+        groups = []
+        for g, (experts, names, coded) in enumerate(layer["groups"]):
+            tensors = [said[f"{layer['name']}.{name}" + (f"#{g}" if g else "")] for name in names]
+            parts = tuple(
+                Part(name, tuple(t["shape"][1:]), DTYPES[t["dtype"]]) for name, t in zip(names, tensors, strict=True)
+            )
+            groups.append((tuple(experts), Kind(parts, tuple((w, f, tuple(block)) for w, f, block in coded))))
+        layers.append(Layer(layer["name"], tuple(groups)))
+    crc = about["headgate.crc32"].split(",")
+    sums = [[int(text[8 * e : 8 * e + 8], 16) for e in range(x.experts)] for text, x in zip(crc, layers, strict=True)]
+    return tuple(layers), sums
+
+
+def _compare(path: Path, got: Sequence[Layer], wanted: Sequence[Layer]) -> None:
+    """Raises ValueError naming the first difference."""
+    names = [[x.name for x in layers] for layers in (got, wanted)]
+    if names[0] != names[1]:
+        raise ValueError(f"FileStore: {path} must hold the layers {names[1]}, got {names[0]}")
+    for mine, theirs in zip(got, wanted, strict=True):
+        if mine.experts != theirs.experts:
+            raise ValueError(
+                f"FileStore: {path} must hold {theirs.experts} experts of {theirs.name}, got {mine.experts}"
+            )
+        for e in range(mine.experts):
+            if mine.kind(e) != theirs.kind(e):
+                raise ValueError(
+                    f"FileStore: {path} must hold expert {e} of {theirs.name} as {theirs.kind(e)}, got {mine.kind(e)}"
+                )

@@ -1,0 +1,62 @@
+"""What an experts module is to the offload: which of its parameters are which weights, and how they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...kernels.activation import Activation
+from ..experts import WEIGHTS, Experts
+from ..hf import experts as boundary
+from ..hf.gate import activation_of
+from ..hf.swap import adapter_in
+from ..shards import shards_of
+
+
+@dataclass(frozen=True)
+class Form:
+    """`names`: what the operation calls a weight -> the module's parameter, [E, ...] each."""
+
+    names: dict[str, str]
+    activation: Activation
+    transposed: bool = False
+    interleaved: bool = False
+
+    def weights(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        return {ours: getattr(module, theirs) for ours, theirs in self.names.items()}
+
+
+def experts_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The experts modules that run through Headgate, by name: its own, and the swapped ones of transformers models."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts) or adapter_in(module) is not None:
+            yield name, module
+
+
+def form_of(module: nn.Module) -> Form | str:
+    """The Form of an experts module; or, as a string, why its experts must stay where they are."""
+    shards = shards_of(module)
+    if shards is not None and (shards.etp > 1 or shards.placement is not None):
+        return "its experts are cut over etp or placed"
+    if isinstance(module, Experts):
+        return Form({name: name for name in WEIGHTS if getattr(module, name) is not None}, module.activation)
+    adapter = adapter_in(module)
+    assert adapter is not None
+    if adapter.forward is not boundary.experts_forward:
+        return f"{type(module).__name__} is not called at transformers' experts boundary with stacked weights"
+    gated, biased, transposed, interleaved, normed = boundary.flags(module)
+    activation = activation_of(module, gated, interleaved, normed)
+    if activation is None:
+        return f"{type(module).__name__} has a gate of its own between two products"
+    first = "gate_up_proj" if gated else "up_proj"
+    names = {"w_gate_up": first, "w_down": "down_proj"}
+    if biased:
+        names |= {"b_gate_up": f"{first}_bias", "b_down": "down_proj_bias"}
+    m: Any = module
+    for name in names.values():
+        if not isinstance(getattr(m, name), nn.Parameter):
+            return f"{name} is computed, not a parameter ({type(getattr(m, name)).__name__})"
+    return Form(names, activation, transposed, interleaved)

@@ -1,0 +1,192 @@
+"""Reader threads: they bring experts from the lower tier into slots, misses in hand before what is fetched ahead."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from .arena import Arena
+from .host import Store
+from .stats import Timing
+
+HELD, QUEUED, RUNNING, DONE, FAILED, CANCELLED = "held", "queued", "running", "done", "failed", "cancelled"
+_TRIES = 2
+LOOK_S = 0.2  # how often one who waits looks whether the readers live
+_END_S = 60.0  # how long a closing loader waits for a read to end
+
+
+@dataclass(eq=False)
+class Load:
+    """One expert on its way to a slot. HELD: the slot is still needed as it is by the step that ordered the load."""
+
+    layer: int
+    expert: int
+    slot: int
+    state: str = QUEUED
+    before: Load | None = None  # into the same slot, and begun: this one follows it
+    tries: int = 0
+    error: BaseException | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.state in (DONE, FAILED, CANCELLED)
+
+
+class Loader:
+    """`readers` threads, a lock that guards every Load and whatever else its owner puts under it, and two conditions
+    of this lock: `work` for readers, `arrived` for those who wait for experts or for slots.
+
+    A load that fails is tried once more, then it is FAILED and put into `failed` for the owner to deal with. A reader
+    that has died is replaced, and its load begun again, by whoever waits.
+    """
+
+    def __init__(self, store: Store, arena: Arena, readers: int, timing: Timing) -> None:
+        self._store, self._arena, self._timing = store, arena, timing
+        self.lock = threading.Lock()
+        self.work, self.arrived = threading.Condition(self.lock), threading.Condition(self.lock)
+        self.failed: list[Load] = []
+        self.closed = False
+        self.loads = self.bytes = self.restarts = 0
+        self._urgent: deque[Load] = deque()
+        self._ahead: deque[Load] = deque()
+        self._running: dict[threading.Thread, Load] = {}
+        cuda = arena.device.type == "cuda"
+        self._stream = torch.cuda.Stream(arena.device) if cuda else None
+        self._uses: dict[int, list[torch.cuda.Event]] = {}  # slot -> each after kernels that read it
+        self.threads = [self._start() for _ in range(readers)]
+
+    def _start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="headgate-offload", daemon=True)
+        thread.start()
+        return thread
+
+    @property
+    def waiting(self) -> int:
+        """Urgent loads that are not over."""
+        return len(self._running) + sum(load.state == QUEUED for load in self._urgent)
+
+    # --- for the owner, who holds the lock ---------------------------------------------------------------------------
+
+    def queue(self, load: Load, urgent: bool) -> None:
+        """Orders a load."""
+        (self._urgent if urgent else self._ahead).append(load)
+        load.state = QUEUED
+        self.work.notify()
+
+    def hurry(self, load: Load) -> None:
+        """Moves a load that waits to the urgent ones."""
+        if load.state == QUEUED:
+            self.queue(load, urgent=True)
+
+    def cancel(self, load: Load) -> None:
+        """Drops a load that has not begun; one that has is left to end."""
+        if load.state in (HELD, QUEUED):
+            load.state = CANCELLED
+
+    def wait(self) -> None:
+        """Waits a moment for something to arrive, and sees to it that somebody is at work on it."""
+        if not self.arrived.wait(LOOK_S):
+            self.revive()
+
+    def revive(self) -> None:
+        """Replaces readers that have died; what they were about is begun again, or failed if that was the last try."""
+        for i, thread in enumerate(self.threads):
+            if thread.is_alive() or self.closed:
+                continue
+            load = self._running.pop(thread, None)
+            if load is not None and load.state == RUNNING:
+                self._retry(load, RuntimeError("the thread that read it has died"))
+            self.restarts += 1
+            self.threads[i] = self._start()
+
+    def used(self, slots: list[int]) -> None:
+        """Takes notice that kernels that read these slots have been queued on the current stream."""
+        if self._stream is not None:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self._arena.device))
+            for slot in slots:
+                self._uses.setdefault(slot, []).append(event)
+
+    # --- the readers -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        me = threading.current_thread()
+        while (load := self._take(me)) is not None:
+            error: BaseException | None = None
+            try:
+                self._read(load)
+            except BaseException as e:  # the thread goes on only if it was an Exception
+                error = e
+            with self.lock:
+                if error is None:
+                    load.state = DONE
+                    self.loads += 1
+                    self.bytes += self._arena.kinds[self._arena.kind_of(load.slot)].nbytes
+                else:
+                    self._retry(load, error)
+                del self._running[me]
+                self.arrived.notify_all()
+                self.work.notify()  # a load that followed this one may begin
+            if error is not None and not isinstance(error, Exception):
+                return
+            del load, error
+
+    def _take(self, me: threading.Thread) -> Load | None:
+        """The next load to be read, waited for; None: the loader is closed."""
+        with self.lock:
+            while not self.closed:
+                load = self._next()
+                if load is not None:
+                    self._running[me] = load
+                    load.state, load.tries = RUNNING, load.tries + 1
+                    return load
+                self.work.wait(1.0)
+        return None
+
+    def _next(self) -> Load | None:
+        """The first load that may begin, taken off its queue; those that no longer wait are dropped."""
+        for queue in (self._urgent, self._ahead):
+            for _ in range(len(queue)):
+                load = queue.popleft()
+                if load.state != QUEUED:
+                    continue
+                if load.before is None or load.before.over:
+                    load.before = None
+                    return load
+                queue.append(load)
+        return None
+
+    def _retry(self, load: Load, error: BaseException) -> None:
+        if load.tries < _TRIES and not self.closed:
+            self.queue(load, urgent=True)
+        else:
+            load.state, load.error = FAILED, error
+            self.failed.append(load)
+            self.arrived.notify_all()
+
+    def _read(self, load: Load) -> None:
+        with self._timing.copying(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            if self._stream is not None:
+                for event in self._uses.pop(load.slot, ()):
+                    self._stream.wait_event(event)
+            self._store.read(load.layer, load.expert, self._arena.slot(load.slot))
+
+    def close(self) -> bool:
+        """Ends the readers: each finishes the read it is at; the rest is dropped. Returns whether all have ended."""
+        with self.lock:
+            self.closed = True
+            for load in (*self._urgent, *self._ahead):
+                self.cancel(load)
+            self.work.notify_all()
+            self.arrived.notify_all()
+        for thread in self.threads:
+            thread.join(_END_S)
+        ended = not any(thread.is_alive() for thread in self.threads)
+        if not ended:  # they keep the slots' memory until they end
+            warnings.warn(f"offload: a read has not ended within {_END_S:.0f} s of close()", stacklevel=2)
+        return ended

@@ -1,0 +1,47 @@
+"""What to keep: eviction policies by name.
+
+A policy keeps `value` [L, E] up to date, the worth of keeping each expert; the cache gives up the resident with the
+lowest. It is arrays (State) and one compiled function, `advance` (step.py), which sees every step before victims are
+chosen, so that the simulator and a live model run the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .layers import layer, ring
+from .recency import lfru, lfu, lfu_cached, lru, random
+from .state import BELADY, Setting, State, options, state
+from .taught import affinity, sequence, static, statistics
+
+POLICIES: dict[str, Callable[[Setting], State]] = {
+    "lru": lru,
+    "lfu": lfu,
+    "lfu-cached": lfu_cached,
+    "lfru": lfru,
+    "layer": layer,
+    "ring": ring,
+    "random": random,
+    "static": static,
+    "statistics": statistics,
+    "sequence": sequence,
+    "affinity": affinity,
+}
+NEED_TRACE = ("static", "statistics", "sequence", "affinity")  # to learn from; the others start from nothing
+
+
+def policy(name: str, setting: Setting) -> State:
+    """The named policy at its beginning. Raises ValueError for an unknown name or option, or for one that needs a trace
+    without."""
+    if name not in POLICIES:
+        raise ValueError(f"policy: name must be one of {', '.join(POLICIES)}, got {name!r}")
+    return POLICIES[name](setting)
+
+
+def belady(setting: Setting) -> State:
+    """Belady's optimum: the value is the step of the next use, negative. Only a simulator knows it and writes it."""
+    options("belady", setting)
+    return state(BELADY, setting)
+
+
+__all__ = ["NEED_TRACE", "POLICIES", "Setting", "State", "belady", "policy", "state"]
