@@ -89,9 +89,7 @@ def offload(
     found, skipped = _survey(model)
     where = torch.device(device) if device is not None else _device_of(model, found)
     if where.type == "cpu" and disk is None:
-        raise ValueError(
-            "offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None"
-        )
+        raise ValueError("offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None")
     groups = _groups(found, formats or {})
     foresight = _foresight(prefetch, model, found, trace)
     layers = [
@@ -146,9 +144,7 @@ def _groups(found: _Found, formats: Formats) -> list[list[tuple[list[int], str |
         experts = len(form.weights(module)["w_down"])
         of = list(formats.get(name, [None] * experts))
         if len(of) != experts:
-            raise ValueError(
-                f"offload: formats must have one for each of the {experts} experts of {name}, got {len(of)}"
-            )
+            raise ValueError(f"offload: formats must have one for each of the {experts} experts of {name}, got {len(of)}")
         if form.transposed and any(of):
             raise ValueError(f"offload: formats must be None for transposed weights, got some for {name}")
         kinds = dict.fromkeys(of)
@@ -209,9 +205,7 @@ def _foresight(prefetch: object, model: nn.Module, found: _Found, trace: Trace |
             raise ValueError("offload: trace must be given for prefetch='path', which learns from it, got None")
         prefetch = fit(trace)
     if not isinstance(prefetch, Predictor):
-        raise ValueError(
-            f"offload: prefetch must be one of {', '.join(PREFETCH)}, a Predictor or None, got {prefetch!r}"
-        )
+        raise ValueError(f"offload: prefetch must be one of {', '.join(PREFETCH)}, a Predictor or None, got {prefetch!r}")
     shape = len(found), max(len(form.weights(module)["w_down"]) for _, module, form in found)
     if prefetch.shape != shape:
         raise ValueError(f"offload: prefetch must be of [L, E] = {shape}, got a predictor of {prefetch.shape}")
@@ -297,9 +291,7 @@ class Offload:
 
     def __repr__(self) -> str:
         slots = self.engine.places.slots
-        return (
-            f"Offload({len(self.layers)} layers, {slots} slots of {self.engine.arena.nbytes:,} bytes, {self.stats()})"
-        )
+        return f"Offload({len(self.layers)} layers, {slots} slots of {self.engine.arena.nbytes:,} bytes, {self.stats()})"
 
     # --- inside a forward pass ---------------------------------------------------------------------------------------
 

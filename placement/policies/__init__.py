@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 from .layers import layer, ring
 from .learned import Learned, adaptive, learned
-from .taught import affinity, sequence, static, statistics
 from .recency import lfru, lfu, lfu_cached, lru, random
 from .state import BELADY, Setting, State, options, state
+from .taught import affinity, sequence, static, statistics
 
 POLICIES: dict[str, Callable[[Setting], State]] = {
     "lru": lru,
@@ -47,4 +47,4 @@ def belady(setting: Setting) -> State:
     return state(BELADY, setting)
 
 
-__all__ = ["Learned", "NEED_TRACE", "POLICIES", "Setting", "State", "belady", "policy", "state"]
+__all__ = ["NEED_TRACE", "POLICIES", "Learned", "Setting", "State", "belady", "policy", "state"]

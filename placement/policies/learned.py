@@ -86,7 +86,7 @@ class Learned:
         return cls(made.tables, memory[GAIN:SEEN].copy(), memory[OFTEN].copy(), memory[OFTEN + 1 : GAIN].copy())
 
     def begin(self, setting: Setting) -> State:
-        """A policy that knows this, and learns on from a copy. Raises ValueError where the setting is another model's."""
+        """A policy that knows this, and learns on from a copy. ValueError: the setting is another model's."""
         if self.often.shape != (setting.layers, setting.experts):
             raise ValueError(
                 f"Learned: setting must have L, E = {self.often.shape}, got {(setting.layers, setting.experts)}"
@@ -104,7 +104,7 @@ class Learned:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Learned:
-        """Reads what `save` wrote. Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
+        """Reads what `save` wrote. Raises FileNotFoundError, or ValueError / TypeError naming file and fault."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = {name: file[name] for name in ("version", *_FIELDS) if name in file.files}

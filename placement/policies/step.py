@@ -6,9 +6,9 @@ import numba
 
 from .foresight import foresight_step
 from .layers import layer_step, ring_step
-from .taught import affinity_step, sequence_begins, sequence_step, statistics_step
 from .recency import lfru_step, lfu_cached_step, lfu_step, lru_step, random_step
 from .state import AFFINITY, LAYER, LEARNED, LFRU, LFU, LFU_CACHED, LRU, RANDOM, RING, SEQUENCE, STATISTICS
+from .taught import affinity_step, sequence_begins, sequence_step, statistics_step
 
 # (policy: State, layer, ids [n] distinct and rising, now: the number of the step)
 
