@@ -22,6 +22,7 @@ _WHERE = {
     "place_experts": "moe.placed",
     "migrate": "moe.placed",
     "offload": "moe.offload.offload",
+    "ModelPool": "moe.offload.models",
     "save_checkpoint": "moe.checkpoint",
     "load_checkpoint": "moe.checkpoint",
     "Routing": "kernels.routing",

@@ -12,7 +12,7 @@ from ..dispatch.protocol import Dispatcher
 from ..kernels.activation import Activation, as_activation
 from ..kernels.grouped_ffn import grouped_ffn
 from ..kernels.routing import Routing
-from .offload.seam import elsewhere_of
+from .elsewhere import elsewhere_of
 from .shards import Cut, Shards, cut_experts, shards_of, weight_of
 
 WEIGHTS = ("w_gate_up", "w_down", "b_gate_up", "b_down")

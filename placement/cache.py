@@ -155,8 +155,8 @@ def serve(table, policy, layer, ids, order, slot, gone, wave):
 
 @numba.njit(cache=True)
 def fetch_ahead(table, policy, layer, ids, worth, most, slot, gone):
-    """Experts `ids` of a step to come, in this order, where they are not there yet and `worth` more than who must go, at
-    most so many; what is there is kept. Fills `slot` (-1: not fetched) and `gone`; returns how many are fetched."""
+    """Experts `ids` of a step to come, in this order, where they are not there yet and `worth` more than who must go,
+    `most` of them; what is there is kept. Fills `slot` (-1: not fetched) and `gone`; returns how many are fetched."""
     experts, n = table.slot_of.shape[1], 0
     for i in range(len(ids)):
         e = ids[i]

@@ -51,13 +51,18 @@ class Simulation:
     left. `waves`: turns that steps took beyond their first. `log` where it was asked for."""
 
     steps: Steps
-    slots: int  # in all
+    places: Pools
     accesses: NDArray[np.int64]
     hits: NDArray[np.int64]
     prefetched: NDArray[np.int64]
     used: NDArray[np.int64]
     waves: int
     log: Log | None
+
+    @property
+    def slots(self) -> int:
+        """Of all pools."""
+        return self.places.slots
 
     @property
     def hit_rate(self) -> float:
@@ -136,7 +141,7 @@ def simulate(
     counts = np.zeros((4, layers), np.int64)
     waves, n = _run(empty(places), chosen, steps, future, ahead, counts, kept, log)
     made = Log(*(field[:n] for field in kept)) if log else None
-    return Simulation(steps, places.slots, *counts, waves, made)
+    return Simulation(steps, places, *counts, waves, made)
 
 
 class _Ahead(NamedTuple):
@@ -173,7 +178,7 @@ def _stacked(each: Sequence[Prefetch], steps: Steps) -> _Ahead:
 
 @numba.njit(cache=True)
 def _run(table, policy, steps, future, ahead, counts, log, keep):
-    """Fills counts [4, L]: accesses, hits, prefetched, used; returns the waves beyond first ones and the log's length."""
+    """Fills counts [4, L]: accesses, hits, prefetched, used; returns waves beyond first ones and the log's length."""
     layers, experts = table.slot_of.shape
     room = max(experts, ahead.ids.shape[2])
     order, slot, wave = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int32)

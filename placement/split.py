@@ -45,8 +45,8 @@ def split(
     costs: Costs,
     *,
     size_bytes: ArrayLike | None = None,
-    tolerance: float = 1e-3,
-    states: int = 512,
+    tolerance: float = 3e-3,
+    states: int = 256,
 ) -> Split:
     """The Split of least makespan for one step of one layer.
 
@@ -59,7 +59,7 @@ def split(
 
     `bound_s` says what was proved: it is `makespan_s` where the split is the optimum, at least (1 - tolerance) of it
     unless `states` did not suffice. Never slower than fetching everything, nor than the host for everything that is not
-    on the device. Deterministic. Cost: at most M * states steps, three times. Raises ValueError / TypeError.
+    on the device. Deterministic. Cost: at most 6 * M * states steps of some 50 ns. Raises ValueError / TypeError.
 
     >>> from .links import Link
     >>> costs = Costs((1, 8), (1e-3, 1e-3), (4e-3, 20e-3), Link(0, 10), Link(0, 1), 6 * 10**7)
@@ -171,6 +171,8 @@ def least_makespan(f, d, h, busy, start, tolerance, states):
     for i in range(m - 1, -1, -1):
         shortest[i] = d[i] if i == m - 1 else min(d[i], shortest[i + 1])
     bound = min(best, _relaxed(by_link, by_device, shortest, busy, start, best))
+    if bound < best * (1 - tolerance):
+        best = _exchanged(f, d, h, busy, start, best, host)
     for part in (1 / 16, 1 / 4, 1.0):  # a low limit is soon tried, and where nothing is below it, it is a bound
         if bound >= best * (1 - tolerance):
             break
@@ -196,6 +198,32 @@ def _cheapest_first(by, f, d, h, busy, start, best, host):
         if value < best:
             best = value
             host[:] = trial
+    return best
+
+
+@njit(cache=True)
+def _exchanged(f, d, h, busy, start, best, host):
+    """Moves an expert to the other side, or exchanges two, as long as that helps: into host; the makespan."""
+    m, better = len(f), True
+    while better:
+        better = False
+        by_host, by_device = start + h[host].sum(), busy + d[~host].sum()
+        for i in range(m):
+            for j in range(i, m):  # j == i: one alone
+                if i != j and host[i] == host[j]:
+                    continue
+                side = 1.0 if host[i] else -1.0
+                more_host = side * ((h[j] if i != j else 0.0) - h[i])
+                more_device = side * (d[i] - (d[j] if i != j else 0.0))
+                if by_host + more_host >= best or by_device + more_device >= best:
+                    continue
+                host[i], host[j] = not host[i], host[i] if i != j else not host[i]
+                value = makespan_of(host, f, d, h, busy, start)
+                if value < best:
+                    best, better = value, True
+                    by_host, by_device = by_host + more_host, by_device + more_device
+                else:
+                    host[i], host[j] = not host[i], host[i] if i != j else not host[i]
     return best
 
 

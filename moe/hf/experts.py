@@ -18,7 +18,7 @@ from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.plan import Plan, plan
 from ...kernels.routing import Routing
-from ..offload.seam import elsewhere_of
+from ..elsewhere import elsewhere_of
 from ..shards import Cut, shards_of, weight_of
 from .counting import mark
 from .gate import activation_of

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..elsewhere import elsewhere_of
 from ..shards import shards_of
 from .counting import counter, forget
 from .gate import forget_gate
@@ -102,6 +103,10 @@ def restore(model: nn.Module) -> list[str]:
             raise ValueError(
                 f"restore: the forward of {name or 'the model'} must be the one that headgate.replace put there, got "
                 f"{vars(module).get('forward')!r}; undo that first"
+            )
+        if elsewhere_of(module) is not None:
+            raise ValueError(
+                f"restore: the experts of {name or 'the model'} must be in place, got them offloaded; close the Offload first"
             )
         if shards_of(module) is not None:
             raise ValueError(

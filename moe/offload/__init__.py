@@ -4,6 +4,7 @@ from .arena import Arena, plan_slots
 from .engine import Engine, Group
 from .file import FileStore
 from .host import HostStore, Store
+from .host_cache import HostCache
 from .kinds import Kind, Layer
 from .stats import Access, Stats
 
@@ -13,6 +14,7 @@ __all__ = [
     "Engine",
     "FileStore",
     "Group",
+    "HostCache",
     "HostStore",
     "Kind",
     "Layer",

@@ -85,27 +85,26 @@ def _share_out(
 ) -> list[int]:
     """Slots of each pool: the least for each, then always one more where the share of experts with a slot is lowest."""
     slots = [min(top_k, n) for n in experts]
-
-    def used() -> int:
-        return arena_bytes(kinds, _by_kind(len(kinds), kind_of, slots))
-
-    least = used()
-    if size < least:
+    per_kind = _by_kind(len(kinds), kind_of, slots)
+    spare = size - arena_bytes(kinds, per_kind)
+    if spare < 0:
         where = "each layer" if scope == "layer" else "one layer"
-        raise ValueError(f"offload: budget must be at least {least} bytes, for {top_k} experts of {where}, got {size}")
-    spare = size - least
+        raise ValueError(
+            f"offload: budget must be at least {size - spare} bytes, for {top_k} experts of {where}, got {size}"
+        )
     queue = [(s / n, p) for p, (s, n) in enumerate(zip(slots, experts, strict=True)) if s < n]
     heapq.heapify(queue)
     while queue:
         _, p = heapq.heappop(queue)
-        if (cost := kinds[kind_of[p]].nbytes) > spare:
+        k = kind_of[p]
+        cost = arena_bytes([kinds[k]], [per_kind[k] + 1]) - arena_bytes([kinds[k]], [per_kind[k]])
+        if cost > spare:
             continue
         spare -= cost
         slots[p] += 1
+        per_kind[k] += 1
         if slots[p] < experts[p]:
             heapq.heappush(queue, (slots[p] / experts[p], p))
-    while used() > size:  # what alignment takes: a few bytes, and so one slot
-        slots[max((p for p in range(len(slots)) if slots[p] > min(top_k, experts[p])), key=slots.__getitem__)] -= 1
     return slots
 
 
@@ -125,15 +124,17 @@ def _aligned(n: int) -> int:
 class Arena:
     """Slots for experts of each of the `kinds`, as many as `slots` says, allocated once on `device`.
 
-    Slots are numbered through all kinds. On CPUs the memory begins on a page, is of the process's own, and takes room
-    only as it is written.
+    Slots are numbered through all kinds. On CPUs the memory begins on a page, and is page-locked (`pinned`) or takes
+    room only as it is written.
     """
 
-    def __init__(self, kinds: Sequence[Kind], slots: Sequence[int], device: torch.device | str) -> None:
+    def __init__(
+        self, kinds: Sequence[Kind], slots: Sequence[int], device: torch.device | str, pinned: bool = False
+    ) -> None:
         self.kinds, self.device = tuple(kinds), torch.device(device)
         self.first = [sum(slots[:k]) for k in range(len(slots) + 1)]
         self.nbytes = arena_bytes(kinds, slots)
-        memory = _memory(self.nbytes, self.device)
+        memory = _memory(self.nbytes, self.device, pinned)
         self._parts: list[dict[str, Tensor]] = []
         at = 0
         for kind, n in zip(kinds, slots, strict=True):
@@ -161,9 +162,9 @@ class Arena:
         self._parts, self._weights = [], []
 
 
-def _memory(nbytes: int, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+def _memory(nbytes: int, device: torch.device, pinned: bool) -> Tensor:
+    if device.type != "cpu" or pinned:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them

@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ...kernels.activation import Activation
 from ...kernels.expert_outputs import combine_outputs, expert_outputs
-from ...kernels.quantized import Quantized
 from ...kernels.routing import Routing
 from ...placement.cache import Cache
 from ...placement.policies import Setting, State
@@ -35,11 +34,12 @@ from .stats import Access, Stats, Timing
 
 
 class Group(NamedTuple):
-    """Experts of a step that are there, of one kind: weights [S, ...], and each expert's slot among them."""
+    """Experts of a step that are there, of one kind: weights [S, ...] (tensors or Quantized), and each expert's slot
+    among them."""
 
     experts: list[int]
     slots: list[int]
-    weights: Mapping[str, Tensor | Quantized]
+    weights: Mapping[str, Any]
 
 
 class _Use:
@@ -124,8 +124,8 @@ class Engine:
                 f"offload: routing must be over the {self.layers[layer].experts} experts of {self.layers[layer].name}, "
                 f"got {routing.num_experts}"
             )
-        form = dict(activation=activation, gated=gated, transposed=transposed, interleaved=interleaved)
-        out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed))
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed), dtype=wide)
         with closing(self.step(layer, ids, then)) as groups:
             for group in groups:
                 slots = np.full(routing.num_experts, -1, np.int32)
@@ -134,9 +134,10 @@ class Engine:
                 first = w["w_gate_up"] if "w_gate_up" in w else (w["w_gate"], w["w_up"])
                 expert_outputs(
                     rows, routing, first, w["w_down"], torch.from_numpy(slots).to(rows.device), out,
-                    b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), **form,
+                    b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), activation=activation,
+                    gated=gated, transposed=transposed, interleaved=interleaved,
                 )  # fmt: skip
-        return combine_outputs(out, routing)
+        return combine_outputs(out, routing, rows.dtype)
 
     def step(
         self, layer: int, ids: NDArray[np.int32], then: Callable[[NDArray[np.int32]], None] | None = None
@@ -175,10 +176,15 @@ class Engine:
             self._settle()
             ahead = self.cache.prefetch(layer, ids, worth)
             self._calls += 1
-            for e, slot, gone in zip(ahead.experts.tolist(), ahead.slots.tolist(), ahead.gone.tolist(), strict=True):
-                self._note(layer, e, "ahead", gone)
-                self._order(layer, e, slot, urgent=False)
-                self._promised[layer, e] = True
+            taken = dict(zip(ahead.experts.tolist(), zip(ahead.slots.tolist(), ahead.gone.tolist()), strict=True))
+            for e in np.asarray(ids).tolist():
+                if e in taken:
+                    slot, gone = taken[e]
+                    self._note(layer, e, "ahead", gone)
+                    self._order(layer, e, slot, urgent=False)
+                    self._promised[layer, e] = True
+                elif self.cache.table.slot_of[layer, e] >= 0:
+                    self._note(layer, e, "kept", -1)
             self._ahead += len(ahead.experts)
         return len(ahead.experts)
 
@@ -330,6 +336,8 @@ class Engine:
         self._loader.wait()
 
     def _note(self, layer: int, expert: int, how: str, gone: int) -> None:
+        if gone >= 0:
+            self._promised.flat[gone] = False
         if self.log is not None:
             self.log.append(Access(self._calls, layer, expert, how, gone))
 

@@ -16,7 +16,7 @@ from .stats import Timing
 
 HELD, QUEUED, RUNNING, DONE, FAILED, CANCELLED = "held", "queued", "running", "done", "failed", "cancelled"
 _TRIES = 2
-_LOOK_S = 0.2  # how often one who waits looks whether the readers live
+LOOK_S = 0.2  # how often one who waits looks whether the readers live
 _END_S = 60.0  # how long a closing loader waits for a read to end
 
 
@@ -57,7 +57,7 @@ class Loader:
         self._running: dict[threading.Thread, Load] = {}
         cuda = arena.device.type == "cuda"
         self._stream = torch.cuda.Stream(arena.device) if cuda else None
-        self._last_use: dict[int, torch.cuda.Event] = {}  # slot -> after the kernels that read it
+        self._uses: dict[int, list[torch.cuda.Event]] = {}  # slot -> each after kernels that read it
         self.threads = [self._start() for _ in range(readers)]
 
     def _start(self) -> threading.Thread:
@@ -90,7 +90,7 @@ class Loader:
 
     def wait(self) -> None:
         """Waits a moment for something to arrive, and sees to it that somebody is at work on it."""
-        if not self.arrived.wait(_LOOK_S):
+        if not self.arrived.wait(LOOK_S):
             self.revive()
 
     def revive(self) -> None:
@@ -109,7 +109,8 @@ class Loader:
         if self._stream is not None:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._arena.device))
-            self._last_use |= dict.fromkeys(slots, event)
+            for slot in slots:
+                self._uses.setdefault(slot, []).append(event)
 
     # --- the readers -------------------------------------------------------------------------------------------------
 
@@ -170,9 +171,9 @@ class Loader:
 
     def _read(self, load: Load) -> None:
         with self._timing.copying(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            event = self._last_use.get(load.slot)
-            if self._stream is not None and event is not None:
-                self._stream.wait_event(event)
+            if self._stream is not None:
+                for event in self._uses.pop(load.slot, ()):
+                    self._stream.wait_event(event)
             self._store.read(load.layer, load.expert, self._arena.slot(load.slot))
 
     def close(self) -> bool:

@@ -26,7 +26,7 @@ from .file import FileStore
 from .forms import Form, experts_in, form_of
 from .host import HostStore, Store
 from .kinds import Layer, Weights
-from .seam import elsewhere_of, send_elsewhere
+from ..elsewhere import elsewhere_of, send_elsewhere
 from .stats import Access, Stats
 
 FILE = "experts.safetensors"
@@ -92,6 +92,8 @@ def offload(
         raise ValueError("offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None")
     groups = _groups(found, formats or {})
     foresight = _foresight(prefetch, model, found, trace)
+    if readers < 1:
+        raise ValueError(f"offload: readers must be at least 1, got {readers}")
     layers = [
         Layer.of(name, *((experts, _like(form.weights(module), len(experts), format)) for experts, format in parts))
         for (name, module, form), parts in zip(found, groups, strict=True)
@@ -214,13 +216,52 @@ def _foresight(prefetch: object, model: nn.Module, found: _Found, trace: Trace |
 
 @dataclass(eq=False)
 class _Moved:
-    """One experts module: what it was like before, and what its parameters are now."""
+    """One experts module: its parameters as they were, whether they were learning, and what they are now."""
 
     name: str
     module: nn.Module
     form: Form
+    before: dict[str, nn.Parameter]
     learning: dict[str, bool]
-    seen: dict[str, tuple[nn.Parameter, int]]
+    now: dict[str, tuple[nn.Parameter, int]]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, form: Form, stand_ins: Mapping[str, Tensor]) -> _Moved:
+        """Puts `stand_ins` into the parameters; where there is none, nothing that has numbers."""
+        moved = cls(name, module, form, form.weights(module), {}, {})
+        for ours, parameter in moved.before.items():
+            moved.learning[ours] = parameter.requires_grad
+            data = stand_ins.get(ours, torch.empty_like(parameter, device="meta"))
+            now = moved._put(ours, data).requires_grad_(False)
+            moved.now[ours] = (now, now._version)
+        return moved
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        for ours, data in weights.items():
+            self._put(ours, data).requires_grad_(self.learning[ours])
+
+    def _put(self, ours: str, data: Tensor) -> nn.Parameter:
+        """`data` as the module's parameter: the same object, unless one of the two is on the meta device."""
+        parameter, name = self.before[ours], self.form.names[ours]
+        if torch._has_compatible_shallow_copy_type(parameter, data):
+            parameter.data = data
+        else:
+            if not parameter.is_meta:
+                parameter.data = parameter.data.new_empty(0)  # or it would keep the experts
+            parameter = nn.Parameter(data, requires_grad=False)
+        setattr(self.module, name, parameter)
+        return parameter
+
+    def check(self) -> None:
+        """Raises RuntimeError where somebody has changed or exchanged the weights."""
+        for ours, (parameter, version) in self.now.items():
+            name = self.form.names[ours]
+            found = getattr(self.module, name)
+            if found is not parameter or found._version != version:
+                raise RuntimeError(
+                    f"offload: {self.name}.{name} must stay as it was when its experts were offloaded, got other weights; "
+                    "close the Offload before weights change"
+                )
 
 
 class Offload:
@@ -244,14 +285,7 @@ class Offload:
         self._lock = threading.Lock()
         _move_others(model, found, device)
         for index, (name, module, form) in enumerate(found):
-            weights = form.weights(module)
-            moved = _Moved(name, module, form, {n: p.requires_grad for n, p in weights.items()}, {})
-            stand_ins = store.whole(index)
-            for ours, parameter in weights.items():
-                parameter.requires_grad_(False)
-                parameter.data = stand_ins.get(ours, torch.empty_like(parameter, device="meta"))
-                moved.seen[ours] = (parameter, parameter._version)
-            self._moved.append(moved)
+            self._moved.append(_Moved.of(name, module, form, store.whole(index)))
             send_elsewhere(module, _Elsewhere(self, index))
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
@@ -298,16 +332,10 @@ class Offload:
     def compute(self, index: int, rows: Tensor, routing: Routing) -> Tensor:
         """What grouped_ffn would give for the experts of layer `index`."""
         one = self._moved[index]
-        for name, (parameter, version) in one.seen.items():
-            now = getattr(one.module, one.form.names[name])
-            if now is not parameter or now._version != version:
-                raise RuntimeError(
-                    f"offload: {one.name}.{one.form.names[name]} must stay as it was when its experts were offloaded, got "
-                    "other weights since; close the Offload before weights change"
-                )
+        one.check()
         form = one.form
         return self.engine.compute(
-            index, rows.to(one.seen["w_down"][0].dtype), routing,
+            index, rows.to(one.now["w_down"][0].dtype), routing,
             activation=form.activation, gated=form.activation.gated, transposed=form.transposed,
             interleaved=form.interleaved, then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
         ).to(rows.dtype)  # fmt: skip
@@ -332,17 +360,14 @@ class Offload:
     def _bring_back(self, index: int, one: _Moved) -> None:
         """Weights are made again from what the store has; those in few bits are the rounded ones."""
         device, layer = self.engine.arena.device, self._store.layers[index]
-        first = {ours: parameter for ours, (parameter, _) in one.seen.items()}
-        back = {ours: torch.empty(p.shape, dtype=p.dtype, device=device) for ours, p in first.items()}
+        back = {name: torch.empty(p.shape, dtype=p.dtype, device=device) for name, (p, _) in one.now.items()}
         for e in range(layer.experts):
             kind = layer.kind(e)
             parts = {part.name: torch.empty(1, *part.shape, dtype=part.dtype, device=device) for part in kind.parts}
             self._store.read(index, e, {name: t[0] for name, t in parts.items()})
             for ours, w in kind.join(parts).items():
                 back[ours][e] = (w.dequantize(back[ours].dtype) if isinstance(w, Quantized) else w)[0]
-        for ours, parameter in first.items():
-            parameter.data = back[ours]
-            parameter.requires_grad_(one.learning[ours])
+        one.restore(back)
         send_elsewhere(one.module, None)
 
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 
 class Access(NamedTuple):
-    """One decision of the cache, in order. `how`: "hit", "miss" or "ahead"; `gone`: layer * E + expert that was
+    """One decision of the cache, in order. `how`: "hit" or "miss" of a step, "ahead" or (there
+    already) "kept" of a prefetch; `gone`: layer * E + expert that was
     displaced, -1: nobody; `step` counts calls of `compute` and `prefetch`."""
 
     step: int

@@ -24,8 +24,8 @@ def lru_step(policy, layer, ids, now):
 
 
 def lfu(setting: Setting) -> State:
-    """Least frequently used: the value is the number of steps that used it, of equal ones the last. Option `decay`: what
-    a use counts after one more step of its layer (1: for ever, as always; below 1: old habits fade)."""
+    """Least frequently used: the value is the number of steps that used it, of equal ones the last. Option `decay`:
+    what a use still counts after one more step of its layer; 1: the same for ever."""
     found = options("lfu", setting, decay=1.0)
     if not 0 < found["decay"] <= 1:
         raise ValueError(f"policy: decay of lfu must be above 0 and at most 1, got {found['decay']}")
@@ -58,8 +58,8 @@ def lfu_cached_step(policy, layer, ids, now):
 
 
 def lfru(setting: Setting) -> State:
-    """Frequency over recency: uses in this sequence, over the steps of the layer since the last one (vLLM, pull request
-    37190)."""
+    """Frequency over recency (the idea of vLLM's pull request 37190): uses, over 4 plus the layer's steps since the
+    last one. With less than 4, a single use just now outweighs many a little longer ago."""
     options("lfru", setting)
     return state(LFRU, setting, memory=2)
 
@@ -72,7 +72,7 @@ def lfru_step(policy, layer, ids, now):
         counts[layer, e] += 1
         last[layer, e] = now
     for e in range(experts):
-        value[layer, e] = counts[layer, e] / ((now - last[layer, e]) / layers + 1)
+        value[layer, e] = counts[layer, e] / ((now - last[layer, e]) / layers + 4)
 
 
 def random(setting: Setting) -> State:

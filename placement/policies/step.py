@@ -53,7 +53,5 @@ def new_sequence(policy):
     """Takes notice that another sequence begins."""
     if policy.kind == LFU_CACHED:
         policy.value[:] -= policy.value // 1  # the counts go, the order of their last uses stays
-    elif policy.kind == LFRU:
-        policy.memory[0] = 0
     elif policy.kind == SEQUENCE:
         sequence_begins(policy)

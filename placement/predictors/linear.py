@@ -139,6 +139,25 @@ def walk(tables, memory, curve, ids, first, found):
             observe(tables, memory, layer, ids[layer, t : t + 1])
 
 
+# Python pays for a tuple of arrays at each call, ten times as much as for the arrays: these two take them one by one.
+
+
+@njit(cache=True)
+def tell_now(first, path, offset, past, rates, bias, horizon, seen, means, tokens, last, now, score, chance, experts,
+             layer, out):  # fmt: skip
+    """`scores`, bent by the curve."""
+    tables = Tables(first, path, offset, past, rates, bias, horizon)
+    scores(tables, Memory(seen, means, tokens, last, now), layer, out)
+    follow(Curve(score, chance, experts), layer, out)
+
+
+@njit(cache=True)
+def observe_now(first, path, offset, past, rates, bias, horizon, seen, means, tokens, last, now, layer, ids):
+    """`observe`."""
+    tables = Tables(first, path, offset, past, rates, bias, horizon)
+    observe(tables, Memory(seen, means, tokens, last, now), layer, ids)
+
+
 class Linear:
     """A predictor from Tables and a Curve. `twin` shares both: one for each sequence that is generated at once."""
 
@@ -172,12 +191,11 @@ class Linear:
         start(self._memory)
 
     def observe(self, layer: int, ids: NDArray[np.int32]) -> None:
-        observe(self.tables, self._memory, layer, ids)
+        observe_now(*self.tables, *self._memory, layer, ids)
 
     def scores(self, layer: int) -> NDArray[np.float32]:
         out = np.empty(self.shape[1], np.float32)
-        scores(self.tables, self._memory, layer, out)
-        follow(self.curve, layer, out)
+        tell_now(*self.tables, *self._memory, *self.curve, layer, out)
         return out
 
     def walk(self, ids: NDArray[np.int32], first: NDArray[np.bool_], tokens: NDArray | None) -> NDArray[np.float32]:

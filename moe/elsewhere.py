@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ...kernels.routing import Routing
+from ..kernels.routing import Routing
 
 _OFFLOAD = "_headgate_offload"
 Elsewhere = Callable[[Tensor, Routing], Tensor]  # (rows [R, D], routing) -> [R, D], instead of grouped_ffn

@@ -1,0 +1,295 @@
+"""headgate.offload: whole models whose experts are on disk answer as they did, to the bit, and get them back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import headgate
+from headgate.moe.offload.admission import Admission
+from headgate.moe.offload.ahead import Guess, ranked, router_of
+from headgate.placement.cache import Cache
+from headgate.placement.policies import POLICIES, Setting, policy
+
+LEARNS = {"affinity", "learned", "predicted", "sequence", "static", "statistics"}
+
+
+class Stack(nn.Module):
+    """Three MoE layers in a residual stream."""
+
+    def __init__(self, dtype=torch.float32, **options):
+        super().__init__()
+        sizes = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 8, "top_k": 2, **options}
+        self.blocks = nn.ModuleList(headgate.MoE(**sizes, dtype=dtype) for _ in range(3))
+
+    def forward(self, input_ids=None, x=None):
+        if x is None:
+            table = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
+            x = table[input_ids].to(self.blocks[0].experts.w_down.dtype)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.fixture
+def stack():
+    torch.manual_seed(3)
+    return Stack().eval()
+
+
+def calls(dtype=torch.float32):
+    """Prefill, then tokens one by one."""
+    torch.manual_seed(7)
+    return [torch.randn(n, 32, dtype=dtype) for n in (40, 1, 1, 1, 3, 1, 0, 1, 1, 17, 1)]
+
+
+def answers(model, inputs):
+    with torch.no_grad():
+        return [model(x=x) for x in inputs]
+
+
+def same(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def trace_of(model):
+    return headgate.record(model, torch.randint(0, 64, (6, 20)))
+
+
+@pytest.mark.parametrize("prefetch", [None, "gate", "path"])
+@pytest.mark.parametrize("name", [n for n in POLICIES if n != "belady"])
+def test_every_policy_and_prefetch_gives_the_same_bits(stack, tmp_path, name, prefetch):
+    inputs = calls()
+    want, trace = answers(stack, inputs), trace_of(stack)
+    with headgate.offload(stack, "30%", name, prefetch, tmp_path, trace=trace) as offloaded:
+        same(answers(stack, inputs), want)
+        stats = offloaded.stats()
+        assert 0 < stats.hits < stats.accesses
+        assert stats.loads > 0
+    same(answers(stack, inputs), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+def test_a_budget_of_next_to_nothing(tmp_path, dtype, scope):
+    torch.manual_seed(0)
+    stack, inputs = Stack(dtype, bias=True, shared_intermediate_size=8).eval(), calls(dtype)
+    want = answers(stack, inputs)
+    one = sum(w.nbytes // 8 for n, w in stack.blocks[0].experts.named_parameters())
+    budget = one * (6 if scope == "layer" else 2) + 1024  # 2 experts of each layer, or of one
+    with headgate.offload(stack, budget, "lru", "gate", tmp_path, scope=scope) as offloaded:
+        assert offloaded.engine.arena.nbytes <= budget
+        same(answers(stack, inputs), want)
+
+
+def test_on_plain_torch_too(stack, tmp_path, cpu_form):
+    inputs = calls()
+    want = answers(stack, inputs)
+    with headgate.offload(stack, "25%", "lru", "gate", tmp_path):
+        same(answers(stack, inputs), want)
+
+
+def test_generation_in_threads_at_once(stack, tmp_path):
+    inputs = [calls(), calls()[::-1], calls()[1:5] * 3, calls()[:2] * 4]
+    want = [answers(stack, some) for some in inputs]
+    got = [None] * 4
+    with headgate.offload(stack, "25%", "lru", "path", tmp_path, trace=trace_of(stack)):
+
+        def run(i):
+            got[i] = answers(stack, inputs[i])
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(60)
+    for a, b in zip(got, want, strict=True):
+        same(a, b)
+
+
+def test_the_log_is_what_the_cache_would_do(stack, tmp_path):
+    """Access by access: the same steps and prefetches through a Cache alone."""
+    with headgate.offload(stack, "30%", "lru", "gate", tmp_path, log=True) as offloaded:
+        answers(stack, calls())
+        log, places = list(offloaded.log), offloaded.engine.places
+    cache = Cache(places, policy("lru", Setting(*places.of.shape, places.slots)))
+    assert {a.how for a in log} == {"hit", "miss", "ahead", "kept"}
+    for number in sorted({a.step for a in log}):
+        some = [a for a in log if a.step == number]
+        layer = some[0].layer
+        if some[0].how in ("ahead", "kept"):
+            found = cache.prefetch(layer, [a.expert for a in some])
+            fetched = [(a.expert, a.gone) for a in some if a.how == "ahead"]
+            assert fetched == list(zip(found.experts.tolist(), found.gone.tolist(), strict=True))
+        else:
+            found = cache.step(layer, sorted(a.expert for a in some))
+            gone = [-1 if g == -2 else g for g in found.gone.tolist()]
+            assert [(a.expert, a.gone) for a in some] == list(zip(found.experts.tolist(), gone, strict=True))
+            assert sum(a.how == "hit" for a in some) == found.hits
+
+
+def test_parameters_keep_names_shapes_and_contents(stack, tmp_path):
+    before = {name: w.clone() for name, w in stack.state_dict().items()}
+    kept = stack.blocks[0].experts.w_down
+    kept.requires_grad_(False)
+    with headgate.offload(stack, "25%", "lru", None, tmp_path):
+        during = stack.state_dict()
+        assert during.keys() == before.keys()
+        assert all(torch.equal(during[name], w) for name, w in before.items())
+        assert not any(p.requires_grad for b in stack.blocks for p in b.experts.parameters())
+        assert stack.blocks[0].router.weight.requires_grad
+    assert all(torch.equal(stack.state_dict()[name], w) for name, w in before.items())
+    assert stack.blocks[0].experts.w_down is kept
+    assert not kept.requires_grad
+    assert stack.blocks[1].experts.w_down.requires_grad
+    assert not [n for m in stack.modules() for n in vars(m) if n.startswith("_headgate_off")]
+
+
+def test_experts_on_the_meta_device_come_from_the_file(stack, tmp_path):
+    inputs = calls()
+    want = answers(stack, inputs)
+    headgate.offload(stack, "25%", "lru", None, tmp_path).close()
+    empty = copy.deepcopy(stack)
+    for block in empty.blocks:
+        block.experts.to("meta")
+    with headgate.offload(empty, "25%", "lru", "gate", tmp_path):
+        same(answers(empty, inputs), want)
+    same(answers(empty, inputs), want)
+
+
+def test_few_bits(stack, tmp_path):
+    """Outputs of rounded weights, and weights that come back rounded."""
+    names = [f"blocks.{i}.experts" for i in range(3)]
+    formats = {names[0]: ["int4", None] * 4, names[2]: ["int4"] * 8}
+    rounded = copy.deepcopy(stack)
+    for name, of in formats.items():
+        for w in (rounded.get_submodule(name).w_gate_up, rounded.get_submodule(name).w_down):
+            for e, kind in enumerate(of):
+                if kind:
+                    w.data[e] = headgate.kernels.quantize(w.data[e : e + 1], kind).dequantize(w.dtype)[0]
+    inputs = calls()
+    want = answers(rounded, inputs)
+    whole = sum(w.nbytes for b in stack.blocks for w in b.experts.parameters())
+    with headgate.offload(stack, "40%", "lru", "gate", tmp_path, formats=formats) as offloaded:
+        assert (tmp_path / "experts.safetensors").stat().st_size < 0.7 * whole
+        assert offloaded.engine.arena.nbytes < 0.4 * whole
+        for a, b in zip(answers(stack, inputs), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+    same(answers(stack, inputs), want)
+
+
+def test_weights_that_change_meanwhile_are_noticed(stack, tmp_path):
+    with headgate.offload(stack, "25%", "lru", None, tmp_path):
+        with torch.no_grad():
+            stack.blocks[1].experts.w_down.mul_(2)
+        with pytest.raises(RuntimeError, match=r"blocks.1.experts.w_down must stay as it was"):
+            answers(stack, calls()[:1])
+
+
+def test_copies_are_refused(stack, tmp_path):
+    with headgate.offload(stack, "25%", "lru", None, tmp_path):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            copy.deepcopy(stack)
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            pickle.dumps(stack)
+    copy.deepcopy(stack)
+
+
+def test_gradients_are_refused(stack, tmp_path):
+    with headgate.offload(stack, "25%", "lru", None, tmp_path), pytest.raises(ValueError, match="gradient"):
+        stack(x=calls()[0])
+
+
+def test_close_twice_and_use_after(stack, tmp_path):
+    offloaded = headgate.offload(stack, "25%", "lru", None, tmp_path)
+    offloaded.close()
+    offloaded.close()
+    assert not [t for t in threading.enumerate() if t.name == "headgate-offload"]
+    with headgate.offload(stack, "25%", "lru", None, tmp_path):  # and once more
+        answers(stack, calls()[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"budget": "10 bytes or so"}, ValueError, "budget must be"),
+        ({"budget": 100}, ValueError, "budget must be at least"),
+        ({"policy": "fifo"}, ValueError, "name must be one of"),
+        ({"policy": "static"}, ValueError, "trace"),
+        ({"prefetch": "crystal"}, ValueError, "prefetch must be one of gate, path"),
+        ({"prefetch": "path"}, ValueError, "trace must be given"),
+        ({"disk": None}, ValueError, "disk must be a folder"),
+        ({"scope": "rank"}, ValueError, "scope must be one of"),
+        ({"readers": 0}, ValueError, "readers must be at least 1"),
+        ({"formats": {"blocks.9.experts": ["int4"] * 8}}, ValueError, "formats must be for modules"),
+        ({"formats": {"blocks.0.experts": ["int4"] * 7}}, ValueError, "one for each of the 8 experts"),
+        ({"formats": {"blocks.0.experts": ["int3"] * 8}}, ValueError, "format must be one of"),
+    ],
+)
+def test_bad_input_changes_nothing(stack, tmp_path, change, kind, message):
+    want = answers(stack, calls())
+    options = {"budget": "25%", "policy": "lru", "prefetch": None, "disk": tmp_path / "there", **change}
+    with pytest.raises(kind, match=message):
+        headgate.offload(stack, **options)
+    assert not (tmp_path / "there").exists()
+    same(answers(stack, calls()), want)
+    assert all(p.requires_grad for p in stack.parameters())
+
+
+def test_what_cannot_be_offloaded(tmp_path):
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got str"):
+        headgate.offload("model")
+    with pytest.raises(ValueError, match="must have experts"):
+        headgate.offload(nn.Linear(2, 2), disk=tmp_path)
+
+
+def test_twice(stack, tmp_path):
+    with headgate.offload(stack, "25%", "lru", None, tmp_path):
+        with pytest.raises(ValueError, match="must not be offloaded already"):
+            headgate.offload(stack, "25%", "lru", None, tmp_path)
+
+
+# --- what is foreseen ------------------------------------------------------------------------------------------------
+
+
+def test_ranked():
+    scores = torch.tensor([[0.1, 0.5, 0.3, 0.0], [0.9, 0.0, 0.2, 0.1]])
+    experts, rank = ranked(scores[:1], 3)
+    assert (experts.tolist(), rank.tolist()) == ([1, 2, 0], [0, 1, 2])
+    experts, rank = ranked(scores, 2)
+    assert (experts.tolist(), rank.tolist()) == ([0, 1, 2], [0, 0, 1])
+
+
+def test_the_router_beside_the_experts(stack):
+    router = router_of(stack, "blocks.1.experts", 8)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(router.scores(x), stack.blocks[1].router.logits(x))
+    assert router_of(stack, "blocks.1.experts", 9) is None
+
+
+def test_admission_learns_what_its_guesses_are_worth():
+    """Of the guesses the first is right and the second wrong; no time is ever left idle, or always."""
+    admission = Admission(1, least=0.6)
+    for _ in range(60):
+        chosen = admission.choose(Guess(0, np.array([4, 5], np.int32), np.array([0, 1], np.int32)), 0, 1.0)
+        admission.came(0, np.array([4, 7], np.int32))
+    assert chosen.tolist() == [4]
+    first, second = admission.chance(0, [0, 1])
+    assert first > 0.95
+    assert second < 0.05
+    slow = Admission(1)
+    slow._right, slow._seen = admission._right, admission._seen
+    guess = Guess(0, np.array([4, 5], np.int32), np.array([0, 1], np.int32))
+    assert slow.choose(guess, 0, 10.0).tolist() == []  # a fetch takes ten seconds, of which none is idle
+    slow._window[0] = 9.0
+    assert slow.choose(guess, 0, 10.0).tolist() == [4]  # nine are
+    certain = Guess(0, np.array([1, 2], np.int32), np.array([0, 1], np.int32), np.array([0.9, 0.8]))
+    assert slow.choose(certain, 0, 10.0).tolist() == [1]  # and the first has taken them

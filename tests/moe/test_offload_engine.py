@@ -1,0 +1,582 @@
+"""The offload engine: to the bit what all weights at hand give, whatever stands in slots and whatever goes wrong."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from offload_cases import D, E, K, L, Watched, batch, file_store, host_store, offload_threads, resident, soon, weights
+
+from headgate.kernels import quantize
+from headgate.kernels.grouped_ffn import grouped_ffn
+from headgate.kernels.routing import Routing
+from headgate.moe.offload import Engine, HostCache, HostStore, Layer
+from headgate.placement.cache import Cache
+from headgate.placement.policies import POLICIES, Setting, policy
+
+
+def needs_no_trace(name: str) -> bool:
+    try:
+        policy(name, Setting(L, E, 6))
+    except ValueError:
+        return False
+    return True
+
+
+FREE = [name for name in POLICIES if needs_no_trace(name)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left():
+    """Every test leaves no thread."""
+    yield
+    if offload_threads():
+        gc.collect()
+    assert soon(lambda: not offload_threads()), "reader threads are left"
+
+
+def run(engine: Engine, made: list[dict], steps: int = 24, tokens=(1, 1, 5, 40), dtype=torch.float32, **form) -> None:
+    """Layers in turn, as a model has them: each output must be that of all weights at hand, to the bit."""
+    for i in range(steps):
+        layer = i % len(made)
+        x, routing = batch(tokens[i // len(made) % len(tokens)], dtype)
+        y = engine.compute(layer, x, routing, **form)
+        assert torch.equal(y, resident(x, routing, made[layer], **form)), f"step {i}"
+    assert not engine.cache.table.busy.any()
+
+
+# --- right, to the bit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+@pytest.mark.parametrize("name", FREE)
+def test_equals_all_weights_at_hand(name, scope, cpu_form, tmp_path):
+    made = weights()
+    for budget in ("30%", 0.9):
+        with Engine(file_store(made, tmp_path / "x"), budget, policy=name, scope=scope, top_k=K) as engine:
+            run(engine, made)
+
+
+@pytest.mark.parametrize("form", [None, "plain", "transposed", "pair", "interleaved", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_form_of_weights(form, dtype, cpu_form):
+    made = weights(dtype, form=form, bias=form in ("bias", "interleaved"))
+    said = {"gated": form != "plain", "transposed": form == "transposed", "interleaved": form == "interleaved"}
+    with Engine(host_store(made), "30%", top_k=K) as engine:
+        run(engine, made, steps=12, dtype=dtype, activation="gelu_tanh" if form == "plain" else "silu", **said)
+
+
+def test_the_least_budget_and_none_less():
+    """Slots for one layer's top-k experts, shared by all layers: prefills take many waves."""
+    made = weights()
+    least = K * sum(t[0].nbytes for t in made[0].values())
+    with Engine(host_store(made), least, top_k=K, scope="shared") as engine:
+        assert engine.arena.nbytes == least
+        run(engine, made, tokens=(1, 33))
+    with pytest.raises(ValueError, match=rf"budget must be at least {least} bytes, for 2 experts of one layer, got"):
+        Engine(host_store(made), least - 1, top_k=K, scope="shared")
+    with pytest.raises(ValueError, match=rf"budget must be at least {L * least} bytes, for 2 experts of each layer"):
+        Engine(host_store(made), least, top_k=K)
+
+
+def test_no_tokens_no_experts_and_repeated_ones(cpu_form):
+    made = weights()
+    with Engine(host_store(made), "30%", top_k=K) as engine:
+        for ids in (torch.zeros(0, 2), torch.full((3, 2), -1), torch.full((3, 2), 4), torch.tensor([[1, -1], [E, 1]])):
+            x, routing = torch.randn(len(ids), D), Routing.from_topk(ids.long(), torch.rand(ids.shape), E)
+            assert torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
+
+
+def test_junk_fetched_ahead_changes_nothing():
+    made = weights()
+    with Engine(host_store(made), "40%", top_k=K) as engine:
+        for i in range(40):
+            x, routing = batch((1, 7)[i % 2])
+            for layer in random.sample(range(L), 2):
+                engine.prefetch(layer, np.random.permutation(E)[:4])
+            assert torch.equal(engine.compute(i % L, x, routing), resident(x, routing, made[i % L]))
+        stats = engine.stats()
+    assert stats.ahead > stats.used > 0
+
+
+def test_many_threads_at_once():
+    """Slots for hardly more than one step: some wait for others' slots, share loads, and reuse what is on its way."""
+    made = weights()
+    wrong: list[str] = []
+
+    def decide(seed: int) -> None:
+        own = torch.Generator().manual_seed(seed)
+        try:
+            for i in range(30):
+                layer = int(torch.randint(L, (), generator=own))
+                x, routing = batch((1, 1, 20)[i % 3], generator=own)
+                engine.prefetch((layer + 1) % L, torch.randperm(E, generator=own)[:2].numpy())
+                y = engine.compute(layer, x, routing)
+                if not torch.equal(y, resident(x, routing, made[layer])):
+                    wrong.append(f"thread {seed}, step {i}")
+        except Exception as error:
+            wrong.append(f"thread {seed}: {error!r}")
+
+    nap = Watched(host_store(made), lambda *_: time.sleep(random.random() / 500))
+    for scope in ("shared", "layer"):
+        with Engine(nap, 0.3, top_k=K, scope=scope) as engine:
+            threads = [threading.Thread(target=decide, args=(seed,), daemon=True) for seed in range(4)]
+            for t in threads:
+                t.start()
+            for t in threads:
+                t.join(120)
+            assert not any(t.is_alive() for t in threads), "threads wait for each other"
+            assert not wrong
+            assert not engine.cache.table.busy.any()
+        nap = Watched(host_store(made))
+
+
+def test_several_kinds_in_one_layer(assert_close):
+    """Some experts in four bits, the others whole: pairs are computed kind by kind, and summed together."""
+    torch.manual_seed(1)
+    whole = weights(d=128, f=64)
+    few = [0, 3, 4, 7]
+    rest = [e for e in range(E) if e not in few]
+    groups = [
+        [
+            {name: quantize(t[few], "int4", block=(1, 32)) for name, t in w.items()},
+            {name: t[rest] for name, t in w.items()},
+        ]
+        for w in whole
+    ]
+    layers = [Layer.of(f"m{i}", (few, g[0]), (rest, g[1])) for i, g in enumerate(groups)]
+    for w, g in zip(whole, groups, strict=True):
+        for name, t in w.items():
+            t[few] = g[0][name].dequantize(torch.float32)
+    with Engine(HostStore(layers, groups.__getitem__), "50%", top_k=K) as engine:
+        assert len(engine.arena.kinds) == 2
+        for i in range(9):
+            x, routing = batch((1, 9)[i % 2], d=128)
+            assert_close(engine.compute(i % L, x, routing), resident(x, routing, whole[i % L]))
+
+
+# --- the same decisions as the simulator's ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+@pytest.mark.parametrize("name", FREE)
+def test_decides_as_the_cache_alone_access_by_access(name, scope):
+    """However fast reads are: the log is what a fresh Cache says to the same steps and fetches."""
+    made = weights()
+    store = Watched(host_store(made), lambda *_: time.sleep(random.random() / 1000))
+    with Engine(store, "40%", policy=name, scope=scope, top_k=K, log=True) as engine:
+        cache = Cache(engine.places, policy(name, Setting(L, E, engine.places.slots)))
+        want = []
+        for i in range(30):
+            x, routing = batch((1, 1, 12)[i % 3])
+            ids = np.unique(routing.expert_ids.numpy())
+            if i == 15:
+                engine.new_sequence()
+                cache.new_sequence()
+            engine.compute(i % L, x, routing)
+            step = cache.step(i % L, ids)
+            rows = zip(step.experts.tolist(), step.gone.tolist(), strict=True)
+            want += [(i % L, e, "hit" if g == -2 else "miss", max(g, -1)) for e, g in rows]
+            guess = np.random.permutation(E)[:3]
+            engine.prefetch((i + 1) % L, guess)
+            ahead = cache.prefetch((i + 1) % L, guess)
+            rows = zip(ahead.experts.tolist(), ahead.gone.tolist(), strict=True)
+            want += [((i + 1) % L, e, "ahead", g) for e, g in rows]
+        assert [tuple(a)[1:] for a in engine.log if a.how != "kept"] == want
+        stats = engine.stats()
+    assert stats.hits == sum(how == "hit" for _, _, how, _ in want)
+    assert stats.ahead == sum(how == "ahead" for _, _, how, _ in want)
+
+
+def test_nothing_is_read_twice():
+    made = weights()
+    store = Watched(host_store(made))
+    with Engine(store, 1.0, top_k=K) as engine:
+        for i in range(3 * L):
+            engine.prefetch(i % L, range(0, E, 2))  # some still on their way when the step comes
+            x, routing = batch(40)
+            assert torch.equal(engine.compute(i % L, x, routing), resident(x, routing, made[i % L]))
+        assert set(store.reads.values()) == {1}
+        assert len(store.reads) == L * E
+        assert engine.stats().loads == L * E
+        assert engine.stats().bytes == sum(t.nbytes for w in made for t in w.values())
+
+
+def test_a_fetch_that_is_displaced_before_it_begins_is_not_read():
+    made = weights()
+    gate = threading.Event()
+    store = Watched(host_store(made), lambda layer, expert, nth: gate.wait(30) if expert == 7 else None)
+    with Engine(store, K * L * sum(t[0].nbytes for t in made[0].values()), top_k=K, readers=1) as engine:
+        engine.prefetch(1, [7])  # keeps the one reader
+        engine.prefetch(0, [5, 6])
+        chosen = Routing.from_topk(torch.tensor([[0, 1]]), torch.ones(1, 2), E)
+        x, out = torch.randn(1, D), []
+        thread = threading.Thread(target=lambda: out.append(engine.compute(0, x, chosen)))
+        thread.start()
+        assert soon(lambda: engine.cache.table.slot_of[0, 1] >= 0)
+        gate.set()
+        thread.join(30)
+        assert torch.equal(out[0], resident(x, chosen, made[0]))
+    assert set(store.reads) == {(1, 7), (0, 0), (0, 1)}
+
+
+def test_computes_what_is_there_while_the_rest_is_on_its_way():
+    made = weights()
+    gate = threading.Event()
+    store = Watched(host_store(made), lambda layer, expert, nth: gate.wait(30) if expert == 3 else None)
+    with Engine(store, "60%", top_k=K) as engine:
+        with closing(engine.step(0, np.array([1]))) as step:
+            assert [g.experts for g in step] == [[1]]
+        with closing(engine.step(0, np.array([1, 2, 3]))) as step:
+            first = next(step).experts
+            if first == [1]:
+                first += next(step).experts
+            assert first == [1, 2]
+            gate.set()
+            assert [g.experts for g in step] == [[3]]
+
+
+# --- when something goes wrong ---------------------------------------------------------------------------------------
+
+
+def test_a_read_that_fails_once_is_tried_again():
+    made = weights()
+
+    def once(layer, expert, nth):
+        if nth == 1:
+            raise OSError(5, "the disk has coughed")
+
+    store = Watched(host_store(made), once)
+    with Engine(store, "40%", top_k=K) as engine:
+        run(engine, made)
+
+
+def test_an_expert_that_cannot_be_read_is_named_and_the_others_go_on():
+    made, ill = weights(), threading.Event()
+
+    def sick(layer, expert, nth):
+        if ill.is_set() and (layer, expert) == (1, 3):
+            raise OSError(5, "bad sector")
+
+    store = Watched(host_store(made), sick)
+    x, good = torch.randn(2, D), Routing.from_topk(torch.tensor([[0, 1], [2, 0]]), torch.ones(2, 2), E)
+    bad = Routing.from_topk(torch.tensor([[0, 3], [2, 3]]), torch.ones(2, 2), E)
+    ill.set()
+    with Engine(store, "60%", top_k=K) as engine:
+        for _ in range(3):
+            with pytest.raises(OSError, match=r"expert 3 of model\.1\.experts \(layer 1\) could not be read: .*bad"):
+                engine.compute(1, x, bad)
+            assert torch.equal(engine.compute(1, x, good), resident(x, good, made[1]))
+        engine.prefetch(1, [3])
+        assert soon(lambda: engine.prefetch(1, [3]) == 1), "a failed fetch leaves its slot empty"
+        ill.clear()
+        assert torch.equal(engine.compute(1, x, bad), resident(x, bad, made[1]))
+        assert not engine.cache.table.busy.any()
+
+
+def test_every_thread_that_waits_for_it_hears_of_a_failure():
+    made, gate = weights(), threading.Event()
+
+    def late(layer, expert, nth):
+        gate.wait(30)
+        raise ValueError("not an OSError")
+
+    with Engine(Watched(host_store(made), late), 1.0, top_k=K) as engine:
+        x, routing = batch(3)
+        heard: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                engine.compute(0, x, routing)
+            except RuntimeError as error:
+                heard.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for t in threads:
+            t.start()
+        assert soon(lambda: engine.stats().accesses == 3 * len(np.unique(routing.expert_ids)))
+        gate.set()
+        for t in threads:
+            t.join(30)
+    assert len(heard) == 3
+    assert all("could not be read: not an OSError" in str(error) for error in heard)
+
+
+@pytest.mark.parametrize("when", ["while it reads", "while it waits"])
+def test_a_killed_reader_is_replaced(when):
+    made = weights()
+    killed = []
+
+    def kill(layer, expert, nth):
+        if when == "while it reads" and len(killed) < 2:
+            killed.append(threading.current_thread())
+            raise SystemExit
+
+    with Engine(Watched(host_store(made), kill), "40%", top_k=K) as engine:
+        if when == "while it waits":
+            killed += offload_threads()
+            for thread in killed:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+            assert soon(lambda: not any(t.is_alive() for t in killed))
+        run(engine, made)
+        assert engine.stats().restarts == 2
+
+
+def test_a_reader_that_dies_with_its_expert_does_not_hang_the_step(monkeypatch):
+    """It is gone without a word: nobody catches what kills it."""
+    made = weights()
+    with Engine(host_store(made), "40%", top_k=K) as engine:
+        read, dead = engine._loader._read, []
+
+        def vanish(load):
+            if len(dead) < 2:
+                dead.append(load)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(threading.get_ident()), ctypes.py_object(SystemExit)
+                )
+            read(load)
+
+        monkeypatch.setattr(engine._loader, "_read", vanish)
+        run(engine, made)
+        assert dead
+
+
+def test_patience_ends():
+    made, gate = weights(), threading.Event()
+    with Engine(Watched(host_store(made), lambda *_: gate.wait(30)), "40%", top_k=K, patience_s=0.5) as engine:
+        x, routing = batch(1)
+        with pytest.raises(TimeoutError, match=r"waited 0\.5 s for experts \d, \d of model\.0\.experts"):
+            engine.compute(0, x, routing)
+        gate.set()
+        assert torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_a_step_that_is_left_early(left):
+    """In the first wave or later: slots are free again, and what the cache counts on is right."""
+    made = weights()
+    with Engine(host_store(made), K * L * sum(t[0].nbytes for t in made[0].values()), top_k=K) as engine:
+        for i in range(6):
+            with closing(engine.step(i % L, np.arange(E))) as step:
+                for _ in range(left + 1):
+                    next(step)
+            assert not engine.cache.table.busy.any()
+            run(engine, made, steps=L, tokens=(1,))
+
+
+def test_a_closed_engine_says_so():
+    made, gate = weights(), threading.Event()
+    engine = Engine(Watched(host_store(made), lambda *_: gate.wait(30)), "40%", top_k=K)
+    x, routing = batch(2)
+    heard = []
+
+    def ask() -> None:
+        with pytest.raises(RuntimeError, match="must be open") as caught:
+            engine.compute(0, x, routing)
+        heard.append(caught)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert soon(lambda: engine.stats().accesses > 0)
+    threading.Timer(0.3, gate.set).start()
+    engine.close()
+    thread.join(30)
+    assert heard
+    engine.close()
+    for call in (lambda: engine.compute(0, x, routing), lambda: engine.prefetch(0, [1])):
+        with pytest.raises(RuntimeError, match="the engine must be open, got one that is closed"):
+            call()
+
+
+def test_a_forgotten_engine_ends_its_threads_and_lets_memory_go():
+    made = weights()
+    engine = Engine(host_store(made), "40%", top_k=K)
+    run(engine, made, steps=3)
+    threads, memory = offload_threads(), weakref.ref(engine.arena)
+    assert len(threads) == 2
+    del engine
+    gc.collect()
+    assert soon(lambda: not any(t.is_alive() for t in threads))
+    assert memory() is None
+
+
+def test_cannot_be_copied_and_does_not_survive_a_fork():
+    with Engine(host_store(weights()), "40%", top_k=K) as engine:
+        for way in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                way(engine)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                engine.prefetch(0, [1])
+            except RuntimeError as error:
+                os._exit(17 if "process that made it" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 17
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"budget": "lots"}, 'budget must be such as "8GiB"'),
+        ({"budget": "0%"}, "budget must be at least 1 byte"),
+        ({"scope": "rack"}, "scope must be one of layer, shared, got 'rack'"),
+        ({"policy": "oracle"}, "name must be one of .*, got 'oracle'"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"readers": 0}, "readers must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings(change, match):
+    with pytest.raises(ValueError, match=match):
+        Engine(host_store(weights()), **({"budget": "40%", "top_k": K} | change))
+
+
+def test_bad_calls():
+    made = weights()
+    with Engine(host_store(made), "40%", top_k=K) as engine:
+        x, routing = batch(2)
+        with pytest.raises(ValueError, match=r"layer must be 0 \.\. 2, got 3"):
+            engine.compute(3, x, routing)
+        with pytest.raises(ValueError, match=r"routing must be over the 8 experts of model\.0\.experts, got 9"):
+            engine.compute(0, x, Routing(routing.expert_ids, routing.weights, 9))
+        with pytest.raises(IndexError, match="must be at least -1"):
+            engine.compute(0, x, Routing(routing.expert_ids - 9, routing.weights, E))
+        with pytest.raises(ValueError, match="ids must be distinct, rising and below 8"):
+            next(engine.step(0, np.array([1, 1])))
+        with pytest.raises(TypeError, match="dtype of rows"):
+            engine.compute(0, x.double(), routing)
+        with pytest.raises(ValueError, match="must not ask for a gradient"):
+            engine.compute(0, x.requires_grad_(), routing)
+        run(engine, made, steps=6)
+
+
+# --- tiers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_in_host_memory_between(tmp_path):
+    made = weights()
+    disk = Watched(file_store(made, tmp_path / "x", verify=True))
+    middle = HostCache(disk, "60%")
+    with Engine(middle, "30%", top_k=K) as engine:
+        run(engine, made, steps=48)
+        asked = engine.stats().loads
+    assert middle.hits + middle.loads == asked
+    assert sum(disk.reads.values()) == middle.loads < asked
+
+
+def test_a_failure_below_a_host_cache_is_not_kept(tmp_path):
+    made = weights()
+
+    def first_two(layer, expert, nth):
+        if nth <= 2:
+            raise OSError(5, "bad sector")
+
+    middle = HostCache(Watched(host_store(made), first_two), "60%")
+    with Engine(middle, "60%", top_k=K) as engine:
+        x, routing = batch(1)
+        with pytest.raises(OSError, match="bad sector"):
+            engine.compute(0, x, routing)
+        for _ in range(3):
+            try:
+                y = engine.compute(0, x, routing)
+            except OSError:
+                continue
+        assert torch.equal(y, resident(x, routing, made[0]))
+        assert not middle.cache.table.busy.any()
+
+
+RESIDENT = """
+import os, re, sys, torch
+from headgate.kernels.routing import Routing
+from headgate.moe.offload import Engine, FileStore, Layer
+L, E, D, F, K, BUDGET = 4, 32, 512, 256, 4, 48 << 20
+
+def rss(what):
+    return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+
+def made(i):
+    g = torch.Generator().manual_seed(i)
+    return [{"w_gate_up": torch.randn(E, 2 * F, D, generator=g), "w_down": torch.randn(E, D, F, generator=g)}]
+
+layers = [Layer.of(f"m{i}", (range(E), {k: t.to("meta") for k, t in made(0)[0].items()})) for i in range(L)]
+if not os.path.exists(sys.argv[1]):
+    FileStore.write(sys.argv[1], layers, made)
+store = FileStore(sys.argv[1], layers, page_cache=sys.argv[2] == "cached")
+whole = sum(x.nbytes for x in layers)
+
+def run(steps, engine):
+    for i in range(steps):
+        ids = torch.rand(2, E).argsort(1)[:, :K]
+        engine.compute(i % L, torch.randn(2, D), Routing.from_topk(ids, torch.rand(2, K), E))
+
+with Engine(FileStore(sys.argv[1]), 4 * K * layers[0].kind(0).nbytes, top_k=K) as small:
+    run(8, small)  # what the first calls take is not the experts'
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins here
+before = rss("VmRSS")
+with Engine(store, BUDGET, top_k=K) as engine:
+    run(120, engine)
+    print(whole, engine.arena.nbytes, rss("VmHWM") - before, engine.stats().bytes)
+print(rss("VmRSS") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def large_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("large") / "experts"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pages", ["cached", "direct"])
+def test_the_resident_set_keeps_to_the_budget(pages, large_file, tmp_path):
+    """201 MB of experts on disk, 48 MiB of slots: as the kernel counts it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RESIDENT, str(large_file), pages]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, slots, grown, read, left = map(int, done.stdout.split())
+    budget, other = 48 << 20, 6 << 20
+    assert whole >= 4 * budget
+    assert read > 2 * budget
+    print(f"slots {slots}, resident set grew by {grown}, left {left}, read {read}")
+    assert budget - 2 * (whole // 128) < slots <= budget
+    assert slots / 2 < grown <= budget + other, f"grew by {grown} bytes"
+    assert left < other, f"{left} bytes are left after close()"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["host", "file", "host cache"])
+def test_on_a_gpu(tier, tmp_path, assert_close):
+    """Many steps without a wait in between: a slot must not be filled while kernels read it."""
+    made = weights(layers=2, d=256, f=128)
+    store = HostStore([Layer.of(f"m{i}", (range(E), w)) for i, w in enumerate(made)], lambda i: [made[i]], "cuda")
+    if tier != "host":
+        store = file_store(made, tmp_path / "x")
+    if tier == "host cache":
+        store = HostCache(store, "60%")
+    there = [{name: t.cuda() for name, t in w.items()} for w in made]
+    with Engine(store, "30%", top_k=K, device="cuda") as engine:
+        for tokens in (1, 8, 64):
+            got, want = [], []
+            for i in range(20):
+                x, routing = batch(tokens, d=256)
+                x, routing = x.cuda(), Routing.from_topk(routing.expert_ids.cuda(), routing.weights.cuda(), E)
+                engine.prefetch((i + 1) % 2, np.random.permutation(E)[:2])
+                got.append(engine.compute(i % 2, x, routing))
+                w = there[i % 2]
+                want.append(grouped_ffn(x, routing, w["w_gate_up"], w["w_down"]))
+            for y, z in zip(got, want, strict=True):
+                assert torch.equal(y, z) if tokens >= 5 else True
+                assert_close(y, z)

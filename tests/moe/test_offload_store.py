@@ -1,0 +1,388 @@
+"""The lower tiers and the slots: what is written is read, what is spoiled is refused, budgets are not exceeded."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from offload_cases import D, E, F, L, file_store, host_store, layers_of, weights
+
+from headgate.kernels import quantize
+from headgate.moe.offload import Arena, FileStore, HostCache, HostStore, Kind, Layer, parse_budget, plan_slots
+from headgate.moe.offload.arena import arena_bytes
+from headgate.moe.offload.kinds import split
+
+
+def mixed() -> tuple[list[Layer], list[list[dict]]]:
+    """Two layers: one whole in bf16 with biases, one with experts 1 and 4 in mxfp4 and the others in fp32."""
+    first = {"w_gate_up": torch.randn(3, 8, 6).bfloat16(), "b_down": torch.randn(3, 6)}
+    few = {"w_down": quantize(torch.randn(2, 5, 64), "mxfp4"), "w_gate_up": torch.randn(2, 3, 7)}
+    many = {"w_down": torch.randn(3, 5, 64), "w_gate_up": torch.randn(3, 3, 7)}
+    layers = [Layer.of("a.b", (range(3), first)), Layer.of("c", ((1, 4), few), ((0, 2, 3), many))]
+    return layers, [[first], [few, many]]
+
+
+def check_all(store, layers: list[Layer], made: list[list[dict]]) -> None:
+    for l, layer in enumerate(layers):
+        for e in range(layer.experts):
+            group, row = layer.places[e]
+            into = {p.name: torch.full(p.shape, 7, dtype=p.dtype) for p in layer.kind(e).parts}
+            store.read(l, e, into)
+            for name, t in split(made[l][group]).items():
+                assert torch.equal(into[name], t[row]), (l, e, name)
+
+
+STORES = {
+    "host": lambda layers, made, path: HostStore(layers, made.__getitem__),
+    "file": lambda layers, made, path: FileStore(path, layers),
+    "file, verified": lambda layers, made, path: FileStore(path, layers, verify=True),
+    "file, no page cache": lambda layers, made, path: FileStore(path, layers, page_cache=False),
+    "host cache": lambda layers, made, path: HostCache(FileStore(path), "60%"),
+}
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_every_expert_comes_back(kind, tmp_path):
+    layers, made = mixed()
+    FileStore.write(tmp_path / "x", layers, made.__getitem__)
+    store = STORES[kind](layers, made, tmp_path / "x")
+    assert tuple(store.layers) == tuple(layers)
+    check_all(store, layers, made)
+    check_all(store, layers, made)
+    store.close()
+    with pytest.raises(OSError, match="closed"):
+        store.read(0, 0, {p.name: torch.empty(p.shape, dtype=p.dtype) for p in layers[0].kind(0).parts})
+    store.close()
+
+
+def test_slots_that_are_not_contiguous_are_filled_too(tmp_path):
+    made = weights()
+    store = file_store(made, tmp_path / "x")
+    into = {"w_gate_up": torch.empty(D, 2 * F).T, "w_down": torch.empty(F, D).T}
+    store.read(1, 2, into)
+    assert all(torch.equal(into[name], made[1][name][2]) for name in into)
+    store.close()
+
+
+def test_weights_of_any_strides_are_written(tmp_path):
+    made = weights()
+    turned = [{name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in w.items()} for w in made]
+    store = file_store(turned, tmp_path / "x", verify=True)
+    check_all(store, layers_of(made), [[w] for w in made])
+    store.close()
+
+
+def test_others_read_the_file(tmp_path):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    layers, made = mixed()
+    FileStore.write(tmp_path / "x", layers, made.__getitem__)
+    found = load_file(tmp_path / "x")
+    assert set(found) == {"a.b.w_gate_up", "a.b.b_down", "c.w_down.data", "c.w_down.scale", "c.w_gate_up",
+                          "c.w_down#1", "c.w_gate_up#1"}  # fmt: skip
+    assert torch.equal(found["a.b.w_gate_up"], made[0][0]["w_gate_up"])
+    assert torch.equal(found["c.w_down#1"], made[1][1]["w_down"])
+
+
+def test_layers_are_asked_for_once_in_order_and_may_be_let_go(tmp_path):
+    made, asked = weights(), []
+
+    def give(i):
+        asked.append(i)
+        return [made[i]]
+
+    FileStore.write(tmp_path / "x", layers_of(made), give)
+    HostStore(layers_of(made), give)
+    assert asked == [*range(L), *range(L)]
+
+
+# --- a file that is not what it should be ----------------------------------------------------------------------------
+
+
+def header(path) -> tuple[int, dict]:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return 8 + length, json.loads(raw[8 : 8 + length])
+
+
+def respell(path, change) -> None:
+    """Changes the header, at its length."""
+    end, said = header(path)
+    change(said)
+    text = json.dumps(said, separators=(",", ":")).encode()
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(text.ljust(end - 8))
+
+
+def drop(said: dict, name: str) -> None:
+    del said[name]
+
+
+SPOILED = {
+    "empty": (lambda p: p.write_bytes(b""), "got a header of 0 bytes in a file of 0"),
+    "text": (lambda p: p.write_bytes(b"not safetensors at all"), "got a header of"),
+    "cut in its header": (lambda p: os.truncate(p, 100), "got a header of"),
+    "cut by a byte": (lambda p: os.truncate(p, p.stat().st_size - 1), "whole, with"),
+    "longer by a byte": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "whole, with"),
+    "no json": (lambda p: p.write_bytes((2).to_bytes(8, "little") + b"{x"), "a header that does not say so"),
+    "somebody else's": (lambda p: respell(p, lambda s: drop(s, "__metadata__")), "does not say so .KeyError"),
+    "a tensor is missing": (lambda p: respell(p, lambda s: drop(s, "c.w_gate_up")), "does not say so"),
+    "a tensor too many": (lambda p: respell(p, lambda s: s.update(more=s["c.w_gate_up"])), "are not where"),
+    "another dtype": (lambda p: respell(p, lambda s: s["c.w_gate_up"].update(dtype="F16")), "are not where"),
+    "an unknown dtype": (lambda p: respell(p, lambda s: s["c.w_gate_up"].update(dtype="F7")), "does not say so"),
+    "fewer experts": (lambda p: respell(p, lambda s: s["c.w_gate_up"].update(shape=[1, 3, 7])), "are not where"),
+    "moved": (lambda p: respell(p, lambda s: s["c.w_gate_up"].update(data_offsets=[1, 2])), "are not where"),
+    "no checksums": (lambda p: respell(p, lambda s: drop(s["__metadata__"], "headgate.crc32")), "does not say so"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_spoiled_file_is_refused(how, tmp_path):
+    layers, made = mixed()
+    path = tmp_path / "x"
+    FileStore.write(path, layers, made.__getitem__)
+    spoil, match = SPOILED[how]
+    spoil(path)
+    with pytest.raises(ValueError, match=rf"FileStore: \S+/x must be a file that FileStore.write wrote.*({match})"):
+        FileStore(path)
+    assert not [f for f in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{f}") == str(path)]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        FileStore(tmp_path / "nowhere")
+
+
+def test_another_models_file_is_refused(tmp_path):
+    made = weights()
+    file_store(made, tmp_path / "x").close()
+    for other, match in [
+        (layers_of(made)[:2], r"must hold the layers \['model.0.experts', 'model.1.experts'\], got"),
+        (layers_of(weights(experts=9)), "must hold 9 experts of model.0.experts, got 8"),
+        (layers_of(weights(f=17)), r"must hold expert 0 of model.0.experts as w_gate_up \[34, 24\] float32, .*got"),
+        (layers_of(weights(torch.float16)), r"as w_gate_up \[32, 24\] float16, .* got w_gate_up \[32, 24\] float32"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            FileStore(tmp_path / "x", other)
+
+
+def test_a_file_cut_while_it_is_open(tmp_path):
+    made = weights()
+    store = file_store(made, tmp_path / "x")
+    size = (tmp_path / "x").stat().st_size
+    os.truncate(tmp_path / "x", size - 10)
+    into = {name: t[0].clone() for name, t in made[0].items()}
+    n = into["w_down"].nbytes
+    store.read(L - 1, E - 2, into)
+    with pytest.raises(OSError, match=rf"the file ends: {n} bytes wanted at offset {size - n}, got {n - 10}.*/x'"):
+        store.read(L - 1, E - 1, into)
+    store.close()
+
+
+@pytest.mark.parametrize("page_cache", [True, False])
+def test_reads_that_are_short_go_on(page_cache, monkeypatch, tmp_path):
+    made = weights()
+    store = file_store(made, tmp_path / "x", page_cache=page_cache)
+    whole, calls = os.preadv, []
+
+    def short(file, buffers, offset):
+        calls.append(offset)
+        return whole(file, [buffers[0][: 1 + len(buffers[0]) // 3]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    check_all(store, store.layers, [[w] for w in made])
+    assert len(calls) > 4 * L * E
+    store.close()
+
+
+def test_a_flipped_bit_is_seen_where_it_is_looked_for(tmp_path):
+    made = weights()
+    file_store(made, tmp_path / "x").close()
+    with open(tmp_path / "x", "r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 4]))
+    store = FileStore(tmp_path / "x", verify=True)
+    into = {name: t[0].clone() for name, t in made[0].items()}
+    store.read(L - 1, E - 2, into)
+    with pytest.raises(OSError, match=rf"layer {L - 1}, expert {E - 1} must have the checksum [0-9a-f]{{8}}, got"):
+        store.read(L - 1, E - 1, into)
+    store.close()
+
+
+def test_large_aligned_parts_pass_by_the_page_cache(tmp_path, monkeypatch):
+    """Parts of whole pages go through O_DIRECT, where the file system has it, into slots that begin on pages."""
+    made = weights(layers=1, experts=4, d=64, f=64)
+    store = file_store(made, tmp_path / "x", page_cache=False)
+    if store._direct < 0:
+        pytest.skip("this file system has no O_DIRECT")
+    files, read = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, *rest: files.append(file) or read(file, *rest))
+    kinds, slots, _ = plan_slots(store.layers, 1.0, 1, "layer")
+    arena = Arena(kinds, slots, "cpu")
+    for e in range(4):
+        store.read(0, e, arena.slot(e))
+        assert all(torch.equal(t, made[0][name][e]) for name, t in arena.slot(e).items())
+    assert set(files) == {store._direct}
+    store.close()
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+FULL = """
+import errno, os, resource, sys
+sys.path[:0] = sys.argv[2:]
+from headgate.moe.offload import FileStore
+from offload_cases import layers_of, weights
+made = weights()
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    FileStore.write(sys.argv[1], layers_of(made), lambda i: [made[i]])
+except OSError as error:
+    print(error.errno == errno.EFBIG, error.filename == sys.argv[1])
+"""
+
+
+def test_a_full_disk_leaves_the_older_file(tmp_path):
+    made = weights()
+    file_store(made, tmp_path / "x").close()
+    before = (tmp_path / "x").read_bytes()
+    command = [sys.executable, "-c", FULL, str(tmp_path / "x"), *(p for p in sys.path if p.endswith("support"))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
+    assert os.listdir(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_bytes() == before
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_error_while_writing_leaves_nothing(at, tmp_path):
+    made = weights()
+
+    def give(i):
+        if i == at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return [made[i]]
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/x'"):
+        FileStore.write(tmp_path / "x", layers_of(made), give)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    made = weights()
+    layers = layers_of(made)
+    for name, write, match in [
+        (
+            "other shapes",
+            lambda: FileStore.write(tmp_path / "x", layers, lambda i: weights(f=17)[:1]),
+            "must be 8 of",
+        ),
+        (
+            "twice",
+            lambda: FileStore.write(tmp_path / "x", layers[:1] * 2, lambda i: [made[0]]),
+            "must differ",
+        ),
+        ("host", lambda: HostStore(layers, lambda i: weights(f=17)[:1]), "of model.0.experts must be 8 of"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            write()
+        assert not os.listdir(tmp_path), name
+
+
+def test_bad_layers():
+    w = weights()[0]
+    with pytest.raises(ValueError, match=r"one n of at least 1, got \{'w_gate_up': 8, 'w_down': 7\}"):
+        Kind.of({"w_gate_up": w["w_gate_up"], "w_down": w["w_down"][:7]})
+    for experts, match in [
+        ((0, 1, 2, 3, 4, 5, 6), "must have weights for 7 experts, got 8"),
+        ((0, 1, 2, 3, 4, 5, 7, 8), "must have experts 0, 1"),
+        ((1, 0, 2, 3, 4, 5, 6, 7), "rising in each"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            Layer.of("x", (experts, w))
+
+
+# --- slots -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "size"),
+    [
+        ("8GiB", 8 << 30), ("1.5 MB", 1_500_000), ("64kib", 65536), ("12", 12), ("12B", 12), ("2T", 2 * 10**12),
+        ("25%", 250), ("12.5 %", 125), (0.25, 250), (1.0, 1000), (77, 77),
+    ],
+)  # fmt: skip
+def test_budgets(budget, size):
+    assert parse_budget(budget, 1000) == size
+
+
+@pytest.mark.parametrize(
+    ("budget", "error"),
+    [
+        ("", ValueError), ("much", ValueError), ("8 GiBs", ValueError), ("-1", ValueError), ("25%%", ValueError),
+        (0, ValueError), (0.0, ValueError), (1.5, ValueError), (-0.5, ValueError), (float("nan"), ValueError),
+        (None, TypeError), (True, TypeError), ([1], TypeError),
+    ],
+)  # fmt: skip
+def test_bad_budgets(budget, error):
+    with pytest.raises(error, match="offload: budget"):
+        parse_budget(budget, 1000)
+
+
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+@pytest.mark.parametrize("share", [0.4, 0.5, 0.77, 1.0])
+def test_slots_take_the_budget_and_no_more(scope, share):
+    """No pool has more slots than experts, no slot more would fit, shares differ by less than a slot."""
+    layers, _ = mixed()
+    size = int(share * sum(x.nbytes for x in layers)) + 64 * 6
+    kinds, slots, places = plan_slots(layers, size, 1, scope)
+    assert arena_bytes(kinds, slots) <= size
+    per_pool = (places.first[1:] - places.first[:-1]).tolist()
+    assert sum(per_pool) == sum(slots) == places.slots
+    experts = [0] * len(per_pool)
+    kind_of = {}
+    for l, layer in enumerate(layers):
+        for e in range(layer.experts):
+            experts[places.of[l, e]] += 1
+            kind_of[places.of[l, e]] = layer.kind(e)
+    assert all(1 <= s <= n for s, n in zip(per_pool, experts, strict=True))
+    for p, (s, n) in enumerate(zip(per_pool, experts, strict=True)):
+        one_more = [m + (kind == kind_of[p]) for kind, m in zip(kinds, slots, strict=True)]
+        assert s == n or arena_bytes(kinds, one_more) > size
+    if share == 1.0:
+        assert per_pool == experts
+    first = 0  # a pool's slots are those of its kind
+    for kind, n in zip(kinds, slots, strict=True):
+        for p in range(len(per_pool)):
+            if first <= places.first[p] < first + n:
+                assert kind_of[p] == kind
+        first += n
+
+
+def test_equal_layers_have_equal_slots():
+    layers = layers_of(weights(layers=4, experts=64))
+    _, slots, places = plan_slots(layers, "25%", 6, "layer")
+    assert slots == [64]
+    assert places.first.tolist() == [0, 16, 32, 48, 64]
+    assert plan_slots(layers, "25%", 6, "shared").places.first.tolist() == [0, 64]
+
+
+def test_an_arena_is_one_piece_of_memory_on_a_page():
+    layers, _ = mixed()
+    kinds, slots, places = plan_slots(layers, 1.0, 1, "layer")
+    arena = Arena(kinds, slots, "cpu")
+    every = [t for s in range(places.slots) for t in arena.slot(s).values()]
+    begin, end = min(t.data_ptr() for t in every), max(t.data_ptr() + t.nbytes for t in every)
+    assert begin % 4096 == 0
+    assert end - begin <= arena.nbytes
+    for i, t in enumerate(every):
+        t.view(torch.uint8).fill_(i)
+    assert all((t.view(torch.uint8) == i).all() for i, t in enumerate(every)), "slots overlap"
+    assert arena.weights(1)["w_down"].format == "mxfp4"
+    assert host_store(weights()).layers[0].kind(0).nbytes == 3 * F * D * 4

@@ -1,0 +1,245 @@
+"""The simulator against plain Python, Belady against every other way to choose, and policies on planted structure."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from cache_model import Model, rules
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headgate.placement.cache import Cache, per_layer, pools, shared
+from headgate.placement.generate import generate
+from headgate.placement.policies import POLICIES, Setting, policy
+from headgate.placement.simulate import Prefetch, simulate, slots_of
+from headgate.placement.steps import steps_of
+from headgate.placement.trace import Trace
+from headgate.placement.trace_file import TraceFile
+
+
+def random_trace(seed, layers, experts, top_k, tokens, dropped=0.1):
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((layers, tokens, experts)) ** np.arange(1, experts + 1), axis=2)[:, :, :top_k]
+    ids = np.where(rng.random(ids.shape) < dropped, 255, ids).astype(np.uint8)
+    sequence = np.sort(rng.integers(0, 3, tokens)).astype(np.int32)
+    return Trace(ids, experts, sequence=sequence)
+
+
+def steps_in_python(trace, batch):
+    """[(layer, distinct experts, a sequence begins, tokens)]"""
+    tokens, found = range(trace.shape[1]), []
+    for _, run in itertools.groupby(tokens, lambda t: trace.sequence[t]):
+        run = list(run)
+        for n, group in enumerate(run[i : i + batch] for i in range(0, len(run), batch)):
+            for layer in range(trace.shape[0]):
+                ids = {int(e) for t in group for e in trace.expert_ids[layer, t] if e != trace.none}
+                found.append((layer, sorted(ids), n == 0 and layer == 0, len(group)))
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    layers=st.integers(1, 3),
+    experts=st.integers(2, 6),
+    batch=st.integers(1, 4),
+    name=st.sampled_from(["lru", "lfu-cached", "lfru", "ring"]),
+    scope=st.sampled_from(["layer", "shared"]),
+    horizons=st.lists(st.integers(1, 4), max_size=2),
+)
+def test_the_log_is_what_plain_python_does(seed, layers, experts, batch, name, scope, horizons):
+    rng = np.random.default_rng(seed)
+    trace = random_trace(seed, layers, experts, 2, int(rng.integers(0, 14)))
+    expected = steps_in_python(trace, batch)
+    steps = steps_of(trace, batch)
+    assert [(int(l), steps.of(n).tolist(), bool(steps.begins[n]), int(steps.tokens[n]))
+            for n, l in enumerate(steps.layer)] == expected  # fmt: skip
+    ahead = [
+        Prefetch(np.sort(rng.integers(-1, experts, (len(expected), 3)))[:, ::-1], None, h, int(rng.integers(0, 3)))
+        for h in horizons
+    ]
+    slots = int(rng.integers(1, experts + 1))
+    found = simulate(trace, name, slots, scope=scope, batch=batch, prefetch=ahead, log=True)
+    places = per_layer(layers, experts, slots) if scope == "layer" else shared(layers, experts, layers * slots)
+    saw, value, left, begins = rules(name, layers, experts)
+    model = Model(places.of.tolist(), np.diff(places.first).tolist(), saw, value, left)
+    log, hits, used, waiting = [], np.zeros(layers, int), np.zeros(layers, int), set()
+
+    def displaced(gone):
+        waiting.discard((gone // experts, gone % experts))
+
+    for n, (layer, ids, first, _) in enumerate(expected):
+        if first:
+            begins()
+        served, count = model.step(layer, ids)
+        hits[layer] += count
+        for e, _, gone, wave in served:
+            used[layer] += gone == -2 and (layer, e) in waiting
+            waiting.discard((layer, e))
+            displaced(gone)
+            log.append((n, layer * experts + e, gone, wave, False))
+        for one in ahead:
+            if n + one.horizon < len(expected):
+                to = expected[n + one.horizon][0]
+                wanted = list(itertools.takewhile(lambda e: e >= 0, one.ids[n + one.horizon].tolist()))
+                for e, _, gone in model.prefetch(to, wanted, [np.inf] * len(wanted), one.most):
+                    displaced(gone)
+                    waiting.add((to, e))
+                    log.append((n, to * experts + e, gone, 0, True))
+    assert list(zip(*(field.tolist() for field in found.log), strict=True)) == log
+    assert found.hits.tolist() == hits.tolist()
+    assert found.used.tolist() == used.tolist()
+    assert found.accesses.sum() == sum(len(ids) for _, ids, _, _ in expected)
+    assert found.prefetched.sum() == sum(event[4] for event in log)
+    assert found.transfers == sum(event[2] != -2 for event in log)
+
+
+def fewest_loads(steps, places):
+    """The fewest misses of any choice of victims under the cache's rules, by trying all of them."""
+    states = {(frozenset(), ()): 0}  # (who is there, -): misses so far
+    size = np.diff(places.first).tolist()
+    for n, layer in enumerate(steps.layer.tolist()):
+        ids = [(layer, e) for e in steps.of(n).tolist()]
+        after: dict = {}
+        for (there, _), misses in states.items():
+            missing = [key for key in ids if key not in there]
+            now = {(there, frozenset(key for key in ids if key in there))}  # who is there, who serves this wave
+            for key in missing:
+                pool, more = places.of[key], set()
+                for held, wave in now:
+                    mine = [x for x in held if places.of[x] == pool]
+                    if len(mine) < size[pool]:
+                        more.add((held | {key}, wave | {key}))
+                        continue
+                    may_go = [x for x in mine if x not in wave]
+                    in_wave = wave if may_go else frozenset()
+                    for x in may_go or mine:
+                        more.add(((held - {x}) | {key}, in_wave | {key}))
+                now = more
+            for held, _ in now:
+                state = (held, ())
+                after[state] = min(after.get(state, 1 << 30), misses + len(missing))
+        states = after
+    return min(states.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    layers=st.integers(1, 2),
+    experts=st.integers(2, 5),
+    batch=st.integers(1, 3),
+    scope=st.sampled_from(["layer", "shared", "pools"]),
+)
+def test_nothing_beats_belady(seed, layers, experts, batch, scope):
+    rng = np.random.default_rng(seed)
+    trace = random_trace(seed, layers, experts, min(2, experts), int(rng.integers(1, 8)))
+    if scope == "pools":
+        count = int(rng.integers(1, 3))
+        places = pools(rng.integers(0, count, (layers, experts)), rng.integers(1, 4, count))
+    else:
+        places = slots_of(int(rng.integers(1, experts + 1)), layers, experts, scope)
+    steps = steps_of(trace, batch)
+    best = simulate(steps, "belady", places)
+    assert best.loads == fewest_loads(steps, places)
+    for name in POLICIES:
+        assert simulate(steps, name, places, fit=trace).loads >= best.loads
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), horizon=st.integers(1, 3), slots=st.integers(1, 5), most=st.integers(0, 3))
+def test_fetching_ahead_never_takes_fewer_copies_than_belady(seed, horizon, slots, most):
+    trace = random_trace(seed, 2, 5, 2, 20)
+    steps = steps_of(trace)
+    wanted = np.full((len(steps), 2), -1)
+    for n in range(len(steps)):
+        wanted[n, : len(steps.of(n))] = steps.of(n)
+    for rule in ("lru", "belady"):
+        found = simulate(steps, rule, slots, prefetch=Prefetch(wanted, None, horizon, most))
+        assert found.transfers >= simulate(steps, "belady", slots).loads
+        assert (found.used <= found.prefetched).all()
+
+
+def test_a_foreseen_step_costs_no_misses():
+    """With the next step's experts known and slots for two steps, only the very first step misses."""
+    steps = steps_of(random_trace(1, 1, 6, 2, 40, dropped=0.0))
+    wanted = steps.ids.reshape(-1, 2)
+    found = simulate(steps, "lru", 4, prefetch=Prefetch(wanted))
+    assert found.loads == 2
+    assert (found.used == found.prefetched).all()
+
+
+@pytest.mark.parametrize("name", [*POLICIES, "belady"])
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+def test_the_live_cache_takes_the_simulators_decisions(name, scope):
+    trace = generate(layers=3, experts=8, top_k=2, tokens=200, length=25, seed=2)
+    found = simulate(trace, name, 4, scope=scope, batch=2, fit=trace, log=True)
+    if name == "belady":
+        assert found.hit_rate > simulate(trace, "lru", 4, scope=scope, batch=2).hit_rate
+        return
+    cache = Cache(slots_of(4, 3, 8, scope), policy(name, Setting(3, 8, 12, trace)))
+    log, steps = [], found.steps
+    for n, layer in enumerate(steps.layer.tolist()):
+        if steps.begins[n]:
+            cache.new_sequence()
+        step = cache.step(layer, steps.of(n))
+        log += [(n, layer * 8 + e, gone) for e, gone in zip(step.experts.tolist(), step.gone.tolist(), strict=True)]
+    assert list(zip(found.log.step.tolist(), found.log.expert.tolist(), found.log.gone.tolist(), strict=True)) == log
+
+
+def hits(rule, trace, slots, fit=None, scope="layer", **options):
+    return simulate(trace, rule, slots, fit=fit, scope=scope, options=options).hit_rate
+
+
+def test_each_policy_finds_what_it_is_made_for():
+    rng = np.random.default_rng(0)
+    popular = np.minimum(rng.geometric(0.3, (1, 600, 1)) - 1, 9).astype(np.uint8)
+    hot = Trace(popular, 10)
+    for name in ("lfu", "static", "statistics", "affinity"):
+        assert hits(name, hot, 4, hot) > hits("random", hot, 4) + 0.05
+    moved = Trace(np.concatenate([popular, 9 - popular], axis=1), 10)
+    assert hits("lfu", moved, 4, decay=0.98) > hits("lfu", moved, 4) + 0.05
+    # two kinds of sequences with experts of their own: the library tells after one token what the rest will use
+    kind = np.repeat(rng.integers(0, 2, 80), 12)
+    ids = (4 * kind + rng.integers(0, 4, 960))[None, :, None].astype(np.uint8)
+    kinds = Trace(ids, 8, sequence=np.repeat(np.arange(80, dtype=np.int32), 12))
+    half = kinds.select(slice(480)), kinds.select(slice(480, None))
+    assert hits("sequence", half[1], 4, half[0]) > hits("static", half[1], 4, half[0]) + 0.15
+    # the second layer repeats its experts, the first never does: a shared pool belongs to the second
+    cycle, few = np.arange(900) % 30, rng.integers(0, 6, 900)
+    layers = Trace(np.stack([cycle, few])[:, :, None].astype(np.uint8), 30)
+    assert hits("layer", layers, 4, scope="shared") > hits("lru", layers, 4, scope="shared") + 0.05
+    # every layer goes round: the ring keeps what comes next, where the least recently used is what comes next
+    loop = Trace(np.zeros((10, 200, 1), np.uint8), 1)
+    assert hits("ring", loop, pools(np.zeros((10, 1), int), np.array([7]))) > 0.6
+    assert hits("lru", loop, pools(np.zeros((10, 1), int), np.array([7]))) == 0.0
+
+
+def test_a_trace_file_gives_the_same(tmp_path):
+    trace = generate(layers=2, experts=8, top_k=2, tokens=100, length=30)
+    trace.save(tmp_path / "t.npz")
+    with TraceFile(tmp_path / "t.npz") as file:
+        assert simulate(file, "lru", 0.5).hits.tolist() == simulate(trace, "lru", 4).hits.tolist()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"slots": 0}, "slots must be 1 .. 8 a layer, got 0"),
+        ({"slots": 9}, "slots must be 1 .. 8 a layer, got 9"),
+        ({"slots": 1.5}, "slots must be a share above 0 and at most 1, or a whole number, got 1.5"),
+        ({"scope": "global"}, "scope must be one of layer, shared, got 'global'"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"rule": "static"}, "static must be given a trace to learn from"),
+        ({"prefetch": Prefetch(np.zeros((3, 1), int))}, r"ids of prefetch must be \[N=40, m\], got \(3, 1\)"),
+        ({"prefetch": Prefetch(np.full((40, 1), 8))}, r"ids of prefetch must be -1 .. 7, got \(8, 8\)"),
+        ({"prefetch": Prefetch(np.zeros((40, 1), int), None, 0)}, "horizon must be at least 1"),
+        ({"prefetch": Prefetch(np.zeros((40, 1), int), np.zeros(40))}, r"worth must be \(40, 1\) as ids, got \(40,\)"),
+    ],
+)
+def test_bad_input_is_refused(more, says):
+    trace = generate(layers=2, experts=8, top_k=2, tokens=20)
+    with pytest.raises(ValueError, match=says):
+        simulate(trace, **{"slots": 4} | more)

@@ -1,0 +1,92 @@
+"""Small layers of experts for offload tests, and a store that can be slow, fail, or kill who reads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+
+import torch
+
+from headgate.kernels.grouped_ffn import grouped_ffn
+from headgate.kernels.routing import Routing
+from headgate.moe.offload import FileStore, HostStore, Layer
+
+L, E, D, F, K = 3, 8, 24, 16, 2
+
+
+def weights(dtype=torch.float32, *, layers=L, experts=E, d=D, f=F, form=None, bias=False) -> list[dict]:
+    """Random weights of each layer, in a form that grouped_ffn takes: None, "plain", "transposed" or "pair"."""
+    made = []
+    for _ in range(layers):
+        width = f if form in ("plain", "pair") else 2 * f
+        w = {"w_gate_up": torch.randn(experts, width, d), "w_down": torch.randn(experts, d, f)}
+        if form == "transposed":
+            w = {name: t.transpose(1, 2).contiguous() for name, t in w.items()}
+        if form == "pair":
+            w = {"w_gate": w.pop("w_gate_up"), "w_up": torch.randn(experts, f, d), **w}
+        if bias:
+            w |= {"b_gate_up": torch.randn(experts, width), "b_down": torch.randn(experts, d)}
+        made.append({name: t.to(dtype) for name, t in w.items()})
+    return made
+
+
+def layers_of(made: list[dict]) -> list[Layer]:
+    return [Layer.of(f"model.{i}.experts", (range(len(w["w_down"])), w)) for i, w in enumerate(made)]
+
+
+def host_store(made: list[dict]) -> HostStore:
+    return HostStore(layers_of(made), lambda i: [made[i]])
+
+
+def file_store(made: list[dict], path, **options) -> FileStore:
+    FileStore.write(path, layers_of(made), lambda i: [made[i]])
+    return FileStore(path, **options)
+
+
+def batch(tokens: int, dtype=torch.float32, *, experts=E, k=K, d=D, generator=None) -> tuple[torch.Tensor, Routing]:
+    """Random rows, and a routing of distinct experts."""
+    ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :k]
+    x = torch.randn(tokens, d, generator=generator).to(dtype)
+    return x, Routing.from_topk(ids, torch.rand(tokens, k, generator=generator).to(dtype), experts)
+
+
+def resident(x, routing, w: dict, **form) -> torch.Tensor:
+    """The same with every weight at hand."""
+    first = (w["w_gate"], w["w_up"]) if "w_gate" in w else w["w_gate_up"]
+    biases = {name: w[name] for name in ("b_gate_up", "b_down") if name in w}
+    return grouped_ffn(x, routing, first, w["w_down"], **biases, **form)
+
+
+class Watched:
+    """A store that counts its reads, and before each asks `trouble(layer, expert, nth read of it)`, which may sleep,
+    wait or raise."""
+
+    def __init__(self, store, trouble=lambda layer, expert, nth: None) -> None:
+        self.store, self.layers, self.trouble = store, store.layers, trouble
+        self.reads: Counter = Counter()
+        self._lock = threading.Lock()
+
+    def read(self, layer, expert, into) -> None:
+        with self._lock:
+            self.reads[layer, expert] += 1
+            nth = self.reads[layer, expert]
+        for t in into.values():  # what was there is gone: who computes with it too early will show
+            t.view(torch.uint8).fill_(0xFF)
+        self.trouble(layer, expert, nth)
+        self.store.read(layer, expert, into)
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def offload_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "headgate-offload"]
+
+
+def soon(condition, seconds: float = 20.0) -> bool:
+    """Whether it comes true within a while."""
+    end = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
