@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from contextlib import closing
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from headgate.kernels import quantize
 from headgate.kernels.grouped_ffn import grouped_ffn
 from headgate.kernels.routing import Routing
 from headgate.moe.offload import Engine, HostCache, HostStore, Layer
+from headgate.moe.offload.stats import Stats, Timing
 from headgate.placement.cache import Cache
 from headgate.placement.policies import POLICIES, Setting, policy
 
@@ -99,6 +101,18 @@ def test_no_tokens_no_experts_and_repeated_ones(cpu_form):
         for ids in (torch.zeros(0, 2), torch.full((3, 2), -1), torch.full((3, 2), 4), torch.tensor([[1, -1], [E, 1]])):
             x, routing = torch.randn(len(ids), D), Routing.from_topk(ids.long(), torch.rand(ids.shape), E)
             assert torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_made_and_used_without_gradients(mode, tmp_path):
+    """Readers are other threads, in which the mode does not hold."""
+    made = weights()
+    with mode():
+        for store in (host_store(made), file_store(made, tmp_path / "x")):
+            with Engine(store, "30%", top_k=K) as engine:
+                run(engine, made, steps=9)
+    with Engine(host_store(made), "30%", top_k=K) as engine, mode():
+        run(engine, made, steps=9)
 
 
 def test_junk_fetched_ahead_changes_nothing():
@@ -488,6 +502,22 @@ def test_bad_calls():
         with pytest.raises(ValueError, match="must not ask for a gradient"):
             engine.compute(0, x.requires_grad_(), routing)
         run(engine, made, steps=6)
+
+
+def test_times_alone_and_at_once(monkeypatch):
+    """Two copies, one behind the other, from 1 to 5 and from 4 to 8; computation from 3 to 10."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    timing = Timing()
+    first, second = timing.copying(), timing.copying()
+    turns = {1: first.__enter__, 3: timing.begin_computing, 4: second.__enter__, 5: lambda: first.__exit__(*[None] * 3),
+             8: lambda: second.__exit__(*[None] * 3), 10: timing.end_computing}  # fmt: skip
+    for now[0], turn in turns.items():
+        turn()
+    now[0] = 20
+    assert timing.seconds() == (7, 7, 5)
+    stats = Stats(**dict.fromkeys((f.name for f in fields(Stats)), 0) | {"copy_s": 7, "compute_s": 9, "both_s": 5})
+    assert stats.overlap == 5 / 7
 
 
 # --- tiers -----------------------------------------------------------------------------------------------------------
