@@ -248,21 +248,26 @@ def test_a_fetch_that_is_displaced_before_it_begins_is_not_read():
     assert set(store.reads) == {(1, 7), (0, 0), (0, 1)}
 
 
-def test_a_load_into_a_slot_waits_for_one_that_is_running_there():
-    """A fetch ahead is being read as a step takes its slot: the step's own load comes after it, never before."""
+@pytest.mark.parametrize("between", [[], [0, 1], [0, 1, 2, 3]])
+def test_a_load_into_a_slot_waits_for_one_that_is_running_there(between):
+    """A fetch ahead is being read as a step takes its slot: the step's own load comes after it, never before; nor where
+    another step, `between`, has ordered loads for this slot and was left before they began."""
     made, gate = weights(), threading.Event()
     store = Watched(host_store(made), lambda layer, expert, nth: gate.wait(30) if expert == 7 else None)
-    with Engine(store, K * L * sum(t[0].nbytes for t in made[0].values()), top_k=K) as engine:
+    with Engine(store, K * L * sum(t[0].nbytes for t in made[0].values()), top_k=K, readers=3) as engine:
         engine.prefetch(0, [7])
         assert soon(lambda: store.reads[0, 7] == 1)
-        chosen = Routing.from_topk(torch.tensor([[0, 1]]), torch.ones(1, 2), E)
+        if between:
+            with pytest.raises(ZeroDivisionError), closing(engine.step(0, between, lambda ids: 1 / 0)) as step:
+                next(step)
+        chosen = Routing.from_topk(torch.tensor([[2, 3]]), torch.ones(1, 2), E)
         x, out = torch.randn(1, D), []
         thread = threading.Thread(target=lambda: out.append(engine.compute(0, x, chosen)))
         thread.start()
-        assert soon(lambda: engine.cache.table.slot_of[0, 1] >= 0)
+        assert soon(lambda: engine.cache.table.slot_of[0, 3] >= 0)
         time.sleep(0.1)
         assert not out
-        assert store.reads[0, 0] + store.reads[0, 1] == 1
+        assert store.reads[0, 2] + store.reads[0, 3] == 1
         gate.set()
         thread.join(30)
         for y in (out[0], engine.compute(0, x, chosen)):
