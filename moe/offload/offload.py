@@ -19,7 +19,6 @@ from ...placement.policies import policy as start_policy
 from ...placement.predict import Predictor, fit
 from ...placement.trace import Trace
 from . import ahead
-from .admission import Admission
 from .arena import plan_slots
 from .engine import Engine
 from .file import FileStore
@@ -27,6 +26,7 @@ from .forms import Form, experts_in, form_of
 from .host import HostStore, Store
 from .kinds import Layer, Weights
 from ..elsewhere import elsewhere_of, send_elsewhere
+from .pace import Pace
 from .stats import Access, Stats
 
 FILE = "experts.safetensors"
@@ -60,7 +60,7 @@ def offload(
     policy    which expert goes when a slot is needed, a name in `headgate.placement.policies.POLICIES`
     prefetch  "gate": the next layer's router, applied to this layer's rows, says what to fetch ahead; "path" (or a
               fitted Predictor): the experts that the token went to so far say it, learned from `trace`; None: nothing
-              is. What is fetched ahead must be worth its bytes, by what was measured so far (see Admission)
+              is. What is fetched ahead must be worth its bytes, at the price that was measured so far (see Pace)
     disk      a folder for experts.safetensors, written now; None: host memory, page-locked where the device is a GPU. On
               a CPU it must be given. Experts on the meta device are taken from the file that is there already
     device    where to compute; everything but the experts is moved there. None: where the model is
@@ -211,7 +211,7 @@ def _foresight(prefetch: object, model: nn.Module, found: _Found, trace: Trace |
     shape = len(found), max(len(form.weights(module)["w_down"]) for _, module, form in found)
     if prefetch.shape != shape:
         raise ValueError(f"offload: prefetch must be of [L, E] = {shape}, got a predictor of {prefetch.shape}")
-    return ahead.Path(prefetch, len(found))
+    return ahead.Path(prefetch)
 
 
 @dataclass(eq=False)
@@ -280,7 +280,7 @@ class Offload:
         self.engine, self.skipped = engine, dict(skipped)
         self.layers = [name for name, _, _ in found]
         self._store, self._foresight = store, foresight
-        self._admission = Admission(len(found))
+        self._pace = Pace(len(found))
         self._moved: list[_Moved] = []
         self._lock = threading.Lock()
         _move_others(model, found, device)
@@ -344,12 +344,13 @@ class Offload:
         """While a layer waits and computes: what the next may need."""
         if self._foresight is None:
             return
-        self._admission.came(index, ids)
+        self._foresight.came(index, ids)
+        self._pace.asked(index)
         guess = self._foresight.guess(index, rows, routing.expert_ids.cpu().numpy())
         if guess is not None:
-            wanted = self._admission.choose(guess, *self.engine.pace())
-            if len(wanted):
-                self.engine.prefetch(guess.layer, wanted)
+            layer, chance = guess
+            price, room = self._pace.order(layer, *self.engine.pace())
+            self.engine.prefetch_likely(layer, chance, price, room)
 
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
         past = kwargs.get("past_key_values")
