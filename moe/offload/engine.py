@@ -285,7 +285,7 @@ class Engine:
         else:
             if old is not None:
                 self._loader.cancel(old)
-                load.before = None if old.over else old
+                load.before = old
             self._loader.queue(load, urgent)
         self._newest[slot] = load
         return load
