@@ -6,7 +6,9 @@ does not need (of equal ones, the lowest layer, then the lowest expert). Decisio
 expert on its way counts as there, so that nothing depends on how fast copies are.
 
 Where a step needs more experts than there are slots it is served in waves: first what is there and as many misses, by
-rising number, as find a slot; then the rest, over slots of waves before.
+rising number, as find a slot; then the rest, over slots of waves before. A policy whose values can be believed (State's
+`frank`) has its misses served by rising value, each in the slot of the lowest of all: what this step has just used goes,
+in a wave of its own, if it is worth less than what waits for later steps. Few slots are not filled with what passes by.
 """
 
 from __future__ import annotations
@@ -89,20 +91,24 @@ def empty(places: Pools) -> Table:
 @njit
 def victim(table, policy, pool, ahead):
     """The slot to take in `pool`: a free one, else the cheapest that may go; -1: there is none. For a fetch `ahead`
-    what the step in hand uses must stay, and so must what was fetched ahead before; a miss takes the latter last."""
+    what the step in hand uses must stay, and so must what was fetched ahead before; a miss takes the latter last. What
+    the wave in hand uses must stay for a miss, unless the policy is frank; of equals it goes last."""
     values, promised = policy.value.reshape(-1), table.promised.reshape(-1)
-    best, lowest, kept = -1, 0.0, False
+    best, lowest, kept, used = -1, 0.0, False, False
     for s in range(table.first[pool], table.first[pool + 1]):
-        if table.busy[s] or (table.step[s] == table.clock[0] if ahead else table.wave[s] == table.clock[1]):
+        if table.busy[s]:
             continue
         h = table.holder[s]
         if h < 0:
             return s
-        keep, v = promised[h], values[h]
-        if keep and ahead:
+        keep, v, now = promised[h], values[h], table.step[s] == table.clock[0]
+        if (keep or now) if ahead else (table.wave[s] == table.clock[1] and not policy.frank):
             continue
-        if best < 0 or keep < kept or (keep == kept and (v < lowest or (v == lowest and h < table.holder[best]))):
-            best, lowest, kept = s, v, keep
+        better = best < 0 or keep < kept
+        if not better and keep == kept:
+            better = v < lowest or (v == lowest and (now < used or (now == used and h < table.holder[best])))
+        if better:
+            best, lowest, kept, used = s, v, keep, now
     return best
 
 
@@ -135,21 +141,36 @@ def serve(table, policy, layer, ids, order, slot, gone, wave):
             order[hits], slot[hits], gone[hits], wave[hits] = e, s, -2, 0
             hits += 1
     table.promised[layer] = False
-    n, h, now = hits, 0, 0
+    n = hits
     for e in ids:
-        if h < hits and order[h] == e:  # hits stand in the order of ids
-            h += 1
-            continue
-        pool = table.pool[layer, e]
-        s = victim(table, policy, pool, False)
-        if s < 0:  # all serve this wave: the next may take them
+        if table.slot_of[layer, e] < 0:
+            order[n] = e
+            n += 1
+    if policy.frank:  # the least worth first: the next may take its slot
+        _by_worth(order[hits:n], policy.value[layer])
+    now = 0
+    for i in range(hits, n):
+        e = order[i]
+        s = victim(table, policy, table.pool[layer, e], False)
+        if s < 0 or table.wave[s] == table.clock[1]:  # this wave needs it, or all of them: the next may take it
             table.clock[1] += 1
             now += 1
-            s = victim(table, policy, pool, False)
-        order[n], slot[n], gone[n], wave[n] = e, s, put(table, policy, s, layer, e), now
+        if s < 0:
+            s = victim(table, policy, table.pool[layer, e], False)
+        slot[i], gone[i], wave[i] = s, put(table, policy, s, layer, e), now
         table.wave[s], table.step[s] = table.clock[1], table.clock[0]
-        n += 1
     return hits
+
+
+@njit
+def _by_worth(experts, worth):
+    """Sorts a few experts by their worth, rising, those of equal worth as they stand."""
+    for i in range(1, len(experts)):
+        e, at = experts[i], i
+        while at > 0 and worth[experts[at - 1]] > worth[e]:
+            experts[at] = experts[at - 1]
+            at -= 1
+        experts[at] = e
 
 
 @njit

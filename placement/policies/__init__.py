@@ -44,7 +44,7 @@ def policy(name: str, setting: Setting) -> State:
 def belady(setting: Setting) -> State:
     """Belady's optimum: the value is the step of the next use, negative. Only a simulator knows it and writes it."""
     options("belady", setting)
-    return state(BELADY, setting)
+    return state(BELADY, setting, frank=True)
 
 
 __all__ = ["NEED_TRACE", "POLICIES", "Learned", "Setting", "State", "belady", "policy", "state"]

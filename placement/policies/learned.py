@@ -144,6 +144,7 @@ def _begin(name: str, setting: Setting) -> State:
         tables=np.zeros((layers, BLOCKS * experts, experts), np.float32),
         memory=ROWS,
         notes=np.zeros((2, layers)),
+        frank=True,
     )
     made.memory[GAIN:SEEN] = 1
     return made

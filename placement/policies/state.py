@@ -24,6 +24,7 @@ class State(NamedTuple):
     memory: NDArray[np.float64]  # [M, L, E] what it remembers
     notes: NDArray[np.float64]  # [*, *] what it remembers in another shape
     value: NDArray[np.float64]  # [L, E] the worth of keeping each expert
+    frank: bool  # the values of what a step has just used are to be believed: it may go at once, for the next miss
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def state(
     tables: NDArray[np.floating] | None = None,
     memory: int = 0,
     notes: NDArray[np.floating] | None = None,
+    frank: bool = False,
 ) -> State:
     """A State that has seen nothing: `memory` tables [L, E] of zeros, all values zero."""
     shape = (setting.layers, setting.experts)
@@ -55,6 +57,7 @@ def state(
         np.zeros((memory, *shape)),
         np.zeros((0, 0)) if notes is None else np.array(notes, np.float64),
         np.zeros(shape),
+        frank,
     )
 
 

@@ -28,9 +28,10 @@ def driven(seed, name, layers, experts, scope, steps, ahead, busy):
     else:
         places = {"layer": per_layer, "shared": shared}[scope](layers, experts, int(rng.integers(1, experts + 2)))
     saw, value, left, begins = rules(name, layers, experts)
-    model = Model(places.of.tolist(), np.diff(places.first).tolist(), saw, value, left)
+    frank = name.endswith(" frank")
+    model = Model(places.of.tolist(), np.diff(places.first).tolist(), saw, value, left, frank)
     setting = Setting(layers, experts, places.slots, options=OPTIONS.get(name, {}))
-    cache = Cache(places, policy(name.split()[0], setting))
+    cache = Cache(places, policy(name.split()[0], setting)._replace(frank=frank))
     for n in range(steps):
         if rng.random() < 0.1:
             cache.new_sequence()
@@ -59,7 +60,11 @@ def driven(seed, name, layers, experts, scope, steps, ahead, busy):
         if ahead:
             to = int(rng.integers(0, layers))
             wanted = rng.permutation(experts)[: int(rng.integers(0, experts + 1))]
-            worth = None if rng.random() < 0.5 or name in ("lfu", "lfu-cached", "ring") else rng.random(len(wanted)) * n
+            worth = (
+                None
+                if rng.random() < 0.5 or name in ("lfu", "lfu frank", "lfu-cached", "ring")
+                else rng.random(len(wanted)) * n
+            )
             most = int(rng.integers(0, 4)) if rng.random() < 0.5 else None
             got = cache.prefetch(to, wanted, worth, most)
             endless = [math.inf] * len(wanted) if worth is None else worth.tolist()
@@ -73,7 +78,7 @@ def driven(seed, name, layers, experts, scope, steps, ahead, busy):
 @settings(max_examples=120, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    name=st.sampled_from(["lru", "lfu", "lfu decayed", "lfu-cached", "lfru", "ring"]),
+    name=st.sampled_from(["lru", "lfu", "lfu frank", "lfu decayed", "lfu-cached", "lfru", "ring"]),
     layers=st.integers(1, 3),
     experts=st.integers(1, 6),
     scope=st.sampled_from(["layer", "shared", "pools"]),

@@ -102,30 +102,26 @@ def test_the_log_is_what_plain_python_does(seed, layers, experts, batch, name, s
 
 
 def fewest_loads(steps, places):
-    """The fewest misses of any choice of victims under the cache's rules, by trying all of them."""
-    states = {(frozenset(), ()): 0}  # (who is there, -): misses so far
+    """The fewest misses of any order in which a step's misses are served, and any choice of victims, what the step has
+    just used included: by trying all of them."""
+    states = {frozenset(): 0}  # who is there: misses so far
     size = np.diff(places.first).tolist()
     for n, layer in enumerate(steps.layer.tolist()):
         ids = [(layer, e) for e in steps.of(n).tolist()]
         after: dict = {}
-        for (there, _), misses in states.items():
-            missing = [key for key in ids if key not in there]
-            now = {(there, frozenset(key for key in ids if key in there))}  # who is there, who serves this wave
-            for key in missing:
-                pool, more = places.of[key], set()
-                for held, wave in now:
-                    mine = [x for x in held if places.of[x] == pool]
-                    if len(mine) < size[pool]:
-                        more.add((held | {key}, wave | {key}))
-                        continue
-                    may_go = [x for x in mine if x not in wave]
-                    in_wave = wave if may_go else frozenset()
-                    for x in may_go or mine:
-                        more.add(((held - {x}) | {key}, in_wave | {key}))
+        for there, misses in states.items():
+            missing = frozenset(key for key in ids if key not in there)
+            now = {(there, missing)}  # who is there, who is still to come
+            for _ in missing:
+                more = set()
+                for held, left in now:
+                    for key in left:
+                        mine = [x for x in held if places.of[x] == places.of[key]]
+                        gone = [{x} for x in mine] if len(mine) == size[places.of[key]] else [set()]
+                        more |= {(held - g | {key}, left - {key}) for g in gone}
                 now = more
             for held, _ in now:
-                state = (held, ())
-                after[state] = min(after.get(state, 1 << 30), misses + len(missing))
+                after[held] = min(after.get(held, 1 << 30), misses + len(missing))
         states = after
     return min(states.values())
 

@@ -10,8 +10,9 @@ class Model:
     """The rules of placement/cache.py. `value(layer, e)` gives the worth of a resident, `saw(layer, ids, now)` takes
     notice of a step, `left(layer, e)` of an expert that has gone."""
 
-    def __init__(self, pool_of, slots, saw, value, left=lambda layer, e: None):
-        self.pool_of, self.saw, self.value, self.left = pool_of, saw, value, left
+    def __init__(self, pool_of, slots, saw, value, left=lambda layer, e: None, frank=False):
+        self.frank, self.pool_of = frank, pool_of
+        self.saw, self.value, self.left = saw, value, left
         self.free, first = [], 0
         for n in slots:
             self.free.append(list(range(first, first + n)))
@@ -31,13 +32,16 @@ class Model:
         self.of_step = {(layer, e) for e in ids}
         served = [(e, self.where[layer, e], -2, 0) for e in present]
         in_wave, wave = {(layer, e) for e in present}, 0
-        for e in ids:
-            if e in present:
-                continue
-            slot, gone = self.take(self.pool_of[layer][e], in_wave, spare_promised=False)
-            if slot is None:
+        missing = [e for e in ids if e not in present]
+        if self.frank:
+            missing.sort(key=lambda e: self.value(layer, e))
+        for e in missing:
+            pool = self.pool_of[layer][e]
+            slot, gone = self.take(pool, set() if self.frank else in_wave, spare_promised=False)
+            if slot is None or divmod(gone, len(self.pool_of[0])) in in_wave:
                 wave, in_wave = wave + 1, set()
-                slot, gone = self.take(self.pool_of[layer][e], in_wave, spare_promised=False)
+            if slot is None:
+                slot, gone = self.take(pool, in_wave, spare_promised=False)
             self.where[layer, e] = slot
             in_wave.add((layer, e))
             served.append((e, slot, gone, wave))
@@ -71,7 +75,7 @@ class Model:
             may_go = [key for key in may_go if key not in self.promised]
         if not may_go:
             return None, None
-        key = min(may_go, key=lambda key: (key in self.promised, self.value(*key), key))
+        key = min(may_go, key=lambda key: (key in self.promised, self.value(*key), key in self.of_step, key))
         if spare_promised and below != math.inf and not below > self.value(*key):
             return None, None
         self.promised.discard(key)
@@ -102,7 +106,7 @@ def rules(name, layers, experts):
         key = (layer, e)
         if name == "lru":
             return last.get(key, 0)
-        if name == "lfu":
+        if name in ("lfu", "lfu frank"):
             return (uses[key], last.get(key, 0))
         if name == "lfu decayed":  # 0.5 a step of the layer
             return sum(0.5 ** (turns[layer] - turn) * (1 + 2.0**-40 * now) for turn, now in history[key])
