@@ -37,14 +37,14 @@ class Pools(NamedTuple):
 
 def pools(of: NDArray[np.integer], slots: NDArray[np.integer]) -> Pools:
     """Pools `of` [L, E] with `slots` [P] slots each. Raises ValueError where the two do not fit together."""
-    of, slots = np.ascontiguousarray(of, np.int32), np.asarray(slots)
-    if of.ndim != 2 or not of.size:
-        raise ValueError(f"pools: of must be [L, E] and not empty, got {of.shape}")
+    pool, slots = np.ascontiguousarray(of, np.int32), np.asarray(slots)
+    if pool.ndim != 2 or not pool.size:
+        raise ValueError(f"pools: of must be [L, E] and not empty, got {pool.shape}")
     if slots.ndim != 1 or (slots < 1).any():
         raise ValueError(f"pools: slots must be [P] and at least 1 each, got {slots.tolist()}")
-    if of.min() < 0 or of.max() >= len(slots):
-        raise ValueError(f"pools: of must be 0 .. {len(slots) - 1}, got {of.min()} .. {of.max()}")
-    return Pools(of, np.concatenate([[0], np.cumsum(slots)]).astype(np.int32))
+    if pool.min() < 0 or pool.max() >= len(slots):
+        raise ValueError(f"pools: of must be 0 .. {len(slots) - 1}, got {pool.min()} .. {pool.max()}")
+    return Pools(pool, np.concatenate([[0], np.cumsum(slots)]).astype(np.int32))
 
 
 def per_layer(layers: int, experts: int, slots: int) -> Pools:

@@ -20,8 +20,8 @@ _STAMP = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for pat
 
 def njit(function: Callable) -> Any:
     """`function` compiled at first use, and kept for later processes."""
-    made = numba.njit(cache=True)(function)
-    kept = getattr(made._cache, "_cache_file", None)  # numba has no public name for it
+    made: Any = numba.njit(cache=True)(function)
+    kept: Any = getattr(getattr(made, "_cache", None), "_cache_file", None)  # numba has no public name for it
     if not hasattr(kept, "_source_stamp"):
         return numba.njit(function)
     kept._source_stamp = (kept._source_stamp, _STAMP)

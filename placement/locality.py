@@ -52,7 +52,8 @@ def srp(trace: Trace, s: int, level: str = "model", *, resamples: int = 0, seed:
     parts = int(part[-1]) + 1 if tokens else 0
     if resamples and (level == "expert" or parts < 2):
         raise ValueError(f"srp: resamples must come with several sequences and a level of model or layer, got {level}")
-    alone, axes = level == "expert", {"model": (0, 1), "layer": 1, "expert": ()}[level]
+    alone = level == "expert"
+    axes: tuple[int, ...] = {"model": (0, 1), "layer": (1,), "expert": ()}[level]
     counts = _windows(trace.expert_ids, trace.none, trace.num_experts, alone, part, s).sum(axes)
     value, theta, rho = _best(counts, s)
     low, high = np.full(value.shape, np.nan), np.full(value.shape, np.nan)
@@ -68,7 +69,7 @@ def _numbered(sequence: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.cumsum(np.diff(sequence, prepend=sequence[:1]) != 0)
 
 
-def _of_part(trace: Trace, tokens: NDArray[np.bool_], s: int, axes: int | tuple[int, ...]) -> NDArray[np.int64]:
+def _of_part(trace: Trace, tokens: NDArray[np.bool_], s: int, axes: tuple[int, ...]) -> NDArray[np.int64]:
     ids = np.ascontiguousarray(trace.expert_ids[:, tokens])
     return _windows(ids, trace.none, trace.num_experts, False, np.zeros(ids.shape[1], np.int64), s).sum(axes)
 

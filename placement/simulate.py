@@ -167,11 +167,13 @@ def simulate(
         chosen = policy(rule, setting) if isinstance(rule, str) else rule
     ahead = _stacked([prefetch] if isinstance(prefetch, Prefetch) else prefetch, steps)
     events = len(steps.ids) + int((ahead.ids >= 0).sum()) if log else 0
-    kept = Log(*(np.empty(events, kind) for kind in (np.int32, np.int32, np.int64, np.int32, np.bool_)))
+    narrow, wide = np.int32, np.int64
+    kept = Log(*(np.empty(events, kind) for kind in (narrow, narrow, wide, narrow, np.bool_)))  # type: ignore[arg-type]
     counts = np.zeros((4, layers), np.int64)
     waves, n = _run(empty(places), chosen, steps, future, ahead, counts, kept, log)
     made = Log(*(field[:n] for field in kept)) if log else None
-    return Simulation(steps, places, *counts, waves, made)
+    accesses, hits, prefetched, used = counts
+    return Simulation(steps, places, accesses, hits, prefetched, used, waves, made)
 
 
 class _Ahead(NamedTuple):

@@ -168,8 +168,8 @@ def _locality(found: dict[str, Any]) -> Iterator[str]:
     yield "locality, tokens in a segment:         " + "".join(f"{s:>8}" for s in found["srp"])
     yield "  SRP: one set of experts a segment    " + "".join(f"{x['value']:8.3f}" for x in found["srp"].values())
     if all(x["low"] == x["low"] for x in found["srp"].values()):
-        cells = (f"+-{(x['high'] - x['low']) / 2:.3f}" for x in found["srp"].values())
-        yield "    95% interval                       " + "".join(f"{c:>8}" for c in cells)
+        halves = (f"+-{(x['high'] - x['low']) / 2:.3f}" for x in found["srp"].values())
+        yield "    95% interval                       " + "".join(f"{half:>8}" for half in halves)
     yield "    its best size, times K             " + "".join(f"{x['rho']:8.2f}" for x in found["srp"].values())
     sizes = next(iter(found["sch"].values()))
     for m in sizes:

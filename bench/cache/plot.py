@@ -23,7 +23,7 @@ def draw(sizes: Sequence[int], rates: Mapping[str, Sequence[float]], experts: in
     axis.fill_between(sizes, best, 1.0, color="#eeeeee", linewidth=0)
     axis.text(sizes[0], 0.985, " no policy without prefetch", va="top", fontsize=9, color="#777777")
     axis.plot(sizes, best, color="black", linewidth=2.4, label="belady")
-    colours = pyplot.get_cmap("tab20").colors
+    colours = matplotlib.color_sequences["tab20"]
     names = sorted((n for n in rates if n != "belady"), key=lambda n: -sum(rates[n]))
     for i, name in enumerate(names):
         style = "--" if name in ("lru", "random") else "-"
