@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from .cache import Pools, empty, fetch_ahead, per_layer, serve, shared
+from .compiled import njit
 from .policies import Setting, State, belady, policy
 from .policies.step import new_sequence
 from .steps import Steps, next_use, steps_of
@@ -206,7 +206,7 @@ def _stacked(each: Sequence[Prefetch], steps: Steps) -> _Ahead:
     return _Ahead(ids, worth, np.array(horizons, np.int64), np.array(most, np.int64))
 
 
-@numba.njit(cache=True)
+@njit
 def _run(table, policy, steps, future, ahead, counts, log, keep):
     """Fills counts [4, L]: accesses, hits, prefetched, used; returns waves beyond first ones and the log's length."""
     layers, experts = table.slot_of.shape
@@ -260,7 +260,7 @@ def _run(table, policy, steps, future, ahead, counts, log, keep):
     return waves, n
 
 
-@numba.njit(cache=True)
+@njit
 def _note(log, n, step, first, order, gone, wave, ahead):
     for i in range(len(order)):
         log.step[n], log.expert[n], log.gone[n] = step, first + order[i], gone[i]

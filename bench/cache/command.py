@@ -153,7 +153,7 @@ def lines(found: dict[str, Any], plan: Plan) -> Iterator[str]:
         yield f"  {name} left out: {why}"
     yield "of the gap: from lru to belady without prefetch; loads: on demand, a token, all layers"
     if ahead:
-        yield f"ahead: fetched ahead ({plan.prefetch}), a token; used: of those; copies: all, over lru's without prefetch"
+        yield f"ahead: fetched ahead ({plan.prefetch}), a token; used: of those; copies: all, over those of lru alone"
     if tiers:
         yield f"reads: from disk, a token, below a host cache of {plan.host_slots} slots a layer by lru"
     best = found["policies"]["belady"]

@@ -33,7 +33,7 @@ WARM, TOKENS, ROUNDS = 24, 48, 3
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over rounds. `hit_rate` and `MB` a token of the last round; `overlap` and `GBps` where copies were timed."""
+    """Medians over rounds; `hit_rate`, `MB` read for a token, `overlap` and `GBps` of reading in the last round."""
 
     tokens_per_s: float
     hit_rate: float

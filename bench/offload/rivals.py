@@ -1,4 +1,4 @@
-"""What an offload is compared with: experts loaded when they are asked for, one after the other, before anything runs."""
+"""What an offload is compared with: experts loaded when they are asked for, one by one, before anything runs."""
 
 from __future__ import annotations
 

@@ -195,7 +195,8 @@ class Engine:
     def _order_ahead(self, layer: int, ahead: Ahead, asked: NDArray[np.integer]) -> int:
         """Orders the loads of a fetch ahead, and notes what was `asked` for, in that order."""
         self._calls += 1
-        taken = dict(zip(ahead.experts.tolist(), zip(ahead.slots.tolist(), ahead.gone.tolist()), strict=True))
+        experts, slots, displaced = (a.tolist() for a in (ahead.experts, ahead.slots, ahead.gone))
+        taken = {e: (slot, gone) for e, slot, gone in zip(experts, slots, displaced, strict=True)}
         for e in asked.tolist():
             if e in taken:
                 slot, gone = taken[e]

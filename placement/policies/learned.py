@@ -17,6 +17,7 @@ from .state import LEARNED, Setting, State, learned_from, options, state
 
 VERSION = 1
 PASSES = 2  # over the trace: a third gains less than half a point of the gap to Belady
+ANEW = 0.5  # the least gain that a taught feature begins with: teaching may be false, and unlearning takes lessons too
 
 
 def adaptive(setting: Setting) -> State:
@@ -93,7 +94,8 @@ class Learned:
             )
         made = _begin("learned", setting)
         made.tables[:] = self.weights
-        made.memory[GAIN:SEEN], made.memory[OFTEN], made.memory[OFTEN + 1 : GAIN] = self.gain, self.often, self.recent
+        made.memory[GAIN:SEEN] = np.maximum(self.gain, ANEW)
+        made.memory[OFTEN], made.memory[OFTEN + 1 : GAIN] = self.often, self.recent
         made.notes[1] = np.inf  # the frequencies are known
         return made
 
