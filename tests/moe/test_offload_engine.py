@@ -380,19 +380,18 @@ def test_a_reader_that_dies_with_its_expert_does_not_hang_the_step(monkeypatch):
     """It is gone without a word: nobody catches what kills it."""
     made = weights()
     with Engine(host_store(made), "40%", top_k=K) as engine:
-        read, dead = engine._loader._read, []
+        take, dead = engine._loader._take, []
 
-        def vanish(load):
-            if len(dead) < 2:
+        def vanish(me):
+            load = take(me)
+            if load is not None and len(dead) < 2:
                 dead.append(load)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(threading.get_ident()), ctypes.py_object(SystemExit)
-                )
-            read(load)
+                raise SystemExit
+            return load
 
-        monkeypatch.setattr(engine._loader, "_read", vanish)
+        monkeypatch.setattr(engine._loader, "_take", vanish)
         run(engine, made)
-        assert dead
+        assert len(dead) == engine.stats().restarts == 2
 
 
 def test_patience_ends():
