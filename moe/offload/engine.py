@@ -115,9 +115,8 @@ class Engine:
         """grouped_ffn(rows, routing, ...) [R, D] on the experts of `layer`, to the bit. See there for the arguments.
 
         The store's weights must be called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see
-        `step`. Waits for
-        the device once, to know the experts. Raises OSError or RuntimeError naming layer and expert where one cannot
-        be had; the next call tries again.
+        `step`. Waits for the device once, to know the experts. Raises OSError or RuntimeError naming layer and expert
+        where one cannot be had; the next call tries again.
         """
         self._check(layer)
         ids = _distinct(routing.expert_ids, routing.num_experts)
@@ -255,6 +254,8 @@ class Engine:
             self._calls += 1
             self._accesses += len(ids)
             self._hits += step.hits
+            self._used += int(self._promised[layer, ids].sum())
+            self._promised[layer, ids] = False
             chains: dict[int, deque[_Use]] = {}
             for e, slot, gone in zip(step.experts.tolist(), step.slots.tolist(), step.gone.tolist(), strict=True):
                 hit = gone == -2
@@ -264,8 +265,6 @@ class Engine:
                     chains[slot] = deque()
                     self.cache.table.busy[slot] += 1
                 chains[slot].append(_Use(e, slot, load))
-            self._used += int(self._promised[layer, ids].sum())
-            self._promised[layer, ids] = False
             self._wait_s += time.perf_counter() - begun
         return chains
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 
 class Access(NamedTuple):
-    """One decision of the cache, in order. `how`: "hit" or "miss" of a step, "ahead" or (there
-    already) "kept" of a prefetch; `gone`: layer * E + expert that was
-    displaced, -1: nobody; `step` counts calls of `compute` and `prefetch`."""
+    """One decision of the cache, in order. `how`: "hit" or "miss" of a step, "ahead" or (there already) "kept" of a
+    prefetch; `gone`: layer * E + expert that was displaced, -1: nobody; `step` counts steps and prefetches.
+    """
 
     step: int
     layer: int

@@ -380,19 +380,18 @@ def test_a_reader_that_dies_with_its_expert_does_not_hang_the_step(monkeypatch):
     """It is gone without a word: nobody catches what kills it."""
     made = weights()
     with Engine(host_store(made), "40%", top_k=K) as engine:
-        read, dead = engine._loader._read, []
+        take, dead = engine._loader._take, []
 
-        def vanish(load):
-            if len(dead) < 2:
+        def vanish(me):
+            load = take(me)
+            if load is not None and len(dead) < 2:
                 dead.append(load)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(threading.get_ident()), ctypes.py_object(SystemExit)
-                )
-            read(load)
+                raise SystemExit
+            return load
 
-        monkeypatch.setattr(engine._loader, "_read", vanish)
+        monkeypatch.setattr(engine._loader, "_take", vanish)
         run(engine, made)
-        assert dead
+        assert len(dead) == engine.stats().restarts == 2
 
 
 def test_patience_ends():
@@ -507,6 +506,52 @@ def test_bad_calls():
         with pytest.raises(ValueError, match="must not ask for a gradient"):
             engine.compute(0, x.requires_grad_(), routing)
         run(engine, made, steps=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_everything_at_once(seed, tmp_path):
+    """Reads that fail, readers that die, junk ahead, steps left early, in threads: right, or a failure with a name."""
+    own = random.Random(seed)
+    fails, dies, nap = own.choice([0, 0.02, 0.2]), own.choice([0, 0.03]), own.choice([0, 0.001, 0.003])
+    made, wrong = weights(), []
+
+    def trouble(layer, expert, nth):
+        time.sleep(random.random() * nap)
+        luck = random.random()
+        if luck < fails:
+            raise OSError(5, "bad sector")
+        if luck < fails + dies:
+            raise SystemExit
+
+    def decide(number: int) -> None:
+        mine, draw = random.Random(number), torch.Generator().manual_seed(number)
+        for i in range(25):
+            layer = mine.randrange(L)
+            x, routing = batch(mine.choice([1, 1, 3, 20]), generator=draw)
+            try:
+                engine.prefetch(mine.randrange(L), mine.sample(range(E), 3))
+                if i % 6 == 5:
+                    with closing(engine.step(layer, np.unique(routing.expert_ids.numpy()))) as step:
+                        next(step)
+                elif not torch.equal(engine.compute(layer, x, routing), resident(x, routing, made[layer])):
+                    wrong.append(f"thread {number}, step {i}")
+            except Exception as error:
+                if "could not be read" not in str(error):
+                    wrong.append(f"thread {number}, step {i}: {error!r}")
+
+    store = Watched(file_store(made, tmp_path / "x"), trouble)
+    store = HostCache(store, own.choice([0.3, 0.8])) if own.random() < 0.3 else store
+    budget, scope = own.choice([0.3, 0.4, 0.8]), own.choice(["layer", "shared"])
+    with Engine(store, budget, scope=scope, top_k=K, readers=own.choice([1, 2, 3]), patience_s=60) as engine:
+        threads = [threading.Thread(target=decide, args=(10 * seed + n,)) for n in range(own.choice([1, 2, 4]))]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(120)
+        assert not any(t.is_alive() for t in threads)
+        assert not wrong
+        assert not engine.cache.table.busy.any()
 
 
 def test_times_alone_and_at_once(monkeypatch):
