@@ -30,11 +30,11 @@ def measure(
     `lfru_gap`, `lfu-cached_gap`, `adaptive_gap`, `learned_gap`. `us`: processor microseconds that adaptive's step takes
     beyond LRU's.
 
-    Where nothing can be foretold, the judging tokens in random order, as shares of that gap: `shuffled_lfru`; adaptive's
-    `shuffled`, and `shuffled_bare` without the guard. What false teaching costs: `renamed`, taught by `train` with the experts of every layer
-    renamed at random, and `renamed_bare` without the guard. With `domains`, the domain [T] of each token of both,
-    `crossed`: taught by one domain and judged on another, `crossed_bare` without the guard, `home`: taught by its own,
-    `crossed_adaptive`: taught by none; means over ordered pairs of domains.
+    Where nothing can be foretold, `test` in random order, as shares of that gap: `shuffled_lfru`, adaptive's `shuffled`,
+    and `shuffled_bare` without the guard. What false teaching costs: `renamed`, taught by `train` with the experts of
+    every layer renamed at random, and `renamed_bare` without the guard. With `domains`, the domain [T] of each token of
+    both, `crossed`: taught by one domain and judged on another, `crossed_bare` without the guard, `home`: taught by its
+    own, `crossed_adaptive`: taught by none; means over ordered pairs of domains.
     """
     steps, lie = steps_of(test), renamed(train, seed)
     found: dict[int, dict[str, float]] = {}
