@@ -30,7 +30,7 @@ def measure(
     `lfru_gap`, `lfu-cached_gap`, `adaptive_gap`, `learned_gap`. `us`: processor microseconds that adaptive's step takes
     beyond LRU's.
 
-    Where nothing can be foretold, `test` in random order, as shares of that gap: `shuffled_lfru`, adaptive's `shuffled`,
+    Where nothing can be foretold, `test` in random order, as shares of that gap: `shuffled_lfru`, `shuffled` (adaptive)
     and `shuffled_bare` without the guard. What false teaching costs: `renamed`, taught by `train` with the experts of
     every layer renamed at random, and `renamed_bare` without the guard. With `domains`, the domain [T] of each token of
     both, `crossed`: taught by one domain and judged on another, `crossed_bare` without the guard, `home`: taught by its
