@@ -18,8 +18,9 @@ values of the one that has hit more of late.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from ..compiled import njit
 
 REACH = (0, -1, 1, -3, 3, -8, 8)  # layers whose latest step is seen: those before are of this token, others of the last
 RATES = (0.3, 0.05)  # of the running means
@@ -45,13 +46,13 @@ ROWS = NAMES + 2
 # State.tables: [L, BLOCKS * E, E] the weights, which learn
 
 
-@numba.njit(cache=True)
+@njit
 def horizon(experts, slots):
     """gamma where a step needs so many `experts`: slots are replaced after 2 slots / experts steps, more or less."""
     return min(max(1 - experts / (2 * slots), 0.5), 0.95)
 
 
-@numba.njit(cache=True)
+@njit
 def foresight_step(policy, layer, ids):
     if not len(ids):
         return
@@ -80,7 +81,7 @@ def foresight_step(policy, layer, ids):
     policy.value[layer] = plain if notes[0, layer] > 0 else memory[FORETOLD, layer]
 
 
-@numba.njit(cache=True)
+@njit
 def _look(memory, notes, layer, used, n):
     """Brings frequency and means up to date; returns the features [BLOCKS, E]. What all experts share tells nothing:
     the more of them a step needs, the less it is heard."""
@@ -103,7 +104,7 @@ def _look(memory, notes, layer, used, n):
     return x
 
 
-@numba.njit(cache=True)
+@njit
 def _foretell(weights, x, value):
     """value [E] += x [BLOCKS, E] weights; most features are 0."""
     experts = len(value)
@@ -115,7 +116,7 @@ def _foretell(weights, x, value):
                     value[e] += loud * row[e]
 
 
-@numba.njit(cache=True)
+@njit
 def _learn(weights, memory, layer, used, now, gamma):
     """Moves the weights by the error of the latest step's values, which `used` and `now` tell."""
     experts = len(used)
@@ -138,7 +139,7 @@ def _learn(weights, memory, layer, used, now, gamma):
             memory[GAIN + b, layer, i] = min(gain + NOISE, 1.0)
 
 
-@numba.njit(cache=True)
+@njit
 def _hits(here, value, used, ids, slots):
     """One step of a cache of names, here [E]: returns its hits, and takes the misses in."""
     hits, count = 0, 0
@@ -161,7 +162,7 @@ def _hits(here, value, used, ids, slots):
     return hits
 
 
-@numba.njit(cache=True)
+@njit
 def fit_steps(policy, layer, offsets, ids):
     """Takes notice of steps [N], one after the other."""
     for n in range(len(layer)):

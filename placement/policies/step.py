@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numba
-
+from ..compiled import njit
 from .foresight import foresight_step
 from .layers import layer_step, ring_step
 from .recency import lfru_step, lfu_cached_step, lfu_step, lru_step, random_step
@@ -13,7 +12,7 @@ from .taught import affinity_step, sequence_begins, sequence_step, statistics_st
 # (policy: State, layer, ids [n] distinct and rising, now: the number of the step)
 
 
-@numba.njit(cache=True)
+@njit
 def advance(policy, layer, ids, now):
     """Takes notice of a step, before victims are chosen: brings policy.value up to date."""
     kind = policy.kind
@@ -41,14 +40,14 @@ def advance(policy, layer, ids, now):
         random_step(policy, layer, ids)
 
 
-@numba.njit(cache=True)
+@njit
 def evicted(policy, layer, expert):
     """Takes notice of an expert that has left."""
     if policy.kind == LFU_CACHED:
         policy.value[layer, expert] = 0
 
 
-@numba.njit(cache=True)
+@njit
 def new_sequence(policy):
     """Takes notice that another sequence begins."""
     if policy.kind == LFU_CACHED:
