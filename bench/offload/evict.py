@@ -30,10 +30,11 @@ def measure(
     `lfru_gap`, `lfu-cached_gap`, `adaptive_gap`, `learned_gap`. `us`: processor microseconds that adaptive's step takes
     beyond LRU's.
 
-    What false teaching costs, as shares of the gap too: `renamed`, taught by `train` with the experts of every layer
-    renamed at random, and `renamed_bare` without the guard. With `domains`, the domain [T] of each token of both,
-    `crossed`: taught by one domain and judged on another, `crossed_bare` without the guard, `home`: taught by its own,
-    `crossed_adaptive`: taught by none; means over ordered pairs of domains.
+    Where nothing can be foretold, `test` in random order, as shares of that gap: `shuffled_lfru`, `shuffled` (adaptive)
+    and `shuffled_bare` without the guard. What false teaching costs: `renamed`, taught by `train` with the experts of
+    every layer renamed at random, and `renamed_bare` without the guard. With `domains`, the domain [T] of each token of
+    both, `crossed`: taught by one domain and judged on another, `crossed_bare` without the guard, `home`: taught by its
+    own, `crossed_adaptive`: taught by none; means over ordered pairs of domains.
     """
     steps, lie = steps_of(test), renamed(train, seed)
     found: dict[int, dict[str, float]] = {}
@@ -51,6 +52,7 @@ def measure(
         lied = taught(lie, each)
         rates["renamed"] = closed(judged(lied, steps, each), rates)
         rates["renamed_bare"] = closed(judged(lied, steps, each, guard=0), rates)
+        rates |= shuffled(test, each, seed)
         if domains is not None:
             rates |= crossed(train, test, domains, each)
         found[each] = rates
@@ -61,6 +63,15 @@ def closed(rate: float, rates: dict[str, float]) -> float:
     """The share of the gap from LRU's hit rate to Belady's; 0 where there is none."""
     gap = rates["belady"] - rates["lru"]
     return (rate - rates["lru"]) / gap if gap else 0.0
+
+
+def shuffled(test: Trace, slots: int, seed: int = 0) -> dict[str, float]:
+    """`measure`'s figures of tokens in random order."""
+    steps = steps_of(replace(test, sequence=None).select(np.random.default_rng(seed).permutation(test.shape[1])))
+    rates = {name: simulate(steps, name, slots).hit_rate for name in ("lru", "lfru", "adaptive", "belady")}
+    rates["bare"] = simulate(steps, "adaptive", slots, options={"guard": 0}).hit_rate
+    names = {"shuffled_lfru": "lfru", "shuffled": "adaptive", "shuffled_bare": "bare"}
+    return {name: closed(rates[of], rates) for name, of in names.items()}
 
 
 def crossed(train: Trace, test: Trace, domains: tuple[NDArray, NDArray], slots: int) -> dict[str, float]:
