@@ -25,7 +25,7 @@ from ..placement.case import TOKENS, case_of
 
 PARTS = ("recall", "ahead", "curve", "waiting")
 METHODS = ("popular", "transition", "ridge", "path")
-PRICES = (0.25, 0.5, 1.0, 2.0)
+PRICES = (0.5, 1.0, 2.0)
 LOADS = (0.25, 1.0, 4.0)
 
 
