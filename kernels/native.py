@@ -24,7 +24,12 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
-_SOURCES = ["grouped_ffn/on_cpu.cpp", "expert_outputs/on_cpu.cpp", "plan/on_cpu.cpp"]
+_SOURCES = [
+    "grouped_ffn/on_cpu.cpp",
+    "grouped_ffn/quantized.cpp",
+    "expert_outputs/on_cpu.cpp",
+    "plan/on_cpu.cpp",
+]
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
 

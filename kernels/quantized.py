@@ -2,6 +2,7 @@
 
     format    data                                         a weight
     "fp8"     float8_e4m3fn [E, O, I]                       data * scale of its block
+    "int8"    int8 [E, O, I]                                data * scale of its block
     "int4"    uint8 [E, O, I/2], low nibble = even column   (nibble - 8) * scale of its block
     "mxfp4"   uint8 [E, O, I/2], low nibble = even column   e2m1(nibble) * 2^(scale - 127) of its block
 
@@ -18,10 +19,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-FORMATS = ("fp8", "int4", "mxfp4")
-_GROUPS = (32, 64, 128)  # columns of one int4 scale
+PER_BYTE = {"fp8": 1, "int8": 1, "int4": 2, "mxfp4": 2}  # weights in a byte of data
+FORMATS = tuple(PER_BYTE)
+_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8, "mxfp4": torch.uint8}
+_BLOCKS = {"fp8": (128, 128), "int8": (1, 128), "int4": (1, 128), "mxfp4": (1, 32)}  # by default
+_GROUPS = (32, 64, 128)  # columns of one int8 or int4 scale
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E4M3_MAX, _E2M1_MAX_EXPONENT = 448.0, 2
+_TOP = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # what the largest weight of a block becomes
+_E2M1_MAX_EXPONENT = 2
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -55,7 +60,7 @@ class Quantized:
                 raise ValueError(f"Quantized: {name} must be 3-D [E, rows, columns], got {tuple(t.shape)}")
         if self.data.device != self.scale.device:
             raise ValueError(f"Quantized: scale must be on {self.data.device} as data is, got {self.scale.device}")
-        want = torch.float8_e4m3fn if self.format == "fp8" else torch.uint8
+        want = _DTYPES[self.format]
         if self.data.dtype != want:
             raise TypeError(f"Quantized: data must be {want} for {self.format!r}, got {self.data.dtype}")
         if min(self.data.shape) < 1:
@@ -76,8 +81,8 @@ class Quantized:
                     f"Quantized: block must be positive, its columns a multiple of 16 or all of {columns}, "
                     f"got {self.block}"
                 )
-        elif down != 1 or across not in (_GROUPS if self.format == "int4" else (32,)):
-            rule = "(1, 32), (1, 64) or (1, 128)" if self.format == "int4" else "(1, 32)"
+        elif down != 1 or across not in ((32,) if self.format == "mxfp4" else _GROUPS):
+            rule = "(1, 32)" if self.format == "mxfp4" else "(1, 32), (1, 64) or (1, 128)"
             raise ValueError(f"Quantized: block must be {rule} for {self.format!r}, got {self.block}")
         want = (self.shape[0], _cdiv(rows, down), _cdiv(columns, across))
         if tuple(self.scale.shape) != want:
@@ -90,7 +95,7 @@ class Quantized:
     def shape(self) -> torch.Size:
         """[E, O, I] of the weights, not of `data`."""
         e, rows, columns = self.data.shape
-        return torch.Size((e, rows, columns if self.format == "fp8" else 2 * columns))
+        return torch.Size((e, rows, PER_BYTE[self.format] * columns))
 
     @property
     def device(self) -> torch.device:
@@ -139,17 +144,17 @@ def quantize(
     scale_dtype: torch.dtype = torch.float32,
 ) -> Quantized:
     """Weights w [E, O, I] to the nearest numbers of `format`. `block` is by default (128, 128) for "fp8", (1, 128)
-    for "int4" and (1, 32) for "mxfp4". Scales take the largest magnitude of each block to the format's largest
-    ("mxfp4": to its largest power of two, as the OCP standard has it)."""
+    for "int8" and "int4", and (1, 32) for "mxfp4". Scales take the largest magnitude of each block to the format's
+    largest ("mxfp4": to its largest power of two, as the OCP standard has it)."""
     if format not in FORMATS:
         raise ValueError(f"quantize: format must be one of {', '.join(FORMATS)}, got {format!r}")
     if w.dim() != 3 or not w.dtype.is_floating_point:
         raise ValueError(f"quantize: w must be floating point [E, O, I], got {w.dtype} {tuple(w.shape)}")
-    if format != "fp8" and w.shape[2] % 2:
+    if w.shape[2] % PER_BYTE[format]:
         raise ValueError(f"quantize: I must be even for {format!r}, got {w.shape[2]}")
     if w.device.type != "meta" and not w.isfinite().all():
         raise ValueError("quantize: w must be finite, got NaN or Inf among its weights")
-    block = block or {"fp8": (128, 128), "int4": (1, 128), "mxfp4": (1, 32)}[format]
+    block = block or _BLOCKS[format]
     w = w.detach().float()
     largest = _largest(w, block)
     if format == "mxfp4":
@@ -157,20 +162,15 @@ def quantize(
         scale = torch.where(largest > 0, exponent + 127, 127).clamp(0, 254).to(torch.uint8)
         data = _pack(_nearest_e2m1(w / _spread(_powers(scale), block, w.shape)))
     else:
-        top = _E4M3_MAX if format == "fp8" else 7.0
+        top = _TOP[format]
         scale = torch.where(largest > 0, largest / top, 1.0).to(scale_dtype)
-        by = w / _spread(scale.float(), block, w.shape)
-        data = (
-            by.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
-            if format == "fp8"
-            else _pack((by.round().clamp(-8, 7) + 8).to(torch.uint8))
-        )
+        data = _nearest(w / _spread(scale.float(), block, w.shape), format)
     return Quantized(data, scale, format, block)
 
 
 def dequantize(data: Tensor, scale: Tensor, format: str, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weights [E, O, I] of any number of experts; plain torch, any device, the truth."""
-    if format == "fp8":
+    if PER_BYTE[format] == 1:
         values = data.float()
     else:
         nibbles = torch.stack((data & 15, data >> 4), -1).flatten(2)
@@ -203,6 +203,16 @@ def _powers(scale: Tensor) -> Tensor:
 def _e2m1(nibbles: Tensor) -> Tensor:
     table = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=nibbles.device)
     return table[nibbles.int()]
+
+
+def _nearest(w: Tensor, format: str) -> Tensor:
+    """The nearest numbers of a format with scales in floating point, as they are stored."""
+    top = _TOP[format]
+    if format == "fp8":
+        return w.clamp(-top, top).to(torch.float8_e4m3fn)
+    if format == "int8":
+        return w.round().clamp(-top, top).to(torch.int8)
+    return _pack((w.round().clamp(-8, 7) + 8).to(torch.uint8))
 
 
 def _nearest_e2m1(w: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ def element(word, J: tl.constexpr, FORMAT: tl.constexpr):
         return _fp16(((bits & 8) << 12) | ((bits & 7) << 9))
     elif FORMAT == "int4":  # the nibble as the last bits of 2^23
         return (((word >> (4 * J)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    elif FORMAT == "int8":  # the last byte of what is shifted up, and down again with its sign
+        return ((word << (24 - 8 * J)) >> 24).to(tl.float32)
     else:
         return word.to(tl.float32)
 
@@ -58,7 +60,7 @@ def quantized_tile(
 ):  # fmt: skip
     """fp32 weights [ROWS, COLUMNS] of expert e from (o, i), zero from o_end and i_end on. `w` uint8, `s` the scales;
     BLOCK_ROWS x BLOCK_COLUMNS of them share one, and COLUMNS is a part or a multiple of BLOCK_COLUMNS."""
-    PER: tl.constexpr = 1 if FORMAT == "fp8" else 2
+    PER: tl.constexpr = 1 if FORMAT == "fp8" or FORMAT == "int8" else 2
     # a block that is no power of two is all of a row (on_triton's caller sees to it): one scale, however short the row
     MANY: tl.constexpr = COLUMNS > BLOCK_COLUMNS and BLOCK_COLUMNS & (BLOCK_COLUMNS - 1) == 0
     GROUPS: tl.constexpr = COLUMNS // BLOCK_COLUMNS if MANY else 1
@@ -70,7 +72,8 @@ def quantized_tile(
     word = tl.load(at, mask=inside, other=NOTHING).to(tl.int32)
     if PER == 1:
         x = element(word, 0, FORMAT)
-        x = tl.where((word & 127) == 127, float("nan"), x)
+        if FORMAT == "fp8":
+            x = tl.where((word & 127) == 127, float("nan"), x)
     else:
         x = tl.reshape(tl.join(element(word, 0, FORMAT), element(word, 1, FORMAT)), (ROWS, COLUMNS))
     group = i // BLOCK_COLUMNS + tl.arange(0, GROUPS)

@@ -93,9 +93,9 @@ def record(
     tape = _Tape(layers, weights, path)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     draw, left = np.random.default_rng(seed), max_tokens
-    with _evaluating(model), tape.listening(), torch.no_grad():
+    with evaluating(model), tape.listening(), torch.no_grad():
         for batch in batches:
-            inputs = _inputs(batch, device)
+            inputs = inputs_of(batch, device)
             rows = torch.from_numpy(draw.random(len(inputs["input_ids"])) < sample)
             tape.begin()
             if rows.any():
@@ -243,7 +243,8 @@ def _num_experts(module: nn.Module) -> int:
     raise ValueError(f"record: a layer must have num_experts or weights [E, ., .], got {type(module).__name__}")
 
 
-def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+def inputs_of(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch as the arguments that a model is called with. Raises TypeError / ValueError for what is none."""
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
@@ -258,7 +259,7 @@ def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for the time being; each module gets its own mode back (a frozen part may be in eval on purpose)."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -17,17 +17,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from .cache import Ahead, Cache, put, serve
+from .compiled import njit
 from .policies.step import new_sequence
 from .predict import Predictor
 from .predictors.fitting import beginnings, ids_of
 from .trace import Trace
 
 
-@njit(cache=True)
+@njit
 def _cheapest(table, policy, layer, chance, most, pool):
     """The slot to take for an expert ahead: a free one, else that of the lowest value among experts with a chance below
     `most`; -1: there is none. What the step in hand uses stays, and so does what was fetched ahead or is as likely."""
@@ -49,7 +49,7 @@ def _cheapest(table, policy, layer, chance, most, pool):
     return best
 
 
-@njit(cache=True)
+@njit
 def admit(table, policy, layer, chance, margin, room, who, slot, gone):
     """Fetches experts ahead of the next step of `layer` by chance [L, E], likeliest first (of equal ones, the lowest),
     where p - q is above `margin`. Fills `who`, `slot`, `gone` [E] as Ahead has them; returns how many."""
@@ -188,7 +188,7 @@ def serve_trace(
     return Served(accesses, hits, fetched, ids.shape[0] * ids.shape[1], waited)
 
 
-@njit(cache=True)
+@njit
 def _serve(table, policy, ids, first, told, margin, room, load):
     layers, experts = table.slot_of.shape
     chance, ready = np.zeros((layers, experts), np.float32), np.zeros((layers, experts))

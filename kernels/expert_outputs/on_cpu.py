@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..grouped_ffn import quantized_on_cpu
 from ..grouped_ffn.on_cpu import Call
+from ..grouped_ffn.quantized import unpacked
 from . import plain
 
 
@@ -22,12 +24,20 @@ def expert_outputs(
     if least < -1 or most >= there:
         wrong = least if least < -1 else most
         raise ValueError(f"expert_outputs: slot_of_expert must be -1 (not here) to S - 1 = {there - 1}, got {wrong}")
-    lib = native.serves(rows.dtype, expert_ids.numel(), slots.numel())
-    if lib is None or formats:
+    sizes, packed = (rows.dtype, expert_ids.numel(), slots.numel()), None
+    if formats:
+        packed = unpacked(w1, w_up, w2, formats, blocks)
+        lib = quantized_on_cpu.serves(*sizes, packed)
+    else:
+        lib = native.serves(*sizes)
+    if lib is None:
         plain.expert_outputs(
             rows, expert_ids, w1, w_up, w2, b1, b2, slots, out,
             formats, blocks, kind, params, gated, transposed, interleaved,
         )  # fmt: skip
+    elif out.numel() and packed is not None:
+        form = (kind, params, gated, interleaved)
+        quantized_on_cpu.outputs(lib, rows, expert_ids, packed, b1, b2, slots, out, form)
     elif out.numel():
         weights = plain.stored(w1, w_up, w2, formats, blocks)
         call = Call(

@@ -1,7 +1,7 @@
 """grouped_ffn on frozen weights in few bits (see ../quantized.py): gradients reach rows, router weights and biases.
 
 On CUDA devices the Triton form reads the weights as they are stored and widens them in registers, forward and backward;
-elsewhere one expert at a time is widened to the rows' type.
+so does the C++ form on CPU, forward (quantized_on_cpu.py). Elsewhere one expert at a time is widened to the rows' type.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import chip
 from ..activation import Activation
-from ..quantized import Quantized
-from . import plain
+from ..quantized import PER_BYTE, Quantized
+from . import plain, quantized_on_cpu
 
 _ARGS = (
     "Tensor rows, Tensor expert_ids, Tensor weights, Tensor[] w_gate_up, Tensor[] w_up, Tensor[] w_down, "
@@ -62,7 +62,13 @@ def widened(dtype: torch.dtype, weights: tuple[Quantized | None, ...]) -> list[A
 def _forward(
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
 ) -> tuple[Tensor, Tensor]:
-    first, second, last = widened(rows.dtype, unpacked(w1, w_up, w2, formats, blocks))
+    packed = unpacked(w1, w_up, w2, formats, blocks)
+    lib = None if keep else quantized_on_cpu.serves(rows.dtype, expert_ids.numel(), packed[2].shape[0], packed)
+    if lib is not None:
+        form = (kind, params, gated, interleaved)
+        y = quantized_on_cpu.forward(lib, rows, expert_ids, weights, packed, b1, b2, form)
+        return y, rows.new_empty(0, packed[2].shape[2] * (2 if gated else 1))
+    first, second, last = widened(rows.dtype, packed)
     return plain.forward(
         rows, expert_ids, weights, first, second, last, b1, b2, kind, params, gated, False, interleaved, keep
     )
@@ -128,7 +134,7 @@ torch.library.impl("headgate::grouped_ffn_quantized_backward", "cuda", _backward
 
 @torch.library.register_fake("headgate::grouped_ffn_quantized")
 def _(rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep):
-    f = w2[0].shape[2] * (1 if formats[1] == "fp8" else 2)
+    f = w2[0].shape[2] * PER_BYTE[formats[1]]
     pairs = expert_ids.shape[0] * expert_ids.shape[1] if keep else 0
     return rows.new_empty(rows.shape[0], w2[0].shape[1]), rows.new_empty(pairs, 2 * f if gated else f)
 

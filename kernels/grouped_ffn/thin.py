@@ -15,7 +15,7 @@ from ..activation import Activation
 from ..activation_triton import form_of
 from ..chip import Chip
 from ..launch import Launch, launch, with_contiguous_rows
-from ..quantized import Quantized
+from ..quantized import PER_BYTE, Quantized
 from .thin_tiles import MAX_ROWS, ThinSize, ThinTile, choose_thin, power_of_2
 from .triton_thin import thin_down_kernel, thin_up_kernel
 
@@ -101,7 +101,7 @@ class _Stored:
     def _quantized(cls, w: Quantized) -> _Stored:
         data = w.data if w.data.stride(2) == 1 else w.data.contiguous()
         scale = w.scale if w.scale.stride(2) == 1 else w.scale.contiguous()
-        data, per_byte = data.view(torch.uint8), 1 if w.format == "fp8" else 2
+        data, per_byte = data.view(torch.uint8), PER_BYTE[w.format]
         whole = all(n % 16 == 0 for n in (data.shape[2], *data.stride()[:2], data.storage_offset()))
         if whole and (data.device.type == "meta" or data.data_ptr() % 16 == 0):
             data, per_byte = data.view(torch.int32), 4 * per_byte

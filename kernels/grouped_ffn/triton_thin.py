@@ -3,8 +3,9 @@
 No order of pairs is made and no matrix unit is used: a program multiplies some weight rows with a row of x in fp32.
 Weights arrive 16 bytes per thread. A tile of them is [BN rows, KP experts, C chunks, Q words]: a chunk's words
 belong to one thread and to one scale, so that a chunk is summed in registers, then multiplied by its scale, and the
-chunks are summed when the loop has ended. A word holds P elements: one of a floating type, or 4 fp8, or 8 nibbles of
-an int32 (of a byte, where rows are not made of whole 16 bytes: 1 or 2). Q is 4 for all but the floating types.
+chunks are summed when the loop has ended. A word holds P elements: one of a floating type, or 4 fp8 or int8, or 8
+nibbles of an int32 (of a byte, where rows are not made of whole 16 bytes: 1 or 2). Q is 4 for all but the floating
+types.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from .file import FileStore
 from .host import HostStore, Store
 from .host_cache import HostCache
 from .kinds import Kind, Layer
+from .sensitivity import Sensitivity, precisions, sensitivity
 from .stats import Access, Stats
 
 __all__ = [
@@ -18,7 +19,10 @@ __all__ = [
     "HostStore",
     "Kind",
     "Layer",
+    "Sensitivity",
     "Stats",
     "Store",
     "plan_slots",
+    "precisions",
+    "sensitivity",
 ]

@@ -14,43 +14,31 @@ from torch import Tensor, nn
 
 from ...placement.predict import Predictor
 
-_MOST = 2  # candidates, times K
-
-
-@dataclass(frozen=True)
-class Guess:
-    """Experts of a layer to come, the likeliest first. `rank` [m]: an expert's best place among the choices foreseen for
-    any one token, 0 the first. `chance` [m]: how likely each is needed, where the guess can say so itself."""
-
-    layer: int
-    experts: NDArray[np.int32]
-    rank: NDArray[np.int32]
-    chance: NDArray[np.float64] | None = None
+Guess = tuple[int, NDArray[np.float32]]  # a layer to come, and the chance [E] that each of its experts is needed
+_RANKS = 2  # places of a token's ranking that are followed, times K
+_FADE = 0.98  # of what was counted, with each guess
 
 
 class Foresight(Protocol):
     def start(self) -> None:
         """Another text begins."""
 
+    def came(self, layer: int, experts: NDArray[np.int32]) -> None:
+        """What `layer` needs, now that its router has chosen."""
+
     def guess(self, layer: int, rows: Tensor, expert_ids: NDArray[np.int32]) -> Guess | None:
         """At `layer`, whose rows [R, D] go to expert_ids [R, K] (-1: none); None: nothing can be said."""
 
 
-def ranked(scores: Tensor, most: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """(experts, rank) of scores [R, E]: all that are among the `most` highest of any row, by rank and then by how many
-    rows and how much they say for them."""
+def ranks(scores: Tensor, most: int) -> NDArray[np.int64]:
+    """Of scores [R, E], each expert's best place [E] among the `most` highest of any row, 0 the first; `most` where it
+    is among none."""
     most = min(most, scores.shape[1])
     order = scores.topk(most, dim=1).indices.cpu().numpy()
-    if len(order) == 1:
-        return order[0].astype(np.int32), np.arange(most, dtype=np.int32)
-    rank = np.full(scores.shape[1], most, np.int32)
+    rank = np.full(scores.shape[1], most)
     for place in range(most - 1, -1, -1):
         rank[order[:, place]] = place
-    total = scores.sum(0).cpu().numpy()
-    votes = np.bincount(order.ravel(), minlength=len(rank))
-    found = np.flatnonzero(rank < most)
-    found = found[np.lexsort((found, -total[found], -votes[found], rank[found]))]
-    return found.astype(np.int32), rank[found]
+    return rank
 
 
 @dataclass(frozen=True)
@@ -112,43 +100,65 @@ def _vectors(block: nn.Module, router: nn.Module, inside: set[nn.Module], num_ex
 
 class Gate:
     """The next layer's router applied to this layer's rows (Eliseev and Mazur, 2023; Fate, 2025): a residual stream
-    changes little from one layer to the next. Says nothing about the layer that follows the last."""
+    changes little from one layer to the next. How likely a place in that ranking is right is counted as it goes, by
+    layer and place, for one token and for several apart. Says nothing about the layer that follows the last."""
 
     def __init__(self, routers: Sequence[Router | None]) -> None:
-        self.routers = routers
+        self._routers = routers
+        self._right: dict[tuple[int, bool], NDArray[np.float64]] = {}  # (layer, one token) -> by place, right and told
+        self._told: dict[tuple[int, int], tuple[bool, NDArray[np.int64]]] = {}  # (thread, layer) -> the last ranking
 
     def start(self) -> None:
         pass
 
+    def came(self, layer: int, experts: NDArray[np.int32]) -> None:
+        one, rank = self._told.pop((threading.get_ident(), layer), (False, None))
+        if rank is None:
+            return
+        count = self._right[layer, one]
+        places = count.shape[1]
+        foreseen = rank < places
+        told = np.bincount(rank[foreseen], minlength=places)
+        right = np.bincount(rank[experts[foreseen[experts]]], minlength=places)
+        count *= _FADE
+        count += right / np.maximum(told, 1), told > 0
+
     def guess(self, layer: int, rows: Tensor, expert_ids: NDArray[np.int32]) -> Guess | None:
-        if layer + 1 == len(self.routers) or not len(rows):
-            return None
-        router = self.routers[layer + 1]
-        if router is None:
+        to = layer + 1
+        if to == len(self._routers) or not len(rows) or self._routers[to] is None:
             return None
         with torch.no_grad():
-            return Guess(layer + 1, *ranked(router.scores(rows), _MOST * expert_ids.shape[1]))
+            scores = self._routers[to].scores(rows)
+        most = min(_RANKS * expert_ids.shape[1], scores.shape[1])
+        key = to, len(rows) == 1
+        count = self._right.get(key)
+        if count is None or count.shape[1] != most:
+            count = self._right[key] = np.array([np.ones(most), np.full(most, 2.0)])
+        rank = ranks(scores, most)
+        self._told[threading.get_ident(), to] = len(rows) == 1, rank
+        return to, np.append(count[0] / count[1], 0.0)[rank].astype(np.float32)
 
 
 class Path:
-    """A predictor by expert ids alone (placement/predict.py); each thread's text is followed by a twin of its own. After
-    the last layer it foresees the first of the next token."""
+    """A predictor by expert ids alone (placement/predict.py); each thread's text is followed by a twin of its own.
+    After the last layer it foresees the first of the next token."""
 
-    def __init__(self, predictor: Predictor, layers: int) -> None:
-        self._predictor, self._layers = predictor, layers
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
         self._twins: dict[int, Predictor] = {}
 
     def start(self) -> None:
         self._twin().start()
 
+    def came(self, layer: int, experts: NDArray[np.int32]) -> None:
+        pass
+
     def guess(self, layer: int, rows: Tensor, expert_ids: NDArray[np.int32]) -> Guess | None:
         if not len(expert_ids):
             return None
-        twin, to = self._twin(), (layer + 1) % self._layers
+        twin, to = self._twin(), (layer + 1) % self._predictor.shape[0]
         twin.observe(layer, expert_ids)
-        chance = twin.scores(to)
-        best = np.argsort(-chance, kind="stable")[: _MOST * expert_ids.shape[1]].astype(np.int32)
-        return Guess(to, best, np.arange(len(best), dtype=np.int32), chance[best].astype(np.float64))
+        return to, twin.scores(to)
 
     def _twin(self) -> Predictor:
         return self._twins.setdefault(threading.get_ident(), self._predictor.twin())

@@ -11,7 +11,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -23,9 +23,10 @@ from torch import Tensor
 from ...kernels.activation import Activation
 from ...kernels.expert_outputs import combine_outputs, expert_outputs
 from ...kernels.routing import Routing
-from ...placement.cache import Cache
+from ...placement.cache import Ahead, Cache
 from ...placement.policies import Setting, State
 from ...placement.policies import policy as start_policy
+from ...placement.prefetch import prefetch as prefetch_likely
 from ...placement.trace import Trace
 from .arena import Arena, plan_slots
 from .host import Store
@@ -56,8 +57,8 @@ class Engine:
 
     `budget`: bytes, "8GiB", or a share of the experts' bytes, "25%" or 0.25; at least `top_k` experts of each layer, or
     with `scope` "shared" of one. `policy`: a name of POLICIES, with its `options`, and a `trace` where it learns from
-    one; or its State. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises TimeoutError.
-    `log`: keep every Access in `log`.
+    one; or its State. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises
+    TimeoutError. `log`: keep every Access in `log`.
 
     Any number of threads may call at once. `close` ends the threads and lets the memory go; so does the end of a
     `with` block, and of the engine's own life. It does not survive a fork, and cannot be copied or pickled.
@@ -90,11 +91,12 @@ class Engine:
         self.log: list[Access] | None = [] if log else None
         self._calls = self._accesses = self._hits = self._ahead = self._used = 0
         self._wait_s, self._timing = 0.0, Timing()
+        self._chance = np.zeros(shape, np.float32)  # told last, for each layer
         self._promised = np.zeros(shape, bool)  # fetched ahead, and not used yet
         self._newest: dict[int, Load] = {}  # slot -> the last load ordered for it
         self._loader = Loader(store, self.arena, readers, self._timing)
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _end, self._loader, store, self.arena)
+        self._finalizer = weakref.finalize(self, _end, self._pid, self._loader, store, self.arena)
 
     # --- what a layer calls ------------------------------------------------------------------------------------------
 
@@ -140,7 +142,10 @@ class Engine:
         return combine_outputs(out, routing, rows.dtype)
 
     def step(
-        self, layer: int, ids: NDArray[np.int32], then: Callable[[NDArray[np.int32]], None] | None = None
+        self,
+        layer: int,
+        ids: Sequence[int] | NDArray[np.int32],
+        then: Callable[[NDArray[np.int32]], None] | None = None,
     ) -> Generator[Group]:
         """One step of `layer`, which needs the experts `ids`, distinct and rising: yields each of them once, in groups,
         as they are there. A group's weights are valid until the next is asked for. `then(ids)` is called once the loads
@@ -174,29 +179,45 @@ class Engine:
         self._check(layer)
         with self._loader.lock:
             self._settle()
-            ahead = self.cache.prefetch(layer, ids, worth)
-            self._calls += 1
-            taken = dict(zip(ahead.experts.tolist(), zip(ahead.slots.tolist(), ahead.gone.tolist()), strict=True))
-            for e in np.asarray(ids).tolist():
-                if e in taken:
-                    slot, gone = taken[e]
-                    self._note(layer, e, "ahead", gone)
-                    self._order(layer, e, slot, urgent=False)
-                    self._promised[layer, e] = True
-                elif self.cache.table.slot_of[layer, e] >= 0:
-                    self._note(layer, e, "kept", -1)
-            self._ahead += len(ahead.experts)
-        return len(ahead.experts)
+            return self._order_ahead(layer, self.cache.prefetch(layer, ids, worth), np.asarray(ids))
+
+    def prefetch_likely(self, layer: int, chance: NDArray[np.float32], price: float, room: float) -> int:
+        """The same by the chance [E] that each expert of `layer` is needed, where it is worth its bytes: see
+        placement/prefetch.py."""
+        self._check(layer)
+        with self._loader.lock:
+            self._settle()
+            self._chance[layer, : len(chance)] = chance
+            ahead = prefetch_likely(self.cache, layer, self._chance, price, room)
+            likeliest = np.argsort(-self._chance[layer], kind="stable")
+            return self._order_ahead(layer, ahead, likeliest[self.cache.table.promised[layer, likeliest]])
+
+    def _order_ahead(self, layer: int, ahead: Ahead, asked: NDArray[np.integer]) -> int:
+        """Orders the loads of a fetch ahead, and notes what was `asked` for, in that order."""
+        self._calls += 1
+        experts, slots, displaced = (a.tolist() for a in (ahead.experts, ahead.slots, ahead.gone))
+        taken = {e: (slot, gone) for e, slot, gone in zip(experts, slots, displaced, strict=True)}
+        for e in asked.tolist():
+            if e in taken:
+                slot, gone = taken[e]
+                self._note(layer, e, "ahead", gone)
+                self._order(layer, e, slot, urgent=False)
+                self._promised[layer, e] = True
+            elif self.cache.table.slot_of[layer, e] >= 0:
+                self._note(layer, e, "kept", -1)
+        self._ahead += len(taken)
+        return len(taken)
 
     def new_sequence(self) -> None:
         """Tells the policy that another sequence begins."""
         with self._loader.lock:
             self.cache.new_sequence()
 
-    def pace(self) -> tuple[int, float]:
-        """(loads that wait or run, seconds of copying for each so far)."""
+    def pace(self) -> tuple[int, float, float]:
+        """(loads that wait or run, seconds of copying for each load so far, and for all)."""
         with self._loader.lock:
-            return self._loader.waiting, self._timing.seconds()[0] / max(1, self._loader.loads)
+            copy_s = self._timing.seconds()[0]
+            return self._loader.waiting, copy_s / max(1, self._loader.loads), copy_s
 
     def stats(self) -> Stats:
         with self._loader.lock:
@@ -208,8 +229,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the readers and lets slots and store go; steps in hand raise. May be called twice."""
-        if os.getpid() == self._pid:
-            self._finalizer()
+        self._finalizer()
 
     def __enter__(self) -> Engine:
         return self
@@ -265,7 +285,7 @@ class Engine:
         else:
             if old is not None:
                 self._loader.cancel(old)
-                load.before = None if old.over else old
+                load.before = old
             self._loader.queue(load, urgent)
         self._newest[slot] = load
         return load
@@ -377,8 +397,10 @@ def _failure(load: Load, layer: str) -> Exception:
     return error
 
 
-def _end(loader: Loader, store: Store, arena: Arena) -> None:
-    """Of an engine that is closed or gone."""
+def _end(pid: int, loader: Loader, store: Store, arena: Arena) -> None:
+    """Of an engine that is closed or gone; a fork of its process has no threads to end, and a lock nobody opens."""
+    if os.getpid() != pid:
+        return
     if loader.close():
         store.close()
     arena.close()

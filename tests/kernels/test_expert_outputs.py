@@ -13,6 +13,7 @@ import torch
 from headgate.kernels import GPT_OSS, Routing, combine_outputs, expert_outputs, grouped_ffn, native, quantize
 from headgate.kernels.activation import as_activation
 from headgate.kernels.expert_outputs import combine_outputs_reference, expert_outputs_reference
+from headgate.kernels.quantized import FORMATS
 
 pytestmark = pytest.mark.usefixtures("cpu_form")
 HALF = [torch.bfloat16, torch.float16]
@@ -210,11 +211,13 @@ def test_the_form_is_chosen_by_the_whole_batch(problem, monkeypatch):
         assert torch.equal(answer(p, cut(p, 3)), p.call(p.tensors)), rows
 
 
-@pytest.mark.parametrize("format", ["fp8", "int4", "mxfp4"])
+@pytest.mark.parametrize("rows", [3, 21, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("pair", [False, True], ids=["one", "pair"])
-def test_quantized_arenas(assert_close, format, pair):
-    rows, d, f, experts = 21, 64, 96, 5
-    ids, x = torch.randint(-1, experts + 1, (rows, 3)), torch.randn(rows, d)
+def test_quantized_arenas(assert_close, cpu_form, format, pair, dtype, rows):
+    d, f, experts = 64, 96, 5
+    ids, x = torch.randint(-1, experts + 1, (rows, 3)), torch.randn(rows, d).to(dtype)
     routing = Routing.from_topk(ids, torch.rand(rows, 3), experts)
     sizes = [(f, d), (f, d), (d, f)] if pair else [(2 * f, d), (d, f)]
     dense = [torch.randn(experts, *s) / s[1] ** 0.5 for s in sizes]
@@ -235,6 +238,8 @@ def test_quantized_arenas(assert_close, format, pair):
     whole = run([torch.arange(experts)])
     assert torch.equal(run([torch.tensor([4, 1]), torch.tensor([0]), torch.tensor([3, 2])]), whole)
     assert_close(whole, want)
+    if cpu_form == "native" and format != "fp8":
+        assert torch.equal(whole, want)
 
 
 def test_several_threads_write_to_one_out(problem):

@@ -23,6 +23,7 @@ FORMATS = {
     "fp8": ("fp8", None),
     "fp8, small blocks": ("fp8", (24, 32)),
     "fp8, a scale per row": ("fp8", (1, 1 << 20)),
+    "int8": ("int8", (1, 64)),
     "int4": ("int4", (1, 32)),
     "int4, wide groups": ("int4", (1, 128)),
     "mxfp4": ("mxfp4", None),

@@ -12,6 +12,7 @@ from headgate.kernels.activation import as_activation
 from headgate.kernels.chip import A100, CHIPS, H200
 from headgate.kernels.grouped_ffn import grouped_ffn_reference
 from headgate.kernels.grouped_ffn.thin_tiles import ThinSize, ThinTile, choose_thin
+from headgate.kernels.quantized import PER_BYTE
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -24,6 +25,7 @@ interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Tri
 FORMATS = {
     "fp8 in blocks": ("fp8", (32, 16)),
     "fp8 by row": ("fp8", (1, 1 << 20)),
+    "int8": ("int8", (1, 32)),
     "int4": ("int4", (1, 32)),
     "mxfp4": ("mxfp4", (1, 32)),
 }
@@ -152,10 +154,10 @@ class TestThinKernels:
         case.w2.data.view(torch.uint8)[2, 5, 3] = 0xFF
         assert case.run().isnan()[0].nonzero().flatten().tolist() == [5]
 
-    @pytest.mark.parametrize("format", ["fp8", "int4", "mxfp4"])
+    @pytest.mark.parametrize("format", PER_BYTE)
     @pytest.mark.parametrize("words", [torch.uint8, torch.int32], ids=str)
     def test_every_code_is_read_exactly_as_dequantized(self, format, words):
-        codes, per_byte = torch.arange(256, dtype=torch.uint8), 1 if format == "fp8" else 2
+        codes, per_byte = torch.arange(256, dtype=torch.uint8), PER_BYTE[format]
         per_word = per_byte * words.itemsize
         got, bad = torch.empty(256 * per_byte), torch.zeros(256 // words.itemsize, dtype=torch.int32)
         read[(1,)](codes.view(words), got, bad, FORMAT=format, P=per_word, N=256 // words.itemsize)
@@ -164,8 +166,11 @@ class TestThinKernels:
             assert torch.equal(bad.bool(), want.isnan().view(-1, words.itemsize).any(1))
             assert torch.equal(got[want.isfinite()] * 256, want[want.isfinite()])
         else:
-            scale = torch.full((1, 1, 16), 127, dtype=torch.uint8) if format == "mxfp4" else torch.ones(1, 1, 16)
-            want = Quantized(codes.view(1, 1, 256), scale, format, (1, 32)).dequantize(torch.float32).flatten()
+            groups, data = 8 * per_byte, codes.view(torch.int8 if format == "int8" else torch.uint8).view(1, 1, 256)
+            scale = (
+                torch.full((1, 1, groups), 127, dtype=torch.uint8) if format == "mxfp4" else torch.ones(1, 1, groups)
+            )
+            want = Quantized(data, scale, format, (1, 32)).dequantize(torch.float32).flatten()
             assert torch.equal(got * (16384 if format == "mxfp4" else 1), want)
 
     @pytest.mark.parametrize(
@@ -206,7 +211,7 @@ class TestThinKernels:
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-@pytest.mark.parametrize("per_chunk", [8, 4, 16, 32], ids=["bf16", "fp32", "fp8", "4 bits"])
+@pytest.mark.parametrize("per_chunk", [8, 4, 16, 32], ids=["bf16", "fp32", "8 bits", "4 bits"])
 @pytest.mark.parametrize(
     "model", [(2048, 768, 8), (2880, 2880, 4), (7168, 2048, 8), (4096, 14336, 2), (2048, 512, 10)], ids=str
 )

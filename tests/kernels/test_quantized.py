@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from headgate.kernels import GPT_OSS, Quantized, Routing, grouped_ffn, quantize
+from headgate.kernels.quantized import FORMATS
 
 FORMS = [
     ("fp8", None),
     ("fp8", (1, 1 << 20)),
     ("fp8", (70, 1 << 20)),
     ("fp8", (32, 16)),
+    ("int8", (1, 32)),
+    ("int8", None),
     ("int4", (1, 32)),
     ("int4", (1, 64)),
     ("int4", None),
@@ -42,6 +45,14 @@ class TestMeaning:
         w = Quantized.from_deepseek_fp8(data, scale).dequantize(torch.float32)[0]
         assert w[[0, 127, 0, 129, 129], [0, 127, 128, 127, 199]].tolist() == [1.0, 1.0, 2.0, 3.0, 4.0]
 
+    def test_bytes_have_a_sign(self):
+        data = torch.tensor([-127, -1, 0, 1, 127] + [0] * 59, dtype=torch.int8).view(1, 1, 64)
+        w = Quantized(data, torch.tensor([[[0.5, 8.0]]]), "int8", (1, 32))
+        assert w.dequantize(torch.float32)[0, 0, :5].tolist() == [-63.5, -0.5, 0.0, 0.5, 63.5]
+        assert w.shape == (1, 1, 64)
+        q = quantize(torch.tensor([[[-3.0, 3.0, 1.0]]]), "int8")  # symmetric: -128 is not used, and I may be odd
+        assert q.data.flatten().tolist() == [-127, 127, 42]
+
     def test_nibbles_and_exponents(self):
         data = torch.tensor([0x10, 0x8F, 0xF7] + [0x88] * 13, dtype=torch.uint8).view(1, 1, 16)
         int4 = Quantized(data, torch.tensor([[[0.5]]]), "int4", (1, 32)).dequantize(torch.float32)
@@ -69,7 +80,7 @@ class TestQuantize:
         units = (w / scale).abs()
         if format == "fp8":
             allowed = (units / 16).clamp(min=2.0**-10)
-        elif format == "int4":
+        elif format in ("int8", "int4"):
             allowed = torch.full_like(units, 0.5)
         else:
             allowed = torch.where(units > 6, units - 6, torch.where(units > 4, 1.0, torch.where(units > 2, 0.5, 0.25)))
@@ -77,9 +88,10 @@ class TestQuantize:
         assert torch.equal(quantize(back, format, block=block).dequantize(torch.float32), back)
 
     def test_zeros_and_sizes(self):
-        for format, bytes_ in (("fp8", 2 * 64 * 64 + 8), ("int4", 2 * 64 * 32 + 2 * 64 * 4), ("mxfp4", 2 * 64 * 34)):
+        sizes = {"fp8": 64 * 64 + 4, "int8": 64 * 64 + 64 * 4, "int4": 64 * 32 + 64 * 4, "mxfp4": 64 * 34}
+        for format, each in sizes.items():
             q = quantize(torch.zeros(2, 64, 64), format)
-            assert (tuple(q.shape), q.nbytes) == ((2, 64, 64), bytes_)
+            assert (tuple(q.shape), q.nbytes) == ((2, 64, 64), 2 * each)
             assert not q.dequantize(torch.float32).any()
             assert torch.equal(q.expert(1, torch.float16), torch.zeros(64, 64, dtype=torch.float16))
 
@@ -93,8 +105,9 @@ class TestQuantize:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"format": "fp4"}, ValueError, "format must be one of fp8, int4, mxfp4, got 'fp4'"),
+        ({"format": "fp4"}, ValueError, "format must be one of fp8, int8, int4, mxfp4, got 'fp4'"),
         ({"data": torch.zeros(2, 4, 16)}, TypeError, "data must be torch.uint8 for 'int4', got torch.float32"),
+        ({"format": "int8"}, TypeError, "data must be torch.int8 for 'int8', got torch.uint8"),
         ({"data": torch.zeros(4, 16).byte()}, ValueError, r"data must be 3-D .*, got \(4, 16\)"),
         ({"scale": torch.zeros(2, 4, 1).int()}, TypeError, "scale must be fp32, bf16 or fp16, got torch.int32"),
         ({"scale": torch.zeros(2, 4, 2)}, ValueError, r"scale must be \(2, 4, 1\) for weights \(2, 4, 32\)"),
@@ -144,7 +157,7 @@ class TestGroupedFfn:
         return grouped_ffn(t["rows"], routing, w1, w2, **biases, **form)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize(("format", "block"), [("fp8", None), ("int4", (1, 32)), ("mxfp4", None)])
+    @pytest.mark.parametrize(("format", "block"), [("fp8", None), ("int8", None), ("int4", (1, 32)), ("mxfp4", None)])
     @pytest.mark.parametrize("form", [{}, {"pair": True}, {"interleaved": True, "activation": GPT_OSS}], ids=str)
     def test_value_and_gradients(self, format, block, form, dtype, assert_close):
         form = dict(form)
@@ -221,7 +234,7 @@ class TestGroupedFfn:
             self.run(pair, w2, leaves, ids)
 
 
-@pytest.mark.parametrize("format", ["fp8", "int4", "mxfp4"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(format, value):
     w = torch.randn(1, 4, 64)

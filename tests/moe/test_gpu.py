@@ -126,7 +126,7 @@ def test_compiles_as_one_graph(name, assert_close):
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16])
-@pytest.mark.parametrize("format", ["fp8", "int4", "mxfp4"])
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4", "mxfp4"])
 def test_decode_with_weights_of_few_bits(format, tokens, assert_close, nothing_waits, captured):
     d, f, e, k = 256, 128, 8, 2
     w1, w2 = (quantize(torch.randn(e, *s, device=DEVICE) / s[1] ** 0.5, format) for s in ((2 * f, d), (d, f)))

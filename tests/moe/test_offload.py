@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 import headgate
-from headgate.moe.offload.admission import Admission
-from headgate.moe.offload.ahead import Guess, ranked, router_of
+from headgate.moe.offload.ahead import Gate, Router, ranks, router_of
+from headgate.moe.offload.pace import Pace
 from headgate.placement.cache import Cache
 from headgate.placement.policies import POLICIES, Setting, policy
+from headgate.placement.prefetch import prefetch as fetch_likely
 
 LEARNS = {"affinity", "learned", "predicted", "sequence", "static", "statistics"}
 
@@ -115,25 +117,34 @@ def test_generation_in_threads_at_once(stack, tmp_path):
         same(a, b)
 
 
-def test_the_log_is_what_the_cache_would_do(stack, tmp_path):
-    """Access by access: the same steps and prefetches through a Cache alone."""
-    with headgate.offload(stack, "30%", "lru", "gate", tmp_path, log=True) as offloaded:
+@pytest.mark.parametrize("prefetch", ["gate", "path"])
+def test_the_log_is_what_the_cache_would_do(stack, tmp_path, prefetch):
+    """Access by access: the same steps and fetches ahead through a Cache alone."""
+    with headgate.offload(stack, "30%", "lru", prefetch, tmp_path, trace=trace_of(stack), log=True) as offloaded:
+        asked, kinds, engine = [], [], offloaded.engine
+        fetch, begin = engine.prefetch_likely, engine._begin
+        engine.prefetch_likely = lambda *a: (asked.append(a), kinds.append("ahead"), fetch(*a))[2]
+        engine._begin = lambda *a: (kinds.append("step"), begin(*a))[1]
         answers(stack, calls())
-        log, places = list(offloaded.log), offloaded.engine.places
+        log, places = list(offloaded.log), engine.places
     cache = Cache(places, policy("lru", Setting(*places.of.shape, places.slots)))
+    chance, asked = np.zeros(places.of.shape, np.float32), iter(asked)
     assert {a.how for a in log} == {"hit", "miss", "ahead", "kept"}
-    for number in sorted({a.step for a in log}):
+    for number in range(1, engine._calls + 1):
         some = [a for a in log if a.step == number]
-        layer = some[0].layer
-        if some[0].how in ("ahead", "kept"):
-            found = cache.prefetch(layer, [a.expert for a in some])
-            fetched = [(a.expert, a.gone) for a in some if a.how == "ahead"]
-            assert fetched == list(zip(found.experts.tolist(), found.gone.tolist(), strict=True))
-        else:
-            found = cache.step(layer, sorted(a.expert for a in some))
-            gone = [-1 if g == -2 else g for g in found.gone.tolist()]
-            assert [(a.expert, a.gone) for a in some] == list(zip(found.experts.tolist(), gone, strict=True))
+        if kinds[number - 1] == "ahead":
+            layer, told, price, room = next(asked)
+            chance[layer] = told
+            found = fetch_likely(cache, layer, chance, price, room)
+            assert [(a.expert, a.gone) for a in some if a.how == "ahead"] == pairs(found)
+        elif some:
+            found = cache.step(some[0].layer, sorted(a.expert for a in some))
+            assert [(a.expert, a.gone) for a in some] == [(e, -1 if g == -2 else g) for e, g in pairs(found)]
             assert sum(a.how == "hit" for a in some) == found.hits
+
+
+def pairs(found):
+    return list(zip(found.experts.tolist(), found.gone.tolist(), strict=True))
 
 
 def test_parameters_keep_names_shapes_and_contents(stack, tmp_path):
@@ -252,20 +263,21 @@ def test_what_cannot_be_offloaded(tmp_path):
 
 
 def test_twice(stack, tmp_path):
-    with headgate.offload(stack, "25%", "lru", None, tmp_path):
-        with pytest.raises(ValueError, match="must not be offloaded already"):
-            headgate.offload(stack, "25%", "lru", None, tmp_path)
+    with (
+        headgate.offload(stack, "25%", "lru", None, tmp_path),
+        pytest.raises(ValueError, match="must not be offloaded already"),
+    ):
+        headgate.offload(stack, "25%", "lru", None, tmp_path)
 
 
 # --- what is foreseen ------------------------------------------------------------------------------------------------
 
 
-def test_ranked():
+def test_ranks():
     scores = torch.tensor([[0.1, 0.5, 0.3, 0.0], [0.9, 0.0, 0.2, 0.1]])
-    experts, rank = ranked(scores[:1], 3)
-    assert (experts.tolist(), rank.tolist()) == ([1, 2, 0], [0, 1, 2])
-    experts, rank = ranked(scores, 2)
-    assert (experts.tolist(), rank.tolist()) == ([0, 1, 2], [0, 0, 1])
+    assert ranks(scores[:1], 3).tolist() == [2, 0, 1, 3]
+    assert ranks(scores, 2).tolist() == [0, 0, 1, 2]
+    assert ranks(scores, 9).tolist() == [0, 0, 1, 2]
 
 
 def test_the_router_beside_the_experts(stack):
@@ -275,21 +287,32 @@ def test_the_router_beside_the_experts(stack):
     assert router_of(stack, "blocks.1.experts", 9) is None
 
 
-def test_admission_learns_what_its_guesses_are_worth():
-    """Of the guesses the first is right and the second wrong; no time is ever left idle, or always."""
-    admission = Admission(1, least=0.6)
+def test_the_gate_counts_how_often_its_places_are_right():
+    """Of two choices foreseen, the first comes true each time, the second never."""
+    rows, ids = torch.ones(1, 2), np.array([[0, 1]])
+    gate = Gate([None, Router(torch.tensor([[3.0, 0], [2.0, 0], [1.0, 0], [0.0, 0]]), None, None)])
+    first = gate.guess(0, rows, ids)[1]
+    np.testing.assert_array_equal(first, [0.5, 0.5, 0.5, 0.5])
     for _ in range(60):
-        chosen = admission.choose(Guess(0, np.array([4, 5], np.int32), np.array([0, 1], np.int32)), 0, 1.0)
-        admission.came(0, np.array([4, 7], np.int32))
-    assert chosen.tolist() == [4]
-    first, second = admission.chance(0, [0, 1])
-    assert first > 0.95
-    assert second < 0.05
-    slow = Admission(1)
-    slow._right, slow._seen = admission._right, admission._seen
-    guess = Guess(0, np.array([4, 5], np.int32), np.array([0, 1], np.int32))
-    assert slow.choose(guess, 0, 10.0).tolist() == []  # a fetch takes ten seconds, of which none is idle
-    slow._window[0] = 9.0
-    assert slow.choose(guess, 0, 10.0).tolist() == [4]  # nine are
-    certain = Guess(0, np.array([1, 2], np.int32), np.array([0, 1], np.int32), np.array([0.9, 0.8]))
-    assert slow.choose(certain, 0, 10.0).tolist() == [1]  # and the first has taken them
+        gate.guess(0, rows, ids)
+        gate.came(1, np.array([0, 3]))
+    to, chance = gate.guess(0, rows, ids)
+    assert to == 1
+    assert (chance > [0.95, 0, 0, 0.95]).all()
+    assert (chance[1:3] < 0.05).all()
+    np.testing.assert_array_equal(gate.guess(0, torch.ones(2, 2), ids)[1], 0.5)  # several tokens are counted apart
+    assert gate.guess(1, rows, ids) is None
+
+
+def test_pace():
+    pace = Pace(2)
+    assert pace.order(1, 0, 0.0, 0.0) == (0.0, np.inf)
+    pace.asked(1)
+    time.sleep(0.02)
+    pace.order(1, 0, 1e-3, 1e9)
+    time.sleep(0.05)
+    pace.asked(1)
+    price, room = pace.order(1, 1, 1e-3, 1e9)
+    assert price == 1.0  # something is always on the way
+    assert room > 4  # a tenth of 50 loads, at least
+    pace.asked(0)  # never ordered for
