@@ -134,7 +134,7 @@ def show(title: str, figures: dict[str, Any]) -> None:
     print(f"## {title}")
     rows = figures.get("recall", {}) | {f"path, {h} ahead": row for h, row in figures.get("ahead", {}).items()}
     if rows:
-        print("\n| recall, K / 2K fetched | layers with one before | all | chances off by | MB | fit, CPU s | step, us |")
+        print("\n| recall, K / 2K fetched | layers with one before | all | chances off by | MB | fit CPU s | step us |")
         print("|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         some, every = ("{:.3f} / {:.3f}".format(*row[key]) for key in ("from_layers", "all_layers"))
