@@ -11,7 +11,8 @@ weighs them against bytes (placement/prefetch.py). PREDICTORS lists the kinds:
 popular     how often each expert is used
 transition  log-probabilities given each expert of the layer before, added up
 ridge       least squares on the experts of three earlier layers and a mean over the last tokens at the layer
-path        least squares on all earlier layers of the token, and on means over its past at five rates
+path        least squares on all earlier layers of the token and the last four of the token before, and on means over
+            past tokens at five rates
 ngram       from token ids: what followed the same last words; wants `tokens`, and `token` before each token
 gate        the next layer's router applied to this layer's input: only a live model has it; `recall` takes its logits
 """
@@ -152,7 +153,8 @@ def fit(
     """A predictor learned from `trace`; same trace, same predictor.
 
     method   a name of PREDICTORS
-    horizon  how many layers ahead: for layer l, layers up to l - horizon of the same token are known
+    horizon  how many layers ahead: for layer l, layers up to l - horizon are known; before the first come the last ones
+             of the token before
     reach    how many of those a regression looks at; None: 3 for ridge; for path all, or as many as keep it at about
              2,000 unknowns for each expert
     tokens   ngram: integers [T], the token ids
@@ -208,12 +210,12 @@ def _transition(trace: Trace, options: Options) -> Linear:
 
 
 def _ridge(trace: Trace, options: Options) -> Linear:
-    reach = min(options.reach or 3, max(trace.shape[0] - options.horizon, 0))
+    reach = options.reach or 3
     return _linear(trace, lambda held: ridge(trace, held, options.horizon, reach, (0.8,), PENALTIES))
 
 
 def _path(trace: Trace, options: Options) -> Linear:
-    reach = min(options.reach or reach_of(trace, options.horizon, len(RATES)), max(trace.shape[0] - options.horizon, 0))
+    reach = options.reach or reach_of(trace, len(RATES))
     return _linear(trace, lambda held: ridge(trace, held, options.horizon, reach, RATES, PENALTIES))
 
 

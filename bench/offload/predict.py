@@ -25,7 +25,7 @@ from ..placement.case import TOKENS, case_of
 
 PARTS = ("recall", "ahead", "curve", "waiting")
 METHODS = ("popular", "transition", "ridge", "path")
-PRICES = (0.25, 0.5, 1.0, 2.0)
+PRICES = (0.5, 1.0, 2.0)
 LOADS = (0.25, 1.0, 4.0)
 
 
@@ -131,10 +131,10 @@ def by_sequence(trace: Trace) -> tuple[Trace, Trace]:
 
 def show(title: str, figures: dict[str, Any]) -> None:
     """Prints what there is of `measure` as tables."""
-    print(f"## {title}\n")
+    print(f"## {title}")
     rows = figures.get("recall", {}) | {f"path, {h} ahead": row for h, row in figures.get("ahead", {}).items()}
     if rows:
-        print("| recall, K / 2K fetched | layers with one before | all | chances off by | MB | fit, CPU s | step, us |")
+        print("\n| recall, K / 2K fetched | layers with one before | all | chances off by | MB | fit CPU s | step us |")
         print("|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         some, every = ("{:.3f} / {:.3f}".format(*row[key]) for key in ("from_layers", "all_layers"))

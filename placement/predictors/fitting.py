@@ -70,6 +70,14 @@ def means_before(ids, first, rates, experts):
     return out
 
 
+def before(ids: NDArray[np.int32], first: NDArray[np.bool_], source: int) -> NDArray[np.int32]:
+    """What Tables' blocks read for `source`: ids [T, K] of that layer; below 0 of the layer so far from the end, of the
+    token before; -1 where a sequence is `first`."""
+    if source >= 0:
+        return ids[source]
+    return np.where(first[:, None], np.int32(-1), np.roll(ids[source], 1, 0))
+
+
 def _no_tables(trace: Trace, horizon: int, reach: int, rates: tuple[float, ...]) -> Tables:
     layers, experts = trace.shape[0], trace.num_experts
     first = blocks(layers, horizon, reach)
@@ -101,26 +109,24 @@ def transition(trace: Trace, held: NDArray[np.bool_], horizon: int) -> tuple[Tab
     found = []
     for part in (trace.select(~held), trace):
         tables = _no_tables(trace, horizon, 1, ())
-        ids, tokens = ids_of(part), part.shape[1]
+        ids, first, tokens = ids_of(part), beginnings(part), part.shape[1]
         for layer in range(len(ids)):
             now = used(ids[layer], trace.num_experts)
             share = (now.sum(0) + 1) / (tokens + trace.num_experts)
             tables.bias[layer] = np.log(share)
-            if layer >= horizon:
-                before = used(ids[layer - horizon], trace.num_experts)
-                given = (before.T @ now + share) / (before.sum(0)[:, None] + 1)
-                rows, block = np.log(given / share), tables.first[layer]
-                tables.path[block] = rows
-                tables.offset[block] = before.mean(0) @ rows
+            for block in range(*tables.first[layer : layer + 2]):
+                seen = used(before(ids, first, layer - horizon), trace.num_experts)
+                given = (seen.T @ now + share) / (seen.sum(0)[:, None] + 1)
+                tables.path[block] = np.log(given / share)
+                tables.offset[block] = seen.mean(0) @ tables.path[block]
                 tables.bias[layer] += tables.offset[block]
         found.append(tables)
     return found[0], found[1]
 
 
-def reach_of(trace: Trace, horizon: int, rates: int, most: int = 2048) -> int:
+def reach_of(trace: Trace, rates: int, most: int = 2048) -> int:
     """How many earlier layers keep a regression at `most` unknowns for each expert: at least one."""
-    layers, experts = trace.shape[0], trace.num_experts
-    return max(1, min(layers - horizon, most // experts - rates))
+    return max(1, min(trace.shape[0], most // trace.num_experts - rates))
 
 
 def ridge(
@@ -139,7 +145,7 @@ def ridge(
     first = first | (held & ~np.roll(held, 1)) | (~held & np.roll(held, 1))
     for layer in range(len(ids)):
         count = int(part.first[layer + 1] - part.first[layer])
-        sources = [ids[layer - horizon - r] for r in range(count)]
+        sources = [before(ids, first, layer - horizon - r) for r in range(count)]
         past = means_before(ids[layer], first, part.rates, experts).reshape(len(first), -1)
         sums = [Sums.of(sources, past, ids[layer], np.flatnonzero(which), experts) for which in (~held, held)]
         tries = [sums[0].solve(penalty) for penalty in penalties]

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 
 from .curve import Curve, follow
 
+ROUND = 4  # the first layers have few before them; more of the token before tell later ones nothing
+
 
 class Tables(NamedTuple):
-    """What was learned. Layer l's block b = first[l] + r reads layer l - horizon - r of the same token.
+    """What was learned. Layer l's block b = first[l] + r reads layer l - horizon - r of the same token; below 0 these
+    are the last layers of the token before.
 
     first    int64 [L + 1]
     path     float32 [B, E, E]: what each expert there adds to the score of each expert here
@@ -42,13 +45,15 @@ class Memory(NamedTuple):
     seen: NDArray[np.float32]  # [L, E] the share of the pass's tokens that used each expert
     means: NDArray[np.float32]  # [L, A, E] over past tokens, by rate
     tokens: NDArray[np.int64]  # [L] how many
-    last: NDArray[np.int64]  # [L + 1] the pass in which each layer was seen; the last layer seen
+    last: NDArray[np.int64]  # [L + 1] the pass in which each layer was seen, -2: none; the last layer seen
     now: NDArray[np.int64]  # [1] the pass
 
 
 def blocks(layers: int, horizon: int, reach: int) -> NDArray[np.int64]:
-    """`first` of Tables: where each layer reads up to `reach` layers, `horizon` and more before it."""
-    held = np.clip(np.arange(layers) - horizon + 1, 0, reach)
+    """`first` of Tables: each layer reads up to `reach` layers, `horizon` and more before it, at most ROUND of them of
+    the token before, and none that this token has overtaken."""
+    layer = np.arange(layers)
+    held = np.clip(layer - horizon + 1 + np.minimum(ROUND, layers - layer), 0, reach)
     return np.concatenate([[0], np.cumsum(held)]).astype(np.int64)
 
 
@@ -70,7 +75,8 @@ def start(memory):
     """A sequence begins."""
     memory.means[:] = 0
     memory.tokens[:] = 0
-    memory.last[:] = -1
+    memory.last[:-1] = -2
+    memory.last[-1] = -1
     memory.now[0] = 0
 
 
@@ -116,12 +122,15 @@ def add_rows(out, weights, table):
 def scores(tables, memory, layer, out):
     """Fills out [E] with the sums for the next tokens at `layer`."""
     out[:] = tables.bias[layer]
-    if layer > memory.last[-1]:
-        for b in range(tables.first[layer], tables.first[layer + 1]):
-            source = layer - tables.horizon - (b - tables.first[layer])
-            if memory.last[source] == memory.now[0]:
-                add_rows(out, memory.seen[source], tables.path[b])
-                out -= tables.offset[b]
+    come = memory.now[0] if layer > memory.last[-1] else memory.now[0] + 1  # the pass that these tokens are of
+    for b in range(tables.first[layer], tables.first[layer + 1]):
+        source = layer - tables.horizon - (b - tables.first[layer])
+        wanted = come
+        if source < 0:
+            source, wanted = source + len(tables.bias), come - 1
+        if memory.last[source] == wanted:
+            add_rows(out, memory.seen[source], tables.path[b])
+            out -= tables.offset[b]
     for a in range(len(tables.rates)):
         add_rows(out, memory.means[layer, a], tables.past[layer, a])
 
