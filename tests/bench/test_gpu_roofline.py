@@ -32,6 +32,7 @@ def test_products_cost_6ndf_forward_and_12ndf_backward(name):
     for t in tokens_of(shape):
         ndf = t * shape.top_k * shape.hidden * shape.intermediate
         assert sum(s.flops for s in stages(shape, t, "forward")) == 6 * ndf
+        assert sum(s.flops for s in stages(shape, t, "slots")) == 6 * ndf
         assert sum(s.flops for s in stages(shape, t, "backward")) == 12 * ndf
         router = 2 * t * shape.hidden * shape.experts
         assert sum(s.flops for s in stages(shape, t, "decode")) == 6 * ndf + router
@@ -87,6 +88,10 @@ KERNELS = {
         "back": ("back_kernel", 0), "router_grad": ("router_grad_kernel", 0), "dw_down": ("dw_kernel", 0),
         "dw_up": ("dw_kernel", 1), "dx": ("rows_kernel", 0), "dx_sum": ("combine_kernel", 0),
         "db_down": ("column_sum_kernel", 0), "db_up": ("column_sum_kernel", 1),
+    },
+    "slots": {
+        "up": ("up_kernel", 0), "down": ("rows_kernel", 0), "spread": ("spread_kernel", 0),
+        "combine": ("combine_kernel", 0),
     },
 }  # fmt: skip
 
