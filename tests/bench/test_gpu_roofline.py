@@ -148,7 +148,8 @@ def test_the_command_prints_every_launch_and_writes_json(tmp_path, capsys):
     report = json.loads(file.read_text())
     assert report["tflops"] == 790
     assert [(p["tokens"], p["pass"]) for p in report["passes"]] == [
-        (1, "forward"), (1, "backward"), (1, "decode"), (4096, "forward"), (4096, "backward")
+        (1, "forward"), (1, "backward"), (1, "decode"), (1, "slots"),
+        (4096, "forward"), (4096, "backward"), (4096, "slots")
     ]  # fmt: skip
     for p in report["passes"]:
         assert p["floor_us"] == pytest.approx(sum(x["floor_us"] for x in p["launches"]))
