@@ -13,7 +13,7 @@ from ...kernels.chip import Chip
 from ..shapes import Shape
 from .shapes import choice_of
 
-PASSES = ("route", "forward", "inference", "quantized", "backward", "linear")
+PASSES = ("route", "forward", "inference", "slots", "quantized", "backward", "linear")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Recorder:
 
 def record(shape: Shape, tokens: int, kind: str, chip: Chip, dtype: torch.dtype = torch.bfloat16) -> list[Launched]:
     """The launches of one pass (of PASSES): `route` a router's choice and the plan, `forward` keeps what backward
-    needs, `inference` does not, `quantized` is that on weights of few bits, `linear` is grouped_linear both ways. Needs
-    triton, and not as the interpreter where the kernels are to be built."""
+    needs, `inference` does not, `slots` is that in two steps (expert_outputs and combine_outputs), `quantized` on
+    weights of few bits, `linear` is grouped_linear both ways. Needs triton, and not as the interpreter where the
+    kernels are to be built."""
     recorder = Recorder()
     _PASSES[kind](Meta(shape, tokens, dtype), chip, recorder)
     return recorder.launches
@@ -126,6 +127,15 @@ def _forward(keep: bool) -> Callable[[Meta, Chip, Recorder], None]:
     return run
 
 
+def _slots(m: Meta, chip: Chip, recorder: Recorder) -> None:
+    from ...kernels.expert_outputs import on_triton
+
+    out, slots = m.new(m.tokens * m.shape.top_k, m.shape.hidden, dtype=torch.float32), m.new(m.shape.experts)
+    weights = (m.w1, None, m.w2, m.b1, m.b2)
+    on_triton.expert_outputs(m.rows, m.ids, *weights, slots.int(), out, *m.form, chip=chip, launch=recorder)
+    on_triton.combine_outputs(out, m.ids, m.weights, m.shape.experts, m.dtype, launch=recorder)
+
+
 def _backward(m: Meta, chip: Chip, recorder: Recorder) -> None:
     from ...kernels.grouped_ffn import on_triton
 
@@ -161,6 +171,7 @@ _PASSES = {
     "route": _route,
     "forward": _forward(True),
     "inference": _forward(False),
+    "slots": _slots,
     "quantized": _quantized,
     "backward": _backward,
     "linear": _linear,

@@ -24,7 +24,7 @@ EXAMPLE = """examples:
   headgate bench roofline --shapes qwen3 --tokens 1 64 4096
   headgate bench roofline --sums --bandwidth 4300 --tflops 790      with ceilings that were measured
 """
-PASSES = ("forward", "backward", "decode")
+PASSES = ("forward", "backward", "decode", "slots")
 DECODE = 64  # most tokens of a decoding step
 
 
@@ -65,9 +65,10 @@ class Roof:
 
 def stages(shape: Shape, tokens: int, kind: str, itemsize: int = 2, columns: int = 128) -> list[Stage]:
     """The launches of one pass: `forward` keeps H for backward, `decode` is the whole layer with its router and keeps
-    nothing. Routing is int32 and fp32. `columns`: those of one tile of the backward pass, which leaves one partial sum
-    of the router-weight gradient per tile."""
-    return {"forward": _forward, "backward": _backward, "decode": _decode}[kind](
+    nothing, `slots` is a forward pass in two steps with every expert here, and keeps nothing. Routing is int32 and
+    fp32. `columns`: those of one tile of the backward pass, which leaves one partial sum of the router-weight gradient
+    per tile."""
+    return {"forward": _forward, "backward": _backward, "decode": _decode, "slots": _slots}[kind](
         _Sizes(shape, tokens, itemsize, columns)
     )
 
@@ -105,6 +106,12 @@ def _down(z: _Sizes) -> list[Stage]:
 def _forward(z: _Sizes, keep: bool = True) -> list[Stage]:
     up = Stage("up", 2 * z.product, z.x + z.w_up + z.b_up + z.places, z.a + (z.h if keep else 0))
     return [_plan(z), up, *_down(z)]
+
+
+def _slots(z: _Sizes) -> list[Stage]:
+    outputs = 4 * z.pairs * z.shape.hidden  # of pairs, in fp32
+    combine = Stage("combine", 0, outputs + z.places + z.weights, z.x)
+    return [*_forward(z, keep=False)[:-1], Stage("spread", 0, z.y_rows + z.places, outputs), combine]
 
 
 def _decode(z: _Sizes) -> list[Stage]:

@@ -106,8 +106,9 @@ def expert_outputs(
     _check_slots(slot_of_expert, routing, rows)
     _check_out("expert_outputs", out, routing, rows.dtype, w_down.shape[2 if transposed else 1], rows.device)
     _refuse_gradients("expert_outputs", out=out, **tensors)
-    formats, blocks = [], []
-    if isinstance(w_down, Quantized):
+    formats: list[str] = []
+    blocks: list[int] = []
+    if isinstance(w1, Quantized) and isinstance(w_down, Quantized):
         formats, blocks = [w1.format, w_down.format], [min(n, 2**31 - 1) for n in (*w1.block, *w_down.block)]
     torch.ops.headgate.expert_outputs(
         rows, routing.expert_ids, *map(_parts, (w1, w_up, w_down)), b_gate_up, b_down, slot_of_expert, out,

@@ -5,19 +5,20 @@ Quantized weights are widened an expert at a time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..activation import Activation
 from ..grouped_ffn.plain import live_pairs, one_expert, views
 from ..grouped_ffn.quantized import unpacked, widened
-from ..quantized import Quantized
 
 
 def stored(
     w1: list[Tensor], w_up: list[Tensor], w2: list[Tensor], formats: list[str], blocks: list[int]
-) -> tuple[Tensor | Quantized, Tensor | Quantized | None, Tensor | Quantized]:
-    """The weights out of the operator's lists."""
+) -> tuple[Any, Any, Any]:
+    """The weights out of the operator's lists: tensors, or Quantized; the second may be None."""
     return unpacked(w1, w_up, w2, formats, blocks) if formats else (w1[0], w_up[0] if w_up else None, w2[0])
 
 
@@ -25,7 +26,8 @@ def expert_outputs(
     rows, expert_ids, w1, w_up, w2, b1, b2, slots, out, formats, blocks, kind, params, gated, transposed, interleaved
 ) -> None:
     act, weights = Activation.from_params(kind, gated, params), stored(w1, w_up, w2, formats, blocks)
-    ups, down = views(*(widened(rows.dtype, weights) if formats else weights), transposed)
+    first, second, last = widened(rows.dtype, weights) if formats else weights
+    ups, down = views(first, second, last, transposed)
     pair, offsets = live_pairs(expert_ids, slots.numel(), "expert_outputs")
     for e, slot in enumerate(slots.tolist()):
         p = pair[offsets[e] : offsets[e + 1]]

@@ -29,7 +29,7 @@ def expert_outputs_reference(
         if s < 0:
             continue
         one = slice(s, s + 1)
-        w1 = tuple(w[one] for w in w_gate_up) if isinstance(w_gate_up, tuple) else w_gate_up[one]
+        w1 = (w_gate_up[0][one], w_gate_up[1][one]) if isinstance(w_gate_up, tuple) else w_gate_up[one]
         b1, b2 = (None if b is None else b[one] for b in (b_gate_up, b_down))
         only, unweighted = torch.zeros(len(t), 1, dtype=torch.int32), torch.ones(len(t), 1)
         y = grouped_ffn_reference(

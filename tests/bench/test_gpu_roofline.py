@@ -32,6 +32,7 @@ def test_products_cost_6ndf_forward_and_12ndf_backward(name):
     for t in tokens_of(shape):
         ndf = t * shape.top_k * shape.hidden * shape.intermediate
         assert sum(s.flops for s in stages(shape, t, "forward")) == 6 * ndf
+        assert sum(s.flops for s in stages(shape, t, "slots")) == 6 * ndf
         assert sum(s.flops for s in stages(shape, t, "backward")) == 12 * ndf
         router = 2 * t * shape.hidden * shape.experts
         assert sum(s.flops for s in stages(shape, t, "decode")) == 6 * ndf + router
@@ -88,6 +89,10 @@ KERNELS = {
         "dw_up": ("dw_kernel", 1), "dx": ("rows_kernel", 0), "dx_sum": ("combine_kernel", 0),
         "db_down": ("column_sum_kernel", 0), "db_up": ("column_sum_kernel", 1),
     },
+    "slots": {
+        "up": ("up_kernel", 0), "down": ("rows_kernel", 0), "spread": ("spread_kernel", 0),
+        "combine": ("combine_kernel", 0),
+    },
 }  # fmt: skip
 
 
@@ -143,7 +148,8 @@ def test_the_command_prints_every_launch_and_writes_json(tmp_path, capsys):
     report = json.loads(file.read_text())
     assert report["tflops"] == 790
     assert [(p["tokens"], p["pass"]) for p in report["passes"]] == [
-        (1, "forward"), (1, "backward"), (1, "decode"), (4096, "forward"), (4096, "backward")
+        (1, "forward"), (1, "backward"), (1, "decode"), (1, "slots"),
+        (4096, "forward"), (4096, "backward"), (4096, "slots")
     ]  # fmt: skip
     for p in report["passes"]:
         assert p["floor_us"] == pytest.approx(sum(x["floor_us"] for x in p["launches"]))

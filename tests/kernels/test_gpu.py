@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headgate.kernels import GPT_OSS, Activation, Routing, grouped_ffn, plan, topk
+from headgate.kernels import GPT_OSS, Activation, Routing, combine_outputs, expert_outputs, grouped_ffn, plan, topk
 from headgate.kernels.grouped_ffn import grouped_ffn_reference
 from headgate.kernels.plan import plan_reference
 from headgate.kernels.topk import topk_reference
@@ -125,6 +125,37 @@ def test_two_runs_agree_to_the_bit(problem, size):
     p = problem(dtype=torch.bfloat16, bias=True, **size)
     runs = [p.run() for _ in range(4)]
     assert all(torch.equal(runs[0][n], other[n]) for other in runs[1:] for n in other)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("size", [FEW, MANY], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_in_two_calls_are_those_of_one(problem, form, size):
+    """To the bit, and without waiting for the device."""
+    p = problem(dtype=torch.bfloat16, **size, **FORMS[form])
+    t, routing = p.tensors, Routing.from_topk(p.ids, p.tensors["weights"], p.experts)
+    out = torch.full((p.ids.numel(), t["rows"].shape[1]), math.nan, device="cuda")
+    calls = []
+    for part in (torch.arange(0, p.experts, 2), torch.arange(1, p.experts, 2)):
+        slots = torch.full((p.experts,), -1, dtype=torch.int32)
+        slots[part] = torch.arange(len(part)).int()
+        calls.append(({n: w[part.cuda()] for n, w in t.items() if n not in ("rows", "weights")}, slots.cuda()))
+
+    def step():
+        for w, slots in calls:
+            w1 = (w["w_gate_up"], w["w_up"]) if "w_up" in w else w["w_gate_up"]
+            biases = {n: b for n, b in w.items() if n.startswith("b_")}
+            expert_outputs(t["rows"], routing, w1, w["w_down"], slots, out, **biases, **p.form)
+        return combine_outputs(out, routing, torch.bfloat16)
+
+    step()  # compiles
+    out.fill_(math.nan)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, p.call(t))
 
 
 def test_nothing_waits_for_the_device(problem):
