@@ -120,6 +120,13 @@ def place(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def cache(args: argparse.Namespace) -> int:
+    """Cache policies on a trace; with --json the figures go to standard output, all else to standard error."""
+    from .bench.cache import run
+
+    return run(args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     """What this machine can run."""
     from .bench.doctor import run
@@ -164,6 +171,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     if argv[:1] == ["place"]:
         importlib.import_module(".bench.place", __package__).add_arguments(placing)
     placing.set_defaults(call=place)
+
+    about = "What a cache of experts would hit on a trace, by every policy, beside Belady's optimum."
+    caching = _command(add, "cache", help="caches of experts, by a trace", description=about)
+    if argv[:1] == ["cache"]:
+        importlib.import_module(".bench.cache", __package__).add_arguments(caching)
+    caching.set_defaults(call=cache)
 
     about = "What this machine can run; with MODEL, what the swap takes of it, and the calls that really ran."
     check = _command(add, "doctor", help="what this machine can run", description=about, epilog=DOCTOR_EXAMPLE)

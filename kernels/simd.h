@@ -139,6 +139,17 @@ HG_INLINE void store(T* p, vf x, int n) {
 }
 #endif
 
+// w * x + s, rounded once where the CPU can. Left to the compiler, some lanes of an unrolled loop are rounded twice.
+HG_INLINE vf multiply_add(vf w, vf x, vf s) {
+#if defined(HG_AVX512)
+  return (vf)_mm512_fmadd_ps((__m512)w, (__m512)x, (__m512)s);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)w, (__m256)x, (__m256)s);
+#else
+  return w * x + s;
+#endif
+}
+
 HG_INLINE float sum(vf x) {
 #ifdef HG_AVX512
   return _mm512_reduce_add_ps((__m512)x);

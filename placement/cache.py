@@ -14,10 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from .compiled import njit
 from .policies import State
 from .policies.step import advance, evicted, new_sequence
 
@@ -86,11 +86,11 @@ def empty(places: Pools) -> Table:
     )
 
 
-@numba.njit(cache=True)
+@njit
 def victim(table, policy, pool, ahead):
     """The slot to take in `pool`: a free one, else the cheapest that may go; -1: there is none. For a fetch `ahead`
     what the step in hand uses must stay, and so must what was fetched ahead before; a miss takes the latter last."""
-    experts = table.slot_of.shape[1]
+    values, promised = policy.value.reshape(-1), table.promised.reshape(-1)
     best, lowest, kept = -1, 0.0, False
     for s in range(table.first[pool], table.first[pool + 1]):
         if table.busy[s] or (table.step[s] == table.clock[0] if ahead else table.wave[s] == table.clock[1]):
@@ -98,8 +98,7 @@ def victim(table, policy, pool, ahead):
         h = table.holder[s]
         if h < 0:
             return s
-        layer, e = h // experts, h % experts
-        keep, v = table.promised[layer, e], policy.value[layer, e]
+        keep, v = promised[h], values[h]
         if keep and ahead:
             continue
         if best < 0 or keep < kept or (keep == kept and (v < lowest or (v == lowest and h < table.holder[best]))):
@@ -107,7 +106,7 @@ def victim(table, policy, pool, ahead):
     return best
 
 
-@numba.njit(cache=True)
+@njit
 def put(table, policy, slot, layer, e):
     """Expert e takes `slot`; returns who was there (layer * E + expert) or -1."""
     experts = table.slot_of.shape[1]
@@ -121,7 +120,7 @@ def put(table, policy, slot, layer, e):
     return old
 
 
-@numba.njit(cache=True)
+@njit
 def serve(table, policy, layer, ids, order, slot, gone, wave):
     """One step: experts `ids`, rising. Fills `order` (ids as they are served), their `slot`, who was `gone` for them
     (layer * E + expert, -1: nobody, -2: it was a hit) and their `wave`; returns the number of hits."""
@@ -153,7 +152,7 @@ def serve(table, policy, layer, ids, order, slot, gone, wave):
     return hits
 
 
-@numba.njit(cache=True)
+@njit
 def fetch_ahead(table, policy, layer, ids, worth, most, slot, gone):
     """Experts `ids` of a step to come, in this order, where they are not there yet and `worth` more than who must go,
     `most` of them; what is there is kept. Fills `slot` (-1: not fetched) and `gone`; returns how many are fetched."""

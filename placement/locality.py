@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from .compiled import njit
 from .trace import Trace
 
 LEVELS = ("model", "layer", "expert")
@@ -73,7 +73,7 @@ def _of_part(trace: Trace, tokens: NDArray[np.bool_], s: int, axes: int | tuple[
     return _windows(ids, trace.none, trace.num_experts, False, np.zeros(ids.shape[1], np.int64), s).sum(axes)
 
 
-@numba.njit(cache=True)
+@njit
 def _windows(expert_ids, none, experts, alone, part, s):
     """[L, E, s + 1]: how many windows inside one part have so many activations of each expert; where not each `alone`,
     of all together, [L, 1, s + 1]."""
@@ -140,7 +140,7 @@ def sch(trace: Trace, s: int) -> Sch:
     return Sch(*_stacks(trace.expert_ids, trace.none, trace.num_experts, s))
 
 
-@numba.njit(cache=True)
+@njit
 def _stacks(expert_ids, none, experts, s):
     layers, tokens, top_k = expert_ids.shape
     hits, uses = np.zeros((layers, experts + 1), np.int64), np.zeros(layers, np.int64)
@@ -172,7 +172,7 @@ def _stacks(expert_ids, none, experts, s):
     return hits, uses
 
 
-@numba.njit(cache=True)
+@njit
 def _to_the_top(stack, height, e, ahead, last, now):
     """Mattson et al. (1970): e takes the first place, and on the way down to where it stood the less worthy of two goes
     on. Returns the new height."""

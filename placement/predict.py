@@ -192,7 +192,8 @@ def _linear(trace: Trace, learn: Callable[[NDArray[np.bool_]], tuple]) -> Linear
     ids, experts = ids_of(apart), experts_of(trace)
     raw = Linear(part, unbent(experts)).walk(ids, beginnings(apart), None)
     knots = [
-        fit_curve(raw[layer, :, :e].ravel(), used(ids[layer], e).ravel() > 0) for layer, e in enumerate(experts.tolist())
+        fit_curve(raw[layer, :, :e].ravel(), used(ids[layer], e).ravel() > 0)
+        for layer, e in enumerate(experts.tolist())
     ]
     score, chance = (np.array(rows, np.float32) for rows in zip(*knots, strict=True))
     return Linear(full, Curve(score, chance, experts))
@@ -236,9 +237,7 @@ PREDICTORS: dict[str, Callable[[Trace, Options], Linear | Ngram]] = {
 }
 
 
-def foretell(
-    predictor: Predictor, trace: Trace, tokens: NDArray[np.integer] | None = None
-) -> NDArray[np.float32]:
+def foretell(predictor: Predictor, trace: Trace, tokens: NDArray[np.integer] | None = None) -> NDArray[np.float32]:
     """float32 [L, T, E]: what the predictor says before each layer of each token, walking through the trace one token
     at a time with `start`, `scores` and `observe`. `tokens` as in `fit`. Raises ValueError for a trace of other sizes.
     """

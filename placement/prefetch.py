@@ -7,8 +7,8 @@ front of the step and costs 1 - p + q bytes more than fetching on demand (in loa
     p - q > price * (1 - p + q),    that is    p - q > price / (1 + price).
 
 v is whom the policy would give up first among those for whom this holds; a free slot has q = 0. At a price of 1 a load
-fetched in vain costs as much as one waited for: on a link that is never idle nothing is lost by fetching ahead. Where a
-link is idle while a layer computes, bytes cost less, but only so many loads as it has `room` for are hidden: the n-th is
+fetched in vain costs as much as one waited for: on a link that is never idle nothing is lost by fetching ahead. Where
+it is idle while a layer computes, bytes cost less, but only as many loads as it has `room` for are hidden: the n-th is
 late by n - room of its time, gains less if right and holds up others if wrong, so that p - q must be above that, too.
 """
 
@@ -17,17 +17,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from .cache import Ahead, Cache, put, serve
+from .compiled import njit
 from .policies.step import new_sequence
 from .predict import Predictor
 from .predictors.fitting import beginnings, ids_of
 from .trace import Trace
 
 
-@njit(cache=True)
+@njit
 def _cheapest(table, policy, layer, chance, most, pool):
     """The slot to take for an expert ahead: a free one, else that of the lowest value among experts with a chance below
     `most`; -1: there is none. What the step in hand uses stays, and so does what was fetched ahead or is as likely."""
@@ -49,14 +49,14 @@ def _cheapest(table, policy, layer, chance, most, pool):
     return best
 
 
-@njit(cache=True)
-def admit(table, policy, layer, chance, price, room, who, slot, gone):
-    """Fetches experts ahead of the next step of `layer` by chance [L, E], likeliest first (of equal ones, the lowest).
-    Fills `who`, `slot`, `gone` [E] as Ahead has them; returns how many."""
+@njit
+def admit(table, policy, layer, chance, margin, room, who, slot, gone):
+    """Fetches experts ahead of the next step of `layer` by chance [L, E], likeliest first (of equal ones, the lowest),
+    where p - q is above `margin`. Fills `who`, `slot`, `gone` [E] as Ahead has them; returns how many."""
     order = np.argsort(-chance[layer], kind="mergesort")
     n = 0
     for e in order:
-        least = max(price / (1 + price), min(n + 1 - room, 1.0))
+        least = max(margin, min(n + 1 - room, 1.0))
         if chance[layer, e] <= least:
             break
         if table.slot_of[layer, e] >= 0:
@@ -68,6 +68,13 @@ def admit(table, policy, layer, chance, price, room, who, slot, gone):
             table.promised[layer, e] = True
             n += 1
     return n
+
+
+def _margin(price: float, room: float) -> float:
+    for name, value in (("price", price), ("room", room)):
+        if not value >= 0:
+            raise ValueError(f"prefetch: {name} must be a number and not negative, got {value}")
+    return price / (1 + price) if price < np.inf else 1.0
 
 
 def prefetch(cache: Cache, layer: int, chance: NDArray[np.floating], price: float = 1.0, room: float = np.inf) -> Ahead:
@@ -85,11 +92,10 @@ def prefetch(cache: Cache, layer: int, chance: NDArray[np.floating], price: floa
         raise ValueError(f"prefetch: chance must be [L, E] = {cache.table.slot_of.shape}, got {chance.shape}")
     if not 0 <= layer < len(chance):
         raise ValueError(f"prefetch: layer must be 0 .. {len(chance) - 1}, got {layer}")
-    for name, value in (("price", price), ("room", room)):
-        if not value >= 0:
-            raise ValueError(f"prefetch: {name} must be a number and not negative, got {value}")
-    who, slot, gone = (np.empty(chance.shape[1], kind) for kind in (np.int32, np.int32, np.int64))
-    n = admit(cache.table, cache.policy, layer, chance, min(float(price), 1e9), float(room), who, slot, gone)
+    margin = _margin(price, room)
+    experts = chance.shape[1]
+    who, slot, gone = np.empty(experts, np.int32), np.empty(experts, np.int32), np.empty(experts, np.int64)
+    n = admit(cache.table, cache.policy, layer, chance, margin, float(room), who, slot, gone)
     return Ahead(who[:n], slot[:n], gone[:n])
 
 
@@ -136,7 +142,7 @@ class Prefetcher:
 
 @dataclass(frozen=True)
 class Served:
-    """What a trace met: of `accesses` experts asked for, `hits` were there, `fetched` were loaded ahead, and `waited` is
+    """What a trace met: of `accesses` experts asked for, `hits` were there; `fetched` were loaded ahead; `waited` is
     the time that steps stood still, in units of a step's own time."""
 
     accesses: int
@@ -175,15 +181,15 @@ def serve_trace(
     if chance is not None and np.shape(chance) != shape:
         raise ValueError(f"serve_trace: chance must be [L, T, E] = {shape}, got {np.shape(chance)}")
     told = np.zeros((shape[0], 0, shape[2]), np.float32) if chance is None else chance
-    ids, price = ids_of(trace), min(float(price), 1e9)
+    ids, margin = ids_of(trace), _margin(price, room)
     accesses, hits, fetched, waited = _serve(
-        cache.table, cache.policy, ids, beginnings(trace), told, price, float(room), float(load)
+        cache.table, cache.policy, ids, beginnings(trace), told, margin, float(room), float(load)
     )
     return Served(accesses, hits, fetched, ids.shape[0] * ids.shape[1], waited)
 
 
-@njit(cache=True)
-def _serve(table, policy, ids, first, told, price, room, load):
+@njit
+def _serve(table, policy, ids, first, told, margin, room, load):
     layers, experts = table.slot_of.shape
     chance, ready = np.zeros((layers, experts), np.float32), np.zeros((layers, experts))
     who, order = np.empty(experts, np.int32), np.empty(experts, np.int32)
@@ -197,7 +203,7 @@ def _serve(table, policy, ids, first, told, price, room, load):
         for layer in range(layers):
             if told.shape[1]:
                 chance[layer] = told[layer, t]
-                n = admit(table, policy, layer, chance, price, room, who, slot, gone)
+                n = admit(table, policy, layer, chance, margin, room, who, slot, gone)
                 for i in range(n):
                     link = max(link, now) + load
                     ready[layer, who[i]] = link

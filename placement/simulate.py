@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from .cache import Pools, empty, fetch_ahead, per_layer, serve, shared
+from .compiled import njit
 from .policies import Setting, State, belady, policy
 from .policies.step import new_sequence
 from .steps import Steps, next_use, steps_of
@@ -33,6 +33,36 @@ class Prefetch:
     worth: NDArray[np.floating] | None = None
     horizon: int = 1
     most: int = 4
+
+
+def perfect(steps: Steps, horizon: int = 1, most: int | None = None) -> Prefetch:
+    """Candidates that are right: what a router that runs ahead of its layers knows (Read-ME's pre-gate)."""
+    sizes = np.diff(steps.offsets)
+    column = np.arange(len(steps.ids)) - np.repeat(steps.offsets[:-1], sizes)
+    ids = np.full((len(steps), int(sizes.max(initial=1))), -1, np.int32)
+    ids[np.repeat(np.arange(len(steps)), sizes), column] = steps.ids
+    return Prefetch(ids, None, horizon, ids.shape[1] if most is None else most)
+
+
+def foreseen(steps: Steps, chances: NDArray[np.floating], candidates: int, horizon: int = 1, most: int = 4) -> Prefetch:
+    """The likeliest `candidates` of each step. chances [L, T, E]: how likely each token of the trace uses an expert, as
+    `predict.foretell` says; a pass of several tokens uses it if one of them does. The worth is that chance.
+
+    Raises ValueError where the sizes are not those of the steps.
+    """
+    layers, tokens = steps.layers, steps.tokens[:: steps.layers]
+    wanted = (layers, int(tokens.sum()), steps.experts)
+    if chances.shape != wanted:
+        raise ValueError(f"foreseen: chances must be [L, T, E] = {wanted}, got {chances.shape}")
+    if not 1 <= candidates <= steps.experts:
+        raise ValueError(f"foreseen: candidates must be 1 .. {steps.experts}, got {candidates}")
+    starts = np.cumsum(tokens) - tokens
+    ids, worth = np.empty((len(steps), candidates), np.int32), np.empty((len(steps), candidates))
+    for layer in range(layers):
+        none_does = np.multiply.reduceat(1.0 - chances[layer], starts) if len(starts) else np.empty((0, steps.experts))
+        ranked = np.argsort(none_does, axis=1, kind="stable")[:, :candidates]
+        ids[layer::layers], worth[layer::layers] = ranked, 1.0 - np.take_along_axis(none_does, ranked, 1)
+    return Prefetch(ids, worth, horizon, most)
 
 
 class Log(NamedTuple):
@@ -176,7 +206,7 @@ def _stacked(each: Sequence[Prefetch], steps: Steps) -> _Ahead:
     return _Ahead(ids, worth, np.array(horizons, np.int64), np.array(most, np.int64))
 
 
-@numba.njit(cache=True)
+@njit
 def _run(table, policy, steps, future, ahead, counts, log, keep):
     """Fills counts [4, L]: accesses, hits, prefetched, used; returns waves beyond first ones and the log's length."""
     layers, experts = table.slot_of.shape
@@ -230,7 +260,7 @@ def _run(table, policy, steps, future, ahead, counts, log, keep):
     return waves, n
 
 
-@numba.njit(cache=True)
+@njit
 def _note(log, n, step, first, order, gone, wave, ahead):
     for i in range(len(order)):
         log.step[n], log.expert[n], log.gone[n] = step, first + order[i], gone[i]

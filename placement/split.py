@@ -315,10 +315,10 @@ def _pass(f, d, h, busy, start, by_link, by_device, shortest, limit, kept):
     host = np.zeros(m, np.bool_)
     if states == 0:
         return host, np.inf, whole
-    s = np.argmin(np.maximum(b[:states], c[:states]))
+    s = int(np.argmin(np.maximum(b[:states], c[:states])))
     for i in range(m - 1, -1, -1):
         host[i] = came[i, s] % 2 == 1
-        s = came[i, s] // 2
+        s = int(came[i, s] // 2)
     return host, makespan_of(host, f, d, h, busy, start), whole
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from .compiled import njit
 from .trace import Trace
 from .trace_file import TraceFile
 
@@ -53,7 +53,7 @@ def steps_of(source: Trace | TraceFile, batch: int = 1) -> Steps:
     return Steps(layer, offsets, ids[: offsets[-1]], begins, of_step, layers, trace.num_experts)
 
 
-@numba.njit(cache=True)
+@njit
 def _starts(first, batch):
     """Where passes begin among the tokens, and the number of tokens."""
     found = np.empty(len(first) + 1, np.int64)
@@ -68,7 +68,7 @@ def _starts(first, batch):
     return found[: n + 1]
 
 
-@numba.njit(cache=True)
+@njit
 def _gather(expert_ids, none, experts, starts, offsets, ids):
     layers, _, top_k = expert_ids.shape
     seen = np.full(experts, -1, np.int64)
@@ -91,7 +91,7 @@ def _gather(expert_ids, none, experts, starts, offsets, ids):
 NEVER = np.iinfo(np.int64).max // 2
 
 
-@numba.njit(cache=True)
+@njit
 def next_use(steps):
     """For each access, the number of the next step that needs the same expert (NEVER: none), [A], and the first step
     that needs each expert, [L, E]."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from .cache import Pools, shared
+from .compiled import njit
 from .simulate import Log, Simulation, simulate
 from .steps import Steps
 
@@ -151,7 +151,7 @@ def _floor(steps: Steps, places: Pools, work: NDArray[np.float64], load_s: float
     return float(np.max(misses * load_s + last_s * (misses > 0) + after, initial=work.sum()))
 
 
-@numba.njit(cache=True)
+@njit
 def _load(clocks, issued, far, load_s, read_s):
     """One expert over the links; clocks: when link and disk are free, how long each was busy. Returns its arrival."""
     if far:
@@ -163,7 +163,7 @@ def _load(clocks, issued, far, load_s, read_s):
     return clocks[0]
 
 
-@numba.njit(cache=True)
+@njit
 def _timeline(log, ends, far, size, loads, costs):
     """When the last step ends, and how long link and disk were busy. `ends` [N]: where each step's events end."""
     layer_s, expert_s, load_s, read_s = costs

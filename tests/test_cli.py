@@ -14,7 +14,10 @@ from headgate.bench.gpu import doctor as gpu
 from headgate.kernels.chip import H200, Chip
 
 KINDS = ("moe", "dispatch", "compile", "roofline", "sweep", "placement", "links")
-SUBCOMMANDS = (["demo"], ["train"], ["trace"], ["place"], ["doctor"], ["bench"], *(["bench", kind] for kind in KINDS))
+SUBCOMMANDS = (
+    *([name] for name in ("demo", "train", "trace", "place", "cache", "doctor", "bench")),
+    *(["bench", kind] for kind in KINDS),
+)
 
 
 @pytest.mark.parametrize("command", SUBCOMMANDS, ids=" ".join)

@@ -1,1 +1,1 @@
-"""`headgate bench offload`: caches, predictors and prefetch on a trace; generation with experts on disk."""
+"""Offload caches measured: what predictors, policies and prefetching reach on a trace."""

@@ -36,7 +36,7 @@ struct Thin {
 #ifdef HG_BF16_DOT
     if constexpr (PAIR) return Pair::dot(sum, w, x);
 #endif
-    return w * x + sum;
+    return multiply_add(w, x, sum);
   }
 };
 

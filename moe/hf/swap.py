@@ -106,7 +106,8 @@ def restore(model: nn.Module) -> list[str]:
             )
         if elsewhere_of(module) is not None:
             raise ValueError(
-                f"restore: the experts of {name or 'the model'} must be in place, got them offloaded; close the Offload first"
+                f"restore: {name or 'the model'} must have its experts in place, got them offloaded; "
+                "close the Offload first"
             )
         if shards_of(module) is not None:
             raise ValueError(

@@ -140,8 +140,8 @@ class Gate:
 
 
 class Path:
-    """A predictor by expert ids alone (placement/predict.py); each thread's text is followed by a twin of its own. After
-    the last layer it foresees the first of the next token."""
+    """A predictor by expert ids alone (placement/predict.py); each thread's text is followed by a twin of its own.
+    After the last layer it foresees the first of the next token."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor

@@ -134,15 +134,8 @@ class Arena:
         self.kinds, self.device = tuple(kinds), torch.device(device)
         self.first = [sum(slots[:k]) for k in range(len(slots) + 1)]
         self.nbytes = arena_bytes(kinds, slots)
-        memory = _memory(self.nbytes, self.device, pinned)
-        self._parts: list[dict[str, Tensor]] = []
-        at = 0
-        for kind, n in zip(kinds, slots, strict=True):
-            self._parts.append({})
-            for part in kind.parts:
-                flat = memory[at : at + n * part.nbytes]
-                self._parts[-1][part.name] = flat.view(part.dtype).view(n, *part.shape)
-                at += _aligned(n * part.nbytes)
+        with torch.inference_mode(False):  # readers, too, must be allowed to write
+            self._parts = _slots(kinds, slots, _memory(self.nbytes, self.device, pinned))
         self._weights = [kind.join(parts) for kind, parts in zip(kinds, self._parts, strict=True)]
 
     def kind_of(self, slot: int) -> int:
@@ -160,6 +153,18 @@ class Arena:
     def close(self) -> None:
         """Lets the memory go, once nobody else holds a tensor of it."""
         self._parts, self._weights = [], []
+
+
+def _slots(kinds: Sequence[Kind], slots: Sequence[int], memory: Tensor) -> list[dict[str, Tensor]]:
+    """The parts [S, ...] of each kind in `memory`, one after the other."""
+    parts: list[dict[str, Tensor]] = []
+    at = 0
+    for kind, n in zip(kinds, slots, strict=True):
+        parts.append({})
+        for part in kind.parts:
+            parts[-1][part.name] = memory[at : at + n * part.nbytes].view(part.dtype).view(n, *part.shape)
+            at += _aligned(n * part.nbytes)
+    return parts
 
 
 def _memory(nbytes: int, device: torch.device, pinned: bool) -> Tensor:

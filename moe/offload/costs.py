@@ -63,7 +63,11 @@ def measure_costs(
     there = [{name: w.to(device) for name, w in e.items()} for e in experts]
 
     def settled(work: Callable[[int], object]) -> Callable[[int], object]:
-        return lambda n: (work(n), torch.accelerator.synchronize(device))
+        def whole(n: int) -> None:
+            work(n)
+            torch.accelerator.synchronize(device)
+
+        return whole
 
     computed = tabulate(settled(_computing(there, dtype, form)), rows, share, clock)
     source = torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -11,7 +11,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -57,8 +57,8 @@ class Engine:
 
     `budget`: bytes, "8GiB", or a share of the experts' bytes, "25%" or 0.25; at least `top_k` experts of each layer, or
     with `scope` "shared" of one. `policy`: a name of POLICIES, with its `options`, and a `trace` where it learns from
-    one; or its State. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises TimeoutError.
-    `log`: keep every Access in `log`.
+    one; or its State. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises
+    TimeoutError. `log`: keep every Access in `log`.
 
     Any number of threads may call at once. `close` ends the threads and lets the memory go; so does the end of a
     `with` block, and of the engine's own life. It does not survive a fork, and cannot be copied or pickled.
@@ -96,7 +96,7 @@ class Engine:
         self._newest: dict[int, Load] = {}  # slot -> the last load ordered for it
         self._loader = Loader(store, self.arena, readers, self._timing)
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _end, self._loader, store, self.arena)
+        self._finalizer = weakref.finalize(self, _end, self._pid, self._loader, store, self.arena)
 
     # --- what a layer calls ------------------------------------------------------------------------------------------
 
@@ -142,7 +142,10 @@ class Engine:
         return combine_outputs(out, routing, rows.dtype)
 
     def step(
-        self, layer: int, ids: NDArray[np.int32], then: Callable[[NDArray[np.int32]], None] | None = None
+        self,
+        layer: int,
+        ids: Sequence[int] | NDArray[np.int32],
+        then: Callable[[NDArray[np.int32]], None] | None = None,
     ) -> Generator[Group]:
         """One step of `layer`, which needs the experts `ids`, distinct and rising: yields each of them once, in groups,
         as they are there. A group's weights are valid until the next is asked for. `then(ids)` is called once the loads
@@ -192,7 +195,8 @@ class Engine:
     def _order_ahead(self, layer: int, ahead: Ahead, asked: NDArray[np.integer]) -> int:
         """Orders the loads of a fetch ahead, and notes what was `asked` for, in that order."""
         self._calls += 1
-        taken = dict(zip(ahead.experts.tolist(), zip(ahead.slots.tolist(), ahead.gone.tolist()), strict=True))
+        experts, slots, displaced = (a.tolist() for a in (ahead.experts, ahead.slots, ahead.gone))
+        taken = {e: (slot, gone) for e, slot, gone in zip(experts, slots, displaced, strict=True)}
         for e in asked.tolist():
             if e in taken:
                 slot, gone = taken[e]
@@ -225,8 +229,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the readers and lets slots and store go; steps in hand raise. May be called twice."""
-        if os.getpid() == self._pid:
-            self._finalizer()
+        self._finalizer()
 
     def __enter__(self) -> Engine:
         return self
@@ -282,7 +285,7 @@ class Engine:
         else:
             if old is not None:
                 self._loader.cancel(old)
-                load.before = None if old.over else old
+                load.before = old
             self._loader.queue(load, urgent)
         self._newest[slot] = load
         return load
@@ -394,8 +397,10 @@ def _failure(load: Load, layer: str) -> Exception:
     return error
 
 
-def _end(loader: Loader, store: Store, arena: Arena) -> None:
-    """Of an engine that is closed or gone."""
+def _end(pid: int, loader: Loader, store: Store, arena: Arena) -> None:
+    """Of an engine that is closed or gone; a fork of its process has no threads to end, and a lock nobody opens."""
+    if os.getpid() != pid:
+        return
     if loader.close():
         store.close()
     arena.close()

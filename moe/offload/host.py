@@ -15,7 +15,8 @@ from .kinds import Layer, Weights, split
 class Store(Protocol):
     """A lower tier: it holds every expert of every layer."""
 
-    layers: Sequence[Layer]
+    @property
+    def layers(self) -> Sequence[Layer]: ...
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """Fills `into`, an expert's parts by name, on any device; returns when the bytes are there. Any number of

@@ -72,6 +72,9 @@ class HostCache:
                     self.cache.lose(layer, expert)
                 self._free.notify_all()
 
+    def whole(self, layer: int) -> dict[str, Tensor]:
+        return self.store.whole(layer)
+
     def close(self) -> None:
         self.closed = True
         self.store.close()

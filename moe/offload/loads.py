@@ -28,13 +28,21 @@ class Load:
     expert: int
     slot: int
     state: str = QUEUED
-    before: Load | None = None  # into the same slot, and begun: this one follows it
+    before: Load | None = None  # into the same slot: this one follows it
     tries: int = 0
     error: BaseException | None = None
 
     @property
     def over(self) -> bool:
         return self.state in (DONE, FAILED, CANCELLED)
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether nothing that was ordered before is still being read into the slot."""
+        before = self.before
+        while before is not None and before.state == CANCELLED:  # it never began, but what it followed may have
+            before = before.before
+        return before is None or before.over
 
 
 class Loader:
@@ -155,7 +163,7 @@ class Loader:
                 load = queue.popleft()
                 if load.state != QUEUED:
                     continue
-                if load.before is None or load.before.over:
+                if load.may_begin:
                     load.before = None
                     return load
                 queue.append(load)

@@ -18,6 +18,7 @@ from ...placement.policies import Setting
 from ...placement.policies import policy as start_policy
 from ...placement.predict import Predictor, fit
 from ...placement.trace import Trace
+from ..elsewhere import elsewhere_of, send_elsewhere
 from . import ahead
 from .arena import plan_slots
 from .engine import Engine
@@ -25,9 +26,8 @@ from .file import FileStore
 from .forms import Form, experts_in, form_of
 from .host import HostStore, Store
 from .kinds import Layer, Weights
-from ..elsewhere import elsewhere_of, send_elsewhere
 from .pace import Pace
-from .stats import Access, Stats
+from .stats import Stats
 
 FILE = "experts.safetensors"
 PREFETCH = ("gate", "path")
@@ -61,16 +61,16 @@ def offload(
     prefetch  "gate": the next layer's router, applied to this layer's rows, says what to fetch ahead; "path" (or a
               fitted Predictor): the experts that the token went to so far say it, learned from `trace`; None: nothing
               is. What is fetched ahead must be worth its bytes, at the price that was measured so far (see Pace)
-    disk      a folder for experts.safetensors, written now; None: host memory, page-locked where the device is a GPU. On
-              a CPU it must be given. Experts on the meta device are taken from the file that is there already
+    disk      a folder for experts.safetensors, written now; None: host memory, page-locked where the device is a GPU.
+              On a CPU it must be given. Experts on the meta device are taken from the file that is there already
     device    where to compute; everything but the experts is moved there. None: where the model is
     scope     "layer": each layer has slots of its own; "shared": all layers share them
     trace     what policies and predictors that learn have to learn from, of this model's layers in this order
     formats   experts in few bits: module name -> a format ("int8", "int4", None: as they are) for each expert, as
               `headgate.moe.offload.precisions` chooses them. Outputs are then those of the rounded weights
     readers   threads that fetch
-    page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether each expert's checksum
-              is compared when it is read
+    page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether each expert's
+              checksum is compared when it is read
     log       keep every access, for `Offload.log`
 
     Returns an Offload: what was moved and what was not (`skipped`, with the reason), `stats()`, and `close()`, which
@@ -89,7 +89,9 @@ def offload(
     found, skipped = _survey(model)
     where = torch.device(device) if device is not None else _device_of(model, found)
     if where.type == "cpu" and disk is None:
-        raise ValueError("offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None")
+        raise ValueError(
+            "offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None"
+        )
     groups = _groups(found, formats or {})
     foresight = _foresight(prefetch, model, found, trace)
     if readers < 1:
@@ -146,7 +148,9 @@ def _groups(found: _Found, formats: Formats) -> list[list[tuple[list[int], str |
         experts = len(form.weights(module)["w_down"])
         of = list(formats.get(name, [None] * experts))
         if len(of) != experts:
-            raise ValueError(f"offload: formats must have one for each of the {experts} experts of {name}, got {len(of)}")
+            raise ValueError(
+                f"offload: formats must have one for each of the {experts} experts of {name}, got {len(of)}"
+            )
         if form.transposed and any(of):
             raise ValueError(f"offload: formats must be None for transposed weights, got some for {name}")
         kinds = dict.fromkeys(of)
@@ -207,7 +211,9 @@ def _foresight(prefetch: object, model: nn.Module, found: _Found, trace: Trace |
             raise ValueError("offload: trace must be given for prefetch='path', which learns from it, got None")
         prefetch = fit(trace)
     if not isinstance(prefetch, Predictor):
-        raise ValueError(f"offload: prefetch must be one of {', '.join(PREFETCH)}, a Predictor or None, got {prefetch!r}")
+        raise ValueError(
+            f"offload: prefetch must be one of {', '.join(PREFETCH)}, a Predictor or None, got {prefetch!r}"
+        )
     shape = len(found), max(len(form.weights(module)["w_down"]) for _, module, form in found)
     if prefetch.shape != shape:
         raise ValueError(f"offload: prefetch must be of [L, E] = {shape}, got a predictor of {prefetch.shape}")
@@ -259,7 +265,7 @@ class _Moved:
             found = getattr(self.module, name)
             if found is not parameter or found._version != version:
                 raise RuntimeError(
-                    f"offload: {self.name}.{name} must stay as it was when its experts were offloaded, got other weights; "
+                    f"offload: {self.name}.{name} must stay as it was when it was offloaded, got other weights; "
                     "close the Offload before weights change"
                 )
 
@@ -299,7 +305,7 @@ class Offload:
         return self.engine.stats()
 
     def new_sequence(self) -> None:
-        """Tells policy and predictor that another text begins. A model called without past_key_values says so itself."""
+        """Tells policy and predictor that another text begins. A model called without past_key_values does so."""
         self.engine.new_sequence()
         if self._foresight is not None:
             self._foresight.start()
@@ -325,7 +331,9 @@ class Offload:
 
     def __repr__(self) -> str:
         slots = self.engine.places.slots
-        return f"Offload({len(self.layers)} layers, {slots} slots of {self.engine.arena.nbytes:,} bytes, {self.stats()})"
+        return (
+            f"Offload({len(self.layers)} layers, {slots} slots of {self.engine.arena.nbytes:,} bytes, {self.stats()})"
+        )
 
     # --- inside a forward pass ---------------------------------------------------------------------------------------
 

@@ -20,7 +20,9 @@ class Pace:
 
     def __init__(self, layers: int) -> None:
         self._idle_s = np.zeros(layers)
-        self._issued: dict[tuple[int, int], tuple[float, float]] = {}  # (thread, layer) -> (when, loads' seconds before)
+        self._issued: dict[
+            tuple[int, int], tuple[float, float]
+        ] = {}  # (thread, layer) -> (when, loads' seconds before)
         self._began = time.perf_counter()
 
     def asked(self, layer: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .layers import layer, ring
+from .learned import Learned, adaptive, learned
 from .recency import lfru, lfu, lfu_cached, lru, random
 from .state import BELADY, Setting, State, options, state
 from .taught import affinity, sequence, static, statistics
@@ -26,8 +27,10 @@ POLICIES: dict[str, Callable[[Setting], State]] = {
     "statistics": statistics,
     "sequence": sequence,
     "affinity": affinity,
+    "adaptive": adaptive,
+    "learned": learned,
 }
-NEED_TRACE = ("static", "statistics", "sequence", "affinity")  # to learn from; the others start from nothing
+NEED_TRACE = ("static", "statistics", "sequence", "affinity", "learned")  # to learn from; the others start from nothing
 
 
 def policy(name: str, setting: Setting) -> State:
@@ -44,4 +47,4 @@ def belady(setting: Setting) -> State:
     return state(BELADY, setting)
 
 
-__all__ = ["NEED_TRACE", "POLICIES", "Setting", "State", "belady", "policy", "state"]
+__all__ = ["NEED_TRACE", "POLICIES", "Learned", "Setting", "State", "belady", "policy", "state"]

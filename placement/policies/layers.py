@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from ..compiled import njit
 from .recency import TIE
 from .state import LAYER, RING, Setting, State, options, state
 
@@ -20,7 +20,7 @@ def layer(setting: Setting) -> State:
     return found
 
 
-@numba.njit(cache=True)
+@njit
 def _class_of(age):
     if age < 16:
         return int(age)
@@ -29,7 +29,7 @@ def _class_of(age):
     return min(16 + int(4 * np.log2(age / 16)), AGES - 2)
 
 
-@numba.njit(cache=True)
+@njit
 def layer_step(policy, layer, ids):
     layers, experts = policy.value.shape
     ages, seen, used = policy.memory[0, layer], policy.notes[layer], policy.notes[layers + layer]
@@ -50,7 +50,7 @@ def ring(setting: Setting) -> State:
     return state(RING, setting, memory=1)
 
 
-@numba.njit(cache=True)
+@njit
 def ring_step(policy, layer, ids, now):
     layers, experts = policy.value.shape
     last = policy.memory[0]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from ..compiled import njit
 from .state import LFRU, LFU, LFU_CACHED, LRU, RANDOM, Setting, State, options, state
 
 # Of equally frequent experts the one used later is worth more: a step weighs less than any difference of counts.
@@ -17,7 +17,7 @@ def lru(setting: Setting) -> State:
     return state(LRU, setting)
 
 
-@numba.njit(cache=True)
+@njit
 def lru_step(policy, layer, ids, now):
     for e in ids:
         policy.value[layer, e] = now
@@ -32,7 +32,7 @@ def lfu(setting: Setting) -> State:
     return state(LFU, setting, numbers=(found["decay"],), memory=1)
 
 
-@numba.njit(cache=True)
+@njit
 def lfu_step(policy, layer, ids, now):
     decay, counts, value = policy.numbers[0], policy.memory[0], policy.value
     if decay < 1:
@@ -51,7 +51,7 @@ def lfu_cached(setting: Setting) -> State:
     return state(LFU_CACHED, setting)
 
 
-@numba.njit(cache=True)
+@njit
 def lfu_cached_step(policy, layer, ids, now):
     for e in ids:
         policy.value[layer, e] = np.floor(policy.value[layer, e]) + 1 + TIE * now
@@ -64,7 +64,7 @@ def lfru(setting: Setting) -> State:
     return state(LFRU, setting, memory=2)
 
 
-@numba.njit(cache=True)
+@njit
 def lfru_step(policy, layer, ids, now):
     counts, last, value = policy.memory[0], policy.memory[1], policy.value
     layers, experts = value.shape
@@ -81,7 +81,7 @@ def random(setting: Setting) -> State:
     return state(RANDOM, setting, notes=np.array([[found["seed"]]]))
 
 
-@numba.njit(cache=True)
+@njit
 def random_step(policy, layer, ids):
     """A linear congruence modulo 2**31 - 1 (Park and Miller, 1988), exact in floats."""
     for e in ids:

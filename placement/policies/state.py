@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..trace import Trace
 
 # which branch of step.py; numba takes them for constants
-LRU, LFU, LFU_CACHED, LFRU, SEQUENCE, LAYER, AFFINITY, STATIC, STATISTICS, RING, BELADY, RANDOM = range(12)
+LRU, LFU, LFU_CACHED, LFRU, SEQUENCE, LAYER, AFFINITY, STATIC, STATISTICS, RING, BELADY, RANDOM, LEARNED = range(13)
 
 
 class State(NamedTuple):
@@ -20,7 +20,7 @@ class State(NamedTuple):
 
     kind: int  # which branch of step.advance
     numbers: NDArray[np.float64]  # [*] parameters
-    tables: NDArray[np.float32]  # [A, B, C] what was learned beforehand; not changed
+    tables: NDArray[np.float32]  # [A, B, C] what was learned beforehand; foresight learns on in it
     memory: NDArray[np.float64]  # [M, L, E] what it remembers
     notes: NDArray[np.float64]  # [*, *] what it remembers in another shape
     value: NDArray[np.float64]  # [L, E] the worth of keeping each expert

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import numba
-
+from ..compiled import njit
+from .foresight import foresight_step
 from .layers import layer_step, ring_step
 from .recency import lfru_step, lfu_cached_step, lfu_step, lru_step, random_step
-from .state import AFFINITY, LAYER, LFRU, LFU, LFU_CACHED, LRU, RANDOM, RING, SEQUENCE, STATISTICS
+from .state import AFFINITY, LAYER, LEARNED, LFRU, LFU, LFU_CACHED, LRU, RANDOM, RING, SEQUENCE, STATISTICS
 from .taught import affinity_step, sequence_begins, sequence_step, statistics_step
 
 # (policy: State, layer, ids [n] distinct and rising, now: the number of the step)
 
 
-@numba.njit(cache=True)
+@njit
 def advance(policy, layer, ids, now):
     """Takes notice of a step, before victims are chosen: brings policy.value up to date."""
     kind = policy.kind
@@ -34,18 +34,20 @@ def advance(policy, layer, ids, now):
         statistics_step(policy, layer)
     elif kind == RING:
         ring_step(policy, layer, ids, now)
+    elif kind == LEARNED:
+        foresight_step(policy, layer, ids)
     elif kind == RANDOM:
         random_step(policy, layer, ids)
 
 
-@numba.njit(cache=True)
+@njit
 def evicted(policy, layer, expert):
     """Takes notice of an expert that has left."""
     if policy.kind == LFU_CACHED:
         policy.value[layer, expert] = 0
 
 
-@numba.njit(cache=True)
+@njit
 def new_sequence(policy):
     """Takes notice that another sequence begins."""
     if policy.kind == LFU_CACHED:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ..compiled import njit
 from ..trace import Trace
 from .state import AFFINITY, SEQUENCE, STATIC, STATISTICS, Setting, State, learned_from, options, state
 
@@ -37,7 +37,7 @@ def statistics(setting: Setting) -> State:
     return state(STATISTICS, setting, tables=loads(learned_from("statistics", setting))[None])
 
 
-@numba.njit(cache=True)
+@njit
 def statistics_step(policy, layer):
     layers, experts = policy.value.shape
     for l in range(layers):
@@ -68,7 +68,7 @@ def sequence(setting: Setting) -> State:
     return state(SEQUENCE, setting, numbers=(found["own"],), tables=library, memory=1, notes=notes)
 
 
-@numba.njit(cache=True)
+@njit
 def sequence_step(policy, layer, ids):
     library, counts, notes, own = policy.tables, policy.memory[0], policy.notes, policy.numbers[0]
     layers, experts = policy.value.shape
@@ -96,7 +96,7 @@ def sequence_step(policy, layer, ids):
         policy.value[layer, e] = share * (1 - layer / layers)
 
 
-@numba.njit(cache=True)
+@njit
 def sequence_begins(policy):
     layers, size = len(policy.value), len(policy.tables)
     policy.memory[0] = 0
@@ -136,7 +136,7 @@ def transitions(trace: Trace) -> NDArray[np.float64]:
     return (found + prior) / (uses[:, :, None] + 1)
 
 
-@numba.njit(cache=True)
+@njit
 def affinity_step(policy, layer, ids):
     layers, experts = policy.value.shape
     after, decay = (layer + 1) % layers, policy.numbers[0]

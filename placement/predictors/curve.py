@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 KNOTS = 64
 
@@ -47,22 +48,11 @@ def fit_curve(scores: NDArray[np.float32], used: NDArray[np.bool_]) -> tuple[NDA
     count = np.bincount(bins).astype(np.float64)
     held = np.flatnonzero(count)
     score = np.bincount(bins, scores)[held] / count[held]
-    chance = rising(np.bincount(bins, used)[held] / count[held], count[held])
+    chance = isotonic_regression(np.bincount(bins, used)[held] / count[held], weights=count[held]).x
     spread = np.minimum(np.arange(KNOTS), len(held) - 1)  # the last again where there are fewer
     if len(held) > KNOTS:
         spread = np.linspace(0, len(held) - 1, KNOTS).round().astype(np.int64)
     return score[spread].astype(np.float32), chance[spread].astype(np.float32)
-
-
-def rising(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The never falling sequence nearest to `values` in weighted squares."""
-    pooled: list[list[float]] = []  # sum of weights times values, of weights, number of values
-    for value, weight in zip(values, weights, strict=True):
-        pooled.append([value * weight, weight, 1])
-        while len(pooled) > 1 and pooled[-2][0] * pooled[-1][1] >= pooled[-1][0] * pooled[-2][1]:
-            last = pooled.pop()
-            pooled[-1] = [a + b for a, b in zip(pooled[-1], last, strict=True)]
-    return np.repeat([total / weight for total, weight, _ in pooled], [int(n) for *_, n in pooled])
 
 
 @njit(cache=True)

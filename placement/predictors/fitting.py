@@ -19,7 +19,7 @@ CHUNK = 4096  # tokens at a time
 
 def ids_of(trace: Trace) -> NDArray[np.int32]:
     """int32 [L, T, K], -1: no expert."""
-    return np.where(trace.live, trace.expert_ids, -1).astype(np.int32)
+    return np.where(trace.live, trace.expert_ids.astype(np.int32), np.int32(-1))
 
 
 def experts_of(trace: Trace) -> NDArray[np.int32]:
@@ -50,7 +50,7 @@ def used(ids, experts):
     out = np.zeros((len(ids), experts), np.float32)
     for t in range(len(ids)):
         for e in ids[t]:
-            if e >= 0:
+            if 0 <= e < experts:
                 out[t, e] = 1
     return out
 
@@ -182,10 +182,14 @@ class Sums:
         return total
 
     def __add__(self, other: Sums) -> Sums:
-        mine, theirs = (
-            (s.tokens, s.f, s.y, s.ff, s.fy, s.yy) for s in (self, other)
-        )  # fmt: skip
-        return Sums(*(a + b for a, b in zip(mine, theirs, strict=True)))
+        return Sums(
+            self.tokens + other.tokens,
+            self.f + other.f,
+            self.y + other.y,
+            self.ff + other.ff,
+            self.fy + other.fy,
+            self.yy + other.yy,
+        )
 
     def solve(self, penalty: float) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """(weights [D, E], constant [E]) of least squares + penalty * squared weights."""

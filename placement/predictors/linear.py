@@ -209,5 +209,6 @@ class Linear:
 
     @classmethod
     def of(cls, arrays: dict[str, NDArray]) -> Linear:
-        tables = {name: arrays[name] for name in Tables._fields}
-        return cls(Tables(**tables | {"horizon": int(arrays["horizon"])}), Curve(*(arrays[n] for n in Curve._fields)))
+        first, path, offset, past, rates, bias, horizon = (arrays[name] for name in Tables._fields)
+        tables = Tables(first, path, offset, past, rates, bias, int(horizon))
+        return cls(tables, Curve(arrays["score"], arrays["chance"], arrays["experts"]))

@@ -18,6 +18,7 @@ from .fitting import beginnings, experts_of, ids_of
 
 MOST = 64
 STRENGTH = 1.0
+LEARNED = ("ids", "tokens", "share", "keys", "places", "sizes")
 
 
 @njit(cache=True)
@@ -166,10 +167,10 @@ class Ngram:
         return found
 
     def arrays(self) -> dict[str, NDArray]:
-        names = ("ids", "tokens", "share", "keys", "places", "sizes")
-        return {name: getattr(self, "_" + name) for name in names} | self.curve._asdict()
+        return {name: getattr(self, "_" + name) for name in LEARNED} | self.curve._asdict()
 
     @classmethod
     def of(cls, arrays: dict[str, NDArray]) -> Ngram:
-        curve = Curve(*(arrays[name] for name in Curve._fields))
-        return cls(*(arrays[name] for name in ("ids", "tokens", "share", "keys", "places", "sizes")), curve)
+        ids, tokens, share, keys, places, sizes = (arrays[name] for name in LEARNED)
+        curve = Curve(arrays["score"], arrays["chance"], arrays["experts"])
+        return cls(ids, tokens, share, keys, places, sizes, curve)

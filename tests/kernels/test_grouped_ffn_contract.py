@@ -104,7 +104,15 @@ def test_compiles_with_inductor_and_any_number_of_rows(problem, assert_close):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name)
-@pytest.mark.parametrize("shape", [{}, dict(R=300, D=128, F=96, E=3), dict(R=2, D=128, F=256, E=16, K=8)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        dict(R=300, D=128, F=96, E=3),
+        dict(R=2, D=128, F=256, E=16, K=8),
+        dict(R=1, D=64, F=96, E=5, K=4, transposed=True),
+    ],
+)
 def test_two_runs_agree_to_the_bit(problem, cpu_form, dtype, shape):
     """And with any number of threads in the compiled form; the plain one has the order of sums of torch's matmul."""
     p = problem(dtype=dtype, bias=True, **shape)

@@ -263,9 +263,11 @@ def test_what_cannot_be_offloaded(tmp_path):
 
 
 def test_twice(stack, tmp_path):
-    with headgate.offload(stack, "25%", "lru", None, tmp_path):
-        with pytest.raises(ValueError, match="must not be offloaded already"):
-            headgate.offload(stack, "25%", "lru", None, tmp_path)
+    with (
+        headgate.offload(stack, "25%", "lru", None, tmp_path),
+        pytest.raises(ValueError, match="must not be offloaded already"),
+    ):
+        headgate.offload(stack, "25%", "lru", None, tmp_path)
 
 
 # --- what is foreseen ------------------------------------------------------------------------------------------------

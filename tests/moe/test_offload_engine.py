@@ -8,12 +8,14 @@ import gc
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from contextlib import closing
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from headgate.kernels import quantize
 from headgate.kernels.grouped_ffn import grouped_ffn
 from headgate.kernels.routing import Routing
 from headgate.moe.offload import Engine, HostCache, HostStore, Layer
+from headgate.moe.offload.stats import Stats, Timing
 from headgate.placement.cache import Cache
 from headgate.placement.policies import POLICIES, Setting, policy
 
@@ -98,6 +101,18 @@ def test_no_tokens_no_experts_and_repeated_ones(cpu_form):
         for ids in (torch.zeros(0, 2), torch.full((3, 2), -1), torch.full((3, 2), 4), torch.tensor([[1, -1], [E, 1]])):
             x, routing = torch.randn(len(ids), D), Routing.from_topk(ids.long(), torch.rand(ids.shape), E)
             assert torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_made_and_used_without_gradients(mode, tmp_path):
+    """Readers are other threads, in which the mode does not hold."""
+    made = weights()
+    with mode():
+        for store in (host_store(made), file_store(made, tmp_path / "x")):
+            with Engine(store, "30%", top_k=K) as engine:
+                run(engine, made, steps=9)
+    with Engine(host_store(made), "30%", top_k=K) as engine, mode():
+        run(engine, made, steps=9)
 
 
 def test_junk_fetched_ahead_changes_nothing():
@@ -231,6 +246,32 @@ def test_a_fetch_that_is_displaced_before_it_begins_is_not_read():
         thread.join(30)
         assert torch.equal(out[0], resident(x, chosen, made[0]))
     assert set(store.reads) == {(1, 7), (0, 0), (0, 1)}
+
+
+@pytest.mark.parametrize("between", [[], [0, 1], [0, 1, 2, 3]])
+def test_a_load_into_a_slot_waits_for_one_that_is_running_there(between):
+    """A fetch ahead is being read as a step takes its slot: the step's own load comes after it, never before; nor where
+    another step, `between`, has ordered loads for this slot and was left before they began."""
+    made, gate = weights(), threading.Event()
+    store = Watched(host_store(made), lambda layer, expert, nth: gate.wait(30) if expert == 7 else None)
+    with Engine(store, K * L * sum(t[0].nbytes for t in made[0].values()), top_k=K, readers=3) as engine:
+        engine.prefetch(0, [7])
+        assert soon(lambda: store.reads[0, 7] == 1)
+        if between:
+            with pytest.raises(ZeroDivisionError), closing(engine.step(0, between, lambda ids: 1 / 0)) as step:
+                next(step)
+        chosen = Routing.from_topk(torch.tensor([[2, 3]]), torch.ones(1, 2), E)
+        x, out = torch.randn(1, D), []
+        thread = threading.Thread(target=lambda: out.append(engine.compute(0, x, chosen)))
+        thread.start()
+        assert soon(lambda: engine.cache.table.slot_of[0, 3] >= 0)
+        time.sleep(0.1)
+        assert not out
+        assert store.reads[0, 2] + store.reads[0, 3] == 1
+        gate.set()
+        thread.join(30)
+        for y in (out[0], engine.compute(0, x, chosen)):
+            assert torch.equal(y, resident(x, chosen, made[0]))
 
 
 def test_computes_what_is_there_while_the_rest_is_on_its_way():
@@ -418,11 +459,16 @@ def test_cannot_be_copied_and_does_not_survive_a_fork():
         for way in (copy.deepcopy, copy.copy, pickle.dumps):
             with pytest.raises(TypeError, match="cannot be copied or pickled"):
                 way(engine)
+        engine._loader.lock.acquire()  # as a reader might hold it just then
         pid = os.fork()
-        if pid == 0:
+        if pid:
+            engine._loader.lock.release()
+        else:
+            signal.alarm(20)
             try:
                 engine.prefetch(0, [1])
             except RuntimeError as error:
+                engine.close()  # nothing to end here, and nothing to wait for
                 os._exit(17 if "process that made it" in str(error) else 1)
             os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 17
@@ -461,6 +507,22 @@ def test_bad_calls():
         with pytest.raises(ValueError, match="must not ask for a gradient"):
             engine.compute(0, x.requires_grad_(), routing)
         run(engine, made, steps=6)
+
+
+def test_times_alone_and_at_once(monkeypatch):
+    """Two copies, one behind the other, from 1 to 5 and from 4 to 8; computation from 3 to 10."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    timing = Timing()
+    first, second = timing.copying(), timing.copying()
+    turns = {1: first.__enter__, 3: timing.begin_computing, 4: second.__enter__, 5: lambda: first.__exit__(*[None] * 3),
+             8: lambda: second.__exit__(*[None] * 3), 10: timing.end_computing}  # fmt: skip
+    for now[0], turn in turns.items():
+        turn()
+    now[0] = 20
+    assert timing.seconds() == (7, 7, 5)
+    stats = Stats(**dict.fromkeys((f.name for f in fields(Stats)), 0) | {"copy_s": 7, "compute_s": 9, "both_s": 5})
+    assert stats.overlap == 5 / 7
 
 
 # --- tiers -----------------------------------------------------------------------------------------------------------

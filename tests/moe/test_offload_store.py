@@ -13,8 +13,8 @@ import torch
 from offload_cases import D, E, F, L, file_store, host_store, layers_of, weights
 
 from headgate.kernels import quantize
-from headgate.moe.offload import Arena, FileStore, HostCache, HostStore, Kind, Layer, parse_budget, plan_slots
-from headgate.moe.offload.arena import arena_bytes
+from headgate.moe.offload import FileStore, HostCache, HostStore, Kind, Layer
+from headgate.moe.offload.arena import Arena, arena_bytes, parse_budget, plan_slots
 from headgate.moe.offload.kinds import split
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headgate.placement.cache import Cache, per_layer, pools, shared
+from headgate.placement.cache import __file__ as cache_file
 from headgate.placement.generate import generate
 from headgate.placement.policies import POLICIES, Setting, policy
-from headgate.placement.simulate import Prefetch, simulate, slots_of
+from headgate.placement.simulate import Prefetch, foreseen, perfect, simulate, slots_of
 from headgate.placement.steps import steps_of
 from headgate.placement.trace import Trace
 from headgate.placement.trace_file import TraceFile
@@ -153,11 +158,8 @@ def test_nothing_beats_belady(seed, layers, experts, batch, scope):
 def test_fetching_ahead_never_takes_fewer_copies_than_belady(seed, horizon, slots, most):
     trace = random_trace(seed, 2, 5, 2, 20)
     steps = steps_of(trace)
-    wanted = np.full((len(steps), 2), -1)
-    for n in range(len(steps)):
-        wanted[n, : len(steps.of(n))] = steps.of(n)
     for rule in ("lru", "belady"):
-        found = simulate(steps, rule, slots, prefetch=Prefetch(wanted, None, horizon, most))
+        found = simulate(steps, rule, slots, prefetch=perfect(steps, horizon, most))
         assert found.transfers >= simulate(steps, "belady", slots).loads
         assert (found.used <= found.prefetched).all()
 
@@ -165,8 +167,7 @@ def test_fetching_ahead_never_takes_fewer_copies_than_belady(seed, horizon, slot
 def test_a_foreseen_step_costs_no_misses():
     """With the next step's experts known and slots for two steps, only the very first step misses."""
     steps = steps_of(random_trace(1, 1, 6, 2, 40, dropped=0.0))
-    wanted = steps.ids.reshape(-1, 2)
-    found = simulate(steps, "lru", 4, prefetch=Prefetch(wanted))
+    found = simulate(steps, "lru", 4, prefetch=perfect(steps))
     assert found.loads == 2
     assert (found.used == found.prefetched).all()
 
@@ -217,6 +218,25 @@ def test_each_policy_finds_what_it_is_made_for():
     assert hits("lru", loop, pools(np.zeros((10, 1), int), np.array([7]))) == 0.0
 
 
+def test_chances_become_candidates():
+    """Two layers, three tokens in passes of two: an expert's chance in a pass is one less that nobody uses it."""
+    trace = Trace(np.zeros((2, 3, 1), np.uint8), 3)
+    chances = np.array([[[0.1, 0.5, 0.2], [0.6, 0.5, 0.0], [0.2, 0.1, 0.3]], [[0.0, 0.0, 1.0]] * 3])
+    found = foreseen(steps_of(trace, 2), chances, 2, horizon=2, most=1)
+    assert found.ids.tolist() == [[1, 0], [2, 0], [2, 0], [2, 0]]
+    assert found.worth == pytest.approx(np.array([[0.75, 0.64], [1, 0], [0.3, 0.2], [1, 0]]))
+    assert (found.horizon, found.most) == (2, 1)
+
+
+def test_what_a_worth_is_for():
+    """Fetched where worth more than the value of the one that must go, which is static: its share of the tokens."""
+    trace = Trace(np.array([[[0], [1], [0], [2], [0], [1], [0], [3]]], np.uint8), 4)
+    steps = steps_of(trace)
+    for worth, fetched in ((0.1, 1), (0.2, 2), (0.9, 6)):  # into a free slot; over expert 2, too; over all
+        wanted = Prefetch(np.full((8, 1), 3), np.full((8, 1), worth))
+        assert simulate(steps, "static", 2, fit=trace, prefetch=wanted).prefetched.sum() == fetched
+
+
 def test_a_trace_file_gives_the_same(tmp_path):
     trace = generate(layers=2, experts=8, top_k=2, tokens=100, length=30)
     trace.save(tmp_path / "t.npz")
@@ -243,3 +263,42 @@ def test_bad_input_is_refused(more, says):
     trace = generate(layers=2, experts=8, top_k=2, tokens=20)
     with pytest.raises(ValueError, match=says):
         simulate(trace, **{"slots": 4} | more)
+
+
+def test_chances_that_do_not_fit_are_refused():
+    steps = steps_of(generate(layers=2, experts=8, top_k=2, tokens=20))
+    with pytest.raises(ValueError, match=r"chances must be \[L, T, E\] = \(2, 20, 8\), got \(2, 19, 8\)"):
+        foreseen(steps, np.zeros((2, 19, 8)), 2)
+    with pytest.raises(ValueError, match=r"candidates must be 1 \.\. 8, got 9"):
+        foreseen(steps, np.zeros((2, 20, 8)), 9)
+
+
+CHANGED = """
+import sys
+sys.path.insert(0, {root!r})
+import numpy as np
+from headgate.placement.policies import Setting, policy
+from headgate.placement.policies.step import advance
+state = policy("lru", Setting(1, 2, 1))
+advance(state, 0, np.array([1], np.int32), 7)
+print(state.value.tolist(), sum(advance.stats.cache_hits.values()))
+"""
+
+
+def test_a_changed_policy_is_not_run_as_it_was_compiled_before(tmp_path):
+    """numba looks at a function's own file alone, and `advance` stands in another."""
+    here = Path(cache_file).parents[1]
+    package = tmp_path / "headgate"
+    shutil.copytree(here / "placement", package / "placement", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(here / "__init__.py", package / "__init__.py")
+
+    def run():
+        code = CHANGED.format(root=str(tmp_path))
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+    assert [run().stdout.split() for _ in range(2)] == [["[[0.0,", "7.0]]", "0"], ["[[0.0,", "7.0]]", "1"]]
+    recency = package / "placement" / "policies" / "recency.py"
+    text = recency.read_text()
+    assert text.count("value[layer, e] = now\n") == 1
+    recency.write_text(text.replace("value[layer, e] = now\n", "value[layer, e] = -now\n"))
+    assert run().stdout.split() == ["[[0.0,", "-7.0]]", "0"]

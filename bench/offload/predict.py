@@ -1,0 +1,175 @@
+"""Predictors and prefetching, measured on a trace: recall, chances that come true, hits against bytes, waiting.
+
+headgate.bench.offload.predict.measure(fit, judge) -> figures
+python -m headgate.bench.offload.predict [trace.npz]      # fitted on halves, judged on the others; then by sequence
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...placement.cache import Cache, per_layer
+from ...placement.generate import like_deepseek_v2_lite
+from ...placement.policies import Setting, policy
+from ...placement.predict import Predictor, fit, foretell, recall, reliability
+from ...placement.prefetch import Served, serve_trace
+from ...placement.trace import Trace
+from ..placement.case import TOKENS, case_of
+
+PARTS = ("recall", "ahead", "curve", "waiting")
+METHODS = ("popular", "transition", "ridge", "path")
+PRICES = (0.25, 0.5, 1.0, 2.0)
+LOADS = (0.25, 1.0, 4.0)
+
+
+def measure(
+    train: Trace,
+    test: Trace,
+    slots: tuple[int, ...] = (16, 8),
+    policies: tuple[str, ...] = ("lru", "adaptive"),
+    parts: tuple[str, ...] = PARTS,
+) -> dict[str, Any]:
+    """All fitted on `train` and judged on `test`: `recall` of each method, `ahead` by two and three layers, `curve` of
+    hit rate and loads by price, `waiting` by load time. `parts` picks among them."""
+    chance = foretell(fit(train), test) if {"curve", "waiting"} & set(parts) else np.empty(0)
+    made: dict[str, Callable[[], Any]] = {
+        "recall": lambda: {method: recalled(train, test, method) for method in METHODS},
+        "ahead": lambda: {str(horizon): recalled(train, test, "path", horizon) for horizon in (2, 3)},
+        "curve": lambda: [r for name in policies for size in slots for r in curve(train, test, chance, size, name)],
+        "waiting": lambda: [row for size in slots for row in waiting(train, test, chance, size)],
+    }
+    return {part: made[part]() for part in parts}
+
+
+def recalled(train: Trace, test: Trace, method: str, horizon: int = 1) -> dict[str, Any]:
+    """Recall at K and 2K fetched: the mean of layers that have one `horizon` before them, of all layers, and by layer;
+    the largest and the mean distance of chances from what came true; bytes; CPU seconds of fitting; microseconds of a
+    live step (`scores` and `observe`, each the median of all steps of some tokens)."""
+    start = time.process_time()
+    predictor = fit(train, method, horizon=horizon)
+    fit_s = time.process_time() - start
+    chance = foretell(predictor, test)
+    k = test.shape[2]
+    by_layer = recall(chance, test, (k, 2 * k))
+    table = reliability(chance, test)
+    gap, weight = np.abs(table[:, 1] - table[:, 2]), table[:, 0] / table[:, 0].sum()
+    return {
+        "from_layers": by_layer[:, horizon:].mean(1).tolist(),
+        "all_layers": by_layer.mean(1).tolist(),
+        "by_layer": by_layer.tolist(),
+        "calibration_largest": float(gap[weight > 1e-4].max()),
+        "calibration_mean": float((gap * weight).sum()),
+        "bytes": predictor.bytes,
+        "fit_cpu_s": fit_s,
+        "step_us": step_us(predictor, test),
+    }
+
+
+def step_us(predictor: Predictor, trace: Trace, tokens: int = 40) -> list[float]:
+    """Microseconds of `scores` and of `observe`, the medians over the steps of some tokens."""
+    live, ids = predictor.twin(), trace.expert_ids[:, :tokens].astype(np.int32)
+    spent: tuple[list[int], list[int]] = ([], [])
+    for t in range(ids.shape[1]):
+        for layer in range(len(ids)):
+            begin = time.perf_counter_ns()
+            live.scores(layer)
+            between = time.perf_counter_ns()
+            live.observe(layer, ids[layer, t])
+            spent[0].append(between - begin)
+            spent[1].append(time.perf_counter_ns() - between)
+    return [float(np.median(part)) / 1e3 for part in spent]
+
+
+def served(train: Trace, test: Trace, chance: NDArray | None, slots: int, name: str = "lru", **rules: float) -> Served:
+    """The test trace through an empty cache of `slots` a layer, under the named policy."""
+    layers, experts = test.shape[0], test.num_experts
+    places = per_layer(layers, experts, slots)
+    cache = Cache(places, policy(name, Setting(layers, experts, places.slots, train)))
+    return serve_trace(cache, test, chance, **rules)
+
+
+def curve(train: Trace, test: Trace, chance: NDArray, slots: int, name: str) -> list[dict[str, Any]]:
+    """Hit rate, and loads over those of LRU that fetches nothing ahead, without prefetching and by price."""
+    base = served(train, test, None, slots).loads
+    rows = []
+    for price in (None, *PRICES):
+        one = served(train, test, None if price is None else chance, slots, name, price=price or 0.0)
+        rows.append(
+            {"policy": name, "slots": slots, "price": price, "hit_rate": one.hit_rate, "loads": one.loads / base}
+        )
+    return rows
+
+
+def waiting(train: Trace, test: Trace, chance: NDArray, slots: int) -> list[dict[str, Any]]:
+    """Time that LRU's steps stand still with prefetching over that without, by a load's time in units of a step's and
+    by price; the link's room is what one step hides."""
+    rows = []
+    for load in LOADS:
+        alone = served(train, test, None, slots, load=load).waited
+        shares = {
+            str(price): served(train, test, chance, slots, price=price, room=1 / load, load=load).waited / alone
+            for price in (0.0, *PRICES)
+        }
+        rows.append({"slots": slots, "load": load, "waiting": shares})
+    return rows
+
+
+def by_sequence(trace: Trace) -> tuple[Trace, Trace]:
+    """Two parts of whole sequences, one by one in turn. Raises ValueError for a trace of one sequence."""
+    if trace.sequence is None or len(np.unique(trace.sequence)) < 2:
+        raise ValueError("by_sequence: trace must have two sequences or more, got one")
+    _, number = np.unique(trace.sequence, return_inverse=True)
+    return trace.select(number % 2 == 0), trace.select(number % 2 == 1)
+
+
+def show(title: str, figures: dict[str, Any]) -> None:
+    """Prints what there is of `measure` as tables."""
+    print(f"## {title}\n")
+    rows = figures.get("recall", {}) | {f"path, {h} ahead": row for h, row in figures.get("ahead", {}).items()}
+    if rows:
+        print("| recall, K / 2K fetched | layers with one before | all | chances off by | MB | fit, CPU s | step, us |")
+        print("|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        some, every = ("{:.3f} / {:.3f}".format(*row[key]) for key in ("from_layers", "all_layers"))
+        print(
+            f"| {name} | {some} | {every} | {row['calibration_largest']:.3f} | {row['bytes'] / 1e6:.1f} "
+            f"| {row['fit_cpu_s']:.1f} | {sum(row['step_us']):.0f} |"
+        )
+    if "curve" in figures:
+        print("\n| policy | slots | price | hit rate | loads / LRU's |\n|---|---|---|---|---|")
+        for row in figures["curve"]:
+            price = "none ahead" if row["price"] is None else f"{row['price']:g}"
+            print(f"| {row['policy']} | {row['slots']} | {price} | {row['hit_rate']:.3f} | {row['loads']:.3f} |")
+    if "waiting" in figures:
+        print("\n| slots | load / step | LRU's waiting with fetches ahead over without, by price |\n|---|---|---|")
+        for row in figures["waiting"]:
+            shares = ", ".join(f"{price}: {share:.3f}" for price, share in row["waiting"].items())
+            print(f"| {row['slots']} | {row['load']:g} | {shares} |")
+    print(flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("trace", type=Path, nargs="?", help="a trace file; without one, a generated trace")
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "sequences"), default=[*PARTS, "sequences"])
+    parser.add_argument("--policies", nargs="+", default=["lru", "adaptive"])
+    options = parser.parse_args()
+    case = case_of(options.trace)
+    for part in PARTS:
+        if part in options.parts:
+            figures = measure(case.fit, case.judge, policies=tuple(options.policies), parts=(part,))
+            show(f"{case.name}: {part}, halves", figures)
+    if "sequences" in options.parts:
+        train, test = by_sequence(Trace.load(options.trace) if options.trace else like_deepseek_v2_lite(TOKENS))
+        show(f"{case.name}: by sequence", measure(train, test, parts=("recall",)))
+
+
+if __name__ == "__main__":
+    main()
