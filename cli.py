@@ -54,6 +54,7 @@ BENCH_EXAMPLE = """examples:
 # name -> (module of its options and its run, what it is)
 BENCHMARKS = {
     "moe": (".bench.moe", "the expert layer beside its rivals"),
+    "quantized": (".bench.quantized", "decoding with weights in int8, int4 and mxfp4 beside bf16 and fp32"),
     "dispatch": (".bench.dispatch.command", "the dispatchers beside rivals, on gloo ranks of this machine"),
     "compile": (".bench.gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
     "roofline": (".bench.gpu.roofline", "FLOPs, bytes and floor time of every launch"),

@@ -56,15 +56,15 @@ def outputs(
 def _call(rows, expert_ids, weights, packed, b1, b2, form, **more) -> Call:
     """The arguments but for the weights, of which only the shapes are told."""
     kind, params, gated, interleaved = form
-    shapes = [None if w is None else torch.empty(()).expand(w.shape) for w in packed]
-    return Call(rows, expert_ids, weights, *shapes, b1, b2, kind, params, gated, False, interleaved, **more)
+    w1, w_up, w2 = (None if w is None else torch.empty(()).expand(w.shape) for w in packed)
+    return Call(rows, expert_ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, False, interleaved, **more)
 
 
-def _run(lib: ctypes.CDLL, call: Call, packed: Packed, **out: Tensor) -> None:
+def _run(lib: ctypes.CDLL, call: Call, packed: Packed, *, y: Tensor | None = None, pairs: Tensor | None = None) -> None:
     stored = [None if w is None else _stored(w) for w in packed]  # held until the call is over
     numbers = [n for w in stored for n in (_NO_MATRIX if w is None else _matrix(w))]
     matrices = (ctypes.c_int64 * len(numbers))(*numbers)
-    call.run(lambda args: lib.hg_grouped_ffn_quantized(args, matrices), **out)
+    call.run(lambda args: lib.hg_grouped_ffn_quantized(args, matrices), y=y, pairs=pairs)
 
 
 def _stored(w: Quantized) -> Quantized:

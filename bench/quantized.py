@@ -1,0 +1,131 @@
+"""`headgate bench quantized`: decoding with expert weights in few bits beside the same weights in bf16 and fp32."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..kernels import Quantized, Routing, grouped_ffn, quantize
+from .hardware import headgate_form
+from .machine import processor
+from .measure import CLOCKS, Contestant, interleave
+
+FORMATS = ("int8", "int4", "mxfp4")
+EXAMPLE = """example:
+  headgate bench quantized --rows 1 4 16 --threads 1 --clock cpu
+"""
+Weights = tuple[Tensor, Tensor] | tuple[Quantized, Quantized]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `headgate bench quantized`."""
+    parser.epilog = EXAMPLE
+    add = parser.add_argument
+    add("--rows", nargs="+", type=int, default=[1, 2, 4], metavar="R", help="tokens per call (default: 1 2 4)")
+    add("--experts", type=int, default=64, metavar="E", help="default: %(default)s")
+    add("--top-k", type=int, default=8, metavar="K", help="default: %(default)s")
+    add("--hidden", type=int, default=2048, metavar="D", help="default: %(default)s")
+    add("--intermediate", type=int, default=768, metavar="F", help="default: %(default)s")
+    add("--threads", type=int, metavar="N", help="for everybody (default: torch's choice)")
+    add(
+        "--budget", type=float, default=10.0, metavar="S", help="seconds of sampling per row of the table (default: 10)"
+    )
+    add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: the process's own time, with --threads 1 only")
+    add("--json", metavar="FILE", help="write the figures to FILE; - for standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and prints; returns the exit status."""
+    for name in ("experts", "top_k", "hidden", "intermediate"):
+        if getattr(args, name) < 1:
+            raise ValueError(
+                f"bench quantized: --{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+            )
+    if min(args.rows) < 1 or args.top_k > args.experts or args.hidden % 2 or args.intermediate % 2:
+        raise ValueError("bench quantized: rows must be at least 1, top-k at most experts, and sizes even")
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or before)
+    if args.clock == "cpu" and torch.get_num_threads() > 1:
+        raise ValueError("bench quantized: --clock cpu must go with --threads 1")
+    say = sys.stderr if args.json == "-" else sys.stdout
+    try:
+        found = measure(args, say)
+    finally:
+        torch.set_num_threads(before)
+    if args.json:
+        text = json.dumps(found, indent=1)
+        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(args: argparse.Namespace, say) -> dict[str, dict[str, dict[str, float]]]:
+    """rows -> form -> median and least time in ms, GB/s of weights read, and how many times as fast as bf16."""
+    sizes = f"D={args.hidden}, F={args.intermediate}, {args.top_k} of {args.experts} experts, drawn for each call"
+    print(f"{processor()}; {torch.get_num_threads()} threads; {headgate_form()}", file=say)
+    print(f"grouped_ffn, {sizes}; rows in bf16 (fp32: fp32); {args.clock} time, the least of the samples", file=say)
+    print(f"{'rows':>5}  {'weights':<7} {'ms':>8} {'median':>8} {'GB/s':>6} {'x bf16':>7} {'x fp32':>7}", file=say)
+    forms = _forms(args)
+    found = {}
+    for rows in args.rows:
+        found[str(rows)] = _row(args, rows, forms)
+        for name, f in found[str(rows)].items():
+            print(
+                f"{rows:>5}  {name:<7} {f['ms']:8.2f} {f['median_ms']:8.2f} {f['GBps']:6.1f} {f['over_bf16']:7.2f} "
+                f"{f['over_fp32']:7.2f}",
+                file=say,
+            )
+    return found
+
+
+def _forms(args: argparse.Namespace) -> dict[str, Weights]:
+    """A few experts' random weights, each many times over in memory of its own."""
+    few, shapes = 4, ((2 * args.intermediate, args.hidden), (args.hidden, args.intermediate))
+    wide = [torch.randn(few, *shape) / shape[1] ** 0.5 for shape in shapes]
+
+    def copies(t: Tensor) -> Tensor:
+        return t.repeat(-(-args.experts // few), 1, 1)[: args.experts]
+
+    def stored(w: Tensor, kind: str) -> Quantized:
+        q = quantize(w, kind)
+        return Quantized(copies(q.data), copies(q.scale), q.format, q.block)
+
+    return {
+        "fp32": (copies(wide[0]), copies(wide[1])),
+        "bf16": (copies(wide[0].bfloat16()), copies(wide[1].bfloat16())),
+        **{kind: (stored(wide[0], kind), stored(wide[1], kind)) for kind in FORMATS},
+    }
+
+
+def _row(args: argparse.Namespace, rows: int, forms: dict[str, Weights]) -> dict[str, dict[str, float]]:
+    ids = [torch.rand(rows, args.experts).argsort(1)[:, : args.top_k] for _ in range(40)]  # weights are cold
+    routings = [Routing.from_topk(i, torch.rand(i.shape), args.experts) for i in ids]
+    x = torch.randn(rows, args.hidden)
+
+    def contestant(name: str, weights: Weights) -> Contestant:
+        mine = x if name == "fp32" else x.bfloat16()
+        who = Contestant(lambda turn: grouped_ffn(mine, routings[turn], *weights), rotate=len(routings))
+        begin = CLOCKS[args.clock]()
+        who.run(0)
+        who.first_s = CLOCKS[args.clock]() - begin
+        return who
+
+    with torch.no_grad():
+        contestants = {name: contestant(name, weights) for name, weights in forms.items()}
+        interleave(contestants, args.budget, args.clock)
+    hit = sum(len(i.unique()) for i in ids) / len(ids) / args.experts
+    least = {name: min(who.samples_s) for name, who in contestants.items()}
+    return {
+        name: {
+            "ms": 1e3 * least[name],
+            "median_ms": 1e3 * sorted(who.samples_s)[len(who.samples_s) // 2],
+            "GBps": sum(w.nbytes for w in forms[name]) * hit / least[name] / 1e9,
+            "over_bf16": least["bf16"] / least[name],
+            "over_fp32": least["fp32"] / least[name],
+        }
+        for name, who in contestants.items()
+    }
