@@ -176,6 +176,46 @@ def simulate(
     return Simulation(steps, places, accesses, hits, prefetched, used, waves, made)
 
 
+def least_loads(steps: Steps, places: Pools) -> NDArray[np.int64]:
+    """Experts that each step must load, int64 [N], so that the sum up to any step is below that of every cache: Belady's
+    choice (1966) where a miss may pass by without a slot. "belady" itself gives each a slot and can load a little more.
+    """
+    future, _ = next_use(steps)
+    found = np.zeros(len(steps), np.int64)
+    _least(steps, places, future, found)
+    return found
+
+
+@njit
+def _least(steps, places, future, found):
+    size = steps.experts
+    holder = np.full(places.first[-1], -1, np.int64)
+    slot_of, soon = np.full((steps.layers, size), -1), np.zeros((steps.layers, size), np.int64)
+    for n in range(len(steps.layer)):
+        layer = steps.layer[n]
+        missing = steps.ids[steps.offsets[n] : steps.offsets[n + 1]].copy()
+        for i in range(steps.offsets[n], steps.offsets[n + 1]):
+            e = steps.ids[i]
+            soon[layer, e] = future[i]
+            if slot_of[layer, e] < 0:
+                missing[found[n]] = e
+                found[n] += 1
+        for e in missing[: found[n]]:
+            pool, best, far = places.of[layer, e], -1, soon[layer, e]
+            for s in range(places.first[pool], places.first[pool + 1]):
+                h = holder[s]
+                if h < 0 or soon[h // size, h % size] > far:
+                    best, far = s, soon[h // size, h % size] if h >= 0 else far
+                    if h < 0:
+                        break
+            if best < 0:
+                continue
+            h = holder[best]
+            if h >= 0:
+                slot_of[h // size, h % size] = -1
+            holder[best], slot_of[layer, e] = layer * size + e, best
+
+
 class _Ahead(NamedTuple):
     """Several Prefetch as compiled code reads them."""
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .cache import Pools, shared
 from .compiled import njit
-from .simulate import Log, Simulation, simulate
+from .simulate import Log, Simulation, least_loads
 from .steps import Steps
 
 
@@ -144,9 +144,8 @@ def _from_disk(device: Simulation, host: Simulation) -> NDArray[np.bool_]:
 
 def _floor(steps: Steps, places: Pools, work: NDArray[np.float64], load_s: float, last_s: float) -> float:
     """Seconds that no order of loads can go below: for each step, the fewest loads that it and those before it need
-    (Belady's, who is best on every beginning of a trace), what follows the last of them, and the steps after it."""
-    log = _logged(simulate(steps, "belady", places, log=True))
-    misses = np.cumsum(np.bincount(log.step[log.gone != -2], minlength=len(steps)))
+    (least_loads), what follows the last of them, and the steps after it."""
+    misses = np.cumsum(least_loads(steps, places))
     after = work.sum() - np.cumsum(work)
     return float(np.max(misses * load_s + last_s * (misses > 0) + after, initial=work.sum()))
 
