@@ -7,8 +7,9 @@ expert on its way counts as there, so that nothing depends on how fast copies ar
 
 Where a step needs more experts than there are slots it is served in waves: first what is there and as many misses, by
 rising number, as find a slot; then the rest, over slots of waves before. A policy whose values can be believed (State's
-`frank`) has its misses served by rising value, each in the slot of the lowest of all: what this step has just used goes,
-in a wave of its own, if it is worth less than what waits for later steps. Few slots are not filled with what passes by.
+`frank`) has its misses served by rising value, each in the slot of the lowest of all: what this step has just used
+goes, in a wave of its own, if it is worth less than what waits for later steps, so that few slots are not filled with
+what passes by.
 """
 
 from __future__ import annotations

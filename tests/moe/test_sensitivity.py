@@ -1,4 +1,4 @@
-"""sensitivity: what rounding an expert's weights does to its outputs on the tokens that it gets; and the choice by it."""
+"""sensitivity: what rounding an expert's weights does to its outputs on its tokens; and the choice by it."""
 
 from __future__ import annotations
 
