@@ -63,6 +63,10 @@ BENCHMARKS = {
         ".bench.placement",
         "placements beside EPLB: crossings, load, rows that move, bounds, replicas, drift",
     ),
+    "offload": (
+        ".bench.offload",
+        "expert caches beside Belady, predictors, prefetch, and generation with experts on disk",
+    ),
     "links": (".bench.links", "the links behind published tables, and which dispatcher wins where"),
 }
 

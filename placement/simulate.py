@@ -177,7 +177,7 @@ def simulate(
 
 
 def least_loads(steps: Steps, places: Pools) -> NDArray[np.int64]:
-    """Experts that each step must load, int64 [N]; no cache has loaded fewer up to any step: Belady's choice (1966) where
+    """Experts that each step must load, int64 [N]; no cache has loaded fewer up to any step: Belady's (1966), where
     a miss may pass by without a slot. The policy "belady" gives each miss a slot, and may load a little more."""
     future, _ = next_use(steps)
     found = np.zeros(len(steps), np.int64)

@@ -13,7 +13,7 @@ from headgate.bench import doctor
 from headgate.bench.gpu import doctor as gpu
 from headgate.kernels.chip import H200, Chip
 
-KINDS = ("moe", "dispatch", "compile", "roofline", "sweep", "placement", "links")
+KINDS = ("moe", "dispatch", "compile", "roofline", "sweep", "placement", "offload", "links")
 SUBCOMMANDS = (
     *([name] for name in ("demo", "train", "trace", "place", "cache", "doctor", "bench")),
     *(["bench", kind] for kind in KINDS),

@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from . import files, placement, report, routing, sample, speed, swap, text, train
+from . import caching, files, placement, report, routing, sample, speed, swap, text, train
 from .model import parameters, quiet, tokenizer
 from .screen import Screen, spoken
 from .tour import Chapter, Options, Shape, Tour
@@ -22,6 +22,7 @@ CHAPTERS = [
     Chapter("train", "Training", train.run, train.section),
     Chapter("routing", "Where tokens go", routing.run, routing.section),
     Chapter("placement", "Where experts live", placement.run, placement.section),
+    Chapter("cache", "Experts larger than memory", caching.run, caching.section),
     Chapter("sample", "What it writes", sample.run, sample.section),
 ]
 NEED_BYTES = 200_000_000

@@ -28,6 +28,15 @@ from .model import Replay, Size, build
 from .rivals import OnDemand
 
 BUDGET = 0.25
+SETTINGS: dict[str, dict[str, Any]] = {  # options of headgate.offload; a format is for all experts
+    "lru": {"policy": "lru", "prefetch": None},
+    "sequence (MoE-Infinity)": {"policy": "sequence", "prefetch": None},
+    "adaptive": {"policy": "adaptive", "prefetch": None},
+    "adaptive + path": {"policy": "adaptive", "prefetch": "path"},
+    "learned + path": {"policy": "learned", "prefetch": "path"},
+    "adaptive + path, int8": {"policy": "adaptive", "prefetch": "path", "format": "int8"},
+    "adaptive + path, int4": {"policy": "adaptive", "prefetch": "path", "format": "int4"},
+}
 WARM, TOKENS, ROUNDS = 24, 48, 3
 
 
@@ -51,7 +60,7 @@ def measure(
     fit: Trace, judge: Trace, size: Size, *, settings: dict[str, dict[str, Any]], folder: Path | None = None
 ) -> dict[str, Any]:
     """Speeds by name, "on demand" and "resident" beside the `settings` (name -> options of headgate.offload), and what
-    plain reads of experts reach ("plain_read_GBps", by the number of threads). Outputs are compared to the bit.
+    plain reads of experts reach ("plain_read_GBps", by the number of threads). Tokens are compared, but of few bits.
 
     The page cache is kept out of it: reads go to the disk.
     """
@@ -61,10 +70,13 @@ def measure(
     with tempfile.TemporaryDirectory(dir=folder) as to:
         run = _Run(model, replay, Path(to), fit)
         found: dict[str, Any] = {"resident": run.resident()}
-        for name, options in settings.items():
+        whole = {name: options for name, options in settings.items() if "format" not in options}
+        for name, options in whole.items():
             found[name] = run.offloaded(**options)
         found["on demand"] = run.on_demand(round(BUDGET * judge.num_experts))
-        found["plain_read_GBps"] = {n: run.plain_read(n) for n in (1, 4)}
+        found["plain_read_GBps"] = {str(n): run.plain_read(n) for n in (1, 4)}
+        for name in [name for name in settings if name not in whole]:  # rounded weights come back rounded: last
+            found[name] = run.offloaded(**settings[name])
     return found
 
 
@@ -78,12 +90,16 @@ class _Run:
         self.want, seconds = self._rounds(lambda: None)
         return Speed(TOKENS / seconds, 1.0, 0.0)
 
-    def offloaded(self, **options: Any) -> Speed:
+    def offloaded(self, format: str | None = None, **options: Any) -> Speed:
         options = {"trace": self.fit, "page_cache": False, **options}
+        if format is not None:
+            experts = self.fit.num_experts
+            options["formats"] = {name: [format] * experts for name, _ in experts_in(self.model)}
         with offload(self.model, BUDGET, disk=self.folder, **options) as offloaded:
             seen = [offloaded.stats()]
             got, seconds = self._rounds(lambda: seen.append(offloaded.stats()))
-            self._same(got)
+            if format is None:
+                self._same(got)
             before, after = seen[-2], seen[-1]
         moved, copy_s = after.bytes - before.bytes, after.copy_s - before.copy_s
         shorter = min(copy_s, after.compute_s - before.compute_s)

@@ -1,27 +1,19 @@
-"""Predictors and prefetching, measured on a trace: recall, chances that come true, hits against bytes, waiting.
-
-headgate.bench.offload.predict.measure(fit, judge) -> figures
-python -m headgate.bench.offload.predict [trace.npz]      # fitted on halves, judged on the others; then by sequence
-"""
+"""Predictors and prefetching, measured on a trace: recall, chances that come true, hits against bytes, waiting."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...placement.cache import Cache, per_layer
-from ...placement.generate import like_deepseek_v2_lite
 from ...placement.policies import Setting, policy
 from ...placement.predict import Predictor, fit, foretell, recall, reliability
 from ...placement.prefetch import Served, serve_trace
 from ...placement.trace import Trace
-from ..placement.case import TOKENS, case_of
 
 PARTS = ("recall", "ahead", "curve", "waiting")
 METHODS = ("popular", "transition", "ridge", "path")
@@ -127,49 +119,3 @@ def by_sequence(trace: Trace) -> tuple[Trace, Trace]:
         raise ValueError("by_sequence: trace must have two sequences or more, got one")
     _, number = np.unique(trace.sequence, return_inverse=True)
     return trace.select(number % 2 == 0), trace.select(number % 2 == 1)
-
-
-def show(title: str, figures: dict[str, Any]) -> None:
-    """Prints what there is of `measure` as tables."""
-    print(f"## {title}")
-    rows = figures.get("recall", {}) | {f"path, {h} ahead": row for h, row in figures.get("ahead", {}).items()}
-    if rows:
-        print("\n| recall, K / 2K fetched | layers with one before | all | chances off by | MB | fit CPU s | step us |")
-        print("|---|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        some, every = ("{:.3f} / {:.3f}".format(*row[key]) for key in ("from_layers", "all_layers"))
-        print(
-            f"| {name} | {some} | {every} | {row['calibration_largest']:.3f} | {row['bytes'] / 1e6:.1f} "
-            f"| {row['fit_cpu_s']:.1f} | {sum(row['step_us']):.0f} |"
-        )
-    if "curve" in figures:
-        print("\n| policy | slots | price | hit rate | loads / LRU's |\n|---|---|---|---|---|")
-        for row in figures["curve"]:
-            price = "none ahead" if row["price"] is None else f"{row['price']:g}"
-            print(f"| {row['policy']} | {row['slots']} | {price} | {row['hit_rate']:.3f} | {row['loads']:.3f} |")
-    if "waiting" in figures:
-        print("\n| slots | load / step | LRU's waiting with fetches ahead over without, by price |\n|---|---|---|")
-        for row in figures["waiting"]:
-            shares = ", ".join(f"{price}: {share:.3f}" for price, share in row["waiting"].items())
-            print(f"| {row['slots']} | {row['load']:g} | {shares} |")
-    print(flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("trace", type=Path, nargs="?", help="a trace file; without one, a generated trace")
-    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "sequences"), default=[*PARTS, "sequences"])
-    parser.add_argument("--policies", nargs="+", default=["lru", "adaptive"])
-    options = parser.parse_args()
-    case = case_of(options.trace)
-    for part in PARTS:
-        if part in options.parts:
-            figures = measure(case.fit, case.judge, policies=tuple(options.policies), parts=(part,))
-            show(f"{case.name}: {part}, halves", figures)
-    if "sequences" in options.parts:
-        train, test = by_sequence(Trace.load(options.trace) if options.trace else like_deepseek_v2_lite(TOKENS))
-        show(f"{case.name}: by sequence", measure(train, test, parts=("recall",)))
-
-
-if __name__ == "__main__":
-    main()

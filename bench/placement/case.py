@@ -21,13 +21,15 @@ TOKENS = 16_000
 
 @dataclass(frozen=True)
 class Case:
-    """`fit`: the first half of each domain's tokens; `judge`: the second. `domain` int [T] of each half; `name`."""
+    """`fit`: the first half of each domain's tokens; `judge`: the second; of the `whole`. `domain` int [T] of each
+    half; `name`."""
 
     name: str
     fit: Trace
     judge: Trace
     fit_domain: NDArray[np.int64]
     judge_domain: NDArray[np.int64]
+    whole: Trace
 
 
 def case_of(path: Path | None, seed: int = 0) -> Case:
@@ -45,7 +47,7 @@ def case_of(path: Path | None, seed: int = 0) -> Case:
         where = np.flatnonzero(domain == one)
         first[where[: len(where) // 2]] = True
     name = "generated like DeepSeek-V2-Lite" if path is None else path.stem
-    return Case(name, trace.select(first), trace.select(~first), domain[first], domain[~first])
+    return Case(name, trace.select(first), trace.select(~first), domain[first], domain[~first], trace)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

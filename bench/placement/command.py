@@ -64,7 +64,12 @@ def run(args: argparse.Namespace) -> int:
 def _compile(case: Case, names: list[str]) -> None:
     """Runs everything once on next to nothing, so that compiling is in no figure."""
     small = Case(
-        "", case.fit.select(slice(64)), case.judge.select(slice(256)), case.fit_domain[:64], case.judge_domain[:256]
+        "",
+        case.fit.select(slice(64)),
+        case.judge.select(slice(256)),
+        case.fit_domain[:64],
+        case.judge_domain[:256],
+        case.whole,
     )
     for name in names:
         if name not in ("large", "certified", "rebalanced"):

@@ -38,7 +38,7 @@ _Found = list[tuple[str, nn.Module, Form]]
 def offload(
     model: nn.Module,
     budget: str | int | float = "8GiB",
-    policy: str = "lfu",
+    policy: str = "adaptive",
     prefetch: str | Predictor | None = "gate",
     disk: str | os.PathLike[str] | None = None,
     *,
@@ -57,7 +57,8 @@ def offload(
               that would need a gradient of its experts raises
     budget    what the slots may take on the device: "8GiB", bytes, or a share of the experts' bytes ("25%", 0.25). At
               least the top-k of one layer must fit (scope "shared"), or of each ("layer")
-    policy    which expert goes when a slot is needed, a name in `headgate.placement.policies.POLICIES`
+    policy    which expert goes when a slot is needed, a name in `headgate.placement.policies.POLICIES`: "adaptive"
+              learns as it goes how soon each is used again; "learned" begins with what `trace` has taught it
     prefetch  "gate": the next layer's router, applied to this layer's rows, says what to fetch ahead; "path" (or a
               fitted Predictor): the experts that the token went to so far say it, learned from `trace`; None: nothing
               is. What is fetched ahead must be worth its bytes, at the price that was measured so far (see Pace)
