@@ -102,7 +102,8 @@ def offload(
         for (name, module, form), parts in zip(found, groups, strict=True)
     ]
     places = plan_slots(layers, budget, 1, scope).places
-    state = start_policy(policy, Setting(*places.of.shape, places.slots, trace))
+    shape = places.of.shape
+    state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
     store = _store(found, layers, groups, disk, where, page_cache=page_cache, verify=verify)
     try:
         engine = Engine(store, budget, policy=state, scope=scope, device=where, readers=readers, log=log)
@@ -239,7 +240,8 @@ class _Moved:
         for ours, parameter in moved.before.items():
             moved.learning[ours] = parameter.requires_grad
             data = stand_ins.get(ours, torch.empty_like(parameter, device="meta"))
-            now = moved._put(ours, data).requires_grad_(False)
+            now = moved._put(ours, data)
+            now.requires_grad_(False)
             moved.now[ours] = (now, now._version)
         return moved
 
@@ -277,7 +279,7 @@ class Offload:
     def __init__(
         self,
         model: nn.Module,
-        found: Sequence[tuple[str, nn.Module, Form]],
+        found: _Found,
         skipped: Mapping[str, str],
         engine: Engine,
         store: Store,
@@ -362,9 +364,8 @@ class Offload:
             self.engine.prefetch_likely(layer, chance, price, room)
 
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
-        past = kwargs.get("past_key_values")
-        length = past.get_seq_length() if hasattr(past, "get_seq_length") else 0 if past is None else 1
-        if not length:
+        past: Any = kwargs.get("past_key_values")
+        if past is None or (hasattr(past, "get_seq_length") and not past.get_seq_length()):
             self.new_sequence()
 
     def _bring_back(self, index: int, one: _Moved) -> None:
