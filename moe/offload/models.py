@@ -53,7 +53,7 @@ class ModelPool:
         disk: str | os.PathLike[str] | None = None,
         *,
         device: torch.device | str = "cpu",
-        readers: int = 4,
+        readers: int = 2,
     ) -> None:
         if not models:
             raise ValueError("ModelPool: models must not be empty")

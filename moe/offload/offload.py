@@ -46,7 +46,7 @@ def offload(
     scope: str = "layer",
     trace: Trace | None = None,
     formats: Formats | None = None,
-    readers: int = 4,
+    readers: int = 2,
     page_cache: bool = True,
     verify: bool = False,
     log: bool = False,
@@ -69,7 +69,7 @@ def offload(
     trace     what policies and predictors that learn have to learn from, of this model's layers in this order
     formats   experts in few bits: module name -> a format ("int8", "int4", None: as they are) for each expert, as
               `headgate.moe.offload.precisions` chooses them. Outputs are then those of the rounded weights
-    readers   threads that fetch
+    readers   threads that fetch; from disk, each with four requests at a time
     page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether each expert's
               checksum is compared when it is read
     log       keep every access, for `Offload.log`
