@@ -1,8 +1,9 @@
 """Experts larger than the device: they stand in a lower tier, and those in use in a fixed number of slots."""
 
 from .arena import Arena, plan_slots
-from .engine import Engine, Group
+from .engine import Engine
 from .file import FileStore
+from .groups import Group
 from .host import HostStore, Store
 from .host_cache import HostCache
 from .kinds import Kind, Layer
