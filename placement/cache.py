@@ -128,12 +128,13 @@ def put(table, policy, slot, layer, e):
 
 
 @njit
-def serve(table, policy, layer, ids, order, slot, gone, wave):
-    """One step: experts `ids`, rising. Fills `order` (ids as they are served), their `slot`, who was `gone` for them
-    (layer * E + expert, -1: nobody, -2: it was a hit) and their `wave`; returns the number of hits."""
+def serve(table, policy, layer, needs, ids, order, slot, gone, wave):
+    """One step, which `needs` experts and is served `ids` of them here, both rising. Fills `order` (ids as they are
+    served), their `slot`, who was `gone` for them (layer * E + expert, -1: nobody, -2: it was a hit) and their `wave`;
+    returns the number of hits."""
     table.clock[0] += 1
     table.clock[1] += 1
-    advance(policy, layer, ids, table.clock[0])
+    advance(policy, layer, needs, table.clock[0])
     hits = 0
     for e in ids:
         s = table.slot_of[layer, e]
@@ -234,22 +235,27 @@ class Cache:
         self.policy = policy
         self.table = empty(places)
 
-    def step(self, layer: int, ids) -> Step:
-        """Serves the experts `ids` of `layer`, distinct and rising.
+    def step(self, layer: int, ids, apart=()) -> Step:
+        """Serves the experts `ids` of `layer`, distinct and rising, but for those of them that are computed `apart`,
+        without a slot: of these the policy takes notice, and nothing else changes.
 
         Raises ValueError where they are not, or where others hold every slot of a pool that must take a miss: `ready`
         says so beforehand.
         """
-        ids = np.ascontiguousarray(ids, np.int32)
+        needs = ids = np.ascontiguousarray(ids, np.int32)
         self._check(layer, ids)
         if (np.diff(ids) <= 0).any():
             raise ValueError(f"Cache: ids must be distinct and rising, got {ids.tolist()}")
+        if len(apart):
+            ids = needs[~np.isin(needs, apart)]
+            if len(ids) + len(apart) != len(needs):
+                raise ValueError(f"Cache: apart must be some of ids {needs.tolist()}, got {np.asarray(apart).tolist()}")
         if not self.ready(layer, ids):
             raise ValueError("Cache: a pool must have a slot that nobody holds, got none for a miss")
         n = len(ids)
         order, slot, wave = (np.empty(n, np.int32) for _ in range(3))
         gone = np.empty(n, np.int64)
-        hits = serve(self.table, self.policy, layer, ids, order, slot, gone, wave)
+        hits = serve(self.table, self.policy, layer, needs, ids, order, slot, gone, wave)
         return Step(order, slot, gone, wave, hits)
 
     def ready(self, layer: int, ids) -> bool:

@@ -211,7 +211,7 @@ def _serve(table, policy, ids, first, told, margin, room, load):
             now += 1
             needs = np.unique(ids[layer, t])
             needs = needs[needs >= 0]
-            there = serve(table, policy, layer, needs, order, slot, gone, wave)
+            there = serve(table, policy, layer, needs, needs, order, slot, gone, wave)
             begin = now
             for i in range(len(needs)):
                 if i >= there:

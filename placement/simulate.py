@@ -264,7 +264,7 @@ def _run(table, policy, steps, future, ahead, counts, log, keep):
         if len(future):
             for i in range(begin, end):
                 policy.value[layer, steps.ids[i]] = -future[i]
-        hits = serve(table, policy, layer, ids, order, slot, gone, wave)
+        hits = serve(table, policy, layer, ids, ids, order, slot, gone, wave)
         counts[0, layer] += size
         counts[1, layer] += hits
         for i in range(size):

@@ -3,8 +3,9 @@
 from .arena import Arena, plan_slots
 from .batching import BatchSizes, batch_sizes, generate_offline
 from .costs import measure_costs
-from .engine import Engine, Group
+from .engine import Engine
 from .file import FileStore
+from .groups import Group
 from .host import HostStore, Store
 from .host_cache import HostCache
 from .kinds import Kind, Layer

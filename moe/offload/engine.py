@@ -1,8 +1,8 @@
 """The engine of an offload cache: serves a layer's step from slots, while what is missing is on its way.
 
 One piece of code decides (placement/cache.py), readers fetch (loads.py), and whoever calls `compute` computes: first
-what is there, then each expert as it arrives. Outputs are taken pair by pair and summed at the end, so no result
-depends on what was there, or on what came first.
+what is there, then each expert as it arrives; the host may compute some where they are (hybrid.py). Outputs are taken
+pair by pair and summed at the end, so no result depends on what was there, or on what came first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,26 +20,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.activation import Activation
-from ...kernels.expert_outputs import combine_outputs, expert_outputs
+from ...kernels.expert_outputs import combine_outputs
 from ...kernels.routing import Routing
 from ...placement.cache import Ahead, Cache
+from ...placement.costs import Costs
 from ...placement.policies import Setting, State
 from ...placement.policies import policy as start_policy
 from ...placement.prefetch import prefetch as prefetch_likely
 from ...placement.trace import Trace
 from .arena import Arena, plan_slots
+from .groups import Group, write_outputs
 from .host import Store
+from .hybrid import Host, put_pairs, work_of
 from .loads import DONE, FAILED, HELD, Load, Loader
 from .stats import Access, Stats, Timing
-
-
-class Group(NamedTuple):
-    """Experts of a step that are there, of one kind: weights [S, ...] (tensors or Quantized), and each expert's slot
-    among them."""
-
-    experts: list[int]
-    slots: list[int]
-    weights: Mapping[str, Any]
 
 
 class _Use:
@@ -58,7 +51,9 @@ class Engine:
     `budget`: bytes, "8GiB", or a share of the experts' bytes, "25%" or 0.25; at least `top_k` experts of each layer, or
     with `scope` "shared" of one. `policy`: a name of POLICIES, with its `options`, and a `trace` where it learns from
     one; or its State. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises
-    TimeoutError. `log`: keep every Access in `log`.
+    TimeoutError. `log`: keep every Access in `log`. `costs`, for a HostStore of plain tensors: the host computes those
+    experts of a step that are not in slots which `split` gives it at these costs, where they are, in a thread of its
+    own; the others are fetched, in the cache's order.
 
     Any number of threads may call at once. `close` ends the threads and lets the memory go; so does the end of a
     `with` block, and of the engine's own life. It does not survive a fork, and cannot be copied or pickled.
@@ -78,6 +73,7 @@ class Engine:
         trace: Trace | None = None,
         options: Mapping[str, float] | None = None,
         log: bool = False,
+        costs: Costs | None = None,
     ) -> None:
         if readers < 1:
             raise ValueError(f"Engine: readers must be at least 1, got {readers}")
@@ -90,13 +86,14 @@ class Engine:
         self.arena = Arena(layout.kinds, layout.slots, device)
         self.log: list[Access] | None = [] if log else None
         self._calls = self._accesses = self._hits = self._ahead = self._used = 0
-        self._wait_s, self._timing = 0.0, Timing()
+        self._at_host, self._wait_s, self._timing = 0, 0.0, Timing()
+        self._host = None if costs is None else Host(store, costs, self._timing)
         self._chance = np.zeros(shape, np.float32)  # told last, for each layer
         self._promised = np.zeros(shape, bool)  # fetched ahead, and not used yet
         self._newest: dict[int, Load] = {}  # slot -> the last load ordered for it
         self._loader = Loader(store, self.arena, readers, self._timing)
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _end, self._pid, self._loader, store, self.arena)
+        self._finalizer = weakref.finalize(self, _end, self._pid, self._loader, self._host, store, self.arena)
 
     # --- what a layer calls ------------------------------------------------------------------------------------------
 
@@ -112,14 +109,15 @@ class Engine:
         interleaved: bool = False,
         then: Callable[[NDArray[np.int32]], None] | None = None,
     ) -> Tensor:
-        """grouped_ffn(rows, routing, ...) [R, D] on the experts of `layer`, to the bit. See there for the arguments.
+        """grouped_ffn(rows, routing, ...) [R, D] on the experts of `layer`, to the bit; to rounding where the host
+        computes some for a GPU, which sums in another order. See there for the arguments.
 
         The store's weights must be called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see
         `step`. Waits for the device once, to know the experts. Raises OSError or RuntimeError naming layer and expert
         where one cannot be had; the next call tries again.
         """
         self._check(layer)
-        ids = _distinct(routing.expert_ids, routing.num_experts)
+        chosen, ids, counts = _distinct(routing.expert_ids, routing.num_experts)
         if routing.num_experts != self.layers[layer].experts:
             raise ValueError(
                 f"offload: routing must be over the {self.layers[layer].experts} experts of {self.layers[layer].name}, "
@@ -127,17 +125,19 @@ class Engine:
             )
         wide = torch.promote_types(rows.dtype, torch.float32)
         out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed), dtype=wide)
-        with closing(self.step(layer, ids, then)) as groups:
+        form = {"activation": activation, "gated": gated, "transposed": transposed, "interleaved": interleaved}
+        host, job = self._host, None
+        with closing(self.step(layer, ids, then, counts)) as groups:
             for group in groups:
-                slots = np.full(routing.num_experts, -1, np.int32)
-                slots[group.experts] = group.slots
-                w = group.weights
-                first = w["w_gate_up"] if "w_gate_up" in w else (w["w_gate"], w["w_up"])
-                expert_outputs(
-                    rows, routing, first, w["w_down"], torch.from_numpy(slots).to(rows.device), out,
-                    b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), activation=activation,
-                    gated=gated, transposed=transposed, interleaved=interleaved,
-                )  # fmt: skip
+                if host is not None and group.host:
+                    job = host.order(work_of(group, rows, routing, chosen, out, form))
+                else:
+                    write_outputs(group, rows, routing, out, form)
+        if host is not None and job is not None:
+            begun = time.perf_counter()
+            put_pairs(out, host.wait(job, self.patience_s))
+            with self._loader.lock:
+                self._wait_s += time.perf_counter() - begun
         return combine_outputs(out, routing, rows.dtype)
 
     def step(
@@ -145,16 +145,20 @@ class Engine:
         layer: int,
         ids: Sequence[int] | NDArray[np.int32],
         then: Callable[[NDArray[np.int32]], None] | None = None,
+        rows: NDArray[np.integer] | None = None,
     ) -> Generator[Group]:
         """One step of `layer`, which needs the experts `ids`, distinct and rising: yields each of them once, in groups,
         as they are there. A group's weights are valid until the next is asked for. `then(ids)` is called once the loads
-        are ordered, before anything is waited for. Close the generator (`closing`) if it may be left early."""
+        are ordered, before anything is waited for. Close the generator (`closing`) if it may be left early. An engine
+        with costs that is told the `rows` [n] of each expert yields those that are the host's to compute first."""
         self._check(layer)
         experts, ids = self.layers[layer].experts, np.asarray(ids, np.int32)
         if ids.ndim != 1 or (len(ids) and (ids[0] < 0 or ids[-1] >= experts or (np.diff(ids) <= 0).any())):
             raise ValueError(f"offload: ids must be distinct, rising and below {experts}, got {ids.tolist()}")
-        chains = self._begin(layer, ids)
+        chains, apart = self._begin(layer, ids, rows)
         try:
+            if self._host is not None and len(apart):
+                yield Group(apart.tolist(), apart.tolist(), self._host.weights[layer], host=True)
             if then is not None:
                 then(ids)
             while chains:
@@ -222,12 +226,12 @@ class Engine:
         with self._loader.lock:
             copy_s, compute_s, both_s = self._timing.seconds()
             return Stats(
-                self._accesses, self._hits, self._loader.loads, self._ahead, self._used, self._loader.bytes,
-                self._wait_s, copy_s, compute_s, both_s, self._loader.restarts,
+                self._accesses, self._hits, self._at_host, self._loader.loads, self._ahead, self._used,
+                self._loader.bytes, self._wait_s, copy_s, compute_s, both_s, self._loader.restarts,
             )  # fmt: skip
 
     def close(self) -> None:
-        """Ends the readers and lets slots and store go; steps in hand raise. May be called twice."""
+        """Ends all threads and lets slots and store go; steps in hand raise. May be called twice."""
         self._finalizer()
 
     def __enter__(self) -> Engine:
@@ -241,19 +245,25 @@ class Engine:
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def _begin(self, layer: int, ids: NDArray[np.int32]) -> dict[int, deque[_Use]]:
-        """Has the cache decide, holds the slots, orders the loads: slot -> the experts that stand there in turn."""
+    def _begin(
+        self, layer: int, ids: NDArray[np.int32], rows: NDArray[np.integer] | None
+    ) -> tuple[dict[int, deque[_Use]], NDArray[np.int32]]:
+        """Has the cache decide, holds the slots, orders the loads: slot -> the experts that stand there in turn, and
+        the experts that the host is to compute."""
         loader, begun = self._loader, time.perf_counter()
         with loader.lock:
             loader.revive()
             self._settle()
-            while not self.cache.ready(layer, ids):
+            apart = self._apart(layer, ids, rows)
+            while not self.cache.ready(layer, np.setdiff1d(ids, apart) if len(apart) else ids):
                 self._wait(begun, f"a slot of {self.layers[layer].name}")
                 self._settle()
-            step = self.cache.step(layer, ids)
+                apart = self._apart(layer, ids, rows)
+            step = self.cache.step(layer, ids, apart)
             self._calls += 1
             self._accesses += len(ids)
             self._hits += step.hits
+            self._at_host += len(apart)
             self._used += int(self._promised[layer, ids].sum())
             self._promised[layer, ids] = False
             chains: dict[int, deque[_Use]] = {}
@@ -265,8 +275,16 @@ class Engine:
                     chains[slot] = deque()
                     self.cache.table.busy[slot] += 1
                 chains[slot].append(_Use(e, slot, load))
+            for e in apart.tolist():
+                self._note(layer, e, "host", -1)
             self._wait_s += time.perf_counter() - begun
-        return chains
+        return chains, apart
+
+    def _apart(self, layer: int, ids: NDArray[np.int32], rows: NDArray[np.integer] | None) -> NDArray[np.int32]:
+        """The experts that the host is to compute, as things stand; one on its way to a slot counts as there."""
+        if self._host is None or rows is None or not len(ids):
+            return ids[:0]
+        return self._host.part(ids, rows, self.cache.table.slot_of[layer, ids] >= 0)
 
     def _there(self, slot: int) -> Load | None:
         """The load that a hit has to wait for, now among the urgent ones; None: the expert has arrived."""
@@ -380,12 +398,15 @@ class Engine:
             raise RuntimeError("offload: the engine must be open, got one that is closed")
 
 
-def _distinct(expert_ids: Tensor, experts: int) -> NDArray[np.int32]:
-    """The experts that somebody chose, rising. The one wait for the device."""
-    ids = expert_ids.detach().cpu().numpy()
+def _distinct(expert_ids: Tensor, experts: int) -> tuple[Tensor, NDArray[np.int32], NDArray[np.int64]]:
+    """The choices in host memory, the experts that somebody chose, rising, and how many did. The one wait for the
+    device."""
+    chosen = expert_ids.detach().cpu()
+    ids = chosen.numpy()
     if ids.size and ids.min() < -1:
         raise IndexError(f"offload: expert_ids must be at least -1 (no expert), got {ids.min()}")
-    return np.unique(ids[(ids >= 0) & (ids < experts)]).astype(np.int32)
+    distinct, counts = np.unique(ids[(ids >= 0) & (ids < experts)], return_counts=True)
+    return chosen, distinct.astype(np.int32), counts
 
 
 def _failure(load: Load, layer: str) -> Exception:
@@ -396,10 +417,12 @@ def _failure(load: Load, layer: str) -> Exception:
     return error
 
 
-def _end(pid: int, loader: Loader, store: Store, arena: Arena) -> None:
+def _end(pid: int, loader: Loader, host: Host | None, store: Store, arena: Arena) -> None:
     """Of an engine that is closed or gone; a fork of its process has no threads to end, and a lock nobody opens."""
     if os.getpid() != pid:
         return
+    if host is not None:
+        host.close()
     if loader.close():
         store.close()
     arena.close()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...kernels.quantized import Quantized, quantize
 from ...kernels.routing import Routing
+from ...placement.costs import Costs
 from ...placement.policies import Setting
 from ...placement.policies import policy as start_policy
 from ...placement.predict import Predictor, fit
@@ -21,6 +22,7 @@ from ...placement.trace import Trace
 from ..elsewhere import elsewhere_of, send_elsewhere
 from . import ahead
 from .arena import plan_slots
+from .costs import measure_costs
 from .engine import Engine
 from .file import FileStore
 from .forms import Form, experts_in, form_of
@@ -46,6 +48,7 @@ def offload(
     scope: str = "layer",
     trace: Trace | None = None,
     formats: Formats | None = None,
+    hybrid: bool | Costs = False,
     readers: int = 2,
     page_cache: bool = True,
     verify: bool = False,
@@ -69,6 +72,9 @@ def offload(
     trace     what policies and predictors that learn have to learn from, of this model's layers in this order
     formats   experts in few bits: module name -> a format ("int8", "int4", None: as they are) for each expert, as
               `headgate.moe.offload.precisions` chooses them. Outputs are then those of the rounded weights
+    hybrid    True: the host computes experts where they are, in host memory, wherever that ends a step sooner than to
+              fetch them. What either costs is measured now, in about a second, on the first layer's weights, unless
+              Costs are given. On a GPU outputs then stay the same to rounding: the host sums in another order
     readers   threads that fetch; from disk, each with four requests at a time
     page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether each expert's
               checksum is compared when it is read
@@ -93,6 +99,7 @@ def offload(
         raise ValueError(
             "offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None"
         )
+    _check_hybrid(hybrid, disk, formats)
     groups = _groups(found, formats or {})
     foresight = _foresight(prefetch, model, found, trace)
     if readers < 1:
@@ -106,7 +113,8 @@ def offload(
     state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
     store = _store(found, layers, groups, disk, where, page_cache=page_cache, verify=verify)
     try:
-        engine = Engine(store, budget, policy=state, scope=scope, device=where, readers=readers, log=log)
+        costs = _costs(hybrid, store, found[0][2], where)
+        engine = Engine(store, budget, policy=state, scope=scope, device=where, readers=readers, log=log, costs=costs)
     except BaseException:
         store.close()
         raise
@@ -197,6 +205,28 @@ def _store(found: _Found, layers, groups, disk, device: torch.device, *, page_ca
         path.parent.mkdir(parents=True, exist_ok=True)
         FileStore.write(path, layers, weights)
     return FileStore(path, layers, page_cache=page_cache, verify=verify)
+
+
+def _check_hybrid(hybrid: bool | Costs, disk: object, formats: Formats | None) -> None:
+    if not isinstance(hybrid, bool | Costs):
+        raise TypeError(f"offload: hybrid must be True, False or Costs, got {type(hybrid).__name__}")
+    for name, value in (("disk", disk), ("formats", formats)):
+        if hybrid and value:
+            raise ValueError(
+                f"offload: {name} must be None with hybrid, for which the host needs whole experts in its memory, got "
+                f"{value!r}"
+            )
+
+
+def _costs(hybrid: bool | Costs, store: Store, form: Form, device: torch.device) -> Costs | None:
+    """What hybrid execution goes by; measured on the first layer, whose experts have this `form`."""
+    if not hybrid or isinstance(hybrid, Costs):
+        return hybrid or None
+    weights = store.whole(0)
+    return measure_costs(
+        weights, device=device, dtype=weights["w_down"].dtype, activation=form.activation, gated=form.activation.gated,
+        transposed=form.transposed, interleaved=form.interleaved,
+    )  # fmt: skip
 
 
 def _foresight(prefetch: object, model: nn.Module, found: _Found, trace: Trace | None) -> ahead.Foresight | None:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 
 class Access(NamedTuple):
-    """One decision of the cache, in order. `how`: "hit" or "miss" of a step, "ahead" or (there already) "kept" of a
-    prefetch; `gone`: layer * E + expert that was displaced, -1: nobody; `step` counts steps and prefetches.
+    """One decision of the cache, in order. `how`: "hit" or "miss" of a step, or "host", computed there without a slot;
+    "ahead" or (there already) "kept" of a prefetch; `gone`: layer * E + expert that was displaced, -1: nobody; `step`
+    counts steps and prefetches.
     """
 
     step: int
@@ -24,12 +25,13 @@ class Access(NamedTuple):
 
 @dataclass(frozen=True)
 class Stats:
-    """What an engine has done so far. Experts: `hits` of `accesses`; `loads` copied in, `ahead` of them ordered by
-    prefetches, of which steps have `used` some. Seconds of the wall clock: steps waited `wait_s`; something was copied
-    `copy_s`, computed `compute_s`, both at once `both_s`."""
+    """What an engine has done so far. Experts: `hits` of `accesses`, others of them computed by the `host`; `loads`
+    copied in, `ahead` of them ordered by prefetches, of which steps have `used` some. Seconds of the wall clock:
+    steps waited `wait_s`; something was copied `copy_s`, computed `compute_s`, both at once `both_s`."""
 
     accesses: int
     hits: int
+    host: int
     loads: int
     ahead: int
     used: int

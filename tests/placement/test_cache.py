@@ -18,7 +18,7 @@ from headgate.placement.trace import Trace
 OPTIONS = {"lfu decayed": {"decay": 0.5}}
 
 
-def driven(seed, name, layers, experts, scope, steps, ahead, busy):
+def driven(seed, name, layers, experts, scope, steps, ahead, busy, apart):
     """A Cache and a Model through the same random steps; both must decide alike every time."""
     rng = np.random.default_rng(seed)
     if scope == "pools":
@@ -43,17 +43,19 @@ def driven(seed, name, layers, experts, scope, steps, ahead, busy):
             model.held = set(hold.tolist())
         layer = n % layers
         ids = np.sort(rng.choice(experts, int(rng.integers(0, experts + 1)), replace=False))
-        missing = {places.of[layer, e] for e in ids if (layer, e) not in model.where}
+        elsewhere = ids[rng.random(len(ids)) < 0.4] if apart else ids[:0]
+        here = np.setdiff1d(ids, elsewhere)
+        missing = {places.of[layer, e] for e in here if (layer, e) not in model.where}
         slots_of = [set(range(a, b)) for a, b in zip(places.first[:-1], places.first[1:], strict=True)]
-        assert cache.ready(layer, ids) == all(slots_of[p] - model.held for p in missing)
-        if not cache.ready(layer, ids):
+        assert cache.ready(layer, here) == all(slots_of[p] - model.held for p in missing)
+        if not cache.ready(layer, here):
             before = pickle.dumps((cache.table, cache.policy))
             with pytest.raises(ValueError, match="a pool must have a slot that nobody holds"):
-                cache.step(layer, ids)
+                cache.step(layer, ids, elsewhere)
             assert pickle.dumps((cache.table, cache.policy)) == before
             continue
-        found = cache.step(layer, ids)
-        served, hits = model.step(layer, ids.tolist())
+        found = cache.step(layer, ids, elsewhere)
+        served, hits = model.step(layer, ids.tolist(), elsewhere.tolist())
         lists = (found.experts.tolist(), found.slots.tolist(), found.gone.tolist(), found.waves.tolist())
         assert list(zip(*lists, strict=True)) == served
         assert found.hits == hits
@@ -84,9 +86,10 @@ def driven(seed, name, layers, experts, scope, steps, ahead, busy):
     scope=st.sampled_from(["layer", "shared", "pools"]),
     ahead=st.booleans(),
     busy=st.booleans(),
+    apart=st.booleans(),
 )
-def test_every_decision_is_the_models(seed, name, layers, experts, scope, ahead, busy):
-    driven(seed, name, layers, experts, scope, 25, ahead, busy)
+def test_every_decision_is_the_models(seed, name, layers, experts, scope, ahead, busy, apart):
+    driven(seed, name, layers, experts, scope, 25, ahead, busy, apart)
 
 
 def a_trace(layers=2, experts=4):
@@ -127,9 +130,24 @@ def test_slots_are_taken_in_waves():
     assert found.gone.tolist() == [-2, 5, 0, 3, 1]
 
 
+def test_what_is_computed_apart_becomes_worth_keeping():
+    """Without a slot, and without anybody going for it; then it stays where others go."""
+    cache = Cache(per_layer(1, 6, 2), policy("lfu", Setting(1, 6, 2)))
+    cache.step(0, [0, 1])
+    for _ in range(3):
+        found = cache.step(0, [1, 5], apart=[5])
+        assert (found.experts.tolist(), found.hits, found.gone.tolist()) == ([1], 1, [-2])
+        assert cache.table.slot_of[0, 5] == -1
+    assert cache.step(0, [5]).gone.tolist() == [0]
+    assert cache.step(0, [4]).gone.tolist() == [1]  # four uses each, 5's the later
+    assert cache.table.slot_of[0, 5] >= 0
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
+        (lambda c: c.step(0, [1, 2], [3]), r"apart must be some of ids \[1, 2\], got \[3\]"),
+        (lambda c: c.step(0, [1, 2], [2, 2]), r"apart must be some of ids \[1, 2\], got \[2, 2\]"),
         (lambda c: c.step(2, [0]), "layer must be 0 .. 1, got 2"),
         (lambda c: c.step(0, [1, 1]), r"ids must be distinct and rising, got \[1, 1\]"),
         (lambda c: c.step(0, [0, 4]), r"ids must be \[n\], 0 .. 3, got \[0, 4\]"),

@@ -23,10 +23,11 @@ class Model:
         self.of_step: set[tuple[int, int]] = set()
         self.now = 0
 
-    def step(self, layer, ids):
+    def step(self, layer, ids, apart=()):
         """Returns [(expert, slot, gone, wave)] and the number of hits."""
         self.now += 1
         self.saw(layer, list(ids), self.now)
+        ids = [e for e in ids if e not in apart]
         present = [e for e in ids if (layer, e) in self.where]
         self.promised = {key for key in self.promised if key[0] != layer}
         self.of_step = {(layer, e) for e in ids}
