@@ -14,7 +14,7 @@ from typing import Any
 import numba
 
 _HERE = Path(__file__).parent
-_FILES = [*sorted(_HERE.glob("*.py")), *sorted((_HERE / "policies").glob("*.py"))]
+_FILES = [path for room in (".", "policies", "predictors") for path in sorted((_HERE / room).glob("*.py"))]
 _STAMP = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in _FILES)
 
 

@@ -43,42 +43,43 @@ def ranks(scores: Tensor, most: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Router:
-    """What a router multiplies rows with: weight [E, D]; `bias` [E] on the logits; `correction` [E] on their sigmoids
-    (DeepSeek-V3), which decides the choice."""
+    """Where a router keeps what it multiplies rows with, (module, name) each, read when it is asked: weight [E, D];
+    `bias` [E] on the logits; `correction` [E] on their sigmoids (DeepSeek-V3), which decides the choice."""
 
-    weight: Tensor
-    bias: Tensor | None
-    correction: Tensor | None
+    weight: tuple[nn.Module, str]
+    bias: tuple[nn.Module, str] | None = None
+    correction: tuple[nn.Module, str] | None = None
 
     def scores(self, rows: Tensor) -> Tensor:
         """[R, E], larger for what the router would rather choose."""
-        logits = rows.to(self.weight.dtype) @ self.weight.T
+        weight = getattr(*self.weight)
+        logits = rows.to(weight.dtype) @ weight.T
         if self.bias is not None:
-            logits = logits + self.bias
-        return logits.float() if self.correction is None else logits.float().sigmoid() + self.correction
+            logits = logits + getattr(*self.bias)
+        if self.correction is None:
+            return logits.float()
+        return logits.float().sigmoid() + getattr(*self.correction).float()
 
 
-def router_of(model: nn.Module, experts_name: str, num_experts: int) -> Router | None:
-    """The router beside an experts module, in its block or the block around that: the one module with a matrix [E, D]
-    of its own outside the experts. None where there is not exactly one."""
+def router_of(model: nn.Module, experts_name: str, num_experts: int, width: int) -> Router | None:
+    """The router beside an experts module, in its block or the block around that: the one module with a matrix
+    [E, width] of its own outside the experts. None where there is not exactly one."""
     path = experts_name.split(".")
+    inside = set(model.get_submodule(experts_name).modules())
     for up in range(1, min(3, len(path) + 1)):
         block = model.get_submodule(".".join(path[:-up]))
-        experts = model.get_submodule(experts_name)
-        inside = set(experts.modules())
-        found = [m for m in block.modules() if m not in inside and _matrix(m, num_experts) is not None]
+        found = [
+            (module, name)
+            for module in block.modules()
+            if module not in inside
+            for name, p in module.named_parameters(recurse=False)
+            if tuple(p.shape) == (num_experts, width)
+        ]
         if len(found) == 1:
-            weight = _matrix(found[0], num_experts)
-            assert weight is not None
-            return Router(weight, *_vectors(block, found[0], inside, num_experts))
+            return Router(found[0], *_vectors(block, found[0][0], inside, num_experts))
         if found:
             return None
     return None
-
-
-def _matrix(module: nn.Module, num_experts: int) -> Tensor | None:
-    own = [p for _, p in module.named_parameters(recurse=False) if p.dim() == 2 and p.shape[0] == num_experts]
-    return own[0].detach() if len(own) == 1 else None
 
 
 def _vectors(block: nn.Module, router: nn.Module, inside: set[nn.Module], num_experts: int) -> tuple[Any, Any]:
@@ -89,12 +90,12 @@ def _vectors(block: nn.Module, router: nn.Module, inside: set[nn.Module], num_ex
             continue
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, value in own:
-            if value.dim() != 1 or len(value) != num_experts:
+            if tuple(value.shape) != (num_experts,):
                 continue
             if "correction" in name:
-                correction = value.detach().float()
+                correction = module, name
             elif name == "bias" and module is router:
-                bias = value.detach()
+                bias = module, name
     return bias, correction
 
 
@@ -162,4 +163,7 @@ class Path:
         return to, twin.scores(to)
 
     def _twin(self) -> Predictor:
-        return self._twins.setdefault(threading.get_ident(), self._predictor.twin())
+        me = threading.get_ident()
+        if me not in self._twins:
+            self._twins[me] = self._predictor.twin()
+        return self._twins[me]

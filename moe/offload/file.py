@@ -33,6 +33,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = 4096
 _PIECE = 1 << 18  # bytes of one request, at least
+_NAME = "/proc/self/fd/{}"  # of a file that is open, on Linux
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -41,7 +42,7 @@ class FileStore:
 
     `verify`: each expert's checksum is compared when it is read. `page_cache=False`: the kernel keeps no copy of what
     was read (O_DIRECT where the file system, offsets and sizes allow it; otherwise pages are let go after each read).
-    `ways`: an expert is read in so many pieces at once.
+    `ways`: an expert is read in so many pieces at once. `opened`: the file, opened already, which is taken over.
 
     Raises OSError where the file cannot be read, ValueError where it is not such a file, is cut short, or holds other
     experts than `layers`.
@@ -55,11 +56,12 @@ class FileStore:
         verify: bool = False,
         page_cache: bool = True,
         ways: int = 4,
+        opened: int | None = None,
     ) -> None:
         if ways < 1:
             raise ValueError(f"FileStore: ways must be at least 1, got {ways}")
         self.path, self.verify, self.page_cache = Path(path), verify, page_cache
-        self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC) if opened is None else opened
         self._direct = -1
         self._staging = threading.local()
         self._ways = ways
@@ -70,7 +72,9 @@ class FileStore:
                 _compare(self.path, self.layers, layers)
             if not page_cache and hasattr(os, "O_DIRECT"):
                 try:
-                    self._direct = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                    name = _NAME.format(self._file)
+                    at = name if os.path.exists(name) else self.path
+                    self._direct = os.open(at, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
                 except OSError as error:
                     if error.errno != errno.EINVAL:  # this file system has no such reads
                         raise
@@ -78,21 +82,36 @@ class FileStore:
             self.close()
             raise
 
-    @staticmethod
-    def write(path: str | Path, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]]) -> None:
-        """Writes the experts of all layers, whole or not at all: on an error an older file stays as it was.
+    @classmethod
+    def write(
+        cls, path: str | Path, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]], **options: Any
+    ) -> FileStore:
+        """Writes the experts of all layers, whole or not at all: on an error an older file stays as it was. Returns
+        the store of this very file, whoever else writes one of its name meanwhile.
 
         `weights(i)` gives the weights of layer i, one mapping for each of its groups, on any device; it is asked once
         for each layer, in order, and one expert at a time is brought together. Raises OSError naming the file where
         the disk is full.
         """
-        path = Path(path)
-        write_whole(path, lambda file: _write(file, tuple(layers), weights))
-        folder = os.open(path.parent, os.O_RDONLY)
+        path, opened = Path(path), list[int]()
+
+        def work(file: BinaryIO) -> None:
+            _write(file, tuple(layers), weights)
+            if os.path.exists(name := _NAME.format(file.fileno())):
+                opened.append(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
+
         try:
-            os.fsync(folder)  # the new name, too, survives a power cut
-        finally:
-            os.close(folder)
+            write_whole(path, work)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new name, too, survives a power cut
+            finally:
+                os.close(folder)
+        except BaseException:
+            for handle in opened:
+                os.close(handle)
+            raise
+        return cls(path, layers, opened=opened[0] if opened else None, **options)
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """See Store. What goes to a CUDA device passes through a page-locked buffer of this thread's own."""

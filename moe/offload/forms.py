@@ -25,6 +25,10 @@ class Form:
     transposed: bool = False
     interleaved: bool = False
 
+    def width(self, module: nn.Module) -> int:
+        """D, the inputs of an expert."""
+        return getattr(module, self.names["w_gate_up"]).shape[1 if self.transposed else 2]
+
     def weights(self, module: nn.Module) -> dict[str, nn.Parameter]:
         return {ours: getattr(module, theirs) for ours, theirs in self.names.items()}
 
@@ -39,8 +43,8 @@ def experts_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def form_of(module: nn.Module) -> Form | str:
     """The Form of an experts module; or, as a string, why its experts must stay where they are."""
     shards = shards_of(module)
-    if shards is not None and (shards.etp > 1 or shards.placement is not None):
-        return "its experts are cut over etp or placed"
+    if shards is not None and (shards.etp > 1 or shards.placement is not None or not shards.degree):
+        return "its experts are cut over etp, placed, or travel as weights"
     if isinstance(module, Experts):
         return Form({name: name for name in WEIGHTS if getattr(module, name) is not None}, module.activation)
     adapter = adapter_in(module)

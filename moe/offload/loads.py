@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ class Loader:
 
     def __init__(self, store: Store, arena: Arena, readers: int, timing: Timing) -> None:
         self._store, self._arena, self._timing = store, arena, timing
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a finalizer may run in a thread that holds it
         self.work, self.arrived = threading.Condition(self.lock), threading.Condition(self.lock)
         self.failed: list[Load] = []
         self.closed = False
@@ -65,7 +66,7 @@ class Loader:
         self._running: dict[threading.Thread, Load] = {}
         cuda = arena.device.type == "cuda"
         self._stream = torch.cuda.Stream(arena.device) if cuda else None
-        self._uses: dict[int, list[torch.cuda.Event]] = {}  # slot -> each after kernels that read it
+        self._uses: dict[int, dict[Any, torch.cuda.Event]] = {}  # slot -> by stream, after the last kernel that read it
         self.threads = [self._start() for _ in range(readers)]
 
     def _start(self) -> threading.Thread:
@@ -76,7 +77,7 @@ class Loader:
     @property
     def waiting(self) -> int:
         """Urgent loads that are not over."""
-        return len(self._running) + sum(load.state == QUEUED for load in self._urgent)
+        return len(self._running) + len({id(load) for load in self._urgent if load.state == QUEUED})
 
     # --- for the owner, who holds the lock ---------------------------------------------------------------------------
 
@@ -115,10 +116,10 @@ class Loader:
     def used(self, slots: list[int]) -> None:
         """Takes notice that kernels that read these slots have been queued on the current stream."""
         if self._stream is not None:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._arena.device))
+            event, stream = torch.cuda.Event(), torch.cuda.current_stream(self._arena.device)
+            event.record(stream)
             for slot in slots:
-                self._uses.setdefault(slot, []).append(event)
+                self._uses.setdefault(slot, {})[stream.cuda_stream] = event
 
     # --- the readers -------------------------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ class Loader:
     def _read(self, load: Load) -> None:
         with self._timing.copying(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if self._stream is not None:
-                for event in self._uses.pop(load.slot, ()):
+                for event in self._uses.pop(load.slot, {}).values():
                     self._stream.wait_event(event)
             self._store.read(load.layer, load.expert, self._arena.slot(load.slot))
 
@@ -192,9 +193,10 @@ class Loader:
                 self.cancel(load)
             self.work.notify_all()
             self.arrived.notify_all()
-        for thread in self.threads:
+        others = [thread for thread in self.threads if thread is not threading.current_thread()]
+        for thread in others:
             thread.join(_END_S)
-        ended = not any(thread.is_alive() for thread in self.threads)
+        ended = not any(thread.is_alive() for thread in others)
         if not ended:  # they keep the slots' memory until they end
             warnings.warn(f"offload: a read has not ended within {_END_S:.0f} s of close()", stacklevel=2)
         return ended

@@ -31,7 +31,7 @@ class ModelPool:
 
     models    name -> module, any architectures. They are changed in place: their parameters and buffers are on the
               device while they are in use, and in the lower tier otherwise. Tensors that models share are kept for each
-    budget    of the slots on the device: bytes, "8GiB", "50%" of all models; at least the largest model
+    budget    of the slots on the device, each as large as the largest model: bytes, "8GiB", or "50%" of so many
     policy    which model goes when a slot is needed, a name in POLICIES
     disk      a folder for the models' file, written now; None: host memory. On a CPU it must be given
     device    where models run
@@ -80,17 +80,17 @@ class ModelPool:
         else:
             path = Path(disk) / FILE
             path.parent.mkdir(parents=True, exist_ok=True)
-            FileStore.write(path, layers, weights)
-            store = FileStore(path, layers)
+            store = FileStore.write(path, layers, weights)
         try:
             self.engine = Engine(store, budget, policy=policy, scope="shared", device=where, readers=readers)
         except BaseException:
             store.close()
             raise
         self._store, self._lock, self._users = store, threading.Lock(), [0] * len(self.names)
-        for i, packed in enumerate(self._models):
+        self._whole = [store.whole(i)["bytes"][0] for i in range(len(self._models))]
+        for packed, blob in zip(self._models, self._whole, strict=True):
             packed.freeze()
-            packed.unpack(store.whole(i)["bytes"][0])
+            packed.unpack(blob)
 
     @contextmanager
     def use(self, name: str) -> Iterator[Any]:
@@ -110,7 +110,7 @@ class ModelPool:
                 with self._lock:
                     self._users[i] -= 1
                     if not self._users[i]:
-                        self._models[i].unpack(self._store.whole(i)["bytes"][0])
+                        self._models[i].unpack(self._whole[i])
 
     def map(self, choice: Sequence[str], inputs: Tensor, call: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
         """call(model, rows) for the rows [n, ...] of `inputs` [B, ...] that chose a model, one call for each model: its
@@ -137,14 +137,20 @@ class ModelPool:
         return self.engine.stats()
 
     def close(self) -> None:
-        """Every model whole on the device again, with weights of its own; threads ended. The file stays."""
-        models, self._models = self._models, []
-        for i, model in enumerate(models):
-            blob = torch.empty_like(self._store.whole(i)["bytes"][0], device=self.engine.arena.device)
-            self._store.read(i, 0, {"bytes": blob})
-            model.unpack(blob, copy=True)
-            model.thaw()
-        self.engine.close()
+        """Every model whole on the device again, with weights of its own; threads ended. The file stays. Raises
+        RuntimeError while a model is in use; after an error it can be called again."""
+        with self._lock:
+            if any(self._users):
+                raise RuntimeError("ModelPool: models must not be in use when it is closed, got some that are")
+            while self._models:
+                i = len(self._models) - 1
+                with torch.inference_mode(False):
+                    blob = torch.empty_like(self._whole[i], device=self.engine.arena.device)
+                    self._store.read(i, 0, {"bytes": blob})
+                    self._models[i].unpack(blob, copy=True)
+                self._models[i].thaw()
+                self._models.pop()
+            self.engine.close()
 
     def __enter__(self) -> ModelPool:
         return self

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.quantized import Quantized, quantize
 from ...kernels.routing import Routing
 from ...placement.costs import Costs
 from ...placement.policies import Setting
@@ -24,17 +21,15 @@ from . import ahead
 from .arena import plan_slots
 from .costs import measure_costs
 from .engine import Engine
-from .file import FileStore
 from .forms import Form, experts_in, form_of
-from .host import HostStore, Store
-from .kinds import Layer, Weights
+from .host import Store
+from .kinds import Layer
+from .lower import Formats, Found, groups_of, like, store_of
+from .moved import Moved, move_others
 from .pace import Pace
 from .stats import Stats
 
-FILE = "experts.safetensors"
 PREFETCH = ("gate", "path")
-Formats = Mapping[str, Sequence[str | None]]  # module name -> the format of each expert
-_Found = list[tuple[str, nn.Module, Form]]
 
 
 def offload(
@@ -54,12 +49,13 @@ def offload(
     verify: bool = False,
     log: bool = False,
 ) -> Offload:
-    """Moves the experts of a model out of its device's memory, in place; outputs stay the same to the bit.
+    """Moves the experts of a model out of its device's memory, in place; outputs stay the same to the bit (on a GPU
+    from five rows on, and to rounding below).
 
     model     a transformers model after `headgate.replace`, or one with `headgate.MoE` layers. For inference: a call
-              that would need a gradient of its experts raises
-    budget    what the slots may take on the device: "8GiB", bytes, or a share of the experts' bytes ("25%", 0.25). At
-              least the top-k of one layer must fit (scope "shared"), or of each ("layer")
+              whose rows ask for a gradient raises
+    budget    what the slots may take on the device: "8GiB", bytes, or a share of the experts' bytes ("25%", 0.25): room
+              for one expert at least (scope "shared"), or for one of each layer ("layer")
     policy    which expert goes when a slot is needed, a name in `headgate.placement.policies.POLICIES`: "adaptive"
               learns as it goes how soon each is used again; "learned" begins with what `trace` has taught it
     prefetch  "gate": the next layer's router, applied to this layer's rows, says what to fetch ahead; "path" (or a
@@ -82,7 +78,8 @@ def offload(
 
     Returns an Offload: what was moved and what was not (`skipped`, with the reason), `stats()`, and `close()`, which
     brings the experts back. Parameters keep names and shapes; what they hold is read from the lower tier when somebody
-    asks (state_dict, save_pretrained). Several threads may generate at once.
+    asks (state_dict, save_pretrained), but for layers with `formats`, which have nothing to read and come back rounded.
+    Several threads may generate at once.
 
     Raises ValueError / TypeError naming argument, rule and value, OSError where the disk is full or cannot be written;
     nothing is changed then.
@@ -100,18 +97,18 @@ def offload(
             "offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None"
         )
     _check_hybrid(hybrid, disk, formats)
-    groups = _groups(found, formats or {})
+    groups = groups_of(found, formats or {})
     foresight = _foresight(prefetch, model, found, trace)
     if readers < 1:
         raise ValueError(f"offload: readers must be at least 1, got {readers}")
     layers = [
-        Layer.of(name, *((experts, _like(form.weights(module), len(experts), format)) for experts, format in parts))
+        Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
         for (name, module, form), parts in zip(found, groups, strict=True)
     ]
     places = plan_slots(layers, budget, 1, scope).places
     shape = places.of.shape
     state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
-    store = _store(found, layers, groups, disk, where, page_cache=page_cache, verify=verify)
+    store = store_of(found, layers, groups, disk, where, page_cache=page_cache, verify=verify)
     try:
         costs = _costs(hybrid, store, found[0][2], where)
         engine = Engine(store, budget, policy=state, scope=scope, device=where, readers=readers, log=log, costs=costs)
@@ -121,90 +118,39 @@ def offload(
     return Offload(model, found, skipped, engine, store, foresight, where)
 
 
-def _survey(model: nn.Module) -> tuple[_Found, dict[str, str]]:
+def _survey(model: nn.Module) -> tuple[Found, dict[str, str]]:
     """The experts modules that can be moved, and why the others cannot."""
-    found, skipped = [], {}
+    found: Found = []
+    skipped: dict[str, str] = {}
+    taken: dict[nn.Parameter, str] = {}
     for name, module in experts_in(model):
         if elsewhere_of(module) is not None:
             raise ValueError(f"offload: model must not be offloaded already, got one whose {name} is")
         form = form_of(module)
         if isinstance(form, str):
             skipped[name] = form
-        else:
-            found.append((name, module, form))
+            continue
+        found.append((name, module, form))
+        for parameter in form.weights(module).values():
+            if parameter in taken:
+                raise ValueError(f"offload: experts must have their own weights, got {name} with {taken[parameter]}'s")
+            taken[parameter] = name
     if not found:
         why = next(iter(skipped.values()), "run headgate.replace on a transformers model first")
         raise ValueError(f"offload: model must have experts that run through Headgate, got none to move: {why}")
     return found, skipped
 
 
-def _device_of(model: nn.Module, found: _Found) -> torch.device:
+def _device_of(model: nn.Module, found: Found) -> torch.device:
     """Where everything else is."""
     experts = {p for _, module, form in found for p in form.weights(module).values()}
-    others = (p.device for p in model.parameters() if p not in experts)
-    here = next((d for d in others if d.type != "meta"), None)
-    if here is None:
-        here = next((p.device for p in experts if p.device.type != "meta"), torch.device("cpu"))
-    return here
-
-
-def _groups(found: _Found, formats: Formats) -> list[list[tuple[list[int], str | None]]]:
-    """Of each layer, the experts of each format, rising."""
-    unknown = sorted(formats.keys() - {name for name, _, _ in found})
-    if unknown:
-        raise ValueError(f"offload: formats must be for modules of experts that are moved, got {', '.join(unknown)}")
-    groups = []
-    for name, module, form in found:
-        experts = len(form.weights(module)["w_down"])
-        of = list(formats.get(name, [None] * experts))
-        if len(of) != experts:
-            raise ValueError(
-                f"offload: formats must have one for each of the {experts} experts of {name}, got {len(of)}"
-            )
-        if form.transposed and any(of):
-            raise ValueError(f"offload: formats must be None for transposed weights, got some for {name}")
-        kinds = dict.fromkeys(of)
-        groups.append([([e for e in range(experts) if of[e] == kind], kind) for kind in kinds])
-    return groups
-
-
-def _coded(weights: Mapping[str, Tensor], format: str | None) -> Weights:
-    """Weights [n, ...] in a format; biases stay as they are."""
-    if format is None:
-        return weights
-    return {name: quantize(w, format) if name.startswith("w_") else w for name, w in weights.items()}
-
-
-def _like(weights: Mapping[str, Tensor], n: int, format: str | None) -> Weights:
-    """What `_coded` would give of n experts, without a number in it."""
-    empty = {name: torch.empty((n, *w.shape[1:]), dtype=w.dtype, device="meta") for name, w in weights.items()}
-    return _coded(empty, format)
-
-
-def _store(found: _Found, layers, groups, disk, device: torch.device, *, page_cache: bool, verify: bool) -> Store:
-    """The lower tier with everything in it; a file that is there already where experts are on the meta device."""
-    absent = [name for name, module, form in found if form.weights(module)["w_down"].is_meta]
-
-    def weights(i: int) -> list[Weights]:
-        _, module, form = found[i]
-        whole = {name: p.detach() for name, p in form.weights(module).items()}
-        experts = len(whole["w_down"])
-        return [
-            _coded(whole if len(some) == experts else {n: w[some] for n, w in whole.items()}, format)
-            for some, format in groups[i]
-        ]
-
-    if disk is None:
-        if absent:
-            raise ValueError(f"offload: disk must be a folder with {FILE} for experts on the meta device, got None")
-        return HostStore(layers, weights, device)
-    path = Path(disk) / FILE
-    if len(absent) not in (0, len(found)):
-        raise ValueError(f"offload: experts must be all on the meta device or none, got {absent[0]} among others")
-    if not absent:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        FileStore.write(path, layers, weights)
-    return FileStore(path, layers, page_cache=page_cache, verify=verify)
+    for some in ([p for p in model.parameters() if p not in experts], experts):
+        devices = {p.device for p in some if not p.is_meta}
+        if len(devices) > 1:
+            raise ValueError(f"offload: device must be given for a model on several, got {sorted(map(str, devices))}")
+        if devices:
+            return devices.pop()
+    return torch.device("cpu")
 
 
 def _check_hybrid(hybrid: bool | Costs, disk: object, formats: Formats | None) -> None:
@@ -229,12 +175,12 @@ def _costs(hybrid: bool | Costs, store: Store, form: Form, device: torch.device)
     )  # fmt: skip
 
 
-def _foresight(prefetch: object, model: nn.Module, found: _Found, trace: Trace | None) -> ahead.Foresight | None:
+def _foresight(prefetch: object, model: nn.Module, found: Found, trace: Trace | None) -> ahead.Foresight | None:
     if prefetch is None:
         return None
     if prefetch == "gate":
         routers = [
-            ahead.router_of(model, name, len(form.weights(module)["w_down"])) if name else None
+            ahead.router_of(model, name, len(form.weights(module)["w_down"]), form.width(module)) if name else None
             for name, module, form in found
         ]
         return ahead.Gate(routers)
@@ -252,64 +198,13 @@ def _foresight(prefetch: object, model: nn.Module, found: _Found, trace: Trace |
     return ahead.Path(prefetch)
 
 
-@dataclass(eq=False)
-class _Moved:
-    """One experts module: its parameters as they were, whether they were learning, and what they are now."""
-
-    name: str
-    module: nn.Module
-    form: Form
-    before: dict[str, nn.Parameter]
-    learning: dict[str, bool]
-    now: dict[str, tuple[nn.Parameter, int]]
-
-    @classmethod
-    def of(cls, name: str, module: nn.Module, form: Form, stand_ins: Mapping[str, Tensor]) -> _Moved:
-        """Puts `stand_ins` into the parameters; where there is none, nothing that has numbers."""
-        moved = cls(name, module, form, form.weights(module), {}, {})
-        for ours, parameter in moved.before.items():
-            moved.learning[ours] = parameter.requires_grad
-            data = stand_ins.get(ours, torch.empty_like(parameter, device="meta"))
-            now = moved._put(ours, data)
-            now.requires_grad_(False)
-            moved.now[ours] = (now, now._version)
-        return moved
-
-    def restore(self, weights: Mapping[str, Tensor]) -> None:
-        for ours, data in weights.items():
-            self._put(ours, data).requires_grad_(self.learning[ours])
-
-    def _put(self, ours: str, data: Tensor) -> nn.Parameter:
-        """`data` as the module's parameter: the same object, unless one of the two is on the meta device."""
-        parameter, name = self.before[ours], self.form.names[ours]
-        if torch._has_compatible_shallow_copy_type(parameter, data):
-            parameter.data = data
-        else:
-            if not parameter.is_meta:
-                parameter.data = parameter.data.new_empty(0)  # or it would keep the experts
-            parameter = nn.Parameter(data, requires_grad=False)
-        setattr(self.module, name, parameter)
-        return parameter
-
-    def check(self) -> None:
-        """Raises RuntimeError where somebody has changed or exchanged the weights."""
-        for ours, (parameter, version) in self.now.items():
-            name = self.form.names[ours]
-            found = getattr(self.module, name)
-            if found is not parameter or found._version != version:
-                raise RuntimeError(
-                    f"offload: {self.name}.{name} must stay as it was when it was offloaded, got other weights; "
-                    "close the Offload before weights change"
-                )
-
-
 class Offload:
     """A model whose experts are elsewhere. See `offload`. Ends with `close`, or as a context manager."""
 
     def __init__(
         self,
         model: nn.Module,
-        found: _Found,
+        found: Found,
         skipped: Mapping[str, str],
         engine: Engine,
         store: Store,
@@ -320,13 +215,17 @@ class Offload:
         self.layers = [name for name, _, _ in found]
         self._store, self._foresight = store, foresight
         self._pace = Pace(len(found))
-        self._moved: list[_Moved] = []
+        self._moved: list[Moved] = []
         self._lock = threading.Lock()
-        _move_others(model, found, device)
-        for index, (name, module, form) in enumerate(found):
-            self._moved.append(_Moved.of(name, module, form, store.whole(index)))
-            send_elsewhere(module, _Elsewhere(self, index))
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        try:
+            move_others(model, found, device)
+            for index, (name, module, form) in enumerate(found):
+                self._moved.append(Moved.of(name, module, form, store.whole(index)))
+                send_elsewhere(module, _Elsewhere(self, index))
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def log(self):
@@ -340,19 +239,24 @@ class Offload:
     def new_sequence(self) -> None:
         """Tells policy and predictor that another text begins. A model called without past_key_values does so."""
         self.engine.new_sequence()
+        self._pace.new_sequence()
         if self._foresight is not None:
             self._foresight.start()
 
-    def close(self) -> None:
-        """Brings the experts back into the parameters, on the device, and ends the threads. The file stays."""
+    def close(self, discard: bool = False) -> None:
+        """Brings the experts back to where they were, layer by layer, and ends the threads. The file stays.
+
+        Experts in few bits come back rounded. Raises RuntimeError, before anything is done, where weights were changed
+        meanwhile, which would be lost: `discard` says that they may. After an error it can be called again.
+        """
         with self._lock:
-            moved, self._moved = self._moved, []
-        if not moved:
-            return
-        try:
-            for index, one in enumerate(moved):
-                self._bring_back(index, one)
-        finally:
+            if not discard:
+                for one in self._moved:
+                    one.check()
+            while self._moved:
+                last = len(self._moved) - 1
+                self._moved[last].restore(self._store, last, self.engine.arena.device)
+                self._moved.pop()
             self._hook.remove()
             self.engine.close()
 
@@ -372,11 +276,17 @@ class Offload:
 
     def compute(self, index: int, rows: Tensor, routing: Routing) -> Tensor:
         """What grouped_ffn would give for the experts of layer `index`."""
-        one = self._moved[index]
+        one = self._moved[index] if index < len(self._moved) else None
+        if one is None:
+            raise RuntimeError("offload: the Offload must be open, got one that is being closed")
         one.check()
-        form = one.form
+        form, dtype, kind = one.form, one.now["w_down"].parameter.dtype, rows.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            wanted = torch.get_autocast_dtype(kind)
+            if wanted != dtype:
+                raise ValueError(f"offload: autocast must be off or to the experts' {dtype}, got autocast to {wanted}")
         return self.engine.compute(
-            index, rows.to(one.now["w_down"][0].dtype), routing,
+            index, rows.to(dtype), routing,
             activation=form.activation, gated=form.activation.gated, transposed=form.transposed,
             interleaved=form.interleaved, then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
         ).to(rows.dtype)  # fmt: skip
@@ -397,27 +307,6 @@ class Offload:
         past: Any = kwargs.get("past_key_values")
         if past is None or (hasattr(past, "get_seq_length") and not past.get_seq_length()):
             self.new_sequence()
-
-    def _bring_back(self, index: int, one: _Moved) -> None:
-        """Weights are made again from what the store has; those in few bits are the rounded ones."""
-        device, layer = self.engine.arena.device, self._store.layers[index]
-        back = {name: torch.empty(p.shape, dtype=p.dtype, device=device) for name, (p, _) in one.now.items()}
-        for e in range(layer.experts):
-            kind = layer.kind(e)
-            parts = {part.name: torch.empty(1, *part.shape, dtype=part.dtype, device=device) for part in kind.parts}
-            self._store.read(index, e, {name: t[0] for name, t in parts.items()})
-            for ours, w in kind.join(parts).items():
-                back[ours][e] = (w.dequantize(back[ours].dtype) if isinstance(w, Quantized) else w)[0]
-        one.restore(back)
-        send_elsewhere(one.module, None)
-
-
-def _move_others(model: nn.Module, found: _Found, device: torch.device) -> None:
-    """Everything but the experts that move goes to `device`."""
-    experts = {p for _, module, form in found for p in form.weights(module).values()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor not in experts and tensor.device != device:
-            tensor.data = tensor.data.to(device)
 
 
 class _Elsewhere:

@@ -20,10 +20,14 @@ class Pace:
 
     def __init__(self, layers: int) -> None:
         self._idle_s = np.zeros(layers)
-        self._issued: dict[
-            tuple[int, int], tuple[float, float]
-        ] = {}  # (thread, layer) -> (when, loads' seconds before)
-        self._began = time.perf_counter()
+        self._issued: dict[tuple[int, int], tuple[float, float]] = {}  # (thread, layer): when, seconds of loads
+        self._busy, self._last = 0.0, (time.perf_counter(), 0.0)
+
+    def new_sequence(self) -> None:
+        """What passes until the next layer asks is nobody's idle time."""
+        me = threading.get_ident()
+        for key in [key for key in self._issued if key[0] == me]:
+            self._issued.pop(key, None)
 
     def asked(self, layer: int) -> None:
         """A layer asks for its experts: the time since `order` was idle, but for the loads that were waiting then."""
@@ -37,5 +41,8 @@ class Pace:
         `copy_s` seconds have gone into copies so far."""
         now = time.perf_counter()
         self._issued[threading.get_ident(), layer] = now, waiting * load_s
-        price = min(1.0, copy_s / max(now - self._began, 1e-9))
-        return price, float(self._idle_s[layer]) / load_s if load_s > 0 else np.inf
+        passed, copied = now - self._last[0], copy_s - self._last[1]
+        self._last = now, copy_s
+        if passed > 0:
+            self._busy += _FADE * (min(1.0, max(0.0, copied / passed)) - self._busy)
+        return self._busy, float(self._idle_s[layer]) / load_s if load_s > 0 else np.inf

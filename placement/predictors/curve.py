@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
+
+from ..compiled import njit
 
 KNOTS = 64
 
@@ -55,7 +56,7 @@ def fit_curve(scores: NDArray[np.float32], used: NDArray[np.bool_]) -> tuple[NDA
     return score[spread].astype(np.float32), chance[spread].astype(np.float32)
 
 
-@njit(cache=True)
+@njit
 def follow(curve, layer, values):
     """Scores [E] become chances, in place."""
     score, chance = curve.score[layer], curve.chance[layer]

@@ -7,10 +7,10 @@ first so that a curve can be fitted on tokens that the tables have not seen.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
+from ..compiled import njit
 from ..trace import Trace
 from .linear import Tables, blocks, move
 
@@ -44,7 +44,7 @@ def held_back(trace: Trace, share: int = 5) -> NDArray[np.bool_]:
     return np.arange(len(number)) >= len(number) - len(number) // share
 
 
-@njit(cache=True)
+@njit
 def used(ids, experts):
     """float32 [T, E]: 1 for each expert that a token of ids [T, K] uses."""
     out = np.zeros((len(ids), experts), np.float32)
@@ -55,7 +55,7 @@ def used(ids, experts):
     return out
 
 
-@njit(cache=True)
+@njit
 def means_before(ids, first, rates, experts):
     """float32 [T, A, E]: the means over the past of each token of ids [T, K], itself left out."""
     out = np.zeros((len(ids), len(rates), experts), np.float32)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from ..compiled import njit
 from .curve import Curve, follow
 
 ROUND = 4  # the first layers have few before them; more of the token before tell later ones nothing
@@ -70,7 +70,7 @@ def memory(tables: Tables) -> Memory:
     return found
 
 
-@njit(cache=True)
+@njit
 def start(memory):
     """A sequence begins."""
     memory.means[:] = 0
@@ -80,7 +80,7 @@ def start(memory):
     memory.now[0] = 0
 
 
-@njit(cache=True)
+@njit
 def move(means, rates, tokens, ids, experts):
     """Takes one token's ids [K] into means [A, E], of `tokens` before it."""
     for a in range(len(rates)):
@@ -91,7 +91,7 @@ def move(means, rates, tokens, ids, experts):
                 means[a, e] += np.float32(1) - keep
 
 
-@njit(cache=True)
+@njit
 def observe(tables, memory, layer, ids):
     """Takes notice of what the tokens of a pass used at `layer`: ids [T, K]; outside 0 .. E - 1: no expert."""
     experts = memory.seen.shape[1]
@@ -109,7 +109,7 @@ def observe(tables, memory, layer, ids):
         memory.tokens[layer] += 1
 
 
-@njit(cache=True)
+@njit
 def add_rows(out, weights, table):
     """out [E] += weights [E] table [E, E]; most weights are 0."""
     for e in range(len(weights)):
@@ -118,7 +118,7 @@ def add_rows(out, weights, table):
                 out[f] += weights[e] * table[e, f]
 
 
-@njit(cache=True)
+@njit
 def scores(tables, memory, layer, out):
     """Fills out [E] with the sums for the next tokens at `layer`."""
     out[:] = tables.bias[layer]
@@ -135,7 +135,7 @@ def scores(tables, memory, layer, out):
         add_rows(out, memory.means[layer, a], tables.past[layer, a])
 
 
-@njit(cache=True)
+@njit
 def walk(tables, memory, curve, ids, first, found):
     """Step by step through ids [L, t, K]: found [L, t, E] is what `scores` says before each step. first bool [t]: where
     sequences begin."""
@@ -151,7 +151,7 @@ def walk(tables, memory, curve, ids, first, found):
 # Python pays for a tuple of arrays at each call, ten times as much as for the arrays: these two take them one by one.
 
 
-@njit(cache=True)
+@njit
 def tell_now(first, path, offset, past, rates, bias, horizon, seen, means, tokens, last, now, score, chance, experts,
              layer, out):  # fmt: skip
     """`scores`, bent by the curve."""
@@ -160,7 +160,7 @@ def tell_now(first, path, offset, past, rates, bias, horizon, seen, means, token
     follow(Curve(score, chance, experts), layer, out)
 
 
-@njit(cache=True)
+@njit
 def observe_now(first, path, offset, past, rates, bias, horizon, seen, means, tokens, last, now, layer, ids):
     """`observe`."""
     tables = Tables(first, path, offset, past, rates, bias, horizon)

@@ -9,9 +9,9 @@ each n, its places sorted by the hash of the n tokens that end there; a place co
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from ..compiled import njit
 from ..trace import Trace
 from .curve import Curve, follow, straight
 from .fitting import beginnings, experts_of, ids_of
@@ -21,7 +21,7 @@ STRENGTH = 1.0
 LEARNED = ("ids", "tokens", "share", "keys", "places", "sizes")
 
 
-@njit(cache=True)
+@njit
 def _hash(tokens, at, n):
     """Of the n tokens that end at `at`."""
     h = np.uint64(n)
@@ -31,7 +31,7 @@ def _hash(tokens, at, n):
     return h
 
 
-@njit(cache=True)
+@njit
 def hashes(tokens, first, n):
     """(uint64 [m], int64 [m]): the hash of every n tokens of one sequence, and where they end; n runs do not cross
     where a sequence is `first`."""
@@ -45,7 +45,7 @@ def hashes(tokens, first, n):
     return h[:m], place[:m]
 
 
-@njit(cache=True)
+@njit
 def find(keys, places, tokens, recent, n, found):
     """Fills `found` with the latest places of the trace where the last n of `recent` stand; returns how many."""
     h = _hash(recent, len(recent) - 1, n)
@@ -63,7 +63,7 @@ def find(keys, places, tokens, recent, n, found):
     return m
 
 
-@njit(cache=True)
+@njit
 def chances(ids, share, found, counts, layer, out):
     """Fills out [E] from found [N, MOST], counts [N]: places in the trace, by n."""
     out[:] = share[layer]

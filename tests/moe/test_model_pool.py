@@ -69,7 +69,7 @@ def test_threads_at_once(models, tmp_path):
     del models["half"]
     x = torch.randn(3, 8)
     want = {name: model(x).detach() for name, model in models.items()}
-    wrong = []
+    wrong, done = [], []
     with headgate.ModelPool(models, "67%", "lru", tmp_path) as pool:
 
         def run(offset):
@@ -78,12 +78,14 @@ def test_threads_at_once(models, tmp_path):
                 with pool.use(name) as model:
                     if not torch.equal(model(x), want[name]):
                         wrong.append(name)
+            done.append(offset)
 
         threads = [threading.Thread(target=run, args=(n,)) for n in range(1, 5)]
         for t in threads:
             t.start()
         for t in threads:
             t.join(60)
+    assert sorted(done) == [1, 2, 3, 4]
     assert not wrong
 
 
@@ -112,3 +114,11 @@ def test_unknown_names(models, tmp_path):
     twice = models["law"]
     with pytest.raises(ValueError, match="must be different objects"):
         headgate.ModelPool({"a": twice, "b": twice}, "50%", "lru", tmp_path)
+
+
+def test_it_does_not_close_over_a_model_in_use(models, tmp_path):
+    pool = headgate.ModelPool(models, "50%", "lru", tmp_path)
+    with pool.use("law"), pytest.raises(RuntimeError, match="must not be in use"):
+        pool.close()
+    pool.close()
+    pool.close()

@@ -49,7 +49,7 @@ STORES = {
 @pytest.mark.parametrize("kind", STORES)
 def test_every_expert_comes_back(kind, tmp_path):
     layers, made = mixed()
-    FileStore.write(tmp_path / "x", layers, made.__getitem__)
+    FileStore.write(tmp_path / "x", layers, made.__getitem__).close()
     store = STORES[kind](layers, made, tmp_path / "x")
     assert tuple(store.layers) == tuple(layers)
     check_all(store, layers, made)
@@ -80,7 +80,7 @@ def test_weights_of_any_strides_are_written(tmp_path):
 def test_others_read_the_file(tmp_path):
     load_file = pytest.importorskip("safetensors.torch").load_file
     layers, made = mixed()
-    FileStore.write(tmp_path / "x", layers, made.__getitem__)
+    FileStore.write(tmp_path / "x", layers, made.__getitem__).close()
     found = load_file(tmp_path / "x")
     assert set(found) == {"a.b.w_gate_up", "a.b.b_down", "c.w_down.data", "c.w_down.scale", "c.w_gate_up",
                           "c.w_down#1", "c.w_gate_up#1"}  # fmt: skip
@@ -145,7 +145,7 @@ SPOILED = {
 def test_a_spoiled_file_is_refused(how, tmp_path):
     layers, made = mixed()
     path = tmp_path / "x"
-    FileStore.write(path, layers, made.__getitem__)
+    FileStore.write(path, layers, made.__getitem__).close()
     spoil, match = SPOILED[how]
     spoil(path)
     with pytest.raises(ValueError, match=rf"FileStore: \S+/x must be a file that FileStore.write wrote.*({match})"):

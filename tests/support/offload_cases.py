@@ -40,7 +40,7 @@ def host_store(made: list[dict]) -> HostStore:
 
 
 def file_store(made: list[dict], path, **options) -> FileStore:
-    FileStore.write(path, layers_of(made), lambda i: [made[i]])
+    FileStore.write(path, layers_of(made), lambda i: [made[i]]).close()
     return FileStore(path, **options)
 
 

@@ -1,0 +1,78 @@
+"""The lower tier of a model's experts, with everything in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.quantized import quantize
+from .file import FileStore
+from .forms import Form
+from .host import HostStore, Store
+from .kinds import Weights
+
+FILE = "experts.safetensors"
+Formats = Mapping[str, Sequence[str | None]]  # module name -> the format of each expert
+Found = list[tuple[str, nn.Module, Form]]
+
+
+def groups_of(found: Found, formats: Formats) -> list[list[tuple[list[int], str | None]]]:
+    """Of each layer, the experts of each format, rising."""
+    unknown = sorted(formats.keys() - {name for name, _, _ in found})
+    if unknown:
+        raise ValueError(f"offload: formats must be for modules of experts that are moved, got {', '.join(unknown)}")
+    groups = []
+    for name, module, form in found:
+        experts = len(form.weights(module)["w_down"])
+        of = list(formats.get(name, [None] * experts))
+        if len(of) != experts:
+            raise ValueError(
+                f"offload: formats must have one for each of the {experts} experts of {name}, got {len(of)}"
+            )
+        if form.transposed and any(of):
+            raise ValueError(f"offload: formats must be None for transposed weights, got some for {name}")
+        kinds = dict.fromkeys(of)
+        groups.append([([e for e in range(experts) if of[e] == kind], kind) for kind in kinds])
+    return groups
+
+
+def coded(weights: Mapping[str, Tensor], format: str | None) -> Weights:
+    """Weights [n, ...] in a format; biases stay as they are."""
+    if format is None:
+        return weights
+    return {name: quantize(w, format) if name.startswith("w_") else w for name, w in weights.items()}
+
+
+def like(weights: Mapping[str, Tensor], n: int, format: str | None) -> Weights:
+    """What `_coded` would give of n experts, without a number in it."""
+    empty = {name: torch.empty((n, *w.shape[1:]), dtype=w.dtype, device="meta") for name, w in weights.items()}
+    return coded(empty, format)
+
+
+def store_of(found: Found, layers, groups, disk, device: torch.device, *, page_cache: bool, verify: bool) -> Store:
+    """The lower tier with everything in it; a file that is there already where experts are on the meta device."""
+    absent = [name for name, module, form in found if form.weights(module)["w_down"].is_meta]
+
+    def weights(i: int) -> list[Weights]:
+        _, module, form = found[i]
+        whole = {name: p.detach() for name, p in form.weights(module).items()}
+        experts = len(whole["w_down"])
+        return [
+            coded(whole if len(some) == experts else {n: w[some] for n, w in whole.items()}, format)
+            for some, format in groups[i]
+        ]
+
+    if disk is None:
+        if absent:
+            raise ValueError(f"offload: disk must be a folder with {FILE} for experts on the meta device, got None")
+        return HostStore(layers, weights, device)
+    path = Path(disk) / FILE
+    if len(absent) not in (0, len(found)):
+        raise ValueError(f"offload: experts must be all on the meta device or none, got {absent[0]} among others")
+    if absent:
+        return FileStore(path, layers, page_cache=page_cache, verify=verify)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileStore.write(path, layers, weights, page_cache=page_cache, verify=verify)

@@ -1,0 +1,104 @@
+"""Parameters out of a model and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.quantized import Quantized
+from ..elsewhere import send_elsewhere
+from .forms import Form
+from .host import Store
+
+
+class Seen(NamedTuple):
+    """A parameter as it was when experts left: what changes it changes one of these."""
+
+    parameter: nn.Parameter
+    version: int
+    address: int
+
+
+@dataclass(eq=False)
+class Moved:
+    """One experts module: its parameters as they were, where, whether they were learning, and what they are now."""
+
+    name: str
+    module: nn.Module
+    form: Form
+    before: dict[str, nn.Parameter]
+    devices: dict[str, torch.device]
+    learning: dict[str, bool]
+    now: dict[str, Seen]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, form: Form, stand_ins: Mapping[str, Tensor]) -> Moved:
+        """Puts `stand_ins` into the parameters; where there is none, nothing that has numbers."""
+        before = form.weights(module)
+        devices = {ours: p.device for ours, p in before.items()}
+        moved = cls(name, module, form, before, devices, {n: p.requires_grad for n, p in before.items()}, {})
+        for ours, parameter in before.items():
+            data = stand_ins.get(ours, torch.empty_like(parameter, device="meta"))
+            now = moved._put(ours, data)
+            now.requires_grad_(False)
+            moved.now[ours] = Seen(now, now._version, now.data_ptr())
+        return moved
+
+    def restore(self, store: Store, index: int, device: torch.device) -> None:
+        """The experts back in the parameters, where these were (of the meta device: on `device`), made again from what
+        the store has: those in few bits are the rounded ones. Nothing is changed if that fails."""
+        layer = store.layers[index]
+        with torch.inference_mode(False):
+            back = {
+                ours: torch.empty(
+                    p.shape, dtype=p.dtype, device=device if self.devices[ours].type == "meta" else self.devices[ours]
+                )
+                for ours, (p, _, _) in self.now.items()
+            }
+            for e in range(layer.experts):
+                kind = layer.kind(e)
+                parts = {part.name: torch.empty(1, *part.shape, dtype=part.dtype) for part in kind.parts}
+                store.read(index, e, {name: t[0] for name, t in parts.items()})
+                for ours, w in kind.join(parts).items():
+                    back[ours][e] = (w.dequantize(back[ours].dtype) if isinstance(w, Quantized) else w)[0]
+            self.put_back(back)
+
+    def put_back(self, weights: Mapping[str, Tensor]) -> None:
+        for ours, data in weights.items():
+            self._put(ours, data).requires_grad_(self.learning[ours])
+        send_elsewhere(self.module, None)
+
+    def _put(self, ours: str, data: Tensor) -> nn.Parameter:
+        """`data` as the module's parameter: the same object, unless one of the two is on the meta device."""
+        parameter, name = self.before[ours], self.form.names[ours]
+        if torch._has_compatible_shallow_copy_type(parameter, data):
+            parameter.data = data
+        else:
+            if not parameter.is_meta:
+                parameter.data = parameter.data.new_empty(0)  # or it would keep the experts
+            parameter = nn.Parameter(data, requires_grad=False)
+        setattr(self.module, name, parameter)
+        return parameter
+
+    def check(self) -> None:
+        """Raises RuntimeError where somebody has changed, moved or exchanged the weights."""
+        for ours, (parameter, version, address) in self.now.items():
+            name = self.form.names[ours]
+            found = getattr(self.module, name)
+            if found is not parameter or found._version != version or found.data_ptr() != address:
+                raise RuntimeError(
+                    f"offload: {self.name}.{name} must stay as it was when it was offloaded, got other weights; "
+                    "close the Offload before weights change"
+                )
+
+
+def move_others(model: nn.Module, found: Sequence[tuple[str, nn.Module, Form]], device: torch.device) -> None:
+    """Everything but the experts that move goes to `device`."""
+    experts = {p for _, module, form in found for p in form.weights(module).values()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor not in experts and tensor.device != device:
+            tensor.data = tensor.data.to(device)
