@@ -171,7 +171,7 @@ def simulate(
     kept = Log(*(np.empty(events, kind) for kind in (narrow, narrow, wide, narrow, np.bool_)))  # type: ignore[arg-type]
     counts = np.zeros((4, layers), np.int64)
     waves, n = _run(empty(places), chosen, steps, future, ahead, counts, kept, log)
-    made = Log(*(field[:n] for field in kept)) if log else None
+    made = Log(*(field[:n] for field in kept)) if log else None  # type: ignore[arg-type]
     accesses, hits, prefetched, used = counts
     return Simulation(steps, places, accesses, hits, prefetched, used, waves, made)
 

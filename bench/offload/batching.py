@@ -34,7 +34,7 @@ def measure(
     out of it.
     """
     model = build(trace, size, seed)
-    ids = torch.randint(2, 256, (prompts, length), generator=torch.Generator().manual_seed(seed))
+    ids = list(torch.randint(2, 256, (prompts, length), generator=torch.Generator().manual_seed(seed)))
     found: dict[str, dict[str, float]] = {}
     made = {}
     with tempfile.TemporaryDirectory(dir=folder) as to:

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...moe.elsewhere import send_elsewhere
 from ...moe.offload import Arena, FileStore
@@ -81,7 +82,7 @@ def measure(
 
 
 class _Run:
-    def __init__(self, model: nn.Module, replay: Replay, folder: Path, fit: Trace) -> None:
+    def __init__(self, model: Any, replay: Replay, folder: Path, fit: Trace) -> None:
         self.model, self.replay, self.folder, self.fit = model, replay, folder, fit
         self.want: Tensor | None = None
         self.expert_bytes = 0
@@ -148,12 +149,7 @@ class _Run:
         modules = [(module, form_of(module)) for _, module in experts_in(self.model)]
         for index, (module, form) in enumerate(modules):
             assert not isinstance(form, str)
-            send_elsewhere(
-                module,
-                lambda rows, routing, index=index, form=form: rival.compute(
-                    index, rows, routing, activation=form.activation
-                ),
-            )
+            send_elsewhere(module, partial(rival.compute, index, activation=form.activation))
         try:
             yield rival
         finally:

@@ -16,7 +16,6 @@ from ...placement.split import DEVICE, HOST, johnson, makespan_of, split
 from ...placement.trace import Trace
 
 FIDDLER_HOST, FIDDLER_FETCH = 7, 70  # its constants: a row on the host, an expert fetched
-EXACT = dict(tolerance=0.0, states=1 << 13)
 
 
 def measure(
@@ -53,7 +52,7 @@ def measure(
             begin = process_time_ns()
             ours = split(rows, where, costs)
             spent.append((process_time_ns() - begin) / 1e3)
-            best = split(rows, where, costs, **EXACT)
+            best = split(rows, where, costs, tolerance=0.0, states=1 << 13)
             times = {"optimum": best.makespan_s, "split": ours.makespan_s} | rivals(rows, where, costs)
             for name, seconds in times.items():
                 sums[name] = sums.get(name, 0.0) + seconds

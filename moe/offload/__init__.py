@@ -1,6 +1,8 @@
 """Experts larger than the device: they stand in a lower tier, and those in use in a fixed number of slots."""
 
 from .arena import Arena, plan_slots
+from .batching import BatchSizes, batch_sizes, generate_offline
+from .costs import measure_costs
 from .engine import Engine
 from .file import FileStore
 from .groups import Group
@@ -13,6 +15,7 @@ from .stats import Access, Stats
 __all__ = [
     "Access",
     "Arena",
+    "BatchSizes",
     "Engine",
     "FileStore",
     "Group",
@@ -23,6 +26,9 @@ __all__ = [
     "Sensitivity",
     "Stats",
     "Store",
+    "batch_sizes",
+    "generate_offline",
+    "measure_costs",
     "plan_slots",
     "precisions",
     "sensitivity",

@@ -125,10 +125,11 @@ class Gate:
 
     def guess(self, layer: int, rows: Tensor, expert_ids: NDArray[np.int32]) -> Guess | None:
         to = layer + 1
-        if to == len(self._routers) or not len(rows) or self._routers[to] is None:
+        router = self._routers[to] if to < len(self._routers) else None
+        if router is None or not len(rows):
             return None
         with torch.no_grad():
-            scores = self._routers[to].scores(rows)
+            scores = router.scores(rows)
         most = min(_RANKS * expert_ids.shape[1], scores.shape[1])
         key = to, len(rows) == 1
         count = self._right.get(key)

@@ -321,7 +321,8 @@ def _door(number: int, module: nn.Module, inner: Callable[..., Tensor]) -> Calla
 def _same_modes() -> Callable[[], ExitStack]:
     """What PyTorch keeps for each thread, as it is in this one: (in a thread) -> a context of the same."""
     inference = torch.is_inference_mode_enabled()
-    kinds = {"cpu", torch.accelerator.current_accelerator().type} if torch.accelerator.is_available() else {"cpu"}
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kinds = {"cpu"} if device is None else {"cpu", device.type}
     casts = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
     current = torch.cuda.current_device() if torch.cuda.is_available() else None
     threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +32,7 @@ DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = 4096
+_PIECE = 1 << 18  # bytes of one request, at least
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -39,6 +41,7 @@ class FileStore:
 
     `verify`: each expert's checksum is compared when it is read. `page_cache=False`: the kernel keeps no copy of what
     was read (O_DIRECT where the file system, offsets and sizes allow it; otherwise pages are let go after each read).
+    `ways`: an expert is read in so many pieces at once.
 
     Raises OSError where the file cannot be read, ValueError where it is not such a file, is cut short, or holds other
     experts than `layers`.
@@ -51,11 +54,16 @@ class FileStore:
         *,
         verify: bool = False,
         page_cache: bool = True,
+        ways: int = 4,
     ) -> None:
+        if ways < 1:
+            raise ValueError(f"FileStore: ways must be at least 1, got {ways}")
         self.path, self.verify, self.page_cache = Path(path), verify, page_cache
         self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self._direct = -1
         self._staging = threading.local()
+        self._ways = ways
+        self._pool = ThreadPoolExecutor(ways - 1, "headgate-file") if ways > 1 else None
         try:
             self.layers, self._offsets, self._sums = _open(self._file, self.path)
             if layers is not None:
@@ -94,12 +102,14 @@ class FileStore:
         kind = self.layers[layer].groups[group][1]
         direct = all(t.device.type == "cpu" and t.is_contiguous() for t in into.values())
         parts = into if direct else self._buffer(kind)
+        wanted = [
+            (memoryview(_bytes(parts[part.name])), begin + row * part.nbytes)
+            for part, begin in zip(kind.parts, self._offsets[layer][group], strict=True)
+        ]
+        self._fill_all(wanted)
         total = 0
-        for part, begin in zip(kind.parts, self._offsets[layer][group], strict=True):
-            data = memoryview(_bytes(parts[part.name]))
-            self._fill(data, begin + row * part.nbytes)
-            if self.verify:
-                total = zlib.crc32(data, total)
+        for data, _ in wanted if self.verify else ():
+            total = zlib.crc32(data, total)
         if self.verify and total != self._sums[layer][expert]:
             raise OSError(
                 errno.EIO,
@@ -117,11 +127,14 @@ class FileStore:
         ((experts, kind),) = self.layers[layer].groups
         found = {}
         for part, begin in zip(kind.parts, self._offsets[layer][0], strict=True):
-            data = np.memmap(self.path, np.uint8, "c", begin, (len(experts) * part.nbytes,))
+            with open(os.dup(self._file), "rb") as file:  # not by its name, which may be another file's by now
+                data = np.memmap(file, np.uint8, "c", begin, (len(experts) * part.nbytes,))
             found[part.name] = torch.from_numpy(data).view(part.dtype).view(len(experts), *part.shape)
         return found
 
     def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
         for handle in (self._file, self._direct):
             if handle >= 0:
                 os.close(handle)
@@ -133,6 +146,24 @@ class FileStore:
             pin = torch.cuda.is_available()
             made[kind] = {p.name: torch.empty(p.shape, dtype=p.dtype, pin_memory=pin) for p in kind.parts}
         return made[kind]
+
+    def _fill_all(self, wanted: Sequence[tuple[memoryview, int]]) -> None:
+        """Fills each buffer from its offset, in pieces that are read at once: a disk wants several requests to be fast,
+        and an expert that is waited for should not share it with one that is not."""
+        total = sum(len(data) for data, _ in wanted)
+        if self._pool is None or total < 2 * _PIECE:
+            for data, offset in wanted:
+                self._fill(data, offset)
+            return
+        size = max(_PIECE, -(-total // (self._ways * _PAGE)) * _PAGE)
+        pieces = [(data[at : at + size], offset + at) for data, offset in wanted for at in range(0, len(data), size)]
+        others = [self._pool.submit(self._fill, *piece) for piece in pieces[1:]]
+        try:
+            self._fill(*pieces[0])
+        finally:
+            wait(others)  # nobody writes into the buffers when this has returned
+        for other in others:
+            other.result()
 
     def _fill(self, data: memoryview, offset: int) -> None:
         """Reads until `data` is full: a read may be short."""

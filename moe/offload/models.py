@@ -53,21 +53,21 @@ class ModelPool:
         disk: str | os.PathLike[str] | None = None,
         *,
         device: torch.device | str = "cpu",
-        readers: int = 4,
+        readers: int = 2,
     ) -> None:
         if not models:
             raise ValueError("ModelPool: models must not be empty")
         for name, model in models.items():
             if not isinstance(model, nn.Module):
                 raise TypeError(f"ModelPool: models must be modules, got {type(model).__name__} for {name!r}")
+        self.names = list(models)
         if len(set(models.values())) != len(models):
             raise ValueError("ModelPool: models must be different objects, got one under several names")
         where = torch.device(device)
         if where.type == "cpu" and disk is None:
             raise ValueError("ModelPool: disk must be a folder where the device is a CPU, got None")
-        self.names = list(models)
         self._models = [_Packed(model) for model in models.values()]
-        room = -(-max(model.nbytes for model in self._models) // _PAGE) * _PAGE
+        room = -(-max(packed.nbytes for packed in self._models) // _PAGE) * _PAGE
         blob = {"bytes": torch.empty(1, room, dtype=torch.uint8, device="meta")}
         layers = [Layer.of(name, ([0], blob)) for name in self.names]
 
@@ -88,9 +88,9 @@ class ModelPool:
             store.close()
             raise
         self._store, self._lock, self._users = store, threading.Lock(), [0] * len(self.names)
-        for i, model in enumerate(self._models):
-            model.freeze()
-            model.unpack(store.whole(i)["bytes"][0])
+        for i, packed in enumerate(self._models):
+            packed.freeze()
+            packed.unpack(store.whole(i)["bytes"][0])
 
     @contextmanager
     def use(self, name: str) -> Iterator[Any]:

@@ -49,7 +49,7 @@ def offload(
     trace: Trace | None = None,
     formats: Formats | None = None,
     hybrid: bool | Costs = False,
-    readers: int = 4,
+    readers: int = 2,
     page_cache: bool = True,
     verify: bool = False,
     log: bool = False,
@@ -75,7 +75,7 @@ def offload(
     hybrid    True: the host computes experts where they are, in host memory, wherever that ends a step sooner than to
               fetch them. What either costs is measured now, in about a second, on the first layer's weights, unless
               Costs are given. On a GPU outputs then stay the same to rounding: the host sums in another order
-    readers   threads that fetch
+    readers   threads that fetch; from disk, each with four requests at a time
     page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether each expert's
               checksum is compared when it is read
     log       keep every access, for `Offload.log`
@@ -109,7 +109,8 @@ def offload(
         for (name, module, form), parts in zip(found, groups, strict=True)
     ]
     places = plan_slots(layers, budget, 1, scope).places
-    state = start_policy(policy, Setting(*places.of.shape, places.slots, trace))
+    shape = places.of.shape
+    state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
     store = _store(found, layers, groups, disk, where, page_cache=page_cache, verify=verify)
     try:
         costs = _costs(hybrid, store, found[0][2], where)
@@ -269,7 +270,8 @@ class _Moved:
         for ours, parameter in moved.before.items():
             moved.learning[ours] = parameter.requires_grad
             data = stand_ins.get(ours, torch.empty_like(parameter, device="meta"))
-            now = moved._put(ours, data).requires_grad_(False)
+            now = moved._put(ours, data)
+            now.requires_grad_(False)
             moved.now[ours] = (now, now._version)
         return moved
 
@@ -307,7 +309,7 @@ class Offload:
     def __init__(
         self,
         model: nn.Module,
-        found: Sequence[tuple[str, nn.Module, Form]],
+        found: _Found,
         skipped: Mapping[str, str],
         engine: Engine,
         store: Store,
@@ -392,9 +394,8 @@ class Offload:
             self.engine.prefetch_likely(layer, chance, price, room)
 
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
-        past = kwargs.get("past_key_values")
-        length = past.get_seq_length() if hasattr(past, "get_seq_length") else 0 if past is None else 1
-        if not length:
+        past: Any = kwargs.get("past_key_values")
+        if past is None or (hasattr(past, "get_seq_length") and not past.get_seq_length()):
             self.new_sequence()
 
     def _bring_back(self, index: int, one: _Moved) -> None:

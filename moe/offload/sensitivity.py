@@ -189,7 +189,7 @@ class _Meter:
         """Adds what expert e makes of rows x [n, D], times `by` [n, 1]."""
         alone = _alone(weights, e, form)
         routing = Routing.from_topk(torch.zeros(len(x), 1, dtype=torch.int32, device=x.device), by, 1)
-        rest = {n: w for n, w in alone.items() if n.startswith("b_")}
+        rest: dict[str, Any] = {n: w for n, w in alone.items() if n.startswith("b_")}
         rest |= {"activation": form.activation, "interleaved": form.interleaved}
         x = x.to(alone["w_down"].dtype)
         want = grouped_ffn(x, routing, alone["w_gate_up"], alone["w_down"], **rest).double()

@@ -95,3 +95,19 @@ def a_checkpoint_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="optimizer must hold parameters of the module only, got another of shape"):
         headgate.save_checkpoint(folder("fits"), mine, stale)
     assert all(torch.equal(a, b) for a, b in zip(before, mine.parameters(), strict=True))
+
+
+@check
+def a_ranks_experts_can_be_on_disk():
+    """Rows travel as before, and each rank serves its part of the experts from slots: the same bits."""
+    x = torch.randn(9, D, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
+    world = dist.get_world_size()
+    mine = layer(torch.float64).eval()
+    headgate.parallelize(mine, headgate.Fold(attention={"dp": world}, experts={"ep": world}))
+    with torch.no_grad():
+        want = mine(x)
+        where = f"{folder('offload')}-{dist.get_rank()}"
+        with headgate.offload(mine, "60%", "lru", "gate", where) as offloaded:
+            assert torch.equal(mine(x), want)
+            assert offloaded.stats().loads
+        assert torch.equal(mine(x), want)
