@@ -108,7 +108,7 @@ def test_waves_of_what_is_left():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_modes_of_gradients_hold_on_the_host(mode):
+def test_modes_of_gradients_hold_on_the_host(mode, cpu_form):
     made = weights()
     x, routing = batch(3)
     with Engine(Slow(made), "30%", top_k=K, costs=ALL) as engine:
@@ -371,6 +371,7 @@ def test_close_while_the_host_computes(monkeypatch):
         t.join(30)
     assert len(heard) == 3
     assert not host_threads()
+    assert not engine._host._jobs, "they keep rows and outputs"
     engine.close()
     with pytest.raises(RuntimeError, match="must be open"):
         engine.compute(0, x, routing)
