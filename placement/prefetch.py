@@ -28,7 +28,7 @@ from .trace import Trace
 
 
 @njit
-def _cheapest(table, policy, layer, chance, most, pool):
+def _cheapest(table, policy, chance, most, pool):
     """The slot to take for an expert ahead: a free one, else that of the lowest value among experts with a chance below
     `most`; -1: there is none. What the step in hand uses stays, and so does what was fetched ahead or is as likely."""
     experts = table.slot_of.shape[1]
@@ -62,7 +62,7 @@ def admit(table, policy, layer, chance, margin, room, who, slot, gone):
         if table.slot_of[layer, e] >= 0:
             table.promised[layer, e] = True
             continue
-        s = _cheapest(table, policy, layer, chance, chance[layer, e] - least, table.pool[layer, e])
+        s = _cheapest(table, policy, chance, chance[layer, e] - least, table.pool[layer, e])
         if s >= 0:
             who[n], slot[n], gone[n] = e, s, put(table, policy, s, layer, e)
             table.promised[layer, e] = True

@@ -74,7 +74,7 @@ def section(tour: Tour) -> str:
         f"The experts were written to a file and only {found['slots_bytes'] / 1e6:.0f} of their "
         f"{found['experts_bytes'] / 1e6:.0f} MB kept in memory. The model then wrote "
         f"{'the same bytes as before' if found['same'] else '<b>other bytes than before</b>'}: what a layer needed was "
-        f"there in {found['hits']:.1%} of all cases, the rest was read while the layer computed. Left, on the recorded "
+        f"there in {found['hits']:.1%} of all cases, the rest was read. Left, on the recorded "
         "trace, how often a policy has the expert that is asked for; nobody can do better than Belady, who knows "
         "the future, without reading ahead."
     )

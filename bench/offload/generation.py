@@ -23,7 +23,8 @@ from torch import Tensor
 from ...moe.elsewhere import send_elsewhere
 from ...moe.offload import Arena, FileStore
 from ...moe.offload.forms import experts_in, form_of
-from ...moe.offload.offload import FILE, offload
+from ...moe.offload.lower import FILE
+from ...moe.offload.offload import offload
 from ...placement.trace import Trace
 from .model import Replay, Size, build
 from .rivals import OnDemand

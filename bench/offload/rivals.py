@@ -28,7 +28,9 @@ class OnDemand:
         resident, free = self._resident[layer], self._free[layer]
         ids = torch.unique(routing.expert_ids[routing.expert_ids >= 0]).tolist()
         if len(ids) > len(resident) + len(free):
-            raise ValueError(f"OnDemand: slots must be at least the step's experts, {len(ids)}, got {len(resident)}")
+            raise ValueError(
+                f"OnDemand: slots must be at least the step's experts, {len(ids)}, got {len(resident) + len(free)}"
+            )
         for e in ids:
             if e in resident:
                 resident.move_to_end(e)

@@ -88,9 +88,9 @@ class ModelPool:
             raise
         self._store, self._lock, self._users = store, threading.Lock(), [0] * len(self.names)
         self._whole = [store.whole(i)["bytes"][0] for i in range(len(self._models))]
-        for packed, blob in zip(self._models, self._whole, strict=True):
+        for packed, part in zip(self._models, self._whole, strict=True):
             packed.freeze()
-            packed.unpack(blob)
+            packed.unpack(part)
 
     @contextmanager
     def use(self, name: str) -> Iterator[Any]:
