@@ -41,9 +41,9 @@ class OnDemand:
                 resident[e] = slot
                 self.loads += 1
         self.accesses += len(ids)
-        slots = torch.full((routing.num_experts,), -1, dtype=torch.int32)
-        slots[ids] = torch.tensor([resident[e] for e in ids], dtype=torch.int32)
+        slot_of = torch.full((routing.num_experts,), -1, dtype=torch.int32)
+        slot_of[ids] = torch.tensor([resident[e] for e in ids], dtype=torch.int32)
         w = self._arena.weights(0)
         out = rows.new_empty(routing.expert_ids.numel(), rows.shape[1], dtype=torch.float32)
-        expert_outputs(rows, routing, w["w_gate_up"], w["w_down"], slots, out, **form)
+        expert_outputs(rows, routing, w["w_gate_up"], w["w_down"], slot_of, out, **form)
         return combine_outputs(out, routing, rows.dtype)
