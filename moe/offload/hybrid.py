@@ -102,7 +102,7 @@ class Host:
             self.closed = True
             self._jobs.clear()
             self._turn.notify_all()
-        if self._thread is not None and threading.current_thread().name != _NAME:  # it may be it that collects garbage
+        if self._thread not in (None, threading.current_thread()):  # which may be the one that collects garbage
             self._thread.join(_END_S)
         self.weights = []
 
