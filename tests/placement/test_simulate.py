@@ -145,7 +145,7 @@ def test_nothing_beats_belady(seed, layers, experts, batch, scope):
         places = slots_of(int(rng.integers(1, experts + 1)), layers, experts, scope)
     steps = steps_of(trace, batch)
     least, fewest = least_loads(steps, places), fewest_loads(steps, places)
-    assert least.sum() <= fewest <= simulate(steps, "belady", places).loads <= fewest + 2
+    assert least.sum() <= fewest <= simulate(steps, "belady", places).loads
     for name in POLICIES:
         found = simulate(steps, name, places, fit=trace, log=True)
         loads = np.bincount(found.log.step[found.log.gone != -2], minlength=len(steps))
@@ -171,12 +171,12 @@ def test_the_least_is_the_least_where_a_miss_may_pass_by(seed, experts, slots, b
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), horizon=st.integers(1, 3), slots=st.integers(1, 5), most=st.integers(0, 3))
-def test_fetching_ahead_never_takes_fewer_copies_than_belady(seed, horizon, slots, most):
+def test_fetching_ahead_never_takes_fewer_copies_than_the_least(seed, horizon, slots, most):
     trace = random_trace(seed, 2, 5, 2, 20)
     steps = steps_of(trace)
     for rule in ("lru", "belady"):
         found = simulate(steps, rule, slots, prefetch=perfect(steps, horizon, most))
-        assert found.transfers >= simulate(steps, "belady", slots).loads
+        assert found.transfers >= least_loads(steps, slots_of(slots, 2, 5)).sum()
         assert (found.used <= found.prefetched).all()
 
 
