@@ -145,8 +145,8 @@ def test_a_step_that_needs_every_expert_teaches_nothing():
 
 
 def test_the_guards_caches_are_caches():
-    """Its hits by the foretold values equal, step by step, those of a real cache that goes by them and keeps what a step
-    has just used."""
+    """Its hits by the foretold values equal, step by step, those of a real cache that goes by them, and keeps what a
+    step has just used."""
     trace = generate(layers=1, experts=16, top_k=3, tokens=400, carry=0.8, repeat=0.3)
     state = policy("adaptive", Setting(1, 16, 6, options={"guard": 0}))._replace(frank=False)
     cache, here, hits = Cache(per_layer(1, 16, 6), state), np.zeros(16), 0
