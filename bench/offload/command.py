@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from .. import machine
-from ..demo.screen import Screen
+from ..placement import table
 from ..placement.case import case_of
 from .rows import ROWS
 
@@ -41,22 +37,7 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(args.threads)
-    screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
     case = case_of(args.trace)
-    screen.say(
-        f"{case.name}: fitted on {case.fit.shape[1]:,} tokens, judged on {case.judge.shape[1]:,}; {machine.processor()}"
-    )
-    found = {}
-    for name in args.rows:
-        row = found[name] = ROWS[name](case, args.effort)
-        screen.heading(row.title)
-        screen.table([row.head, *row.lines])
-    if args.json:
-        text = json.dumps(
-            {"case": case.name, "machine": machine.processor(), "rows": {k: asdict(r) for k, r in found.items()}}
-        )
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(text + "\n")
+    found = table.fill(case, args.rows, ROWS, args.effort, table.screen_for(case, args.json))
+    table.write(case, found, args.json)
     return 0

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from .. import machine
 from ..demo import html
 from ..demo.report import CSS
-from ..demo.screen import Screen
+from . import table
 from .case import Case, case_of
 from .rows import ROWS, Row
 
@@ -36,28 +33,14 @@ def run(args: argparse.Namespace) -> int:
     """Prints the rows as they are done; always 0."""
     if not args.effort > 0:
         raise ValueError(f"placement: --effort must be above 0, got {args.effort}")
-    screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
     case = case_of(args.trace)
-    screen.say(
-        f"{case.name}: fitted on {case.fit.shape[1]:,} tokens, judged on {case.judge.shape[1]:,}; {machine.processor()}"
-    )
+    screen = table.screen_for(case, args.json)
     screen.say("load: busiest GPU / mean, averaged over layers. CPU s: processor seconds, compiled beforehand.")
     _compile(case, args.rows)
-    found = {}
-    for name in args.rows:
-        row = found[name] = ROWS[name](case, args.effort)
-        screen.heading(row.title)
-        screen.table([row.head, *row.lines])
+    found = table.fill(case, args.rows, ROWS, args.effort, screen)
     if args.plot:
         _draw(args.plot, case, found)
-    if args.json:
-        text = json.dumps(
-            {"case": case.name, "machine": machine.processor(), "rows": {k: asdict(r) for k, r in found.items()}}
-        )
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(text + "\n")
+    table.write(case, found, args.json)
     return 0
 
 

@@ -26,7 +26,7 @@ class Foresight(Protocol):
     def came(self, layer: int, experts: NDArray[np.int32]) -> None:
         """What `layer` needs, now that its router has chosen."""
 
-    def guess(self, layer: int, rows: Tensor, expert_ids: NDArray[np.int32]) -> Guess | None:
+    def guess(self, layer: int, rows: Tensor, expert_ids: Tensor) -> Guess | None:
         """At `layer`, whose rows [R, D] go to expert_ids [R, K] (-1: none); None: nothing can be said."""
 
 
@@ -124,7 +124,7 @@ class Gate:
         count *= _FADE
         count += right / np.maximum(told, 1), told > 0
 
-    def guess(self, layer: int, rows: Tensor, expert_ids: NDArray[np.int32]) -> Guess | None:
+    def guess(self, layer: int, rows: Tensor, expert_ids: Tensor) -> Guess | None:
         to = layer + 1
         router = self._routers[to] if to < len(self._routers) else None
         if router is None or not len(rows):
@@ -155,11 +155,11 @@ class Path:
     def came(self, layer: int, experts: NDArray[np.int32]) -> None:
         pass
 
-    def guess(self, layer: int, rows: Tensor, expert_ids: NDArray[np.int32]) -> Guess | None:
+    def guess(self, layer: int, rows: Tensor, expert_ids: Tensor) -> Guess | None:
         if not len(expert_ids):
             return None
         twin, to = self._twin(), (layer + 1) % self._predictor.shape[0]
-        twin.observe(layer, expert_ids)
+        twin.observe(layer, expert_ids.cpu().numpy())
         return to, twin.scores(to)
 
     def _twin(self) -> Predictor:

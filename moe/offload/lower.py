@@ -47,7 +47,7 @@ def coded(weights: Mapping[str, Tensor], format: str | None) -> Weights:
 
 
 def like(weights: Mapping[str, Tensor], n: int, format: str | None) -> Weights:
-    """What `_coded` would give of n experts, without a number in it."""
+    """What `coded` would give of n experts, without a number in it."""
     empty = {name: torch.empty((n, *w.shape[1:]), dtype=w.dtype, device="meta") for name, w in weights.items()}
     return coded(empty, format)
 

@@ -297,7 +297,7 @@ class Offload:
             return
         self._foresight.came(index, ids)
         self._pace.asked(index)
-        guess = self._foresight.guess(index, rows, routing.expert_ids.cpu().numpy())
+        guess = self._foresight.guess(index, rows, routing.expert_ids)
         if guess is not None:
             layer, chance = guess
             price, room = self._pace.order(layer, *self.engine.pace())

@@ -374,7 +374,7 @@ def test_the_router_beside_the_experts(stack):
 
 def test_the_gate_counts_how_often_its_places_are_right():
     """Of two choices foreseen, the first comes true each time, the second never."""
-    rows, ids = torch.ones(1, 2), np.array([[0, 1]])
+    rows, ids = torch.ones(1, 2), torch.tensor([[0, 1]])
     linear = nn.Linear(2, 4, bias=False)
     linear.weight.data = torch.tensor([[3.0, 0], [2.0, 0], [1.0, 0], [0.0, 0]])
     gate = Gate([None, Router((linear, "weight"))])
