@@ -12,7 +12,21 @@ import time
 import numpy as np
 import pytest
 import torch
-from offload_cases import D, E, K, L, batch, file_store, layers_of, offload_threads, resident, soon, weights
+from offload_cases import (
+    D,
+    E,
+    K,
+    L,
+    batch,
+    file_store,
+    layers_of,
+    offload_threads,
+    resident,
+    run,
+    run_at_once,
+    soon,
+    weights,
+)
 from torch import nn
 
 import headgate
@@ -63,14 +77,6 @@ def _nothing_left():
     yield
     gc.collect()
     assert soon(lambda: not offload_threads() and not host_threads()), "threads are left"
-
-
-def run(engine: Engine, made: list[dict], steps=24, tokens=(1, 1, 5, 40), dtype=torch.float32, **form) -> None:
-    for i in range(steps):
-        layer = i % len(made)
-        x, routing = batch(tokens[i // len(made) % len(tokens)], dtype)
-        assert torch.equal(engine.compute(layer, x, routing, **form), resident(x, routing, made[layer], **form)), i
-    assert not engine.cache.table.busy.any()
 
 
 # --- right, to the bit -----------------------------------------------------------------------------------------------
@@ -142,31 +148,10 @@ def test_outputs_that_lie_elsewhere_come_by_pairs(monkeypatch):
 def test_many_threads_at_once():
     """One host thread for all of them, slots that others hold, and junk fetched ahead."""
     made = weights()
-    wrong: list[str] = []
-
-    def decide(seed: int) -> None:
-        own = torch.Generator().manual_seed(seed)
-        try:
-            for i in range(30):
-                layer = int(torch.randint(L, (), generator=own))
-                x, routing = batch((1, 1, 20)[i % 3], generator=own)
-                engine.prefetch((layer + 1) % L, torch.randperm(E, generator=own)[:2].numpy())
-                if not torch.equal(engine.compute(layer, x, routing), resident(x, routing, made[layer])):
-                    wrong.append(f"thread {seed}, step {i}")
-        except Exception as error:
-            wrong.append(f"thread {seed}: {error!r}")
-
     for scope in ("shared", "layer"):
         with Engine(Slow(made), 0.3, top_k=K, scope=scope, costs=MIXED) as engine:
-            threads = [threading.Thread(target=decide, args=(seed,), daemon=True) for seed in range(4)]
-            for t in threads:
-                t.start()
-            for t in threads:
-                t.join(120)
-            assert not any(t.is_alive() for t in threads), "threads wait for each other"
-            assert not wrong
+            run_at_once(engine, made)
             assert len(host_threads()) == 1
-            assert not engine.cache.table.busy.any()
             assert engine.stats().host > 0
 
 

@@ -10,7 +10,7 @@ import torch
 
 from headgate.kernels.grouped_ffn import grouped_ffn
 from headgate.kernels.routing import Routing
-from headgate.moe.offload import FileStore, HostStore, Layer
+from headgate.moe.offload import Engine, FileStore, HostStore, Layer
 
 L, E, D, F, K = 3, 8, 24, 16, 2
 
@@ -40,8 +40,7 @@ def host_store(made: list[dict]) -> HostStore:
 
 
 def file_store(made: list[dict], path, **options) -> FileStore:
-    FileStore.write(path, layers_of(made), lambda i: [made[i]]).close()
-    return FileStore(path, **options)
+    return FileStore.write(path, layers_of(made), lambda i: [made[i]], **options)
 
 
 def batch(tokens: int, dtype=torch.float32, *, experts=E, k=K, d=D, generator=None) -> tuple[torch.Tensor, Routing]:
@@ -90,3 +89,39 @@ def soon(condition, seconds: float = 20.0) -> bool:
     while not (found := condition()) and time.monotonic() < end:
         time.sleep(0.01)
     return found
+
+
+def run(engine: Engine, made: list[dict], steps: int = 24, tokens=(1, 1, 5, 40), dtype=torch.float32, **form) -> None:
+    """Layers in turn, as a model has them: each output must be that of all weights at hand, to the bit."""
+    for i in range(steps):
+        layer = i % len(made)
+        x, routing = batch(tokens[i // len(made) % len(tokens)], dtype)
+        y = engine.compute(layer, x, routing, **form)
+        assert torch.equal(y, resident(x, routing, made[layer], **form)), f"step {i}"
+    assert not engine.cache.table.busy.any()
+
+
+def run_at_once(engine: Engine, made: list[dict], threads: int = 4) -> None:
+    """Each thread takes layers at random and fetches junk ahead; every output must be that of all weights at hand."""
+    wrong: list[str] = []
+
+    def decide(seed: int) -> None:
+        own = torch.Generator().manual_seed(seed)
+        try:
+            for i in range(30):
+                layer = int(torch.randint(L, (), generator=own))
+                x, routing = batch((1, 1, 20)[i % 3], generator=own)
+                engine.prefetch((layer + 1) % L, torch.randperm(E, generator=own)[:2].numpy())
+                if not torch.equal(engine.compute(layer, x, routing), resident(x, routing, made[layer])):
+                    wrong.append(f"thread {seed}, step {i}")
+        except Exception as error:
+            wrong.append(f"thread {seed}: {error!r}")
+
+    started = [threading.Thread(target=decide, args=(seed,), daemon=True) for seed in range(threads)]
+    for t in started:
+        t.start()
+    for t in started:
+        t.join(120)
+    assert not any(t.is_alive() for t in started), "threads wait for each other"
+    assert not wrong
+    assert not engine.cache.table.busy.any()
