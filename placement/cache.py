@@ -24,6 +24,8 @@ from .compiled import njit
 from .policies import State
 from .policies.step import advance, evicted, new_sequence
 
+SCOPES = ("layer", "shared")  # of slots: see per_layer and shared
+
 
 class Pools(NamedTuple):
     """Slots in pools: an expert may stand in those of its pool. See `per_layer` and `shared`."""

@@ -9,15 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import Pools, empty, fetch_ahead, per_layer, serve, shared
+from .cache import SCOPES, Pools, empty, fetch_ahead, per_layer, serve, shared
 from .compiled import njit
 from .policies import Setting, State, belady, policy
 from .policies.step import new_sequence
 from .steps import Steps, next_use, steps_of
 from .trace import Trace
 from .trace_file import TraceFile
-
-SCOPES = ("layer", "shared")
 
 
 @dataclass(frozen=True)

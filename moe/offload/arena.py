@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.quantized import Quantized
-from ...placement.cache import Pools, pools
+from ...placement.cache import SCOPES, Pools, pools
 from .kinds import Kind, Layer
 
-SCOPES = ("layer", "shared")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _ALIGN = 64  # bytes: where the slots of a part begin, beside multiples of its own size
 

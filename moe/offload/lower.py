@@ -27,6 +27,8 @@ def groups_of(found: Found, formats: Formats) -> list[list[tuple[list[int], str 
     groups = []
     for name, module, form in found:
         experts = len(form.weights(module)["w_down"])
+        if isinstance(formats.get(name), str):
+            raise TypeError(f"offload: formats must be a list for {name}, one of each expert, got {formats[name]!r}")
         of = list(formats.get(name, [None] * experts))
         if len(of) != experts:
             raise ValueError(

@@ -53,7 +53,7 @@ def offload(
     from five rows on, and to rounding below).
 
     model     a transformers model after `headgate.replace`, or one with `headgate.MoE` layers. For inference: a call
-              whose rows ask for a gradient raises
+              whose rows or router weights ask for a gradient raises
     budget    what the slots may take on the device: "8GiB", bytes, or a share of the experts' bytes ("25%", 0.25): room
               for one expert at least (scope "shared"), or for one of each layer ("layer")
     policy    which expert goes when a slot is needed, a name in `headgate.placement.policies.POLICIES`: "adaptive"
@@ -96,11 +96,15 @@ def offload(
         raise ValueError(
             "offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None"
         )
+    if isinstance(readers, bool) or not isinstance(readers, int):
+        raise TypeError(f"offload: readers must be an integer, got {readers!r}")
+    if trace is not None and not isinstance(trace, Trace):
+        raise TypeError(f"offload: trace must be a Trace or None, got {type(trace).__name__}")
+    if readers < 1:
+        raise ValueError(f"offload: readers must be at least 1, got {readers}")
     _check_hybrid(hybrid, disk, formats)
     groups = groups_of(found, formats or {})
     foresight = _foresight(prefetch, model, found, trace)
-    if readers < 1:
-        raise ValueError(f"offload: readers must be at least 1, got {readers}")
     layers = [
         Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
         for (name, module, form), parts in zip(found, groups, strict=True)
@@ -280,6 +284,11 @@ class Offload:
         if one is None:
             raise RuntimeError("offload: the Offload must be open, got one that is being closed")
         one.check()
+        if torch.is_grad_enabled() and (rows.requires_grad or routing.weights.requires_grad):
+            raise ValueError(
+                "offload: rows and router weights must not ask for a gradient, which stops at experts that are elsewhere; "
+                "call the model under torch.no_grad()"
+            )
         form, dtype, kind = one.form, one.now["w_down"].parameter.dtype, rows.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             wanted = torch.get_autocast_dtype(kind)
