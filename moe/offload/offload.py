@@ -286,7 +286,7 @@ class Offload:
         one.check()
         if torch.is_grad_enabled() and (rows.requires_grad or routing.weights.requires_grad):
             raise ValueError(
-                "offload: rows and router weights must not ask for a gradient, which stops at experts that are elsewhere; "
+                "offload: rows and router weights must not ask for a gradient, which ends at experts elsewhere: "
                 "call the model under torch.no_grad()"
             )
         form, dtype, kind = one.form, one.now["w_down"].parameter.dtype, rows.device.type
