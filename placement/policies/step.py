@@ -44,13 +44,13 @@ def advance(policy, layer, ids, now):
 def evicted(policy, layer, expert):
     """Takes notice of an expert that has left."""
     if policy.kind == LFU_CACHED:
-        policy.value[layer, expert] = 0
+        policy.value[layer, expert] %= 1  # the count goes, the order of last uses stays
 
 
 @njit
 def new_sequence(policy):
     """Takes notice that another sequence begins."""
     if policy.kind == LFU_CACHED:
-        policy.value[:] -= policy.value // 1  # the counts go, the order of their last uses stays
+        policy.value[:] %= 1
     elif policy.kind == SEQUENCE:
         sequence_begins(policy)

@@ -95,7 +95,7 @@ def rules(name, layers, experts):
             uses[layer, e] += 1
             cached[layer, e] += 1
             last[layer, e] = now
-            history[layer, e].append((turns[layer], now))
+            history[layer, e].append(turns[layer])
         saw.at, saw.now[layer] = layer, now
 
     saw.at, saw.now = 0, defaultdict(int)
@@ -110,7 +110,7 @@ def rules(name, layers, experts):
         if name in ("lfu", "lfu frank"):
             return (uses[key], last.get(key, 0))
         if name == "lfu decayed":  # 0.5 a step of the layer
-            return sum(0.5 ** (turns[layer] - turn) * (1 + 2.0**-40 * now) for turn, now in history[key])
+            return (sum(0.5 ** (turns[layer] - turn) for turn in history[key]), last.get(key, 0))
         if name == "lfu-cached":
             return (cached[key], last.get(key, 0))
         if name == "lfru":  # as of the layer's last step
