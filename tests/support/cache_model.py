@@ -110,7 +110,10 @@ def rules(name, layers, experts):
         if name in ("lfu", "lfu frank"):
             return (uses[key], last.get(key, 0))
         if name == "lfu decayed":  # 0.5 a step of the layer
-            return (sum(0.5 ** (turns[layer] - turn) for turn in history[key]), last.get(key, 0))
+            if not history[key]:
+                return 0.0
+            at = history[key][-1]  # of equally frequent ones the last
+            return 0.5 ** (turns[layer] - at) * (sum(0.5 ** (at - turn) for turn in history[key]) + 2.0**-40 * last[key])
         if name == "lfu-cached":
             return (cached[key], last.get(key, 0))
         if name == "lfru":  # as of the layer's last step
