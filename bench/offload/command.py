@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from ..placement import table
@@ -24,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"some of {', '.join(ROWS)}")
     add("--effort", type=float, default=1.0, metavar="X", help="of what is repeated (default: 1)")
     add("--threads", type=int, metavar="N", help="torch's threads in batching and generation (default: torch's choice)")
+    add(
+        "--device",
+        default="cpu",
+        metavar="D",
+        help="where generation runs; on cuda experts are in host memory (default: cpu)",
+    )
     add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
 
 
@@ -38,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
         torch.set_num_threads(args.threads)
     case = case_of(args.trace)
-    found = table.fill(case, args.rows, ROWS, args.effort, table.screen_for(case, args.json))
+    rows = ROWS | {"generation": partial(ROWS["generation"], device=args.device)}
+    found = table.fill(case, args.rows, rows, args.effort, table.screen_for(case, args.json))
     table.write(case, found, args.json)
     return 0

@@ -1,4 +1,5 @@
-"""Tokens per second of a model whose experts are on disk: beside loads on demand, MoE-Infinity's policy, all resident.
+"""Tokens per second of a model whose experts are on disk, or in host memory beside a GPU, and of its rivals: loads on
+demand, MoE-Infinity's policy, all resident.
 
 Routing is replayed from a trace, so that experts are asked for as a real model asks, at any width; policies and
 predictors learn from the trace's first part and serve the second.
@@ -6,6 +7,7 @@ predictors learn from the trace's first part and serve the second.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
 import time
@@ -21,12 +23,16 @@ import torch
 from torch import Tensor
 
 from ...moe.elsewhere import send_elsewhere
-from ...moe.offload import Arena, FileStore
+from ...moe.offload import Arena, Engine, FileStore, HostStore
 from ...moe.offload.forms import experts_in, form_of
-from ...moe.offload.lower import FILE
-from ...moe.offload.offload import offload
+from ...moe.offload.kinds import Layer
+from ...moe.offload.lower import FILE, groups_of, store_of
+from ...moe.offload.offload import Offload, _foresight, _survey, offload
+from ...placement.predict import Predictor
+from ...placement.predict import fit as fit_path
 from ...placement.trace import Trace
 from .model import Replay, Size, build
+from .on_device import Seen, plain_copy, watch
 from .rivals import OnDemand
 
 BUDGET = 0.25
@@ -51,6 +57,7 @@ class Speed:
     MB: float
     overlap: float | None = None
     GBps: float | None = None
+    same: bool | None = None  # tokens as those of the resident model; on a GPU, of the first that was offloaded
 
 
 def layers_of(trace: Trace, layers: int) -> Trace:
@@ -82,9 +89,50 @@ def measure(
     return found
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure_on_gpu(
+    fit: Trace,
+    judge: Trace,
+    size: Size,
+    *,
+    settings: dict[str, dict[str, Any]],
+    device: torch.device | str = "cuda",
+    say: Callable[[str], None] = _to_stderr,
+) -> dict[str, Any]:
+    """The same with experts in page-locked host memory, and `plain_copy_GBps`, for settings without a format. Each is
+    said as it is done, so that what is known is not lost when time is up. On a GPU one row of a resident layer runs
+    through kernels that sum in another order: tokens are compared among the offloaded runs."""
+    fit, judge, device = layers_of(fit, size.layers), layers_of(judge, size.layers), torch.device(device)
+    whole = {name: options for name, options in settings.items() if "format" not in options}
+    path = fit_path(fit) if any(o["prefetch"] == "path" for o in whole.values()) else None
+    say("building")
+    model = build(judge, size, device=device)
+    run = _OnDevice(model, Replay(model, judge), Path(), fit)
+    found: dict[str, Any] = {}
+
+    def done(name: str, what: Any) -> None:
+        found[name] = what
+        say(f"{name}: {what}")
+
+    with torch.inference_mode(False):
+        done("resident", run.resident())
+        run.send_away(device)
+        if device.type == "cuda":
+            done("plain_copy_GBps", plain_copy(run.store, run.device))
+        done("on demand", run.on_demand(round(BUDGET * judge.num_experts)))
+        for name, options in whole.items():
+            done(name, run.offloaded(**(options | {"prefetch": path if options["prefetch"] == "path" else None})))
+    run.store.close()
+    return found
+
+
 class _Run:
     def __init__(self, model: Any, replay: Replay, folder: Path, fit: Trace) -> None:
         self.model, self.replay, self.folder, self.fit = model, replay, folder, fit
+        self.device = next(model.parameters()).device
         self.want: Tensor | None = None
         self.expert_bytes = 0
 
@@ -142,11 +190,15 @@ class _Run:
         store.close()
         return experts * kind.nbytes / seconds / 1e9
 
+    def _lower(self) -> FileStore | HostStore:
+        """The tier below the rival's slots, its to close."""
+        return FileStore(self.folder / FILE, page_cache=False)
+
     @contextmanager
     def _rival(self, slots: int):
-        store = FileStore(self.folder / FILE, page_cache=False)
+        store = self._lower()
         self.expert_bytes = store.layers[0].kind(0).nbytes
-        rival = OnDemand(store, slots)
+        rival = OnDemand(store, slots, self.device)
         modules = [(module, form_of(module)) for _, module in experts_in(self.model)]
         for index, (module, form) in enumerate(modules):
             assert not isinstance(form, str)
@@ -168,6 +220,8 @@ class _Run:
             for _ in range(ROUNDS):
                 begun = time.perf_counter()
                 made = self._generate(TOKENS)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
                 seconds.append(time.perf_counter() - begun)
                 first = made if first is None else first
                 between()
@@ -175,8 +229,85 @@ class _Run:
         return first, float(np.median(seconds))
 
     def _generate(self, tokens: int) -> Tensor:
-        return self.model.generate(torch.tensor([[65]]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        first = torch.tensor([[65]], device=self.device)
+        return self.model.generate(first, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
     def _same(self, got: Tensor) -> None:
         if self.want is not None and not torch.equal(got, self.want):
             raise AssertionError("generation: tokens must be those of the resident model, got others")
+
+
+class _Kept(HostStore):
+    """The experts of another store, which stay when one of those who use them is through."""
+
+    def __init__(self, other: HostStore) -> None:
+        self.layers, self._parts = other.layers, other._parts
+
+    def close(self) -> None:
+        pass
+
+
+class _OnDevice(_Run):
+    """Experts in host memory: page-locked once, with an engine of its own for each setting; they never come back."""
+
+    def resident(self) -> Speed:
+        _, seconds = self._rounds(lambda: None)
+        return Speed(TOKENS / seconds, 1.0, 0.0)
+
+    def send_away(self, device: torch.device) -> None:
+        self.found, _ = _survey(self.model)
+        groups = groups_of(self.found, {})
+        layers = [
+            Layer.of(name, (range(len(form.weights(module)["w_down"])), form.weights(module)))
+            for name, module, form in self.found
+        ]
+        store = store_of(self.found, layers, groups, None, device, page_cache=True, verify=False)
+        assert isinstance(store, HostStore)
+        self.store = store
+        for index, (_, module, form) in enumerate(self.found):  # the device's memory goes before slots are made
+            for ours, parameter in form.weights(module).items():
+                parameter.data = store.whole(index)[ours]
+                parameter.requires_grad_(False)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def offloaded(self, format: str | None = None, *, policy: str, prefetch: str | Predictor | None) -> Speed:
+        """As _Run.offloaded; the overlap and the rate are the device's own records of one more round."""
+        assert format is None
+        engine = Engine(_Kept(self.store), BUDGET, policy=policy, trace=self.fit, device=self.device)
+        foresight = _foresight(prefetch, self.model, self.found, self.fit)
+        offloaded = Offload(self.model, self.found, {}, engine, engine.store, foresight, self.device)
+        try:
+            seen = [offloaded.stats()]
+            got, seconds = self._rounds(lambda: seen.append(offloaded.stats()))
+            before, after = seen[-2], seen[-1]
+            copied, watched = after.bytes, Seen(0.0, 0.0, 0.0)
+            if self.device.type == "cuda":
+                with torch.no_grad():
+                    watched = watch(lambda: self._generate(TOKENS // 3))
+                copied = offloaded.stats().bytes - copied
+        finally:
+            offloaded._hook.remove()
+            for _, module, _ in self.found:
+                send_elsewhere(module, None)
+            engine.close()
+        return Speed(
+            TOKENS / seconds,
+            (after.hits - before.hits) / (after.accesses - before.accesses),
+            (after.bytes - before.bytes) / TOKENS / 1e6,
+            watched.overlap,
+            copied / watched.copy_s / 1e9 if watched.copy_s else None,
+            self._agree(got),
+        )
+
+    def _lower(self) -> HostStore:
+        return _Kept(self.store)
+
+    def _same(self, got: Tensor) -> None:
+        self._agree(got)
+
+    def _agree(self, got: Tensor) -> bool:
+        """Whether tokens are the first offloaded run's: a difference is told, it does not end the measurement."""
+        if self.want is None:
+            self.want = got
+        return torch.equal(got, self.want)

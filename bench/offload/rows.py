@@ -154,25 +154,30 @@ def batching(case: Case, effort: float) -> Row:
     return Row(title, ("", "tokens/s", "MB a token", "hit rate"), lines, found)
 
 
-def generation(case: Case, effort: float) -> Row:
-    from .generation import SETTINGS, measure
-    from .model import Size
+def generation(case: Case, effort: float, device: str = "cpu") -> Row:
+    from .generation import SETTINGS, measure, measure_on_gpu
+    from .model import ON_GPU, Size
 
-    found = measure(case.fit, case.judge, Size(), settings=SETTINGS)
-    base = found["on demand"].tokens_per_s
-    plain = found["plain_read_GBps"]
+    if device == "cpu":
+        found = measure(case.fit, case.judge, Size(), settings=SETTINGS)
+        plain = ", ".join(f"{rate:.2f} GB/s by {n}" for n, rate in found["plain_read_GBps"].items())
+        title = f"Generation with experts on disk, 25 % in memory, page cache kept out; plain reads reach {plain}"
+    else:
+        found = measure_on_gpu(case.fit, case.judge, ON_GPU, settings=SETTINGS, device=device)
+        title = (
+            "Generation with experts in page-locked host memory, 25 % on the device; plain copies reach "
+            f"{found['plain_copy_GBps']:.1f} GB/s"
+        )
+    base, rates = found["on demand"].tokens_per_s, ("plain_read_GBps", "plain_copy_GBps")
     lines = [
         (
             name, f"{one.tokens_per_s:.2f}", f"{one.tokens_per_s / base:.2f}", f"{one.hit_rate:.3f}", f"{one.MB:.1f}",
             "" if one.overlap is None else f"{one.overlap:.0%}", "" if one.GBps is None else f"{one.GBps:.2f}",
         )
-        for name, one in found.items() if name != "plain_read_GBps"
+        for name, one in found.items() if name not in rates
     ]  # fmt: skip
-    title = "Generation with experts on disk, 25 % in memory, page cache kept out; plain reads reach " + ", ".join(
-        f"{rate:.2f} GB/s by {n}" for n, rate in plain.items()
-    )
     head = ("", "tokens/s", "over on demand", "hit rate", "MB a token", "overlap", "GB/s while reading")
-    figures = {name: one if name == "plain_read_GBps" else asdict(one) for name, one in found.items()}
+    figures = {name: one if name in rates else asdict(one) for name, one in found.items()}
     return Row(title, head, lines, figures)
 
 

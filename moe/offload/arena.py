@@ -135,7 +135,7 @@ class Arena:
         self.nbytes = arena_bytes(kinds, slots)
         with torch.inference_mode(False):  # readers, too, must be allowed to write
             self._parts = _slots(kinds, slots, _memory(self.nbytes, self.device, pinned))
-        self._weights = [kind.join(parts) for kind, parts in zip(kinds, self._parts, strict=True)]
+        self._windows: dict[tuple[int, int], dict[str, Tensor | Quantized]] = {}
 
     def kind_of(self, slot: int) -> int:
         return next(k for k in range(len(self.kinds)) if slot < self.first[k + 1])
@@ -145,13 +145,18 @@ class Arena:
         kind = self.kind_of(slot)
         return {name: t[slot - self.first[kind]] for name, t in self._parts[kind].items()}
 
-    def weights(self, kind: int) -> dict[str, Tensor | Quantized]:
-        """The weights [S, ...] of all slots of a kind; slot s of all is s - first[kind] here."""
-        return self._weights[kind]
+    def weights(self, begin: int, end: int) -> dict[str, Tensor | Quantized]:
+        """The weights [S, ...] of slots begin .. end - 1, which are of one kind."""
+        if (begin, end) not in self._windows:
+            kind = self.kind_of(begin)
+            here = slice(begin - self.first[kind], end - self.first[kind])
+            parts = {name: t[here] for name, t in self._parts[kind].items()}
+            self._windows[begin, end] = self.kinds[kind].join(parts)
+        return self._windows[begin, end]
 
     def close(self) -> None:
         """Lets the memory go, once nobody else holds a tensor of it."""
-        self._parts, self._weights = [], []
+        self._parts, self._windows = [], {}
 
 
 def _slots(kinds: Sequence[Kind], slots: Sequence[int], memory: Tensor) -> list[dict[str, Tensor]]:

@@ -324,7 +324,7 @@ def _same_modes() -> Callable[[], ExitStack]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     kinds = {"cpu"} if device is None else {"cpu", device.type}
     casts = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-    current = torch.cuda.current_device() if torch.cuda.is_available() else None
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
     threads = torch.get_num_threads()
 
     def same() -> ExitStack:
@@ -334,8 +334,8 @@ def _same_modes() -> Callable[[], ExitStack]:
         stack.enter_context(torch.set_grad_enabled(False))
         for kind, dtype in casts.items():
             stack.enter_context(torch.autocast(kind, dtype))
-        if current is not None:
-            stack.enter_context(torch.cuda.device(current))
+        if stream is not None:  # of the current device, which it brings along
+            stack.enter_context(torch.cuda.stream(stream))
         return stack
 
     return same

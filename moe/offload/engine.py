@@ -163,11 +163,12 @@ class Engine:
                 then(ids)
             while chains:
                 uses = self._arrived(layer, chains)
-                kind = self.arena.kind_of(uses[0].slot)
-                local = [use.slot - self.arena.first[kind] for use in uses]
+                pool = int(self.places.of[layer, uses[0].expert])  # a kernel is told of no more slots than it can count
+                begin, end = map(int, self.places.first[pool : pool + 2])
+                local = [use.slot - begin for use in uses]
                 self._timing.begin_computing()
                 try:
-                    yield Group([use.expert for use in uses], local, self.arena.weights(kind))
+                    yield Group([use.expert for use in uses], local, self.arena.weights(begin, end))
                 finally:
                     self._timing.end_computing()
                     self._loader.used([use.slot for use in uses])

@@ -29,7 +29,10 @@ def write_outputs(group: Group, rows: Tensor, routing: Routing, out: Tensor, for
     slots[group.experts] = group.slots
     w = group.weights
     first = w["w_gate_up"] if "w_gate_up" in w else (w["w_gate"], w["w_up"])
+    table = torch.from_numpy(slots)
+    if rows.is_cuda:  # from pageable memory the copy would wait for all that was handed over before
+        table = table.pin_memory().to(rows.device, non_blocking=True)
     expert_outputs(
-        rows, routing, first, w["w_down"], torch.from_numpy(slots).to(rows.device), out,
+        rows, routing, first, w["w_down"], table, out,
         b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), **form,
     )  # fmt: skip

@@ -47,7 +47,7 @@ class HostStore:
         self._parts: list[list[dict[str, Tensor]]] = []
         for i, layer in enumerate(self.layers):
             parts = parts_of(layer, weights(i))
-            self._parts.append([{k: t.cpu().pin_memory() if pin else t for k, t in p.items()} for p in parts])
+            self._parts.append([{k: _pinned(t) if pin else t for k, t in p.items()} for p in parts])
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         if not self._parts:
@@ -60,6 +60,11 @@ class HostStore:
 
     def close(self) -> None:
         self._parts.clear()
+
+
+def _pinned(t: Tensor) -> Tensor:
+    """Straight into page-locked memory: from a device by DMA, from host memory in one copy."""
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
 
 
 def plain(layer: Layer) -> bool:
@@ -86,4 +91,6 @@ def fill(into: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
             to.copy_(parts[name], non_blocking=True)
     devices = {t.device for t in into.values() if t.is_cuda}
     for device in devices:
-        torch.cuda.current_stream(device).synchronize()
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+        done.synchronize()  # of these copies, not of what another reader has put behind them meanwhile

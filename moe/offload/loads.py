@@ -66,6 +66,8 @@ class Loader:
         self._running: dict[threading.Thread, Load] = {}
         cuda = arena.device.type == "cuda"
         self._stream = torch.cuda.Stream(arena.device) if cuda else None
+        if self._stream is not None:  # what stood in the slots' memory before may still be read or written
+            self._stream.wait_stream(torch.cuda.current_stream(arena.device))
         self._uses: dict[int, dict[Any, torch.cuda.Event]] = {}  # slot -> by stream, after the last kernel that read it
         self.threads = [self._start() for _ in range(readers)]
 

@@ -113,7 +113,9 @@ def rules(name, layers, experts):
             if not history[key]:
                 return 0.0
             at = history[key][-1]  # of equally frequent ones the last
-            return 0.5 ** (turns[layer] - at) * (sum(0.5 ** (at - turn) for turn in history[key]) + 2.0**-40 * last[key])
+            return 0.5 ** (turns[layer] - at) * (
+                sum(0.5 ** (at - turn) for turn in history[key]) + 2.0**-40 * last[key]
+            )
         if name == "lfu-cached":
             return (cached[key], last.get(key, 0))
         if name == "lfru":  # as of the layer's last step

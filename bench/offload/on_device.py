@@ -1,0 +1,96 @@
+"""What a device did meanwhile: copies to it, kernels, both at once; and what a plain pinned copy reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ...moe.offload import Arena, HostStore
+
+_LEAST_NS = 10_000  # copies below this are tables of slots and the like, no experts
+
+
+class Seen(NamedTuple):
+    """Seconds of the device: experts were copied to it, kernels ran, both at once."""
+
+    copy_s: float
+    compute_s: float
+    both_s: float
+
+    @property
+    def overlap(self) -> float | None:
+        """Of the shorter of the two, the share that went on beside the other."""
+        shorter = min(self.copy_s, self.compute_s)
+        return self.both_s / shorter if shorter else None
+
+
+def watch(work: Callable[[], object]) -> Seen:
+    """What the device did in `work`, by its own clock (CUPTI's records); all zero where nothing was recorded."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    copies, kernels = [], []
+    for e in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if e.device_type() != DeviceType.CUDA:
+            continue
+        if "annotation" in getattr(e, "activity_type", str)():
+            continue
+        name, span = e.name(), (e.start_ns(), e.start_ns() + e.duration_ns())
+        if name.startswith("Memcpy HtoD"):
+            if e.duration_ns() >= _LEAST_NS:
+                copies.append(span)
+        elif not name.startswith(("Memcpy", "Memset")):
+            kernels.append(span)
+    copies, kernels = merged(copies), merged(kernels)
+    return Seen(_length(copies) / 1e9, _length(kernels) / 1e9, common(copies, kernels) / 1e9)
+
+
+def merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same time in spans that do not touch, rising."""
+    out: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if out and begin <= out[-1][1]:
+            out[-1] = out[-1][0], max(out[-1][1], end)
+        else:
+            out.append((begin, end))
+    return out
+
+
+def common(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> int:
+    """Time in both, each `merged`."""
+    i = j = total = 0
+    while i < len(a) and j < len(b):
+        total += max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+def _length(spans: Sequence[tuple[int, int]]) -> int:
+    return sum(end - begin for begin, end in spans)
+
+
+def plain_copy(store: HostStore, device: torch.device, experts: int = 200) -> float:
+    """GB/s of experts copied out of page-locked memory one after another, and nothing else."""
+    kind = store.layers[0].kind(0)
+    into = Arena([kind], [1], device).slot(0)
+    places = [(n % len(store.layers), (n * 7) % store.layers[0].experts) for n in range(experts)]
+    parts = [{name: t[e] for name, t in store.whole(layer).items()} for layer, e in places]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for one in (parts[:5], parts):
+        torch.cuda.synchronize()
+        begin.record()
+        for expert in one:
+            for name, t in expert.items():
+                into[name].copy_(t, non_blocking=True)
+        end.record()
+        torch.cuda.synchronize()
+    return experts * kind.nbytes / (begin.elapsed_time(end) / 1e3) / 1e9
