@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..activation import Activation, as_activation
+from ..autocast import under_autocast
 from ..chip import say_once
 from ..quantized import Quantized
 from ..routing import Routing
@@ -88,10 +89,6 @@ torch.library.register_autograd("headgate::grouped_ffn", _backward, setup_contex
 torch.library.register_autograd("headgate::grouped_ffn_backward", _second_backward)
 
 
-def _under_autocast(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def grouped_ffn(
     rows: Tensor,
     routing: Routing,
@@ -131,7 +128,7 @@ def grouped_ffn(
     """
     act = as_activation(activation, gated)
     w1, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
-    autocast = _under_autocast(rows.device)
+    autocast = under_autocast(rows.device)
     weights = (w1, w_up, w_down, b_gate_up, b_down)
     check("grouped_ffn", rows, routing, *weights, act, transposed, interleaved, cast=autocast)
     if routing.num_experts != w_down.shape[0]:

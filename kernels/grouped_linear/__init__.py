@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..autocast import under_autocast
 from ..chip import Chip, chip_of, say_once, why_no_grouped_gemm
 from . import on_cpu
 from .reference import grouped_linear_reference
@@ -99,9 +100,8 @@ def grouped_linear(
             [2., 2.],
             [2., 2.]])
     """
-    kind = x_sorted.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        to = torch.get_autocast_dtype(kind)
+    if under_autocast(x_sorted.device):
+        to = torch.get_autocast_dtype(x_sorted.device.type)
         x_sorted, w, b = x_sorted.to(to), w.to(to), None if b is None else b.to(to)
     _check(x_sorted, offsets, w, b, transposed)
     return torch.ops.headgate.grouped_linear(x_sorted, offsets, w, b, transposed)

@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import under_autocast
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    kind = device.type  # some, such as meta, know no autocast at all
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if under_autocast(device) else nullcontext()
 
 
 def router_logits_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...dispatch.local import Local
 from ...kernels.activation import Activation
+from ...kernels.autocast import under_autocast
 from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.plan import Plan, plan
@@ -87,9 +88,8 @@ def flags(module: nn.Module) -> tuple[bool, bool, bool, bool, bool]:
 
 def as_rows(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """hidden_states [..., D] as rows [R, D] in the dtype of `weight`, or as they are where autocast will decide."""
-    rows, kind = hidden_states.reshape(-1, hidden_states.shape[-1]), hidden_states.device.type
-    cast_later = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return rows if cast_later else rows.to(weight.dtype)
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return rows if under_autocast(rows.device) else rows.to(weight.dtype)
 
 
 def own_gate_forward(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.autocast import under_autocast
 from ...kernels.routing import Routing
 from ...placement.costs import Costs
 from ...placement.policies import Setting
@@ -289,9 +290,9 @@ class Offload:
                 "offload: rows and router weights must not ask for a gradient, which ends at experts elsewhere: "
                 "call the model under torch.no_grad()"
             )
-        form, dtype, kind = one.form, one.now["w_down"].parameter.dtype, rows.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            wanted = torch.get_autocast_dtype(kind)
+        form, dtype = one.form, one.now["w_down"].parameter.dtype
+        if under_autocast(rows.device):
+            wanted = torch.get_autocast_dtype(rows.device.type)
             if wanted != dtype:
                 raise ValueError(f"offload: autocast must be off or to the experts' {dtype}, got autocast to {wanted}")
         return self.engine.compute(
