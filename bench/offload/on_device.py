@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from ...moe.offload import Arena, HostStore
+from ...moe.offload.stats import common, length, merged
 
 _LEAST_NS = 10_000  # copies below this are tables of slots and the like, no experts
 
@@ -48,34 +49,7 @@ def watch(work: Callable[[], object]) -> Seen:
         elif not name.startswith(("Memcpy", "Memset")):
             kernels.append(span)
     copies, kernels = merged(copies), merged(kernels)
-    return Seen(_length(copies) / 1e9, _length(kernels) / 1e9, common(copies, kernels) / 1e9)
-
-
-def merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same time in spans that do not touch, rising."""
-    out: list[tuple[int, int]] = []
-    for begin, end in sorted(spans):
-        if out and begin <= out[-1][1]:
-            out[-1] = out[-1][0], max(out[-1][1], end)
-        else:
-            out.append((begin, end))
-    return out
-
-
-def common(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> int:
-    """Time in both, each `merged`."""
-    i = j = total = 0
-    while i < len(a) and j < len(b):
-        total += max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total
-
-
-def _length(spans: Sequence[tuple[int, int]]) -> int:
-    return sum(end - begin for begin, end in spans)
+    return Seen(length(copies) / 1e9, length(kernels) / 1e9, common(copies, kernels) / 1e9)
 
 
 def plain_copy(store: HostStore, device: torch.device, experts: int = 200) -> float:

@@ -15,6 +15,7 @@ from .. import chip
 from ..activation import Activation
 from ..quantized import PER_BYTE, Quantized
 from . import plain, quantized_on_cpu
+from .thin_tiles import counted
 
 _ARGS = (
     "Tensor rows, Tensor expert_ids, Tensor weights, Tensor[] w_gate_up, Tensor[] w_up, Tensor[] w_down, "
@@ -85,10 +86,12 @@ def _backward(
     return out[0], out[1], out[5], out[6]
 
 
-def triton_serves(rows: Tensor, weights: tuple[Quantized | None, ...], op: str = "grouped_ffn") -> bool:
-    """Whether the Triton form serves; says once why not."""
+def triton_serves(
+    rows: Tensor, weights: tuple[Quantized | None, ...], op: str = "grouped_ffn", keep: bool = True
+) -> bool:
+    """Whether the Triton form serves; says once why not. `keep`: as for a backward pass."""
     there = [w for w in weights if w is not None]
-    why = chip.why_no_grouped_gemm(rows, there[0].shape[0])
+    why = chip.why_no_grouped_gemm(rows, counted(len(rows), there[0].shape[0], keep))
     for w in there:
         across = w.block[1]
         if across & (across - 1) and across < w.shape[2]:
@@ -102,7 +105,7 @@ def _forward_on_cuda(
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
 ) -> tuple[Tensor, Tensor]:
     packed = unpacked(w1, w_up, w2, formats, blocks)
-    if not triton_serves(rows, packed):
+    if not triton_serves(rows, packed, keep=keep):
         rest = (formats, blocks, kind, params, gated, interleaved, keep)
         return _forward(rows, expert_ids, weights, w1, w_up, w2, b1, b2, *rest)
     from . import on_triton

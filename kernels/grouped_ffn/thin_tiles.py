@@ -74,5 +74,10 @@ def _outputs(size: ThinSize, chip: Chip, most: int, least: int, per_processor: f
     return outputs
 
 
+def counted(rows: int, experts: int, keep: bool) -> int:
+    """The experts whose pairs a kernel must put in order: those for few rows order none."""
+    return experts if keep or rows > MAX_ROWS else 0
+
+
 def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()

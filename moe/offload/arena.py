@@ -44,15 +44,20 @@ def parse_budget(budget: str | int | float, whole: int) -> int:
 
 
 class Layout(NamedTuple):
-    """Slots for experts of each of the `kinds`, [kinds] of them, kind by kind, and the pools that they make."""
+    """Slots for experts of each of the `kinds`, [kinds] of them, kind by kind, and the pools that they make; the last
+    `spares` are in none."""
 
     kinds: list[Kind]
     slots: list[int]
     places: Pools
+    spares: int = 0
 
 
-def plan_slots(layers: Sequence[Layer], budget: str | int | float, top_k: int, scope: str) -> Layout:
-    """The slots that a budget pays for.
+def plan_slots(
+    layers: Sequence[Layer], budget: str | int | float, top_k: int, scope: str, detours: bool = False
+) -> Layout:
+    """The slots that a budget pays for. With `detours` one in 32 is a spare, up to 8, where experts are of one kind:
+    what a step needs in one and the same slot, one after the other, can then be there at once.
 
     `scope` "layer": each layer has slots of its own, as large a share of its experts as the others; "shared": all
     layers share them. Experts of different kinds never share slots. Raises ValueError naming the least that is needed:
@@ -64,6 +69,8 @@ def plan_slots(layers: Sequence[Layer], budget: str | int | float, top_k: int, s
         raise ValueError(f"offload: top_k must be at least 1, got {top_k}")
     size = parse_budget(budget, sum(layer.nbytes for layer in layers))
     kinds = list(dict.fromkeys(kind for layer in layers for _, kind in layer.groups))
+    spares = min(8, size // (32 * kinds[0].nbytes)) if detours and len(kinds) == 1 else 0
+    size -= spares * arena_bytes(kinds[:1], [1])
     of = np.zeros((len(layers), max(layer.experts for layer in layers)), np.int32)
     found: dict[tuple[int, int], int] = {}  # (kind, layer or 0) -> experts in this pool
     for l, layer in enumerate(layers):
@@ -76,7 +83,8 @@ def plan_slots(layers: Sequence[Layer], budget: str | int | float, top_k: int, s
             of[l, list(experts)] = order[kinds.index(kind), l if scope == "layer" else 0]
     experts_of, kind_of = [found[key] for key in order], [k for k, _ in order]
     slots = _share_out(kinds, kind_of, experts_of, size, top_k, scope)
-    return Layout(kinds, _by_kind(len(kinds), kind_of, slots), pools(of, np.array(slots)))
+    per_kind = _by_kind(len(kinds), kind_of, slots)
+    return Layout(kinds, [n + spares for n in per_kind], pools(of, np.array(slots)), spares)
 
 
 def _share_out(
@@ -136,14 +144,17 @@ class Arena:
         with torch.inference_mode(False):  # readers, too, must be allowed to write
             self._parts = _slots(kinds, slots, _memory(self.nbytes, self.device, pinned))
         self._windows: dict[tuple[int, int], dict[str, Tensor | Quantized]] = {}
+        self._views: dict[int, dict[str, Tensor]] = {}
 
     def kind_of(self, slot: int) -> int:
         return next(k for k in range(len(self.kinds)) if slot < self.first[k + 1])
 
     def slot(self, slot: int) -> dict[str, Tensor]:
         """The parts of the expert in a slot, to be filled."""
-        kind = self.kind_of(slot)
-        return {name: t[slot - self.first[kind]] for name, t in self._parts[kind].items()}
+        if slot not in self._views:
+            kind = self.kind_of(slot)
+            self._views[slot] = {name: t[slot - self.first[kind]] for name, t in self._parts[kind].items()}
+        return self._views[slot]
 
     def weights(self, begin: int, end: int) -> dict[str, Tensor | Quantized]:
         """The weights [S, ...] of slots begin .. end - 1, which are of one kind."""
@@ -156,7 +167,7 @@ class Arena:
 
     def close(self) -> None:
         """Lets the memory go, once nobody else holds a tensor of it."""
-        self._parts, self._windows = [], {}
+        self._parts, self._windows, self._views = [], {}, {}
 
 
 def _slots(kinds: Sequence[Kind], slots: Sequence[int], memory: Tensor) -> list[dict[str, Tensor]]:

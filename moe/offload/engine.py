@@ -1,8 +1,9 @@
 """The engine of an offload cache: serves a layer's step from slots, while what is missing is on its way.
 
-One piece of code decides (placement/cache.py), readers fetch (loads.py), and whoever calls `compute` computes: first
-what is there, then each expert as it arrives; the host may compute some where they are (hybrid.py). Outputs are taken
-pair by pair and summed at the end, so no result depends on what was there, or on what came first.
+One piece of code decides (placement/cache.py), readers fetch (loads.py) or a GPU copies by itself (copies.py), and
+whoever calls `compute` computes: first what is there, then each expert as it arrives; the host may compute some where
+they are (hybrid.py). Outputs are taken pair by pair and summed at the end, so no result depends on what was there, or
+on what came first.
 """
 
 from __future__ import annotations
@@ -29,20 +30,12 @@ from ...placement.policies import policy as start_policy
 from ...placement.prefetch import prefetch as prefetch_likely
 from ...placement.trace import Trace
 from .arena import Arena, plan_slots
-from .groups import Group, write_outputs
+from .copies import Copies, readers_of
+from .groups import FEW_ROWS, Group, distinct, whole_step, write_outputs
 from .host import Store
 from .hybrid import Host, put_pairs, work_of
-from .loads import DONE, FAILED, HELD, Load, Loader
-from .stats import Access, Stats, Timing
-
-
-class _Use:
-    """One expert's turn in a slot within a step."""
-
-    __slots__ = ("expert", "load", "slot")
-
-    def __init__(self, expert: int, slot: int, load: Load | None) -> None:
-        self.expert, self.slot, self.load = expert, slot, load
+from .loads import DONE, FAILED, HELD, Load, Loader, Use, failure
+from .stats import Access, DeviceTiming, Stats, Timing
 
 
 class Engine:
@@ -50,7 +43,8 @@ class Engine:
 
     `budget`: bytes, "8GiB", or a share of the experts' bytes, "25%" or 0.25; at least `top_k` experts of each layer, or
     with `scope` "shared" of one. `policy`: a name of POLICIES, with its `options`, and a `trace` where it learns from
-    one; or its State. `readers`: threads that copy. `patience_s`: how long a step waits for one expert before it raises
+    one; or its State. `readers`: threads that fetch; 0, of a HostStore alone: none, as a GPU copies out of page-locked
+    memory by itself; None: 0 there on a GPU, else 2. `patience_s`: how long a step waits for an expert before it raises
     TimeoutError. `log`: keep every Access in `log`. `costs`, for a HostStore of plain tensors: the host computes those
     experts of a step that are not in slots which `split` gives it at these costs, where they are, in a thread of its
     own; the others are fetched, in the cache's order.
@@ -68,16 +62,15 @@ class Engine:
         scope: str = "layer",
         top_k: int = 1,
         device: torch.device | str = "cpu",
-        readers: int = 2,
+        readers: int | None = None,
         patience_s: float = 600.0,
         trace: Trace | None = None,
         options: Mapping[str, float] | None = None,
         log: bool = False,
         costs: Costs | None = None,
     ) -> None:
-        if readers < 1:
-            raise ValueError(f"Engine: readers must be at least 1, got {readers}")
-        layout = plan_slots(store.layers, budget, top_k, scope)
+        readers = readers_of(readers, store, device)
+        layout = plan_slots(store.layers, budget, top_k, scope, detours=readers == 0)
         self.layers, self.store, self.places, self.patience_s = store.layers, store, layout.places, patience_s
         shape = self.places.of.shape
         if isinstance(policy, str):
@@ -86,12 +79,17 @@ class Engine:
         self.arena = Arena(layout.kinds, layout.slots, device)
         self.log: list[Access] | None = [] if log else None
         self._calls = self._accesses = self._hits = self._ahead = self._used = 0
-        self._at_host, self._wait_s, self._timing = 0, 0.0, Timing()
-        self._host = None if costs is None else Host(store, costs, self._timing)
+        self._at_host, self._wait_s = 0, 0.0
+        by_events = readers == 0 and self.arena.device.type == "cuda"
+        self._timing = DeviceTiming(self.arena.device) if by_events else Timing()
+        self._host = None if costs is None else Host(store, costs, Timing() if by_events else self._timing)
         self._chance = np.zeros(shape, np.float32)  # told last, for each layer
         self._promised = np.zeros(shape, bool)  # fetched ahead, and not used yet
         self._newest: dict[int, Load] = {}  # slot -> the last load ordered for it
-        self._loader = Loader(store, self.arena, readers, self._timing)
+        self._spares = list(range(self.places.slots, self.places.slots + layout.spares))
+        self._loader = (
+            Loader(store, self.arena, readers, self._timing) if readers else Copies(store, self.arena, self._timing)
+        )
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _end, self._pid, self._loader, self._host, store, self.arena)
 
@@ -117,22 +115,29 @@ class Engine:
         where one cannot be had; the next call tries again.
         """
         self._check(layer)
-        chosen, ids, counts = _distinct(routing.expert_ids, routing.num_experts)
+        if torch.is_grad_enabled() and (rows.requires_grad or routing.weights.requires_grad):
+            raise ValueError("offload: rows and router weights must not ask for a gradient: use torch.no_grad()")
+        chosen, ids, counts = distinct(routing.expert_ids, routing.num_experts)
         if routing.num_experts != self.layers[layer].experts:
             raise ValueError(
                 f"offload: routing must be over the {self.layers[layer].experts} experts of {self.layers[layer].name}, "
                 f"got {routing.num_experts}"
             )
         wide = torch.promote_types(rows.dtype, torch.float32)
-        out = rows.new_empty(routing.expert_ids.numel(), self._width(layer, transposed), dtype=wide)
+        out = rows.new_empty(routing.expert_ids.numel(), self.layers[layer].outputs(transposed), dtype=wide)
         form = {"activation": activation, "gated": gated, "transposed": transposed, "interleaved": interleaved}
-        host, job = self._host, None
-        with closing(self.step(layer, ids, then, counts)) as groups:
+        host, job, y = self._host, None, None
+        few = rows.is_cuda and len(rows) <= FEW_ROWS
+        with closing(self.step(layer, ids, then, counts, together=few)) as groups:
             for group in groups:
                 if host is not None and group.host:
                     job = host.order(work_of(group, rows, routing, chosen, out, form))
+                elif few and len(group.experts) == len(ids):
+                    y = whole_step(group, rows, routing, chosen, form)
                 else:
                     write_outputs(group, rows, routing, out, form)
+        if y is not None:
+            return y
         if host is not None and job is not None:
             begun = time.perf_counter()
             put_pairs(out, host.wait(job, self.patience_s))
@@ -146,35 +151,51 @@ class Engine:
         ids: Sequence[int] | NDArray[np.int32],
         then: Callable[[NDArray[np.int32]], None] | None = None,
         rows: NDArray[np.integer] | None = None,
+        together: bool = False,
     ) -> Generator[Group]:
         """One step of `layer`, which needs the experts `ids`, distinct and rising: yields each of them once, in groups,
         as they are there. A group's weights are valid until the next is asked for. `then(ids)` is called once the loads
         are ordered, before anything is waited for. Close the generator (`closing`) if it may be left early. An engine
-        with costs that is told the `rows` [n] of each expert yields those that are the host's to compute first."""
+        with costs that is told the `rows` [n] of each expert yields those that are the host's to compute first.
+        `together`: as few groups as can be, where that makes nobody wait but the device."""
         self._check(layer)
         experts, ids = self.layers[layer].experts, np.asarray(ids, np.int32)
         if ids.ndim != 1 or (len(ids) and (ids[0] < 0 or ids[-1] >= experts or (np.diff(ids) <= 0).any())):
             raise ValueError(f"offload: ids must be distinct, rising and below {experts}, got {ids.tolist()}")
-        chains, apart = self._begin(layer, ids, rows)
+        chains, detours, apart = self._begin(layer, ids, rows)
         try:
             if self._host is not None and len(apart):
                 yield Group(apart.tolist(), apart.tolist(), self._host.weights[layer], host=True)
             if then is not None:
                 then(ids)
             while chains:
-                uses = self._arrived(layer, chains)
-                pool = int(self.places.of[layer, uses[0].expert])  # a kernel is told of no more slots than it can count
-                begin, end = map(int, self.places.first[pool : pool + 2])
-                local = [use.slot - begin for use in uses]
+                uses = self._arrived(layer, chains, together)
+                slots = [use.slot for use in uses]
+                begin, end = self._window(layer, uses)
+                with self._loader.lock:
+                    self._loader.before(slots)
                 self._timing.begin_computing()
                 try:
-                    yield Group([use.expert for use in uses], local, self.arena.weights(begin, end))
+                    group = Group(
+                        [use.expert for use in uses], [s - begin for s in slots], self.arena.weights(begin, end)
+                    )
+                    yield group
                 finally:
                     self._timing.end_computing()
-                    self._loader.used([use.slot for use in uses])
+                    with self._loader.lock:
+                        self._loader.used(slots)
                 self._computed(chains, uses)
         finally:
-            self._leave(chains)
+            self._leave(chains, detours)
+
+    def _window(self, layer: int, uses: list[Use]) -> tuple[int, int]:
+        """The slots that a group's kernels are told of: a pool's, the spare ones, or all. Most count only so many."""
+        if all(use.detour for use in uses):
+            return self.places.slots, self.arena.first[-1]
+        if any(use.detour for use in uses):
+            return 0, self.arena.first[-1]
+        pool = int(self.places.of[layer, uses[0].expert])
+        return int(self.places.first[pool]), int(self.places.first[pool + 1])
 
     def prefetch(self, layer: int, ids, worth=None) -> int:
         """Orders experts of a step to come, the most important first, where they are not there and `worth` more than
@@ -248,9 +269,9 @@ class Engine:
 
     def _begin(
         self, layer: int, ids: NDArray[np.int32], rows: NDArray[np.integer] | None
-    ) -> tuple[dict[int, deque[_Use]], NDArray[np.int32]]:
-        """Has the cache decide, holds the slots, orders the loads: slot -> the experts that stand there in turn, and
-        the experts that the host is to compute."""
+    ) -> tuple[dict[int, deque[Use]], list[Use], NDArray[np.int32]]:
+        """Has the cache decide, holds the slots, orders the loads: slot -> the experts that stand there in turn; those
+        of them that make a detour; and the experts that the host is to compute."""
         loader, begun = self._loader, time.perf_counter()
         with loader.lock:
             loader.revive()
@@ -267,19 +288,33 @@ class Engine:
             self._at_host += len(apart)
             self._used += int(self._promised[layer, ids].sum())
             self._promised[layer, ids] = False
-            chains: dict[int, deque[_Use]] = {}
+            chains: dict[int, deque[Use]] = {}
+            detours: list[Use] = []
             for e, slot, gone in zip(step.experts.tolist(), step.slots.tolist(), step.gone.tolist(), strict=True):
                 hit = gone == -2
                 self._note(layer, e, "hit" if hit else "miss", -1 if hit else gone)
+                if slot in chains and self._spares:
+                    detours.append(self._detour(layer, e, slot, chains))
+                    continue
                 load = self._there(slot) if hit else self._order(layer, e, slot, urgent=True, held=slot in chains)
                 if slot not in chains:
                     chains[slot] = deque()
                     self.cache.table.busy[slot] += 1
-                chains[slot].append(_Use(e, slot, load))
+                chains[slot].append(Use(e, slot, load))
             for e in apart.tolist():
                 self._note(layer, e, "host", -1)
             self._wait_s += time.perf_counter() - begun
-        return chains, apart
+        return chains, detours, apart
+
+    def _detour(self, layer: int, expert: int, slot: int, chains: dict[int, deque[Use]]) -> Use:
+        """Orders a load into a spare slot, as this step still needs what stands in its own. Until it is there nobody
+        else may see it."""
+        use = Use(expert, self._spares.pop(), self._order(layer, expert, slot, urgent=True, held=True), detour=True)
+        assert isinstance(self._loader, Copies), "readers leave no slots spare"
+        self._loader.copy(use.load, use.slot)
+        chains[use.slot] = deque([use])
+        self.cache.table.busy[slot] += 1
+        return use
 
     def _apart(self, layer: int, ids: NDArray[np.int32], rows: NDArray[np.integer] | None) -> NDArray[np.int32]:
         """The experts that the host is to compute, as things stand; one on its way to a slot counts as there."""
@@ -308,8 +343,9 @@ class Engine:
         self._newest[slot] = load
         return load
 
-    def _arrived(self, layer: int, chains: dict[int, deque[_Use]]) -> list[_Use]:
-        """The uses, at the heads of their chains and of one kind, that can be computed; waits until there is one."""
+    def _arrived(self, layer: int, chains: dict[int, deque[Use]], together: bool) -> list[Use]:
+        """The uses, at the heads of their chains and of one kind, that can be computed; waits until there is one. Not
+        `together`: those that the device has first, and none of pools and spare slots at once."""
         begun = time.perf_counter()
         with self._loader.lock:
             while True:
@@ -317,16 +353,20 @@ class Engine:
                 heads = [chain[0] for chain in chains.values()]
                 for use in heads:
                     if use.load is not None and use.load.state == FAILED:
-                        raise _failure(use.load, self.layers[layer].name)
-                there = [use for use in heads if use.load is None or use.load.state == DONE]
+                        raise failure(use.load, self.layers[layer].name)
+                there = [use for use in heads if use.load is None or use.load.state == DONE or use.detour]
                 if there:
                     self._wait_s += time.perf_counter() - begun
+                    if not together:
+                        soonest = set(self._loader.soonest([use.slot for use in there]))
+                        there = [use for use in there if use.slot in soonest]
+                        there = [use for use in there if use.detour == there[0].detour]
                     kind = self.arena.kind_of(there[0].slot)
                     return [use for use in there if self.arena.kind_of(use.slot) == kind]
                 missing = ", ".join(str(use.expert) for use in heads)
                 self._wait(begun, f"experts {missing} of {self.layers[layer].name}")
 
-    def _computed(self, chains: dict[int, deque[_Use]], uses: list[_Use]) -> None:
+    def _computed(self, chains: dict[int, deque[Use]], uses: list[Use]) -> None:
         """Lets the loads begin that waited for these uses, and slots go that the step is through with."""
         with self._loader.lock:
             for use in uses:
@@ -338,14 +378,19 @@ class Engine:
                     self._loader.queue(load, urgent=True)
                 else:
                     del chains[use.slot]
-                    self.cache.table.busy[use.slot] -= 1
+                    if not use.detour:
+                        self.cache.table.busy[use.slot] -= 1
             self._loader.arrived.notify_all()
 
-    def _leave(self, chains: dict[int, deque[_Use]]) -> None:
-        """Ends a step early: what it ordered last into a slot is what the cache counts on, and others may wait for."""
-        if not chains:
+    def _leave(self, chains: dict[int, deque[Use]], detours: list[Use]) -> None:
+        """Ends a step, perhaps early: what it ordered last into a slot is what the cache counts on, and others may wait
+        for."""
+        if not chains and not detours:
             return
         with self._loader.lock:
+            for use in detours:
+                chains.pop(use.slot, None)
+                self._come_home(use)
             for slot, chain in chains.items():
                 *between, last = chain
                 for use in between:  # nobody else can have seen these
@@ -357,6 +402,15 @@ class Engine:
                 self.cache.table.busy[slot] -= 1
             chains.clear()
             self._loader.arrived.notify_all()
+
+    def _come_home(self, use: Use) -> None:
+        """The end of a detour: to its own slot goes who is to stay there."""
+        load = use.load
+        assert load is not None, "who makes a detour is a miss"
+        if load.state == HELD and self._newest.get(load.slot) is load and not self._loader.closed:
+            self._loader.move(use.slot, load)  # type: ignore[union-attr]  # Copies: see _detour
+        self._spares.append(use.slot)
+        self.cache.table.busy[load.slot] -= 1
 
     def _settle(self) -> None:
         """Takes experts that could not be fetched out of the cache: the next step that needs them tries again."""
@@ -379,14 +433,6 @@ class Engine:
         if self.log is not None:
             self.log.append(Access(self._calls, layer, expert, how, gone))
 
-    def _width(self, layer: int, transposed: bool) -> int:
-        """The outputs of the layer's experts."""
-        shapes = {part.name: part.shape for part in self.layers[layer].groups[0][1].parts}
-        shape = shapes.get("w_down", shapes.get("w_down.data"))
-        if shape is None:
-            raise ValueError(f"offload: {self.layers[layer].name} must have a weight w_down, got {', '.join(shapes)}")
-        return shape[1] if transposed else shape[0]
-
     def _check(self, layer: int) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError("offload: the engine must be used in the process that made it, got a fork of it")
@@ -399,26 +445,7 @@ class Engine:
             raise RuntimeError("offload: the engine must be open, got one that is closed")
 
 
-def _distinct(expert_ids: Tensor, experts: int) -> tuple[Tensor, NDArray[np.int32], NDArray[np.int64]]:
-    """The choices in host memory, the experts that somebody chose, rising, and how many did. The one wait for the
-    device."""
-    chosen = expert_ids.detach().cpu()
-    ids = chosen.numpy()
-    if ids.size and ids.min() < -1:
-        raise IndexError(f"offload: expert_ids must be at least -1 (no expert), got {ids.min()}")
-    distinct, counts = np.unique(ids[(ids >= 0) & (ids < experts)], return_counts=True)
-    return chosen, distinct.astype(np.int32), counts
-
-
-def _failure(load: Load, layer: str) -> Exception:
-    """What a step raises that needs an expert which could not be had."""
-    text = f"offload: expert {load.expert} of {layer} (layer {load.layer}) could not be read: {load.error}"
-    error = OSError(load.error.errno, text) if isinstance(load.error, OSError) else RuntimeError(text)
-    error.__cause__ = load.error
-    return error
-
-
-def _end(pid: int, loader: Loader, host: Host | None, store: Store, arena: Arena) -> None:
+def _end(pid: int, loader: Loader | Copies, host: Host | None, store: Store, arena: Arena) -> None:
     """Of an engine that is closed or gone; a fork of its process has no threads to end, and a lock nobody opens."""
     if os.getpid() != pid:
         return

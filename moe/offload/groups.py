@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.expert_outputs import expert_outputs
+from ...kernels.grouped_ffn import grouped_ffn
+from ...kernels.grouped_ffn.thin_tiles import MAX_ROWS
 from ...kernels.routing import Routing
 
 
@@ -23,16 +26,48 @@ class Group(NamedTuple):
     host: bool = False
 
 
+def distinct(expert_ids: Tensor, experts: int) -> tuple[Tensor, NDArray[np.int32], NDArray[np.int64]]:
+    """The choices in host memory, the experts that somebody chose, rising, and how many did. The one wait for the
+    device."""
+    chosen = expert_ids.detach().cpu()
+    ids = chosen.numpy()
+    if ids.size and ids.min() < -1:
+        raise IndexError(f"offload: expert_ids must be at least -1 (no expert), got {ids.min()}")
+    distinct, counts = np.unique(ids[(ids >= 0) & (ids < experts)], return_counts=True)
+    return chosen, distinct.astype(np.int32), counts
+
+
+FEW_ROWS = MAX_ROWS  # so few rows are served in one piece, where their experts are there: a GPU has kernels for them
+
+
+def whole_step(group: Group, rows: Tensor, routing: Routing, ids: Tensor, form: Mapping[str, Any]) -> Tensor:
+    """y [R, D] of a step whose experts are all in one group; `ids` are the routing's, in host memory. On a GPU, whose
+    kernels for few rows order no experts, to the bit what grouped_ffn gives where all weights are at hand."""
+    slots = np.full(routing.num_experts + 1, -1, np.int32)  # the last is nobody's
+    slots[group.experts] = group.slots
+    there = ids.numpy()
+    local = slots[np.where((there >= 0) & (there < routing.num_experts), there, -1)]
+    w = group.weights
+    first = w["w_gate_up"] if "w_gate_up" in w else (w["w_gate"], w["w_up"])
+    return grouped_ffn(
+        rows, Routing(_there(local, rows.device), routing.weights, w["w_down"].shape[0]), first, w["w_down"],
+        b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), **form,
+    )  # fmt: skip
+
+
+def _there(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """On a device. From pageable memory the copy would wait for all that was handed over before."""
+    t = torch.from_numpy(numbers)
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+
+
 def write_outputs(group: Group, rows: Tensor, routing: Routing, out: Tensor, form: Mapping[str, Any]) -> None:
     """`expert_outputs` of a group. `form`: activation, gated, transposed, interleaved."""
     slots = np.full(routing.num_experts, -1, np.int32)
     slots[group.experts] = group.slots
     w = group.weights
     first = w["w_gate_up"] if "w_gate_up" in w else (w["w_gate"], w["w_up"])
-    table = torch.from_numpy(slots)
-    if rows.is_cuda:  # from pageable memory the copy would wait for all that was handed over before
-        table = table.pin_memory().to(rows.device, non_blocking=True)
     expert_outputs(
-        rows, routing, first, w["w_down"], table, out,
+        rows, routing, first, w["w_down"], _there(slots, rows.device), out,
         b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), **form,
     )  # fmt: skip

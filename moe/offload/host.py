@@ -50,10 +50,14 @@ class HostStore:
             self._parts.append([{k: _pinned(t) if pin else t for k, t in p.items()} for p in parts])
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
+        fill(into, self.parts(layer, expert))
+
+    def parts(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """An expert's parts by name, as views. Raises OSError where the store is closed."""
         if not self._parts:
             raise OSError(errno.EBADF, "the store of offloaded experts is closed")
         group, row = self.layers[layer].places[expert]
-        fill(into, {name: t[row] for name, t in self._parts[layer][group].items()})
+        return {name: t[row] for name, t in self._parts[layer][group].items()}
 
     def whole(self, layer: int) -> dict[str, Tensor]:
         return dict(self._parts[layer][0]) if plain(self.layers[layer]) else {}

@@ -115,6 +115,14 @@ class Layer:
     def kind(self, expert: int) -> Kind:
         return self.groups[self.places[expert][0]][1]
 
+    def outputs(self, transposed: bool) -> int:
+        """The width of what the experts answer."""
+        shapes = {part.name: part.shape for part in self.groups[0][1].parts}
+        shape = shapes.get("w_down", shapes.get("w_down.data"))
+        if shape is None:
+            raise ValueError(f"offload: {self.name} must have a weight w_down, got {', '.join(shapes)}")
+        return shape[1] if transposed else shape[0]
+
     @property
     def nbytes(self) -> int:
         return sum(len(experts) * kind.nbytes for experts, kind in self.groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,23 @@ class Load:
         while before is not None and before.state == CANCELLED:  # it never began, but what it followed may have
             before = before.before
         return before is None or before.over
+
+
+class Use:
+    """One expert's turn in a slot within a step. `detour`: it is a spare slot, and the load is for another."""
+
+    __slots__ = ("detour", "expert", "load", "slot")
+
+    def __init__(self, expert: int, slot: int, load: Load | None, detour: bool = False) -> None:
+        self.expert, self.slot, self.load, self.detour = expert, slot, load, detour
+
+
+def failure(load: Load, layer: str) -> Exception:
+    """What a step raises that needs an expert which could not be had."""
+    text = f"offload: expert {load.expert} of {layer} (layer {load.layer}) could not be read: {load.error}"
+    error = OSError(load.error.errno, text) if isinstance(load.error, OSError) else RuntimeError(text)
+    error.__cause__ = load.error
+    return error
 
 
 class Loader:
@@ -115,7 +133,14 @@ class Loader:
             self.restarts += 1
             self.threads[i] = self._start()
 
-    def used(self, slots: list[int]) -> None:
+    def soonest(self, slots: Sequence[int]) -> Sequence[int]:
+        """Those that kernels need not wait for: all, as a load is over when the device has the expert."""
+        return slots
+
+    def before(self, slots: Sequence[int]) -> None:
+        """Nothing to do, for the same reason."""
+
+    def used(self, slots: Sequence[int]) -> None:
         """Takes notice that kernels that read these slots have been queued on the current stream."""
         if self._stream is not None:
             event, stream = torch.cuda.Event(), torch.cuda.current_stream(self._arena.device)

@@ -45,7 +45,7 @@ def offload(
     trace: Trace | None = None,
     formats: Formats | None = None,
     hybrid: bool | Costs = False,
-    readers: int = 2,
+    readers: int | None = None,
     page_cache: bool = True,
     verify: bool = False,
     log: bool = False,
@@ -72,7 +72,8 @@ def offload(
     hybrid    True: the host computes experts where they are, in host memory, wherever that ends a step sooner than to
               fetch them. What either costs is measured now, in about a second, on the first layer's weights, unless
               Costs are given. On a GPU outputs then stay the same to rounding: the host sums in another order
-    readers   threads that fetch; from disk, each with four requests at a time
+    readers   threads that fetch; from disk, each with four requests at a time. 0, without a disk: none, as a GPU copies
+              out of page-locked memory by itself, in order. None: 0 there, else 2
     page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether each expert's
               checksum is compared when it is read
     log       keep every access, for `Offload.log`
@@ -97,12 +98,12 @@ def offload(
         raise ValueError(
             "offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None"
         )
-    if isinstance(readers, bool) or not isinstance(readers, int):
-        raise TypeError(f"offload: readers must be an integer, got {readers!r}")
+    if isinstance(readers, bool) or not isinstance(readers, int | None):
+        raise TypeError(f"offload: readers must be an integer or None, got {readers!r}")
     if trace is not None and not isinstance(trace, Trace):
         raise TypeError(f"offload: trace must be a Trace or None, got {type(trace).__name__}")
-    if readers < 1:
-        raise ValueError(f"offload: readers must be at least 1, got {readers}")
+    if readers is not None and readers < (1 if disk is not None else 0):
+        raise ValueError(f"offload: readers must be at least 1, or 0 without a disk, got {readers}")
     _check_hybrid(hybrid, disk, formats)
     groups = groups_of(found, formats or {})
     foresight = _foresight(prefetch, model, found, trace)
@@ -110,7 +111,8 @@ def offload(
         Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
         for (name, module, form), parts in zip(found, groups, strict=True)
     ]
-    places = plan_slots(layers, budget, 1, scope).places
+    alone = where.type == "cuda" and disk is None and not readers
+    places = plan_slots(layers, budget, 1, scope, detours=alone).places
     shape = places.of.shape
     state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
     store = store_of(found, layers, groups, disk, where, page_cache=page_cache, verify=verify)

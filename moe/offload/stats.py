@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
+
+Span = tuple[float, float]
+_Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 class Access(NamedTuple):
@@ -50,8 +56,8 @@ class Stats:
 
 
 class Timing:
-    """Seconds of the wall clock in which something was copied, something was computed, or both. On CUDA devices
-    computation counts while it is handed over, not while it runs."""
+    """Seconds of the wall clock in which something was copied, something was computed, or both. On a GPU computation
+    counts here while it is handed over, not while it runs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -87,3 +93,77 @@ class Timing:
         """(copying, computing, both at once) so far."""
         self._turn(0, 0)
         return self._copy_s, self._compute_s, self._both_s
+
+
+class DeviceTiming:
+    """The same by a GPU's own clock: what runs on it, not what is handed over. Streams are the current ones."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._lock, self._begun = device, threading.Lock(), threading.local()
+        self._running: tuple[deque[_Events], deque[_Events]] = deque(), deque()  # copies, computations
+        self._origin, self._origin_s = self._mark(), 0.0
+        self._seconds = [0.0, 0.0, 0.0]
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        begin = self._mark()
+        yield
+        with self._lock:
+            self._running[0].append((begin, self._mark()))
+
+    def begin_computing(self) -> None:
+        self._begun.event = self._mark()
+
+    def end_computing(self) -> None:
+        with self._lock:
+            self._running[1].append((self._begun.event, self._mark()))
+
+    def seconds(self) -> tuple[float, float, float]:
+        """(copying, computing, both at once) of what is over."""
+        with self._lock:
+            copies, computations = (merged(self._over(running)) for running in self._running)
+            for i, more in enumerate((length(copies), length(computations), common(copies, computations))):
+                self._seconds[i] += more
+            return self._seconds[0], self._seconds[1], self._seconds[2]
+
+    def _over(self, running: deque[_Events]) -> list[Span]:
+        """Takes off what has ended. Times count from the last end seen: a float holds no hours to the microsecond."""
+        spans = []
+        while running and running[0][1].query():
+            begin, end = running.popleft()
+            begin_s = self._origin_s + self._origin.elapsed_time(begin) / 1e3
+            spans.append((begin_s, begin_s + begin.elapsed_time(end) / 1e3))
+            self._origin, self._origin_s = end, spans[-1][1]
+        return spans
+
+
+def merged(spans: Sequence[Span]) -> list[Span]:
+    """The same time in spans that do not touch, rising."""
+    out: list[Span] = []
+    for begin, end in sorted(spans):
+        if out and begin <= out[-1][1]:
+            out[-1] = out[-1][0], max(out[-1][1], end)
+        else:
+            out.append((begin, end))
+    return out
+
+
+def common(a: Sequence[Span], b: Sequence[Span]) -> float:
+    """Time in both, each `merged`."""
+    i, j, total = 0, 0, 0.0
+    while i < len(a) and j < len(b):
+        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+def length(spans: Sequence[Span]) -> float:
+    return sum(end - begin for begin, end in spans)

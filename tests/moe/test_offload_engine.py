@@ -378,17 +378,18 @@ def test_the_resident_set_keeps_to_the_budget(pages, large_file, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tier", ["host", "file", "host cache"])
+@pytest.mark.parametrize("tier", ["host", "host, readers", "file", "host cache"])
 def test_on_a_gpu(tier, tmp_path, assert_close):
     """Many steps without a wait in between: a slot must not be filled while kernels read it."""
     made = weights(layers=2, d=256, f=128)
     store = HostStore([Layer.of(f"m{i}", (range(E), w)) for i, w in enumerate(made)], lambda i: [made[i]], "cuda")
-    if tier != "host":
+    if not tier.startswith("host,") and tier != "host":
         store = file_store(made, tmp_path / "x")
     if tier == "host cache":
         store = HostCache(store, "60%")
     there = [{name: t.cuda() for name, t in w.items()} for w in made]
-    with Engine(store, "30%", top_k=K, device="cuda") as engine:
+    readers = 2 if tier == "host, readers" else None
+    with Engine(store, "30%", top_k=K, device="cuda", readers=readers) as engine:
         for tokens in (1, 8, 64):
             got, want = [], []
             for i in range(20):
