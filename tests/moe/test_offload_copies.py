@@ -186,7 +186,7 @@ def test_gradients_are_refused_before_anything_is_decided():
 @pytest.mark.parametrize("name", ["lru", "adaptive"])
 @pytest.mark.parametrize("scope", ["layer", "shared"])
 def test_on_a_gpu(name, scope):
-    """To the bit at any number of rows, with detours, fetches ahead, and no wait in between; copies by its own clock."""
+    """To the bit at any number of rows, with detours, fetches ahead, no wait in between; copies by its own clock."""
     sizes = dict(layers=2, experts=40, d=512, f=256)
     made = weights(torch.bfloat16, **sizes)
     store = HostStore([Layer.of(f"m{i}", (range(40), w)) for i, w in enumerate(made)], lambda i: [made[i]], "cuda")
