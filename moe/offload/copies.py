@@ -16,8 +16,8 @@ from .stats import DeviceTiming, Timing
 
 
 class Copies:
-    """What Loader is for a lower tier that has to be read. A load goes onto a stream of its own the moment it is
-    ordered, behind the kernels that still read its slot, and kernels that need it are put behind it: nobody waits, and
+    """What Loader is for a lower tier that has to be read. Loads go onto a stream of their own as they are ordered,
+    behind the kernels that still read its slot, and kernels that need it are put behind it: nobody waits, and
     no thread has to be woken. Loads run in the order in which they were ordered. On a CPU each is a copy, made at once.
     """
 
@@ -28,6 +28,7 @@ class Copies:
         self.failed: list[Load] = []
         self.closed = False
         self.loads = self.bytes = self.restarts = self._number = 0
+        self._taken: list[tuple[Load, int]] = []
         self.threads: list[threading.Thread] = []
         self._stream = torch.cuda.Stream(arena.device) if arena.device.type == "cuda" else None
         if self._stream is not None:  # what stood in the slots' memory before may still be read or written
@@ -38,76 +39,88 @@ class Copies:
     @property
     def waiting(self) -> int:
         """Loads on their way."""
-        self._forget(list(self._copied))
-        return len(self._copied)
+        return len(self._late(list(self._copied)))
 
-    def queue(self, load: Load, urgent: bool) -> None:
-        """Orders a load; `urgent` ones are no faster here."""
-        self.copy(load, load.slot)
+    def queue(self, load: Load, urgent: bool, slot: int | None = None) -> None:
+        """Takes a load up for the next `flush`, into its own slot or first into a spare `slot`, where it is not to be
+        seen yet. Urgent ones are no faster here."""
+        self._taken.append((load, load.slot if slot is None else slot))
+        if slot is None:
+            load.state = DONE
 
-    def copy(self, load: Load, slot: int) -> None:
-        """Orders the copy of a load's expert to a slot, and is done with the load if that is the load's own."""
+    def flush(self) -> None:
+        """Orders the copies of all loads that were taken up, in one go: what a load costs the caller counts. Kernels
+        wait for a few of them at a time."""
+        taken, self._taken = self._taken, []
+        if not taken:
+            return
+        parts = max(4, -(-len(taken) // 4))
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), torch.no_grad():
+            for some in (taken[i : i + parts] for i in range(0, len(taken), parts)):
+                with self._timing.copying():
+                    slots = [slot for load, slot in some if self._copy(load, slot)]
+                self._arrive(slots)
+
+    def _copy(self, load: Load, slot: int) -> bool:
+        """Puts a copy onto the current stream, behind the kernels that still read the slot."""
         try:
             parts = self._store.parts(load.layer, load.expert)
-            with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), torch.no_grad():
-                if self._stream is not None:
-                    for event in self._uses.pop(slot, {}).values():
-                        self._stream.wait_event(event)
-                with self._timing.copying():
-                    for name, to in self._arena.slot(slot).items():
-                        to.copy_(parts[name], non_blocking=True)
-                self._arrives(slot)
+            if self._stream is not None:
+                for event in self._uses.pop(slot, {}).values():
+                    self._stream.wait_event(event)
+            for name, to in self._arena.slot(slot).items():
+                to.copy_(parts[name], non_blocking=True)
         except Exception as error:
             load.state, load.error = FAILED, error
             self.failed.append(load)
-            return
-        if slot == load.slot:
-            load.state = DONE
+            return False
         self.loads += 1
         self.bytes += self._arena.kinds[self._arena.kind_of(slot)].nbytes
+        return True
 
     def move(self, spare: int, load: Load) -> None:
         """Moves a load's expert from a spare slot to its own, on the current stream: kernels that read it there, or who
         stood in its own before, are ahead on that."""
-        self.before([spare])
+        self.before([spare, load.slot])
         for event in self._uses.pop(load.slot, {}).values():
             torch.cuda.current_stream(self._arena.device).wait_event(event)
         with torch.no_grad():
             come = self._arena.slot(spare)
             for name, to in self._arena.slot(load.slot).items():
                 to.copy_(come[name], non_blocking=True)
-        self.used([spare])
-        self._arrives(load.slot)
+        self.used([spare, load.slot])  # what is copied there next is behind this
+        self._arrive([load.slot])
         load.state = DONE
 
-    def _arrives(self, slot: int) -> None:
-        """What the current stream has been given ends with a copy to a slot."""
-        self._copied.pop(slot, None)
-        if self._stream is not None:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._arena.device))
-            self._number += 1
+    def _arrive(self, slots: Sequence[int]) -> None:
+        """What the current stream has been given ends with copies to these slots."""
+        if self._stream is None:
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._arena.device))
+        self._number += 1
+        for slot in slots:
             self._copied[slot] = self._number, event
 
-    def _forget(self, slots: Sequence[int]) -> None:
+    def _late(self, slots: Sequence[int]) -> dict[int, tuple[int, torch.cuda.Event]]:
+        """Of slots, those whose experts are on their way."""
         for slot in slots:
             if slot in self._copied and self._copied[slot][1].query():
                 del self._copied[slot]
+        return {slot: self._copied[slot] for slot in slots if slot in self._copied}
 
     def soonest(self, slots: Sequence[int]) -> list[int]:
-        """Those that kernels need not wait for; where there are none, the quarter that comes first."""
-        self._forget(slots)
-        late = sorted((self._copied[slot][0], slot) for slot in slots if slot in self._copied)
+        """Those that kernels need not wait for; where there are none, those that come first."""
+        late = self._late(slots)
         if len(late) < len(slots):
-            return [slot for slot in slots if slot not in self._copied]
-        return [slot for _, slot in late[: -(-len(late) // 4)]]
+            return [slot for slot in slots if slot not in late]
+        first = min(number for number, _ in late.values())
+        return [slot for slot, (number, _) in late.items() if number == first]
 
     def before(self, slots: Sequence[int]) -> None:
         """Kernels that the current stream is given from now on run when the experts of these slots are there."""
-        self._forget(slots)
-        for slot in slots:
-            if slot in self._copied:
-                torch.cuda.current_stream(self._arena.device).wait_event(self._copied[slot][1])
+        for event in dict(self._late(slots).values()).values():
+            torch.cuda.current_stream(self._arena.device).wait_event(event)
 
     def used(self, slots: Sequence[int]) -> None:
         """Takes notice that kernels that read these slots have been queued on the current stream."""

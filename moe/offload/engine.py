@@ -31,7 +31,7 @@ from ...placement.prefetch import prefetch as prefetch_likely
 from ...placement.trace import Trace
 from .arena import Arena, plan_slots
 from .copies import Copies, readers_of
-from .groups import FEW_ROWS, Group, distinct, whole_step, write_outputs
+from .groups import FEW_ROWS, Group, distinct, whole_step, window, write_outputs
 from .host import Store
 from .hybrid import Host, put_pairs, work_of
 from .loads import DONE, FAILED, HELD, Load, Loader, Use, failure
@@ -171,15 +171,13 @@ class Engine:
             while chains:
                 uses = self._arrived(layer, chains, together)
                 slots = [use.slot for use in uses]
-                begin, end = self._window(layer, uses)
+                begin, end = window(self.places, layer, uses, self.arena.first[-1])
                 with self._loader.lock:
                     self._loader.before(slots)
                 self._timing.begin_computing()
                 try:
-                    group = Group(
-                        [use.expert for use in uses], [s - begin for s in slots], self.arena.weights(begin, end)
-                    )
-                    yield group
+                    local = [slot - begin for slot in slots]
+                    yield Group([use.expert for use in uses], local, self.arena.weights(begin, end))
                 finally:
                     self._timing.end_computing()
                     with self._loader.lock:
@@ -187,15 +185,6 @@ class Engine:
                 self._computed(chains, uses)
         finally:
             self._leave(chains, detours)
-
-    def _window(self, layer: int, uses: list[Use]) -> tuple[int, int]:
-        """The slots that a group's kernels are told of: a pool's, the spare ones, or all. Most count only so many."""
-        if all(use.detour for use in uses):
-            return self.places.slots, self.arena.first[-1]
-        if any(use.detour for use in uses):
-            return 0, self.arena.first[-1]
-        pool = int(self.places.of[layer, uses[0].expert])
-        return int(self.places.first[pool]), int(self.places.first[pool + 1])
 
     def prefetch(self, layer: int, ids, worth=None) -> int:
         """Orders experts of a step to come, the most important first, where they are not there and `worth` more than
@@ -230,6 +219,7 @@ class Engine:
                 self._promised[layer, e] = True
             elif self.cache.table.slot_of[layer, e] >= 0:
                 self._note(layer, e, "kept", -1)
+        self._loader.flush()
         self._ahead += len(taken)
         return len(taken)
 
@@ -301,6 +291,7 @@ class Engine:
                     chains[slot] = deque()
                     self.cache.table.busy[slot] += 1
                 chains[slot].append(Use(e, slot, load))
+            loader.flush()
             for e in apart.tolist():
                 self._note(layer, e, "host", -1)
             self._wait_s += time.perf_counter() - begun
@@ -311,7 +302,7 @@ class Engine:
         else may see it."""
         use = Use(expert, self._spares.pop(), self._order(layer, expert, slot, urgent=True, held=True), detour=True)
         assert isinstance(self._loader, Copies), "readers leave no slots spare"
-        self._loader.copy(use.load, use.slot)
+        self._loader.queue(use.load, urgent=True, slot=use.slot)
         chains[use.slot] = deque([use])
         self.cache.table.busy[slot] += 1
         return use
@@ -380,6 +371,7 @@ class Engine:
                     del chains[use.slot]
                     if not use.detour:
                         self.cache.table.busy[use.slot] -= 1
+            self._loader.flush()
             self._loader.arrived.notify_all()
 
     def _leave(self, chains: dict[int, deque[Use]], detours: list[Use]) -> None:
@@ -400,6 +392,7 @@ class Engine:
                     last.load.before = between[0].load
                     self._loader.queue(last.load, urgent=True)
                 self.cache.table.busy[slot] -= 1
+            self._loader.flush()
             chains.clear()
             self._loader.arrived.notify_all()
 

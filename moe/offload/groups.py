@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ from ...kernels.expert_outputs import expert_outputs
 from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_ffn.thin_tiles import MAX_ROWS
 from ...kernels.routing import Routing
+from ...placement.cache import Pools
+from .loads import Use
 
 
 class Group(NamedTuple):
@@ -35,6 +37,17 @@ def distinct(expert_ids: Tensor, experts: int) -> tuple[Tensor, NDArray[np.int32
         raise IndexError(f"offload: expert_ids must be at least -1 (no expert), got {ids.min()}")
     distinct, counts = np.unique(ids[(ids >= 0) & (ids < experts)], return_counts=True)
     return chosen, distinct.astype(np.int32), counts
+
+
+def window(places: Pools, layer: int, uses: Sequence[Use], slots: int) -> tuple[int, int]:
+    """The slots, of so many, that a group's kernels are told of: a pool's, the spare ones, or all. Most kernels can
+    count only so many experts."""
+    if all(use.detour for use in uses):
+        return places.slots, slots
+    if any(use.detour for use in uses):
+        return 0, slots
+    pool = int(places.of[layer, uses[0].expert])
+    return int(places.first[pool]), int(places.first[pool + 1])
 
 
 FEW_ROWS = MAX_ROWS  # so few rows are served in one piece, where their experts are there: a GPU has kernels for them

@@ -107,6 +107,9 @@ class Loader:
         load.state = QUEUED
         self.work.notify()
 
+    def flush(self) -> None:
+        """Nothing to do: a load is with the readers as soon as it is ordered."""
+
     def hurry(self, load: Load) -> None:
         """Moves a load that waits to the urgent ones."""
         if load.state == QUEUED:

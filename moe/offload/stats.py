@@ -96,7 +96,8 @@ class Timing:
 
 
 class DeviceTiming:
-    """The same by a GPU's own clock: what runs on it, not what is handed over. Streams are the current ones."""
+    """The same by a GPU's own clock: when it does what is handed over between two marks on the current stream, which on
+    a GPU that waits for the host includes the handing over."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._lock, self._begun = device, threading.Lock(), threading.local()

@@ -208,5 +208,5 @@ def test_on_a_gpu(name, scope):
         torch.cuda.synchronize()
         stats = engine.stats()
         assert stats.loads * engine.layers[0].kind(0).nbytes == stats.bytes
-        assert 0 < stats.both_s <= min(stats.copy_s, stats.compute_s)
-        assert stats.bytes / stats.copy_s < 200e9
+        assert 0 <= stats.both_s <= min(stats.copy_s, stats.compute_s)
+        assert 1e9 < stats.bytes / stats.copy_s < 200e9
