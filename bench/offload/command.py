@@ -10,10 +10,13 @@ from ..placement import table
 from ..placement.case import case_of
 from .rows import ROWS
 
+EXPERTS = ("qwen3-235b", "olmoe")  # of model.ON_GPU, which loads torch
+
 EXAMPLE = """examples:
   headgate bench offload
   headgate bench offload trace.npz --rows eviction recall prefetch --json figures.json
   headgate bench offload trace.npz --rows generation --threads 1
+  headgate bench offload trace.npz --rows generation --device cuda --experts olmoe
 """
 
 
@@ -31,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="where generation runs; on cuda experts are in host memory (default: cpu)",
     )
+    add(
+        "--experts",
+        choices=EXPERTS,
+        default="qwen3-235b",
+        help="whose sizes the experts have on cuda (default: %(default)s)",
+    )
     add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
 
 
@@ -44,8 +53,15 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(args.threads)
+    if args.device != "cpu":
+        import torch
+
+        if args.device != "cuda" or not torch.cuda.is_available():
+            raise ValueError(
+                f"offload: --device must be cpu, or cuda on a machine with a GPU that torch sees, got {args.device}"
+            )
     case = case_of(args.trace)
-    rows = ROWS | {"generation": partial(ROWS["generation"], device=args.device)}
+    rows = ROWS | {"generation": partial(ROWS["generation"], device=args.device, experts=args.experts)}
     found = table.fill(case, args.rows, rows, args.effort, table.screen_for(case, args.json))
     table.write(case, found, args.json)
     return 0

@@ -154,7 +154,7 @@ def batching(case: Case, effort: float) -> Row:
     return Row(title, ("", "tokens/s", "MB a token", "hit rate"), lines, found)
 
 
-def generation(case: Case, effort: float, device: str = "cpu") -> Row:
+def generation(case: Case, effort: float, device: str = "cpu", experts: str = "qwen3-235b") -> Row:
     from .generation import SETTINGS, measure, measure_on_gpu
     from .model import ON_GPU, Size
 
@@ -163,10 +163,10 @@ def generation(case: Case, effort: float, device: str = "cpu") -> Row:
         plain = ", ".join(f"{rate:.2f} GB/s by {n}" for n, rate in found["plain_read_GBps"].items())
         title = f"Generation with experts on disk, 25 % in memory, page cache kept out; plain reads reach {plain}"
     else:
-        found = measure_on_gpu(case.fit, case.judge, ON_GPU, settings=SETTINGS, device=device)
+        found = measure_on_gpu(case.fit, case.judge, ON_GPU[experts], settings=SETTINGS, device=device)
         title = (
-            "Generation with experts in page-locked host memory, 25 % on the device; plain copies reach "
-            f"{found['plain_copy_GBps']:.1f} GB/s"
+            f"Generation with experts like {experts}'s in page-locked host memory, 25 % on the device; plain copies "
+            f"reach {found['plain_copy_GBps']:.1f} GB/s"
         )
     base, rates = found["on demand"].tokens_per_s, ("plain_read_GBps", "plain_copy_GBps")
     lines = [
