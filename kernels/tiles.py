@@ -157,9 +157,10 @@ def choose(size: Size, chip: Chip) -> Tiles:
     if rows == 128 and chip.capability >= 90 and chip.shared_bytes > 200_000:
         long, short = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 3, resident=2)
         up = Tile(128, 128, 64, 8, 4) if size.gated else long
-        down, dx = (long if f >= 1024 else short), (long if width >= 1024 else short)
+        # with a stage less, products whose epilogue has much to write are 3 to 7 % faster on an H100
+        down, dx = (replace(long, stages=3) if f >= 1024 else short), (long if width >= 1024 else short)
         # what an epilogue holds of interleaved columns on top of 256 accumulators overflows the registers
-        back = long if f >= 512 and not size.interleaved else Tile(128, 128, 64, 8, 4)
+        back = replace(long, stages=3) if f >= 512 and not size.interleaved else Tile(128, 128, 64, 8, 4)
         if size.interleaved and chip.capability >= 100:  # whose accumulators come to the registers all at once
             back = replace(back, columns=64)
         dw = Tile(128, 256, 64, 8, 5)
