@@ -246,7 +246,7 @@ class Cache:
         """
         needs = ids = np.ascontiguousarray(ids, np.int32)
         self._check(layer, ids)
-        if (np.diff(ids) <= 0).any():
+        if (ids[1:] <= ids[:-1]).any():
             raise ValueError(f"Cache: ids must be distinct and rising, got {ids.tolist()}")
         if len(apart):
             ids = needs[~np.isin(needs, apart)]
@@ -263,6 +263,8 @@ class Cache:
     def ready(self, layer: int, ids) -> bool:
         """Whether a step can be served now: every pool with a miss has a slot that nobody holds."""
         table = self.table
+        if not table.busy.any():
+            return True
         missing = [e for e in ids if table.slot_of[layer, e] < 0]
         return all(
             (table.busy[table.first[p] : table.first[p + 1]] == 0).any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import mmap
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -147,7 +148,7 @@ class Arena:
         self._views: dict[int, dict[str, Tensor]] = {}
 
     def kind_of(self, slot: int) -> int:
-        return next(k for k in range(len(self.kinds)) if slot < self.first[k + 1])
+        return bisect_right(self.first, slot) - 1
 
     def slot(self, slot: int) -> dict[str, Tensor]:
         """The parts of the expert in a slot, to be filled."""

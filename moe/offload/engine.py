@@ -160,7 +160,7 @@ class Engine:
         `together`: as few groups as can be, where that makes nobody wait but the device."""
         self._check(layer)
         experts, ids = self.layers[layer].experts, np.asarray(ids, np.int32)
-        if ids.ndim != 1 or (len(ids) and (ids[0] < 0 or ids[-1] >= experts or (np.diff(ids) <= 0).any())):
+        if ids.ndim != 1 or (len(ids) and (ids[0] < 0 or ids[-1] >= experts or (ids[1:] <= ids[:-1]).any())):
             raise ValueError(f"offload: ids must be distinct, rising and below {experts}, got {ids.tolist()}")
         chains, detours, apart = self._begin(layer, ids, rows)
         try:

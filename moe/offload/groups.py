@@ -35,8 +35,9 @@ def distinct(expert_ids: Tensor, experts: int) -> tuple[Tensor, NDArray[np.int32
     ids = chosen.numpy()
     if ids.size and ids.min() < -1:
         raise IndexError(f"offload: expert_ids must be at least -1 (no expert), got {ids.min()}")
-    distinct, counts = np.unique(ids[(ids >= 0) & (ids < experts)], return_counts=True)
-    return chosen, distinct.astype(np.int32), counts
+    counts = np.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts)
+    distinct = np.flatnonzero(counts)
+    return chosen, distinct.astype(np.int32), counts[distinct]
 
 
 def window(places: Pools, layer: int, uses: Sequence[Use], slots: int) -> tuple[int, int]:

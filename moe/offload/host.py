@@ -45,6 +45,7 @@ class HostStore:
         self.layers = tuple(layers)
         pin = torch.device(device).type == "cuda"
         self._parts: list[list[dict[str, Tensor]]] = []
+        self._views: dict[tuple[int, int], dict[str, Tensor]] = {}
         for i, layer in enumerate(self.layers):
             parts = parts_of(layer, weights(i))
             self._parts.append([{k: _pinned(t) if pin else t for k, t in p.items()} for p in parts])
@@ -56,14 +57,17 @@ class HostStore:
         """An expert's parts by name, as views. Raises OSError where the store is closed."""
         if not self._parts:
             raise OSError(errno.EBADF, "the store of offloaded experts is closed")
-        group, row = self.layers[layer].places[expert]
-        return {name: t[row] for name, t in self._parts[layer][group].items()}
+        if (layer, expert) not in self._views:
+            group, row = self.layers[layer].places[expert]
+            self._views[layer, expert] = {name: t[row] for name, t in self._parts[layer][group].items()}
+        return self._views[layer, expert]
 
     def whole(self, layer: int) -> dict[str, Tensor]:
         return dict(self._parts[layer][0]) if plain(self.layers[layer]) else {}
 
     def close(self) -> None:
         self._parts.clear()
+        self._views.clear()
 
 
 def _pinned(t: Tensor) -> Tensor:
