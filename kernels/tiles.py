@@ -7,6 +7,9 @@ choice.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from .chip import Chip
@@ -208,19 +211,10 @@ def _for_fp32(tile: Tile) -> Tile:
 
 
 def candidates(size: Size, chip: Chip) -> dict[str, list[Tile]]:
-    """Tiles that a sweep may try in place of the chosen ones, for each GEMM, the chosen one first. See Tiles.using."""
-    chosen, here = choose(size, chip), row_tile(size)
+    """Tiles that a sweep may try in place of the chosen ones, for each GEMM: the chosen one first, then the nearest
+    (`_distance`), without those that would spill on sm_90. See Tiles.using."""
+    chosen = choose(size, chip)
     width, halves = (2 * size.intermediate, 2) if size.gated else (size.intermediate, 1)
-    shapes = [
-        Tile(rows, c, k, w, s, g, r)
-        for rows in (here, max(16, here // 2), min(128, 2 * here))
-        for c in ((32, 64, 128, 256) if rows < 128 else (64, 128, 256))
-        for k in ((64, 128, 256) if rows < 64 else (32, 64))
-        for w, r in ((4, 2), (8, 1), (4, 3))
-        for s in (3, 4, 5)
-        for g in ((1,) if rows < 64 else (4, 8, 16))
-        if rows * c <= 128 * 32 * w  # 128 registers of accumulators
-    ]
     sizes = {
         "up": (size.intermediate, size.hidden, halves, False),
         "down": (size.hidden, size.intermediate, 1, False),
@@ -230,11 +224,60 @@ def candidates(size: Size, chip: Chip) -> dict[str, list[Tile]]:
     }
     found: dict[str, list[Tile]] = {}
     for name, (wide, depth, weights, indirect) in sizes.items():
-        tried = [getattr(chosen, name)]
-        for t in shapes if name != "dw" else [replace(t, rows=128, stages=2 * t.stages - 1) for t in shapes]:
-            if name == "up" and halves * t.rows * t.columns > 128 * 32 * t.warps:
-                continue
-            if _fit(t, size, chip, wide, depth, weights, indirect) == t and t not in tried:
-                tried.append(t)
-        found[name] = tried
+        first = getattr(chosen, name)
+        most, deepest_step = 128, 256  # accumulators of a thread: half of its 255 registers
+        # something else asks for registers: narrow loads, weights widened on their way, products in three parts, an
+        # epilogue that parts columns
+        if size.odd or size.quantized or size.itemsize > 2 or (size.interleaved and name == "back"):
+            most = max(32, weights * first.rows * first.columns // (32 * first.warps))
+            deepest_step = first.depth
+        stages = (3, 5, 7, 9) if indirect else (2, 3, 4, 5, 6)[first.rows < 64 :]
+        pool = [
+            t
+            for t in _around(first, stages)
+            if t.depth <= deepest_step
+            and weights * t.rows * t.columns <= 32 * t.warps * min(most, _spare_registers(t))
+            and weights * t.columns <= 256  # of interleaved weights, one tensor map's box
+            and _fit(t, size, chip, wide, depth, weights, indirect) == t
+        ]
+        deepest: dict[Tile, int] = {}  # the most stages, up to the choice's, of tiles that differ in nothing else
+        for t in pool:
+            alike = replace(t, stages=0, group=0)
+            deepest[alike] = min(first.stages, max(t.stages, deepest.get(alike, 0)))
+        others = (t for t in pool if t != first)
+        nearest = sorted(others, key=lambda t: _distance(t, first, deepest[replace(t, stages=0, group=0)]))
+        found[name] = [first, *nearest]
     return found
+
+
+def _around(tile: Tile, stages: tuple[int, ...]) -> Iterator[Tile]:
+    """Tiles in which each number is the given one's, or a factor of two or four from it."""
+    fewest = 4 if tile.rows >= 64 else 2  # a warp group multiplies together
+    choices = (
+        [r for r in (tile.rows, tile.rows // 2, 2 * tile.rows) if 16 <= r <= 128],
+        [c for c in (tile.columns, tile.columns // 2, 2 * tile.columns, tile.columns // 4) if 16 <= c <= 256],
+        [k for k in (tile.depth, tile.depth // 2, 2 * tile.depth) if 16 <= k <= 256],
+        [w for w in (tile.warps, tile.warps // 2, 2 * tile.warps) if fewest <= w <= 8],
+        stages,
+        [tile.group * g // 2 for g in (2, 1, 4, 8)] if tile.group > 1 else [1],
+        range(1, 7),
+    )
+    return (Tile(*numbers) for numbers in itertools.product(*choices))
+
+
+def _spare_registers(tile: Tile) -> int:
+    """What a processor's 65536 registers leave each thread of its programs besides the 64 that every loop takes."""
+    return 65536 // (32 * tile.warps * tile.resident) - 64
+
+
+def _distance(tile: Tile, chosen: Tile, stages: int) -> float:
+    """Factors of two between them. Of programs, how many warps a processor has, or with few rows how many bytes it has
+    on their way. Of stages, the way from `stages`, the most that fit up to the chosen one's. Groups alone say nearly
+    all that groups say with other tiles, so that there they come last."""
+    few = chosen.rows < 64
+    both = (
+        (t.rows, t.columns, t.warps, (t.columns * t.depth if few else t.warps) * t.resident) for t in (tile, chosen)
+    )
+    far = sum(abs(math.log2(a / b)) for a, b in zip(*both, strict=True))
+    far += (1 if few else 1.5) * abs(math.log2(tile.depth / chosen.depth)) + 2 * abs(math.log2(tile.stages / stages))
+    return far + (3 if far else 1) * abs(math.log2(tile.group / chosen.group))

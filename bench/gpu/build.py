@@ -205,6 +205,46 @@ def build_all(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
+class Builder:
+    """`build` in processes of their own, ahead of whoever waits for it. What they leave in Triton's cache is what a
+    launch finds there."""
+
+    def __init__(self, processes: int) -> None:
+        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet)
+        self._found: dict[Job, Future] = {}
+
+    def ask(self, jobs: Iterable[Job]) -> None:
+        """Has these built after what was asked for before."""
+        for job in jobs:
+            if job not in self._found:
+                try:
+                    self._found[job] = self._pool.submit(build, job)
+                except BrokenProcessPool as error:  # a compiler has died: `wait` goes on without the others
+                    self._found[job] = Future()
+                    self._found[job].set_exception(error)
+
+    def wait(self, job: Job, timeout_s: float | None = None) -> dict[str, Any] | None:
+        """The result of a job that was asked for; None if it takes longer. A job whose process died, or that was in
+        line behind it, is built in a process of its own."""
+        try:
+            return self._found[job].result(timeout_s)
+        except TimeoutError:
+            return None
+        except BrokenProcessPool:
+            result = next(build_all([job], 1))
+            self._found[job] = Future()
+            self._found[job].set_result(result)
+            return result
+
+    def forget(self) -> None:
+        """Leaves unbuilt what has not begun."""
+        for job in [j for j, future in self._found.items() if future.cancel()]:
+            del self._found[job]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _run(jobs: Iterable[Job], processes: int, left: dict[Job, None]) -> Iterator[dict[str, Any]]:
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet)
     try:

@@ -1,4 +1,4 @@
-"""`headgate bench sweep`: is the chosen tile a good one? Every candidate of every GEMM kernel, timed on this GPU.
+"""`headgate bench sweep`: is the chosen tile a good one? The nearest others, timed beside it on this GPU.
 
 Nothing is written that the library reads: the choice stays a pure function (kernels/tiles.py). This says
 how far from the best of its candidates it lies.
@@ -7,9 +7,11 @@ how far from the best of its candidates it lies.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,26 +20,22 @@ import torch
 from torch import Tensor
 
 from ...kernels.chip import H200, Chip, chip_of
-from ...kernels.launch import launch
+from ...kernels.quantized import FORMATS
 from .. import machine
 from ..check import TOLERANCE
-from ..shapes import DTYPES, Problem, Shape
-from .record import Launched, Meta, Recorder
-from .shapes import STANDARD, problem_on
-from .timing import Clock
+from ..shapes import DTYPES
+from .build import Builder
+from .compile import fault
+from .products import GEMMS, Problem, Real, gemms_of, serves, weights_of
+from .shapes import STANDARD
+from .timing import Clock, captured
 
 EXAMPLE = """examples:
-  headgate bench sweep --shapes qwen3 --tokens 32768
-  headgate bench sweep --shapes sonic-4096-1024-128-8 --gemms dw back --limit 60 --json sweep.json
+  headgate bench sweep --shapes qwen3 --tokens 1 8 64 4096 32768 --minutes 3
+  headgate bench sweep --shapes sonic-4096-1024-128-8 --tokens 32768 --gemms dw back --limit 60 --json sweep.json
+  headgate bench sweep --shapes qwen3 gpt-oss --tokens 1 4 --formats none int4 mxfp4 fp8
 """
-# the product of kernels/tiles.py -> (pass, kernel)
-GEMMS = {
-    "up": ("forward", "up_kernel"),
-    "down": ("forward", "rows_kernel"),
-    "back": ("backward", "back_kernel"),
-    "dx": ("backward", "rows_kernel"),
-    "dw": ("backward", "dw_kernel"),
-}
+FAR = 1.25  # times the chosen tile's time: a candidate that takes so long twice is not timed more closely
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,123 +44,124 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shapes", nargs="+", choices=list(STANDARD), metavar="SHAPE", default=["qwen3"], help="default: qwen3")
     add("--tokens", nargs="+", type=int, metavar="T", default=[4096], help="tokens per call (default: 4096)")
-    add("--gemms", nargs="+", choices=list(GEMMS), metavar="GEMM", help=f"of {', '.join(GEMMS)} (default: all)")
-    add("--limit", type=int, default=24, metavar="N", help="candidates of each, spread evenly (default: %(default)s)")
-    add("--samples", type=int, default=10, metavar="N", help="launches timed of each (default: %(default)s)")
+    add(
+        "--gemms", nargs="+", choices=list(GEMMS), metavar="GEMM",
+        help=f"of {', '.join(GEMMS)} (default: those that a model runs with T tokens)",
+    )  # fmt: skip
+    formats = ("none", *FORMATS)
+    add(
+        "--formats", nargs="+", choices=formats, default=["none"], metavar="FORMAT",
+        help=f"of the weights: {', '.join(formats)}; but for none, forward products only (default: none)",
+    )  # fmt: skip
+    add("--limit", type=int, default=24, metavar="N", help="tiles of each, the nearest first (default: %(default)s)")
+    add("--samples", type=int, default=8, metavar="N", help="times each is timed (default: %(default)s)")
+    add("--minutes", type=float, metavar="M", help="of all together: fewer tiles, the farthest first (default: any)")
     add("--dtype", choices=list(DTYPES), default="bf16", help="default: %(default)s")
     add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
     add("--device", default="cuda", help=argparse.SUPPRESS)
 
 
-class _Keeping:
-    """A `Launch` that runs everything and keeps the launches of one kernel, to run them again alone."""
-
-    def __init__(self, kernel: str) -> None:
-        self.kernel, self.kept = kernel, []  # type: ignore[var-annotated]
-
-    def __call__(self, kernel: Any, grid: Sequence[int], *, warps: int = 4, stages: int = 2, **arguments: Any) -> None:
-        launch(kernel, grid, warps=warps, stages=stages, **arguments)
-        if kernel.fn.__name__ == self.kernel:
-            self.kept.append(Launched(kernel, tuple(grid), warps, stages, arguments))
-
-    def again(self) -> None:
-        for k in self.kept:
-            launch(k.kernel, k.grid, warps=k.warps, stages=k.stages, **k.arguments)
-
-
 class Sweep:
-    """One problem: the pass that a product belongs to, run with any tiles."""
+    """Times the products of one problem in a device's memory."""
 
-    def __init__(self, shape: Shape, tokens: int, device: str, dtype: str) -> None:
-        from ...kernels import tiles
+    def __init__(self, problem: Problem, device: str, weights: dict[str, Any]) -> None:
+        self.problem, self.clock = problem, Clock(device)
+        calls = problem.calls if self.clock.cuda else min(2, problem.calls)
+        self.real = Real(problem, device, weights, calls)
 
-        self.shape, self.tokens, self.dtype = shape, tokens, dtype
-        self.chip: Chip = chip_of(0) if device.startswith("cuda") else H200
-        self.clock = Clock(device)
-        self.problem: Problem = problem_on(device, shape, tokens, dtype=DTYPES[dtype])
-        pairs, size = tokens * shape.top_k, DTYPES[dtype].itemsize
-        form = shape.form
-        self.size = tiles.Size(
-            pairs, shape.hidden, shape.intermediate, shape.experts, size, form.gated, shape.interleaved
-        )
-        self.chosen = tiles.choose(self.size, self.chip)
-        self.candidates = tiles.candidates(self.size, self.chip)
-
-    def candidates_of(self, gemm: str, limit: int) -> list[Any]:
-        """The chosen tile first, then others."""
-        chosen = getattr(self.chosen, gemm)
-        others = [t for t in self.candidates[gemm] if t != chosen]
-        n = min(limit - 1, len(others))
-        return [chosen, *(others[i * len(others) // n] for i in range(n))]
-
-    def launches(self, gemm: str, tile: Any) -> list[Launched]:
-        """Those of this product with this tile, noted without running."""
-        recorder, (kind, kernel) = Recorder(), GEMMS[gemm]
-        self._pass(kind, Meta(self.shape, self.tokens, DTYPES[self.dtype]), recorder, gemm, tile)
-        return [found for found in recorder.launches if found.name == kernel]
-
-    def _pass(self, kind: str, m: Any, through: Callable, gemm: str, tile: Any) -> Any:
-        from ...kernels.grouped_ffn import on_triton
-
-        tiles = self.chosen.using(gemm, tile)
-        if kind == "forward":
-            return on_triton.forward(*m.forward(keep=True), chip=self.chip, launch=through, tiles=tiles)
-        return on_triton.backward(*m.backward(), chip=self.chip, launch=through, tiles=tiles)
-
-    def real(self) -> Meta:
-        """The problem's own tensors as the operators receive them."""
-        m = Meta(self.shape, self.tokens, DTYPES[self.dtype])
-        ids, weights = self.problem.routings[0]
-        p = {n: w.detach() for n, w in self.problem.parameters.items()}
-        m.rows, m.grad, m.ids = self.problem.x.detach(), self.problem.grad, ids.to(torch.int32)
-        m.weights, m.w1, m.w2 = weights.detach().float(), p["gate_up_proj"], p["down_proj"]
-        m.b1, m.b2 = p.get("gate_up_proj_bias"), p.get("down_proj_bias")
-        m.h = self._pass("forward", m, launch, "up", self.chosen.up)[1]
-        return m
-
-    def measure(self, gemm: str, limit: int, samples: int) -> dict[str, Any]:
-        """Every candidate of one product: microseconds, or why it has none; the chosen one's rank and ratio."""
-        kind, kernel = GEMMS[gemm]
-        m, want = self.real(), None
+    def measure(
+        self, gemm: str, limit: int, samples: int, builder: Builder | None = None, until: float | None = None
+    ) -> dict[str, Any]:
+        """Every candidate of one product beside the chosen tile: microseconds, and times the chosen one's, or why it
+        has none. After `until` (time.monotonic) no other is begun."""
+        tiles = self.problem.candidates(gemm, limit)
         found: list[dict[str, Any]] = []
-        for tile in self.candidates_of(gemm, limit):
+        chosen: Callable[[], object] | None = None
+        want: Sequence[Tensor] = ()
+        for i, tile in enumerate(tiles):
+            if i and (chosen is None or not _built(self.problem, gemm, tile, builder, until)):
+                break
             entry: dict[str, Any] = {"tile": str(tile)}
             try:
-                keeping = _Keeping(kernel)
-                got = self._pass(kind, m, keeping, gemm, tile)
+                if builder is not None:
+                    _check_builds(self.problem, gemm, tile, builder, spills=i == 0)
+                got, run = self.real.with_tile(gemm, tile)
                 want = want or got
-                if not _close(got, want, TOLERANCE[self.dtype]):
+                if not _close(got, want, TOLERANCE[self.problem.dtype]):
                     raise ArithmeticError("its numbers are not those of the chosen tile")
-                entry["us"] = self._time(keeping, samples)
+                del got
+                if self.clock.cuda and self.problem.calls > 1:
+                    run = captured(run)  # type: ignore[assignment]
+                run()
+                chosen = chosen or run
+                us, ratio = beside(self.clock, chosen, run, samples)
+                entry |= {"us": 1e6 * us / len(self.real.calls), "ratio": ratio}
             except Exception as error:
                 entry["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             found.append(entry)
-        return _rank(self.shape, self.tokens, gemm, found)
-
-    def _time(self, keeping: _Keeping, samples: int) -> float:
-        times = []
-        keeping.again()
-        for _ in range(samples):
-            self.clock.wait()
-            self.clock.lead(1e-4)
-            begin = self.clock.mark()
-            keeping.again()
-            end = self.clock.mark()
-            self.clock.wait()
-            times.append(1e6 * self.clock.between(begin, end))
-        return statistics.median(times)
+        return _rank(self.problem, gemm, found, len(tiles), self.real.hit)
 
 
-def _rank(shape: Shape, tokens: int, gemm: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-    times = [f["us"] for f in found if "us" in f]
-    result: dict[str, Any] = {"shape": shape.name, "tokens": tokens, "gemm": gemm, "candidates": found}
+def beside(
+    clock: Clock, chosen: Callable[[], object], other: Callable[[], object], samples: int
+) -> tuple[float, float]:
+    """Medians of the other's seconds, and of its times over the mean of the chosen one's just before and just after."""
+    before, times, ratios = _seconds(clock, chosen), [], []
+    for _ in range(samples):
+        t, after = _seconds(clock, other), _seconds(clock, chosen)
+        times.append(t)
+        ratios.append(2 * t / (before + after))
+        before = after
+        if len(ratios) == 2 and min(ratios) > FAR:
+            break
+    return statistics.median(times), statistics.median(ratios)
+
+
+def _seconds(clock: Clock, run: Callable[[], object]) -> float:
+    clock.wait()
+    clock.lead(3e-4)
+    begin = clock.mark()
+    run()
+    end = clock.mark()
+    clock.wait()
+    return clock.between(begin, end)
+
+
+def _built(problem: Problem, gemm: str, tile: Any, builder: Builder | None, until: float | None) -> bool:
+    """Whether there is still time for a tile, its builds awaited."""
+    for job in problem.jobs(gemm, tile) if builder is not None and until is not None else ():
+        if builder.wait(job, max(0.0, until - time.monotonic())) is None:  # type: ignore[union-attr, operator]
+            return False
+    return until is None or time.monotonic() < until
+
+
+def _check_builds(problem: Problem, gemm: str, tile: Any, builder: Builder, spills: bool) -> None:
+    """Raises where the compiler could make nothing good of a tile; `spills`: which are no reason."""
+    for job in problem.jobs(gemm, tile):
+        result = builder.wait(job)
+        assert result is not None
+        why = fault(result | {"spill_bytes": 0} if spills else result)
+        if why is not None:
+            raise RuntimeError(why)
+
+
+def _rank(problem: Problem, gemm: str, found: list[dict[str, Any]], of: int, hit: float) -> dict[str, Any]:
+    """The chosen tile among the others. `noise`: by how much it differs from itself, timed as they are."""
+    result: dict[str, Any] = {
+        "shape": problem.shape.name, "tokens": problem.tokens, "dtype": problem.dtype, "format": problem.format,
+        "gemm": gemm, "candidates": found, "of": of, "untried": of - len(found),
+        "experts_hit": hit,
+    }  # fmt: skip
     if "us" not in found[0]:
         return result | {"rank": None, "ratio": None, "failed": found[0]["failed"]}
-    chosen = found[0]["us"]
-    best = min(found, key=lambda f: f.get("us", float("inf")))
+    noise, found[0]["ratio"] = abs(found[0]["ratio"] - 1), 1.0
+    timed = [f for f in found if "us" in f]
+    best = min(timed, key=lambda f: f["ratio"])
+    flops, size = problem.amounts(gemm, hit)
     return result | {
-        "chosen": found[0]["tile"], "chosen_us": chosen, "best": best["tile"], "best_us": best["us"],
-        "rank": 1 + sum(t < chosen for t in times), "of": len(times), "ratio": chosen / best["us"],
+        "chosen": found[0]["tile"], "chosen_us": found[0]["us"], "best": best["tile"], "best_us": best["us"],
+        "rank": 1 + sum(f["ratio"] < 1 for f in timed), "timed": len(timed), "ratio": 1 / best["ratio"],
+        "noise": noise, "flops": flops, "bytes": size, "rate": problem.rate(flops, size, found[0]["us"]),
     }  # fmt: skip
 
 
@@ -182,18 +181,19 @@ def run(args: argparse.Namespace) -> int:
         raise RuntimeError("sweep: needs a GPU, and torch sees none; headgate bench compile looks at tiles without one")
     if min(args.limit, args.samples, *args.tokens) < 1:
         raise ValueError("sweep: --limit, --samples and --tokens must be at least 1")
-    results = []
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"sweep: --minutes must be positive, got {args.minutes}")
+    chip = chip_of(0) if cuda else H200
+    cases = cases_of(args, chip)
     out = sys.stderr if args.json == "-" else sys.stdout
-    for name in args.shapes:
-        for t in args.tokens:
-            sweep = Sweep(STANDARD[name], t, args.device, args.dtype)
-            gemms = args.gemms or list(GEMMS)
-            if cuda:
-                _build(sweep, gemms, args.limit)
-            for gemm in gemms:
-                results.append(sweep.measure(gemm, args.limit, args.samples))
-                print("\n".join(lines(results[-1])), file=out, flush=True)
-    report = {"version": 1, "chip": sweep.chip.name, "torch": torch.__version__, "triton": machine.version("triton")}
+    builder = Builder(max(1, machine.cores() - 1)) if cuda else None
+    try:
+        results = _sweep(args, cases, builder, out)
+    finally:
+        if builder is not None:
+            builder.close()
+    print("\n".join(table(results)), file=out)
+    report = {"version": 2, "chip": chip.name, "torch": torch.__version__, "triton": machine.version("triton")}
     text = json.dumps(report | {"sweeps": results}, indent=1) + "\n"
     if args.json == "-":
         sys.stdout.write(text)
@@ -202,26 +202,95 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(r["rank"] is None for r in results) else 0
 
 
-def _build(sweep: Sweep, gemms: Sequence[str], limit: int) -> None:
-    """Fills Triton's cache on all cores."""
-    from .build import build_all, job_of
+def cases_of(args: argparse.Namespace, chip: Chip) -> list[tuple[Problem, list[str]]]:
+    """The problems asked for, each with its products."""
+    found = []
+    for name in args.shapes:
+        for format in args.formats:
+            for t in args.tokens:
+                gemms = [g for g in args.gemms or gemms_of(t, format) if serves(g, t, format)]
+                if gemms:
+                    found.append((Problem(STANDARD[name], t, args.dtype, format, chip), gemms))
+    if not found:
+        raise ValueError(f"sweep: --gemms must be some that these tokens and formats have, got {' '.join(args.gemms)}")
+    return found
 
-    found = [x for g in gemms for t in sweep.candidates_of(g, limit) for x in sweep.launches(g, t)]
-    jobs = list(dict.fromkeys(job_of(x, sweep.chip) for x in found))
-    for _ in build_all(jobs, min(16, machine.cores())):
-        pass
+
+def _sweep(
+    args: argparse.Namespace, cases: list[tuple[Problem, list[str]]], builder: Builder | None, out: Any
+) -> list[dict[str, Any]]:
+    """Every product of every case. While one case is timed, the next one's kernels are built; what time is left is
+    shared evenly among the products that are left."""
+    end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    results: list[dict[str, Any]] = []
+    left, kept = sum(len(gemms) for _, gemms in cases), None
+    weights: dict[str, Any] = {}
+    _ask(builder, cases[:1], args.limit)
+    for i, (problem, gemms) in enumerate(cases):
+        _ask(builder, cases[i + 1 : i + 2], args.limit)
+        if kept != (problem.shape, problem.format):
+            weights.clear()
+            kept, weights = (problem.shape, problem.format), weights_of(problem, args.device)
+        sweep = Sweep(problem, args.device, weights)
+        for gemm in gemms:
+            now = time.monotonic()
+            until = None if end is None else now + max(0.0, end - now) / left
+            results.append(sweep.measure(gemm, args.limit, args.samples, builder, until))
+            print("\n".join(lines(results[-1])), file=out, flush=True)
+            left -= 1
+        del sweep
+        gc.collect()
+        if builder is not None:
+            torch.cuda.empty_cache()
+            builder.forget()
+            _ask(builder, cases[i + 1 : i + 2], args.limit)
+    return results
+
+
+def _ask(builder: Builder | None, cases: list[tuple[Problem, list[str]]], limit: int) -> None:
+    """Has the kernels of these cases built: each product's chosen tile and its nearest before the far ones."""
+    for problem, gemms in cases if builder is not None else ():
+        for gemm in gemms:
+            for tile in problem.candidates(gemm, limit):
+                builder.ask(problem.jobs(gemm, tile))  # type: ignore[union-attr]
 
 
 def lines(result: dict[str, Any], most: int = 5) -> list[str]:
     """The chosen tile's rank, and the fastest candidates."""
-    head = f"{result['shape']}  T {result['tokens']}  {result['gemm']:<5}"
+    head = _head(result)
     failed = [c for c in result["candidates"] if "failed" in c]
     if result["rank"] is None:
         return [f"{head} the chosen tile failed: {result['failed']}"]
-    found = [f"{head} rank {result['rank']} of {result['of']}, {result['ratio']:.3f} times the best's time"]
+    found = [
+        f"{head} rank {result['rank']} of {result['timed']}, {result['ratio']:.3f} times the best's time, "
+        f"{100 * result['noise']:.1f}% from itself; {result['untried']} untried"
+    ]
     found.append(f"    chosen {result['chosen_us']:>9.1f} us  {result['chosen']}")
-    ranked = sorted((c for c in result["candidates"] if "us" in c), key=lambda c: c["us"])
-    found += [f"           {c['us']:>9.1f} us  {c['tile']}" for c in ranked[:most]]
+    ranked = sorted((c for c in result["candidates"] if "us" in c), key=lambda c: c["ratio"])
+    found += [f"     {c['ratio']:.3f} {c['us']:>9.1f} us  {c['tile']}" for c in ranked[:most]]
     if failed:
         found.append(f"    {len(failed)} have no time; the first: {failed[0]['tile']}: {failed[0]['failed']}")
+    return found
+
+
+def _head(result: dict[str, Any]) -> str:
+    stored = result["dtype"] if result["format"] == "none" else result["format"]
+    return f"{result['shape']:<22} T {result['tokens']:>6}  {stored:<5}  {result['gemm']:<9}"
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each product: the chosen tile, and the best of those tried."""
+    width = len(_head(results[0]))
+    found = [
+        f"{'':<{width}} {'chosen us':>10} {'best us':>10} {'ratio':>6} {'noise':>6} {'tried':>9} {'rate':>13}  best"
+    ]
+    for r in results:
+        if r["rank"] is None:
+            found.append(f"{_head(r)} failed: {r['failed']}")
+            continue
+        tried = f"{r['timed']} of {r['of']}"
+        found.append(
+            f"{_head(r)} {r['chosen_us']:>10.1f} {r['best_us']:>10.1f} {r['ratio']:>6.3f} {r['noise']:>6.3f} "
+            f"{tried:>9} {r['rate']:>13}  {'the chosen' if r['best'] == r['chosen'] else r['best']}"
+        )
     return found

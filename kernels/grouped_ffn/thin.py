@@ -49,14 +49,12 @@ def thin_forward(
     rows = with_contiguous_rows(rows)
     expert_ids, weights = expert_ids.contiguous(), weights.contiguous()
     experts, (top_k, pairs) = w2.shape[0], (expert_ids.shape[1], expert_ids.numel())
-    out, f = (w2.shape[2], w2.shape[1]) if transposed else (w2.shape[1], w2.shape[2])
     first, second = _Stored.pair(w1, w_up, transposed)
     down = _Stored.of(w2, transposed)
+    sizes = _sizes(first, down, rows, top_k, w2, act, transposed)
+    f, out = (size.outputs for size in sizes)
     a, y = rows.new_empty(pairs, f), rows.new_empty(rows.shape[0], out)
-    up_tile, down_tile = tiles or (
-        choose_thin(first.size(pairs, f, rows.shape[1], 1, 2 if act.gated else 1), chip),
-        choose_thin(down.size(rows.shape[0], out, f, top_k, 1), chip),
-    )
+    up_tile, down_tile = tiles or (choose_thin(size, chip) for size in sizes)
     b1, b2 = (b if b is None else b.contiguous() for b in (b1, b2))
     layout = "single" if not act.gated else "pair" if second else "interleaved" if interleaved else "halves"
     launch(
@@ -73,6 +71,29 @@ def thin_forward(
         **down.arguments(down_tile),
     )  # fmt: skip
     return y
+
+
+def thin_sizes(
+    rows: Tensor,
+    top_k: int,
+    w1: Tensor | Quantized,
+    w_up: Tensor | Quantized | None,
+    w2: Tensor | Quantized,
+    act: Activation,
+    transposed: bool,
+) -> tuple[ThinSize, ThinSize]:
+    """What `thin_forward` chooses its two tiles by."""
+    first, _ = _Stored.pair(w1, w_up, transposed)
+    return _sizes(first, _Stored.of(w2, transposed), rows, top_k, w2, act, transposed)
+
+
+def _sizes(
+    first: _Stored, down: _Stored, rows: Tensor, top_k: int, w2: Tensor | Quantized, act: Activation, transposed: bool
+) -> tuple[ThinSize, ThinSize]:
+    out, f = (w2.shape[2], w2.shape[1]) if transposed else (w2.shape[1], w2.shape[2])
+    tokens = rows.shape[0]
+    up = first.size(tokens * top_k, f, rows.shape[1], 1, 2 if act.gated else 1)
+    return up, down.size(tokens, out, f, top_k, 1)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+from dataclasses import astuple, dataclass
 
 from ..chip import Chip
 
@@ -21,6 +23,9 @@ class ThinTile:
     chunks: int
     unroll: int
     warps: int = _WARPS
+
+    def __str__(self) -> str:
+        return f"{self.outputs} outputs, {self.chunks} chunks, unrolled {self.unroll} times, {self.warps} warps"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,33 @@ def choose_thin(size: ThinSize, chip: Chip) -> ThinTile:
     outputs = _outputs(size, chip, most // size.halves, 1, _WARPS_PER_PROCESSOR / warps)
     loads = max(1, outputs * size.halves * experts * chunks // (32 * warps))
     return ThinTile(outputs, chunks, max(1, min(most // loads, -(-chunk_count // chunks))), warps)
+
+
+def thin_candidates(size: ThinSize, chip: Chip) -> list[ThinTile]:
+    """Tiles that a sweep may try: the chosen one first, then the nearest by factors of two."""
+    chosen = choose_thin(size, chip)
+    around = itertools.product(*([n, n // 2, 2 * n, n // 4, 4 * n] for n in astuple(chosen)))
+    tiles = [t for t in itertools.starmap(ThinTile, around) if t != chosen and _serves(t, size, chip)]
+
+    def distance(tile: ThinTile) -> float:
+        return sum(abs(math.log2(a / b)) for a, b in zip(astuple(tile), astuple(chosen), strict=True))
+
+    return [chosen, *sorted(tiles, key=distance)]
+
+
+def _serves(tile: ThinTile, size: ThinSize, chip: Chip) -> bool:
+    """Whether every thread has something to load, and registers (columns: shared memory, too) for all its loads."""
+    if min(astuple(tile)) < 1 or tile.warps > 2 * _WARPS:
+        return False
+    threads, at_once = 32 * tile.warps, power_of_2(size.together) * tile.chunks * tile.outputs * size.halves
+    if not size.rows_contiguous:
+        fills = size.per_chunk <= at_once // threads <= 64 and tile.outputs * size.halves >= size.per_chunk
+        step = at_once * 16 // size.per_chunk  # bytes
+        return fills and tile.chunks <= power_of_2(size.length) and 2 * step * tile.unroll <= chip.shared_bytes
+    chunk_count = -(-size.length // size.per_chunk)
+    most = 2 * _LOADS if size.per_chunk < 32 else _LOADS
+    inside = tile.chunks <= power_of_2(chunk_count) and tile.unroll <= -(-chunk_count // tile.chunks)
+    return inside and threads <= at_once and at_once * tile.unroll <= most * threads
 
 
 def _outputs(size: ThinSize, chip: Chip, most: int, least: int, per_processor: float) -> int:

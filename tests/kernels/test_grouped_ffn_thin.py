@@ -11,7 +11,7 @@ from headgate.kernels import GPT_OSS, Activation, Quantized, quantize
 from headgate.kernels.activation import as_activation
 from headgate.kernels.chip import A100, CHIPS, H200
 from headgate.kernels.grouped_ffn import grouped_ffn_reference
-from headgate.kernels.grouped_ffn.thin_tiles import ThinSize, ThinTile, choose_thin
+from headgate.kernels.grouped_ffn.thin_tiles import ThinSize, ThinTile, choose_thin, thin_candidates
 from headgate.kernels.quantized import PER_BYTE
 
 triton = pytest.importorskip("triton")
@@ -227,3 +227,22 @@ def test_tiles_fill_the_chip_and_waste_little(chip, per_chunk, model):
             assert -(-size.length // (tile.chunks * per_chunk)) * tile.chunks * per_chunk <= 1.35 * size.length
             rows = tile.outputs * size.halves * (1 << (size.together - 1).bit_length())
             assert rows * tile.chunks * tile.unroll <= 8 * 32 * tile.warps  # loads of 16 bytes, 8 a thread
+
+
+@pytest.mark.parametrize("size", [
+    ThinSize(8, 768, 2048, together=1, halves=2, per_chunk=8),
+    ThinSize(1, 2048, 768, together=8, halves=1, per_chunk=32),
+    ThinSize(4, 2880, 2880, together=1, halves=2, per_chunk=8, rows_contiguous=False),
+])  # fmt: skip
+def test_candidates_begin_with_the_choice_and_its_neighbours(size):
+    found = thin_candidates(size, H200)
+    assert found[0] == choose_thin(size, H200)
+    assert len(found) == len(set(found)) > 20
+    numbers = ("outputs", "chunks", "unroll", "warps")
+    changed = [sum(getattr(t, n) != getattr(found[0], n) for n in numbers) for t in found]
+    assert changed[:4] == [0, 1, 1, 1]
+    for t in found[1:]:
+        loads = size.together * t.chunks * t.outputs * size.halves / (32 * t.warps)
+        assert 1 <= loads <= 64
+        if size.rows_contiguous:
+            assert loads * t.unroll <= 16, "registers for what is under way"

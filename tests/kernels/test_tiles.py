@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from headgate.kernels.chip import CHIPS, H200, Chip
-from headgate.kernels.tiles import Size, candidates, choose, row_tile, shared_bytes
+from headgate.kernels.tiles import Size, Tile, candidates, choose, row_tile, shared_bytes
 
 SIZES = [
     Size(pairs, d, f, experts, itemsize, gated, interleaved and gated, quantized and itemsize == 2)
@@ -68,6 +68,43 @@ def test_candidates_begin_with_the_choice_and_fit(pairs):
         halves = 2 if name == "up" else 1
         for t in tiles:
             assert shared_bytes(t, 2, halves, indirect=name == "dw") * t.resident <= H200.shared_bytes
+
+
+def test_the_first_candidates_are_the_neighbours():
+    """What is worth a minute on a GPU: other stages, groups, programs and shapes, one or two of them at a time."""
+    first = {n: c[:20] for n, c in candidates(Size(262144, 4096, 1024, 128, 2), H200).items()}
+    assert first["down"][0] == Tile(128, 256, 64, 8, 4)
+    wanted = [
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 4),
+        Tile(128, 128, 64, 4, 3, resident=2),
+        Tile(64, 256, 64, 8, 4),
+        *(Tile(128, 256, 64, 8, 4, group=g) for g in (4, 16, 32)),
+    ]
+    for name in ("down", "back", "dx"):
+        assert [t for t in wanted if t not in first[name]] == [], name
+    few = {n: c[:24] for n, c in candidates(Size(64, 2048, 768, 128, 2), H200).items()}
+    for name in ("up", "down"):
+        assert all(t.rows <= 32 and t.group == 1 and t.stages >= 3 for t in few[name])
+        for number, values in (("columns", {32, 64}), ("depth", {64, 128, 256}), ("resident", {2, 3, 4, 5})):
+            assert values <= {getattr(t, number) for t in few[name]}, (name, number)
+
+
+def test_candidates_leave_registers_to_the_rest():
+    """At most 128 accumulators of a thread's 255 registers, and fewer where something else asks for them."""
+    plain, parted = (candidates(Size(262144, 4096, 1024, 128, 2, interleaved=i), H200) for i in (False, True))
+
+    def accumulators(tiles, halves=1):
+        return {halves * t.rows * t.columns // (32 * t.warps) for t in tiles}
+
+    assert max(accumulators(plain["back"])) == max(accumulators(plain["up"], 2)) == 128
+    assert max(accumulators(parted["back"])) == 64
+    assert all(t.columns <= 128 for t in parted["up"]), "both halves in one box of a tensor map"
+    fp32 = candidates(Size(32768, 2048, 768, 128, 4), H200)
+    assert all(t.depth <= fp32["up"][0].depth for t in fp32["up"])
+    for t in plain["down"]:
+        assert t.resident * t.warps * 32 * (64 + t.rows * t.columns // (32 * t.warps)) <= 65536
 
 
 def test_products_of_one_pass_keep_one_list_of_row_tiles():
