@@ -7,6 +7,7 @@ fused operation; anything else (a softcap, dropout, learned slopes, hooks) keeps
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 import warnings
@@ -88,7 +89,6 @@ def _numbers(thing: Any) -> dict[str, float]:
     return {k: v for k, v in state.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
-@torch.compiler.assume_constant_result
 def activation_of(
     module: nn.Module,
     gated: bool,
@@ -104,6 +104,20 @@ def activation_of(
     The answer is kept on the module beside what it was read from (the functions, every number among the attributes,
     training or not), and found anew when one of these has changed. A compiled graph keeps the one it was traced with.
     """
+    asked = (gated, interleaved, normed, function, instead)
+    return _at(id(module), *asked) if torch.compiler.is_compiling() else _find(module, *asked)
+
+
+@torch.compiler.assume_constant_result
+def _at(address: int, *asked) -> Activation | None:
+    """`_find` while a graph is traced. torch 2.11 takes no module as a constant, but its id, and guards that it stays
+    the same; CPython's id is the address of the module, which the trace keeps alive."""
+    return _find(ctypes.cast(address, ctypes.py_object).value, *asked)
+
+
+def _find(
+    module: nn.Module, gated: bool, interleaved: bool, normed: bool, function: str, instead: str
+) -> Activation | None:
     act = getattr(module, function, None)
     apply_gate = getattr(module, "_apply_gate", None) if gated else None
     own_gate = getattr(apply_gate, "__func__", apply_gate)
@@ -123,7 +137,7 @@ def activation_of(
         warnings.warn(
             f"headgate: {type(module).__name__} has something of its own between its matmuls ({own}); its experts run "
             f"as {instead}, which is slower than the fused operation",
-            stacklevel=3,
+            stacklevel=4,
         )
     kept[modes] = (source, found)
     return found

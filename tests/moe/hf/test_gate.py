@@ -106,6 +106,17 @@ def test_a_changed_number_is_seen_at_the_next_call(assert_close):
     assert activation_of(module, True) == Activation("relu", limit=0.5)
 
 
+def test_one_compiled_function_asks_each_module(assert_close):
+    torch._dynamo.reset()
+    one, other = Experts(), Experts()
+    other.act_fn = nn.ReLU()
+    headgate.replace(one)
+    headgate.replace(other)
+    compiled = torch.compile(lambda module: module(*ARGS), fullgraph=True, backend="aot_eager")
+    for module in (one, other, one):
+        assert_close(compiled(module), Experts.forward(module, *ARGS))
+
+
 def test_a_limit_kept_in_the_activation(assert_close):
     class Capped(nn.Module):
         def __init__(self):
