@@ -34,6 +34,8 @@ def test_every_choice_fits_the_chip(chip):
             used = shared_bytes(
                 t, size.itemsize, halves if name == "up" else 1, name == "dw", size.quantized and name != "dw"
             )
+            if name == "dw" and chip.tensor_maps:  # a part of the result on its way out
+                used += t.rows * t.columns * size.itemsize // t.parts
             assert used * t.resident <= chip.shared_bytes, (name, t, size)
             assert min(t.rows, t.columns, t.depth) >= 16, (name, t, size)
             assert all(n & (n - 1) == 0 for n in (t.rows, t.columns, t.depth, t.warps, t.pieces)), (name, t, size)
@@ -67,7 +69,8 @@ def test_candidates_begin_with_the_choice_and_fit(pairs):
         assert len(tiles) == len(set(tiles)) > 5
         halves = 2 if name == "up" else 1
         for t in tiles:
-            assert shared_bytes(t, 2, halves, indirect=name == "dw") * t.resident <= H200.shared_bytes
+            leaving = t.rows * t.columns * 2 // t.parts if name == "dw" else 0
+            assert (shared_bytes(t, 2, halves, indirect=name == "dw") + leaving) * t.resident <= H200.shared_bytes
 
 
 def test_products_of_one_pass_keep_one_list_of_row_tiles():
