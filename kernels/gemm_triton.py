@@ -1,5 +1,5 @@
-"""Grouped products in Triton: rows in expert order times their expert's matrix, and the ragged contraction over an
-expert's rows for its gradient. Kernels first, then the functions that start them.
+"""Grouped products in Triton: rows in expert order times their expert's matrix, and sums over an expert's rows.
+Kernels first, then the functions that start them. The matrix's gradient is in weight_grad_triton.py.
 
 A grid has as many programs as the chip holds; each walks over tiles. How many tiles there are stands in device memory
 (`tiles`), so nobody waits for it.
@@ -8,7 +8,7 @@ A grid has as many programs as the chip holds; each walks over tiles. How many t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -140,52 +140,6 @@ def rows_kernel(
             acc.to(y.dtype.element_ty),
             mask=valid[:, None] & (wide < WIDTH)[None, :],
         )
-
-
-@triton.jit
-def dw_kernel(
-    left, right, dw, pair_of_row, offsets, E, M, WIDTH, stride_l, stride_r,
-    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, BY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dW_e[m, n] = sum over the places i of expert e of left[i, m] * right[i, n], BM x BN at a time, BK places a step.
-
-    A gathered side is read at the row of the place's pair, the other at the place itself. Both are zero past the
-    expert's last place; an expert without places gets zeros.
-    """
-    if BY > 1:
-        M, WIDTH, stride_l, stride_r = whole(M, BY), whole(WIDTH, BY), whole(stride_l, BY), whole(stride_r, BY)
-    tall, columns = tl.cdiv(M, BM), tl.cdiv(WIDTH, BN)
-    steps = tl.arange(0, BK)
-    for index in tl.range(tl.program_id(0), E * tall * columns, tl.num_programs(0)):
-        e = index // (tall * columns)
-        tile, column = find_tile(index % (tall * columns), tall, columns, GROUP)
-        m, n = tile * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
-        first, end = tl.load(offsets + e), tl.load(offsets + e + 1)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for i in range(first, end, BK):
-            place = i + steps
-            valid = place < end
-            l_at, r_at = place, place
-            if GATHER_LEFT or GATHER_RIGHT:
-                row = tl.load(pair_of_row + place, mask=valid, other=0) // TOP_K
-                if GATHER_LEFT:
-                    l_at = row
-                if GATHER_RIGHT:
-                    r_at = row
-            ls = tl.load(
-                left + l_at.to(tl.int64)[None, :] * stride_l + m[:, None],
-                mask=(m < M)[:, None] & valid[None, :],
-                other=0.0,
-            )
-            rs = tl.load(
-                right + r_at.to(tl.int64)[:, None] * stride_r + n[None, :],
-                mask=valid[:, None] & (n < WIDTH)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(ls, rs, acc, input_precision=PRECISION)
-        out = dw + e.to(tl.int64) * M * WIDTH + m.to(tl.int64)[:, None] * WIDTH + n[None, :]
-        tl.store(out, acc.to(dw.dtype.element_ty), mask=(m < M)[:, None] & (n < WIDTH)[None, :])
 
 
 @triton.jit
@@ -338,24 +292,6 @@ def rows_gemm(
         MAP_A=map_rows, BY=by_eight(depth, y.shape[1], a.stride(0), *w[0].outer_strides),
         EVEN_K=depth % tile.depth == 0, PRECISION=precision_of(y.dtype),
         **over_rows(chip, tile, order, y.shape[1]),
-    )  # fmt: skip
-
-
-def dw_gemm(
-    left: Tensor, right: Tensor, dw: Tensor, gathered: int | None, pair_of_row: Tensor, offsets: Tensor, top_k: int,
-    tile: Tile, *, chip: Chip, launch: Launch,
-) -> None:  # fmt: skip
-    """dw [E, left's columns, right's columns] = left^T right over each expert's rows; side `gathered`, 0 or 1, is read
-    at the row of the place's pair, a side that is not at the place itself."""
-    items = dw.shape[0] * -(-dw.shape[1] // tile.rows) * -(-dw.shape[2] // tile.columns)
-    if gathered is None:  # no loads of indices to wait for: as many steps under way with half the stages
-        tile = replace(tile, stages=(tile.stages + 1) // 2)
-    launch(
-        dw_kernel, grid=(min(items, chip.processors * tile.resident),),
-        left=left, right=right, dw=dw, pair_of_row=pair_of_row, offsets=offsets, E=dw.shape[0], M=dw.shape[1],
-        WIDTH=dw.shape[2], stride_l=left.stride(0), stride_r=right.stride(0), TOP_K=top_k, GATHER_LEFT=gathered == 0,
-        GATHER_RIGHT=gathered == 1, BY=by_eight(dw.shape[1], dw.shape[2], left.stride(0), right.stride(0)),
-        PRECISION=precision_of(dw.dtype), **blocks(tile),
     )  # fmt: skip
 
 

@@ -59,6 +59,11 @@ class Tile:
         per_thread = self.rows * self.columns // (32 * self.warps)
         return max(1, min(per_thread // 16, self.columns // 16))
 
+    @property
+    def parts(self) -> int:
+        """In how many parts of its columns dW goes through shared memory on its way out."""
+        return 2 if self.columns >= 128 else 1
+
     def __str__(self) -> str:
         return (
             f"{self.rows}x{self.columns}x{self.depth}, {self.warps} warps, {self.stages} stages, "
@@ -74,7 +79,8 @@ class Tiles:
     down    Y = A W2^T
     back    dA' = dO W2, with the activation's backward in its epilogue
     dx      dX = dH W1
-    dw      dW = (rows of one expert)^T (rows of one expert), `depth` rows per step
+    dw      dW = (rows of one expert)^T (rows of one expert), `depth` rows per step; `rows` are columns of the side that
+            is gathered
     """
 
     up: Tile
@@ -110,7 +116,8 @@ def _fit(
     """The tile cut down to what a result of `columns` and a contraction of `depth` need, and then to what fits the
     chip: fewer programs per processor, fewer stages, less depth, fewer columns, in this order.
 
-    An epilogue passes the result through the same memory, a piece at a time; a processor keeps 1 KiB per program.
+    An epilogue passes the result through the same memory, a piece at a time; what leaves by a tensor map has memory of
+    its own, for the next tile's loads do not wait for it; a processor keeps 1 KiB per program.
     """
     while tile.columns > 16 and tile.columns // 2 >= columns:
         tile = replace(tile, columns=tile.columns // 2)
@@ -120,7 +127,8 @@ def _fit(
     def fits(t: Tile) -> bool:
         epilogue = t.rows * t.columns * 4 // t.pieces
         used = shared_bytes(t, size.itemsize, weights, indirect, size.quantized and not indirect)
-        need = max(used, epilogue) + 2048
+        leaving = t.rows * t.columns * size.itemsize // t.parts if indirect and chip.tensor_maps else 0
+        need = max(used + leaving, epilogue) + 2048
         return need * t.resident <= chip.shared_bytes
 
     while not fits(tile):
@@ -166,7 +174,7 @@ def choose(size: Size, chip: Chip) -> Tiles:
         back = replace(long, stages=3) if f >= 512 and not size.interleaved else Tile(128, 128, 64, 8, 4)
         if size.interleaved and chip.capability >= 100:  # whose accumulators come to the registers all at once
             back = replace(back, columns=64)
-        dw = Tile(128, 256, 64, 8, 5)
+        dw = Tile(128, 256, 64, 8, 7)
     elif rows == 128:
         down = dx = dw = Tile(128, 128, 32, 8, 4)
         back = up = Tile(128, 64, 32, 8, 4)
@@ -216,14 +224,13 @@ def candidates(size: Size, chip: Chip) -> dict[str, list[Tile]]:
     chosen = choose(size, chip)
     width, halves = (2 * size.intermediate, 2) if size.gated else (size.intermediate, 1)
     sizes = {
-        "up": (size.intermediate, size.hidden, halves, False),
-        "down": (size.hidden, size.intermediate, 1, False),
-        "back": (size.intermediate, size.hidden, 1, False),
-        "dx": (size.hidden, width, 1, False),
-        "dw": (size.hidden, 1 << 30, 1, True),
+        "up": (size.intermediate, size.hidden, halves),
+        "down": (size.hidden, size.intermediate, 1),
+        "back": (size.intermediate, size.hidden, 1),
+        "dx": (size.hidden, width, 1),
     }
     found: dict[str, list[Tile]] = {}
-    for name, (wide, depth, weights, indirect) in sizes.items():
+    for name, (wide, depth, weights) in sizes.items():
         first = getattr(chosen, name)
         most, deepest_step = 128, 256  # accumulators of a thread: half of its 255 registers
         # something else asks for registers: narrow loads, weights widened on their way, products in three parts, an
@@ -231,14 +238,14 @@ def candidates(size: Size, chip: Chip) -> dict[str, list[Tile]]:
         if size.odd or size.quantized or size.itemsize > 2 or (size.interleaved and name == "back"):
             most = max(32, weights * first.rows * first.columns // (32 * first.warps))
             deepest_step = first.depth
-        stages = (3, 5, 7, 9) if indirect else (2, 3, 4, 5, 6)[first.rows < 64 :]
+        stages = (2, 3, 4, 5, 6)[first.rows < 64 :]
         pool = [
             t
             for t in _around(first, stages)
             if t.depth <= deepest_step
             and weights * t.rows * t.columns <= 32 * t.warps * min(most, _spare_registers(t))
             and weights * t.columns <= 256  # of interleaved weights, one tensor map's box
-            and _fit(t, size, chip, wide, depth, weights, indirect) == t
+            and _fit(t, size, chip, wide, depth, weights) == t
         ]
         deepest: dict[Tile, int] = {}  # the most stages, up to the choice's, of tiles that differ in nothing else
         for t in pool:
@@ -247,6 +254,7 @@ def candidates(size: Size, chip: Chip) -> dict[str, list[Tile]]:
         others = (t for t in pool if t != first)
         nearest = sorted(others, key=lambda t: _distance(t, first, deepest[replace(t, stages=0, group=0)]))
         found[name] = [first, *nearest]
+    found["dw"] = _dw_candidates(size, chip, chosen.dw)
     return found
 
 
@@ -281,3 +289,19 @@ def _distance(tile: Tile, chosen: Tile, stages: int) -> float:
     far = sum(abs(math.log2(a / b)) for a, b in zip(*both, strict=True))
     far += (1 if few else 1.5) * abs(math.log2(tile.depth / chosen.depth)) + 2 * abs(math.log2(tile.stages / stages))
     return far + (3 if far else 1) * abs(math.log2(tile.group / chosen.group))
+
+
+def _dw_candidates(size: Size, chip: Chip, chosen: Tile) -> list[Tile]:
+    """Few, the likeliest first. Of 2n + 1 stages, n steps are under way beside the one that is multiplied."""
+    shapes = (
+        *((128, 256, 64, 8, 7, 1), (128, 256, 64, 8, 5, 1), (256, 128, 64, 8, 7, 1), (256, 128, 64, 8, 5, 1)),
+        *((128, 256, 32, 8, 13, 1), (128, 256, 32, 8, 9, 1), (256, 128, 32, 8, 13, 1), (128, 256, 128, 8, 3, 1)),
+        *((128, 128, 64, 8, 9, 1), (128, 128, 64, 8, 7, 1), (128, 128, 64, 4, 3, 2), (128, 128, 32, 4, 7, 2)),
+        *((128, 128, 32, 8, 7, 1), (128, 128, 32, 8, 5, 1), (64, 256, 32, 4, 7, 2), (64, 128, 64, 4, 7, 2)),
+        *((64, 128, 32, 4, 7, 2), (64, 64, 64, 4, 7, 2), (64, 64, 64, 4, 5, 3), (64, 64, 32, 4, 7, 3)),
+    )
+    tried = [chosen]
+    for t in (*(replace(chosen, group=g) for g in (4, 16)), *(Tile(*s[:5], resident=s[5]) for s in shapes)):
+        if _fit(t, size, chip, size.hidden, 1 << 30, indirect=True) == t and t not in tried:
+            tried.append(t)
+    return tried

@@ -14,10 +14,11 @@ from torch import Tensor
 from ..activation import Activation
 from ..activation_triton import form_of
 from ..chip import Chip, say_once
-from ..gemm_triton import Matrix, Operand, by_eight, column_sum, dw_gemm, or_other, over_rows, precision_of, rows_gemm
+from ..gemm_triton import Matrix, Operand, by_eight, column_sum, or_other, over_rows, precision_of, rows_gemm
 from ..launch import Launch, can_map, launch, with_contiguous_rows
 from ..plan.on_triton import Schedule, schedule
 from ..tiles import Size, Tile, Tiles, choose
+from ..weight_grad_triton import dw_gemm
 from . import thin
 from .triton_backward import back_kernel, router_grad_kernel
 from .triton_forward import combine_kernel, up_kernel
@@ -134,7 +135,7 @@ class Run:
         behind = len(self.ups) == 1 and self.width > self.f and not interleaved and not self.ups[0].input_inner
         self.mapped = chip.tensor_maps and all(m.can_map for m in (*self.ups, self.down))
         self.mapped = self.mapped and (self.aligned or not behind)
-        if chip.tensor_maps and not self.mapped and self.pairs and not quantized:
+        if chip.tensor_maps and not (self.mapped and self.aligned) and self.pairs and not quantized:
             say_once(
                 "grouped_ffn",
                 "expert weights whose matrices do not begin and run on at multiples of 16 bytes cannot be read by TMA",

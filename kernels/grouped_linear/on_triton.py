@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..chip import Chip
-from ..gemm_triton import Matrix, column_sum, dw_gemm, rows_gemm
+from ..gemm_triton import Matrix, column_sum, rows_gemm
 from ..launch import Launch, can_map, launch, with_contiguous_rows
 from ..plan.on_triton import tiles_of
 from ..tiles import Size, Tiles, choose
+from ..weight_grad_triton import dw_gemm
 
 
 def forward(

@@ -34,6 +34,8 @@ def test_every_choice_fits_the_chip(chip):
             used = shared_bytes(
                 t, size.itemsize, halves if name == "up" else 1, name == "dw", size.quantized and name != "dw"
             )
+            if name == "dw" and chip.tensor_maps:  # a part of the result on its way out
+                used += t.rows * t.columns * size.itemsize // t.parts
             assert used * t.resident <= chip.shared_bytes, (name, t, size)
             assert min(t.rows, t.columns, t.depth) >= 16, (name, t, size)
             assert all(n & (n - 1) == 0 for n in (t.rows, t.columns, t.depth, t.warps, t.pieces)), (name, t, size)
@@ -67,23 +69,24 @@ def test_candidates_begin_with_the_choice_and_fit(pairs):
         assert len(tiles) == len(set(tiles)) > 5
         halves = 2 if name == "up" else 1
         for t in tiles:
-            assert shared_bytes(t, 2, halves, indirect=name == "dw") * t.resident <= H200.shared_bytes
+            leaving = t.rows * t.columns * 2 // t.parts if name == "dw" else 0
+            assert (shared_bytes(t, 2, halves, indirect=name == "dw") + leaving) * t.resident <= H200.shared_bytes
 
 
 def test_the_first_candidates_are_the_neighbours():
     """What is worth a minute on a GPU: other stages, groups, programs and shapes, one or two of them at a time."""
     first = {n: c[:20] for n, c in candidates(Size(262144, 4096, 1024, 128, 2), H200).items()}
-    assert first["down"][0] == Tile(128, 256, 64, 8, 4)
+    assert first["down"][0] == Tile(128, 256, 64, 8, 3)
     wanted = [
-        Tile(128, 256, 64, 8, 3),
+        Tile(128, 256, 64, 8, 4),
         Tile(128, 128, 64, 8, 3),
         Tile(128, 128, 64, 8, 4),
         Tile(128, 128, 64, 4, 3, resident=2),
         Tile(64, 256, 64, 8, 4),
-        *(Tile(128, 256, 64, 8, 4, group=g) for g in (4, 16, 32)),
     ]
     for name in ("down", "back", "dx"):
-        assert [t for t in wanted if t not in first[name]] == [], name
+        grouped = [replace(first[name][0], group=g) for g in (4, 16, 32)]
+        assert [t for t in [*wanted, *grouped] if t not in first[name]] == [], name
     few = {n: c[:24] for n, c in candidates(Size(64, 2048, 768, 128, 2), H200).items()}
     for name in ("up", "down"):
         assert all(t.rows <= 32 and t.group == 1 and t.stages >= 3 for t in few[name])
