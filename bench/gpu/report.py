@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures import TimeoutError as OutOfTime
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -34,6 +34,7 @@ from .text import case_lines, heading
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PATIENCE_S = 60.0  # the longest a case may take before its process is ended
+STILL_S = 20.0  # the longest a contestant may be at one thing, compiling included, before its process is ended
 SLOW_START_S = 15.0  # whoever takes longer to get going at one case takes part in no other
 
 
@@ -168,7 +169,8 @@ class Report:
             except (BrokenProcessPool, OutOfTime) as error:
                 who = self.child.doing()
                 died = isinstance(error, BrokenProcessPool)
-                why = "the process died (an illegal access?)" if died else f"no end after {patience_s:.0f} s"
+                late = str(error) or f"no end after {patience_s:.0f} s"
+                why = "the process died (an illegal access?)" if died else late
                 print(f"{case.key}: {who or 'somebody'}: {why}", file=sys.stderr, flush=True)
                 self.child.end()
                 self.child = Child(self.device)
@@ -253,9 +255,15 @@ class Child:
         )
 
     def call(self, function: Callable[..., Any], *arguments: Any, patience_s: float = 120.0) -> Any:
-        """Its result. Raises BrokenProcessPool where the child died, TimeoutError where it takes too long."""
+        """Its result. Raises BrokenProcessPool where the child died, TimeoutError where it takes too long, in all or
+        since its progress was last heard of."""
         future: Future = self.pool.submit(function, *arguments)
-        return future.result(patience_s)
+        end = time.monotonic() + patience_s
+        while not future.done() and time.monotonic() < end:
+            wait([future], timeout=min(1.0, patience_s))
+            if self.doing() and time.time() - self.progress.stat().st_mtime > STILL_S and not future.done():
+                raise OutOfTime(f"no sign of life for {STILL_S:.0f} s")
+        return future.result(0)
 
     def doing(self) -> str:
         return self.progress.read_text()

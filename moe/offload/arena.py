@@ -57,8 +57,9 @@ class Layout(NamedTuple):
 def plan_slots(
     layers: Sequence[Layer], budget: str | int | float, top_k: int, scope: str, detours: bool = False
 ) -> Layout:
-    """The slots that a budget pays for. With `detours` one in 32 is a spare, up to 8, where experts are of one kind:
-    what a step needs in one and the same slot, one after the other, can then be there at once.
+    """The slots that a budget pays for. With `detours` one in 16 is a spare, up to 9, where experts are of one kind:
+    what a step needs in one and the same slot, one after the other, can then be there at once (of one token with up
+    to ten experts, whatever the policy).
 
     `scope` "layer": each layer has slots of its own, as large a share of its experts as the others; "shared": all
     layers share them. Experts of different kinds never share slots. Raises ValueError naming the least that is needed:
@@ -70,7 +71,7 @@ def plan_slots(
         raise ValueError(f"offload: top_k must be at least 1, got {top_k}")
     size = parse_budget(budget, sum(layer.nbytes for layer in layers))
     kinds = list(dict.fromkeys(kind for layer in layers for _, kind in layer.groups))
-    spares = min(8, size // (32 * kinds[0].nbytes)) if detours and len(kinds) == 1 else 0
+    spares = min(9, size // (16 * kinds[0].nbytes)) if detours and len(kinds) == 1 else 0
     size -= spares * arena_bytes(kinds[:1], [1])
     of = np.zeros((len(layers), max(layer.experts for layer in layers)), np.int32)
     found: dict[tuple[int, int], int] = {}  # (kind, layer or 0) -> experts in this pool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import pairwise
@@ -263,6 +264,21 @@ def test_a_dead_child_is_noticed():
     finally:
         child.end()
     assert not child.progress.exists()
+
+
+def test_a_contestant_that_does_nothing_any_more_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(report, "STILL_S", 2.0)
+    child = Child("cpu")
+    try:
+        child.call(time.sleep, 3.0)  # nobody is at work: a case may take its time
+        child.progress.write_text("liger")
+        begin = time.monotonic()
+        with pytest.raises(TimeoutError, match="no sign of life for 2 s"):
+            child.call(time.sleep, 60.0)
+        assert time.monotonic() - begin < 30
+        assert child.doing() == "liger"
+    finally:
+        child.end()
 
 
 def test_the_plan_begins_with_what_the_figures_ask_for():

@@ -56,10 +56,10 @@ def test_equals_all_weights_at_hand(name, scope, cpu_form):
     with Engine(
         host_store(made), "60%", policy=name, scope=scope, top_k=6, readers=0, trace=a_trace(2, MANY["experts"])
     ) as engine:
-        assert len(engine._spares) == 1
+        assert len(engine._spares) == 3
         assert engine.arena.nbytes <= 0.6 * sum(layer.nbytes for layer in engine.layers)
         many_steps(engine, made)
-        assert engine._spares == [engine.places.slots]
+        assert sorted(engine._spares) == [engine.places.slots + i for i in range(3)]
         assert not offload_threads()
 
 
@@ -106,7 +106,7 @@ def test_decides_as_the_cache_alone_and_makes_detours():
             groups += len(here)
             detours += sum(slots[-1] >= engine.places.slots for _, slots, of in here if of > engine.places.slots)
         assert detours > 10
-        assert groups < 80 + 80 * 2  # all at once, but for what finds the one spare slot taken
+        assert 80 < groups < 80 + 80  # all at once, but for what finds the spare slots taken
         np.testing.assert_array_equal(engine.cache.table.holder, cache.table.holder)
         for layer in range(2):  # everybody has come home
             for e in np.flatnonzero(engine.cache.table.slot_of[layer] >= 0):
@@ -129,7 +129,7 @@ def test_a_step_left_early_brings_everybody_home():
             with closing(engine.step(i % 2, ids)) as groups:
                 if i % 3:
                     next(groups)
-            assert len(engine._spares) == 1
+            assert len(engine._spares) == 3
         many_steps(engine, made, steps=12)
 
 
@@ -193,7 +193,7 @@ def test_on_a_gpu(name, scope):
     there = [{n: t.cuda() for n, t in w.items()} for w in made]
     with Engine(store, "60%", policy=name, scope=scope, top_k=k, device="cuda") as engine:
         assert isinstance(engine._loader, Copies)
-        assert len(engine._spares) == 4  # more than a step of one token can ask for
+        assert len(engine._spares) == 9  # more than a step of one token can ask for
         for tokens in (1, 9, 200):
             got, want = [], []
             for i in range(30):
