@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..placement import table
 from ..placement.case import case_of
-from .rows import ROWS
+from .rows import ROWS, generation
 
 EXPERTS = ("qwen3-235b", "olmoe")  # of model.ON_GPU, which loads torch
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
                 f"offload: --device must be cpu, or cuda on a machine with a GPU that torch sees, got {args.device}"
             )
     case = case_of(args.trace)
-    rows = ROWS | {"generation": partial(ROWS["generation"], device=args.device, experts=args.experts)}
+    rows = ROWS | {"generation": partial(generation, device=args.device, experts=args.experts)}
     found = table.fill(case, args.rows, rows, args.effort, table.screen_for(case, args.json))
     table.write(case, found, args.json)
     return 0

@@ -80,16 +80,19 @@ class Engine:
         self.log: list[Access] | None = [] if log else None
         self._calls = self._accesses = self._hits = self._ahead = self._used = 0
         self._at_host, self._wait_s = 0, 0.0
+        timing = Timing()
         by_events = readers == 0 and self.arena.device.type == "cuda"
-        self._timing = DeviceTiming(self.arena.device) if by_events else Timing()
-        self._host = None if costs is None else Host(store, costs, Timing() if by_events else self._timing)
+        self._timing: Timing | DeviceTiming = DeviceTiming(self.arena.device) if by_events else timing
+        self._host = None if costs is None else Host(store, costs, timing)
         self._chance = np.zeros(shape, np.float32)  # told last, for each layer
         self._promised = np.zeros(shape, bool)  # fetched ahead, and not used yet
         self._newest: dict[int, Load] = {}  # slot -> the last load ordered for it
         self._spares = list(range(self.places.slots, self.places.slots + layout.spares))
-        self._loader = (
-            Loader(store, self.arena, readers, self._timing) if readers else Copies(store, self.arena, self._timing)
-        )
+        self._loader: Loader | Copies
+        if readers:
+            self._loader = Loader(store, self.arena, readers, timing)
+        else:
+            self._loader = Copies(store, self.arena, self._timing)  # type: ignore[arg-type]  # see readers_of
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _end, self._pid, self._loader, self._host, store, self.arena)
 
@@ -260,8 +263,7 @@ class Engine:
     def _begin(
         self, layer: int, ids: NDArray[np.int32], rows: NDArray[np.integer] | None
     ) -> tuple[dict[int, deque[Use]], list[Use], NDArray[np.int32]]:
-        """Has the cache decide, holds the slots, orders the loads: slot -> the experts that stand there in turn; those
-        of them that make a detour; and the experts that the host is to compute."""
+        """Decides, holds slots, orders loads: slot -> experts there in turn; who makes a detour; what the host does."""
         loader, begun = self._loader, time.perf_counter()
         with loader.lock:
             loader.revive()
@@ -300,9 +302,9 @@ class Engine:
     def _detour(self, layer: int, expert: int, slot: int, chains: dict[int, deque[Use]]) -> Use:
         """Orders a load into a spare slot, as this step still needs what stands in its own. Until it is there nobody
         else may see it."""
-        use = Use(expert, self._spares.pop(), self._order(layer, expert, slot, urgent=True, held=True), detour=True)
-        assert isinstance(self._loader, Copies), "readers leave no slots spare"
-        self._loader.queue(use.load, urgent=True, slot=use.slot)
+        load = self._order(layer, expert, slot, urgent=True, held=True)
+        use = Use(expert, self._spares.pop(), load, detour=True)
+        self._loader.queue(load, urgent=True, slot=use.slot)  # type: ignore[call-arg]  # Copies: spares are theirs
         chains[use.slot] = deque([use])
         self.cache.table.busy[slot] += 1
         return use
@@ -375,8 +377,7 @@ class Engine:
             self._loader.arrived.notify_all()
 
     def _leave(self, chains: dict[int, deque[Use]], detours: list[Use]) -> None:
-        """Ends a step, perhaps early: what it ordered last into a slot is what the cache counts on, and others may wait
-        for."""
+        """Ends a step, perhaps early: on what it ordered last into a slot the cache counts, and others may wait."""
         if not chains and not detours:
             return
         with self._loader.lock:
