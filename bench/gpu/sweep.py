@@ -176,13 +176,13 @@ def _close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> b
 
 def run(args: argparse.Namespace) -> int:
     """Times, prints, writes; 0, or 1 where a chosen tile has no time."""
-    cuda = args.device.startswith("cuda")
-    if cuda and not torch.cuda.is_available():
-        raise RuntimeError("sweep: needs a GPU, and torch sees none; headgate bench compile looks at tiles without one")
     if min(args.limit, args.samples, *args.tokens) < 1:
         raise ValueError("sweep: --limit, --samples and --tokens must be at least 1")
     if args.minutes is not None and not args.minutes > 0:
         raise ValueError(f"sweep: --minutes must be positive, got {args.minutes}")
+    cuda = args.device.startswith("cuda")
+    if cuda and not torch.cuda.is_available():
+        raise RuntimeError("sweep: needs a GPU, and torch sees none; headgate bench compile looks at tiles without one")
     chip = chip_of(0) if cuda else H200
     cases = cases_of(args, chip)
     out = sys.stderr if args.json == "-" else sys.stdout

@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--experts",
         choices=EXPERTS,
-        default="qwen3-235b",
-        help="whose sizes the experts have on cuda (default: %(default)s)",
+        help=f"whose sizes the experts have on cuda (default: {EXPERTS[0]})",
     )
     add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
 
@@ -60,8 +59,12 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"offload: --device must be cpu, or cuda on a machine with a GPU that torch sees, got {args.device}"
             )
+    if args.experts and args.device == "cpu":
+        raise ValueError(f"offload: --experts must come with --device cuda, got {args.experts}")
+    if args.device != "cpu" and "generation" not in args.rows:
+        raise ValueError("offload: --device cuda must come with the row generation, the only one that runs there")
     case = case_of(args.trace)
-    rows = ROWS | {"generation": partial(generation, device=args.device, experts=args.experts)}
+    rows = ROWS | {"generation": partial(generation, device=args.device, experts=args.experts or EXPERTS[0])}
     found = table.fill(case, args.rows, rows, args.effort, table.screen_for(case, args.json))
     table.write(case, found, args.json)
     return 0

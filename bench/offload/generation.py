@@ -244,7 +244,7 @@ class _Kept(HostStore):
     """The experts of another store, which stay when one of those who use them is through."""
 
     def __init__(self, other: HostStore) -> None:
-        self.layers, self._parts, self._views = other.layers, other._parts, other._views
+        self.layers, self.pinned, self._parts, self._views = other.layers, other.pinned, other._parts, other._views
 
     def close(self) -> None:
         pass

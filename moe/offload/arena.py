@@ -71,8 +71,6 @@ def plan_slots(
         raise ValueError(f"offload: top_k must be at least 1, got {top_k}")
     size = parse_budget(budget, sum(layer.nbytes for layer in layers))
     kinds = list(dict.fromkeys(kind for layer in layers for _, kind in layer.groups))
-    spares = min(9, size // (16 * kinds[0].nbytes)) if detours and len(kinds) == 1 else 0
-    size -= spares * arena_bytes(kinds[:1], [1])
     of = np.zeros((len(layers), max(layer.experts for layer in layers)), np.int32)
     found: dict[tuple[int, int], int] = {}  # (kind, layer or 0) -> experts in this pool
     for l, layer in enumerate(layers):
@@ -84,15 +82,17 @@ def plan_slots(
         for experts, kind in layer.groups:
             of[l, list(experts)] = order[kinds.index(kind), l if scope == "layer" else 0]
     experts_of, kind_of = [found[key] for key in order], [k for k, _ in order]
-    slots = _share_out(kinds, kind_of, experts_of, size, top_k, scope)
+    spares = min(9, size // (16 * kinds[0].nbytes)) if detours and len(kinds) == 1 else 0
+    slots, spares = _share_out(kinds, kind_of, experts_of, size, top_k, scope, spares)
     per_kind = _by_kind(len(kinds), kind_of, slots)
     return Layout(kinds, [n + spares for n in per_kind], pools(of, np.array(slots)), spares)
 
 
 def _share_out(
-    kinds: list[Kind], kind_of: list[int], experts: list[int], size: int, top_k: int, scope: str
-) -> list[int]:
-    """Slots of each pool: the least for each, then always one more where the share of experts with a slot is lowest."""
+    kinds: list[Kind], kind_of: list[int], experts: list[int], size: int, top_k: int, scope: str, spares: int
+) -> tuple[list[int], int]:
+    """Slots of each pool: the least for each, then always one more where the share of experts with a slot is lowest.
+    Up to `spares`, of the first kind, come behind the least and before the rest."""
     slots = [min(top_k, n) for n in experts]
     per_kind = _by_kind(len(kinds), kind_of, slots)
     spare = size - arena_bytes(kinds, per_kind)
@@ -101,6 +101,10 @@ def _share_out(
         raise ValueError(
             f"offload: budget must be at least {size - spare} bytes, for {top_k} experts of {where}, got {size}"
         )
+    while spares and arena_bytes(kinds[:1], [per_kind[0] + spares]) - arena_bytes(kinds[:1], per_kind[:1]) > spare:
+        spares -= 1
+    per_kind[0] += spares
+    spare -= arena_bytes(kinds[:1], per_kind[:1]) - arena_bytes(kinds[:1], [per_kind[0] - spares])
     queue = [(s / n, p) for p, (s, n) in enumerate(zip(slots, experts, strict=True)) if s < n]
     heapq.heapify(queue)
     while queue:
@@ -114,7 +118,7 @@ def _share_out(
         per_kind[k] += 1
         if slots[p] < experts[p]:
             heapq.heappush(queue, (slots[p] / experts[p], p))
-    return slots
+    return slots, spares
 
 
 def _by_kind(kinds: int, kind_of: Sequence[int], slots: Sequence[int]) -> list[int]:
@@ -182,6 +186,14 @@ def _slots(kinds: Sequence[Kind], slots: Sequence[int], memory: Tensor) -> list[
             parts[-1][part.name] = memory[at : at + n * part.nbytes].view(part.dtype).view(n, *part.shape)
             at += _aligned(n * part.nbytes)
     return parts
+
+
+def numbered(device: torch.device | str) -> torch.device:
+    """A GPU by its number: which one is current differs between threads, and may change."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _memory(nbytes: int, device: torch.device, pinned: bool) -> Tensor:

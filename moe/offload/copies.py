@@ -54,14 +54,27 @@ class Copies:
         taken, self._taken = self._taken, []
         if not taken:
             return
-        parts = max(4, -(-len(taken) // 4))
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), torch.no_grad():
-            for some in (taken[i : i + parts] for i in range(0, len(taken), parts)):
-                with self._timing.copying():
-                    slots = [slot for load, slot in some if self._copy(load, slot)]
-                self._arrive(slots)
+        parts, waiting = max(4, -(-len(taken) // 4)), {id(load): load for load, _ in taken}
+        try:
+            with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), torch.no_grad():
+                for some in (taken[i : i + parts] for i in range(0, len(taken), parts)):
+                    with self._timing.copying():
+                        for load, slot in some:
+                            self._copy(load, slot)
+                    self._arrive([slot for _, slot in some])
+                    for load, _ in some:
+                        del waiting[id(load)]
+        except BaseException as error:  # such as Ctrl-C: nobody may believe that these are there
+            for load in waiting.values():
+                self._fail(load, error)
+            raise
 
-    def _copy(self, load: Load, slot: int) -> bool:
+    def _fail(self, load: Load, error: BaseException) -> None:
+        if load.state != FAILED:
+            load.state, load.error = FAILED, error
+            self.failed.append(load)
+
+    def _copy(self, load: Load, slot: int) -> None:
         """Puts a copy onto the current stream, behind the kernels that still read the slot."""
         try:
             parts = self._store.parts(load.layer, load.expert)
@@ -71,12 +84,10 @@ class Copies:
             for name, to in self._arena.slot(slot).items():
                 to.copy_(parts[name], non_blocking=True)
         except Exception as error:
-            load.state, load.error = FAILED, error
-            self.failed.append(load)
-            return False
+            self._fail(load, error)
+            return
         self.loads += 1
         self.bytes += self._arena.kinds[self._arena.kind_of(slot)].nbytes
-        return True
 
     def move(self, spare: int, load: Load) -> None:
         """Moves a load's expert from a spare slot to its own, on the current stream: kernels that read it there, or who
@@ -146,22 +157,27 @@ class Copies:
         """Nothing to do: there are no threads."""
 
     def close(self) -> bool:
-        """Waits for the copies in hand."""
+        """Waits for the copies in hand, and for kernels that read slots."""
         with self.lock:
             self.closed = True
             self.arrived.notify_all()
-        if self._stream is not None:
-            self._stream.synchronize()
+            events = [event for by_stream in self._uses.values() for event in by_stream.values()]
+            events += [event for _, event in self._copied.values()]
+        for event in events:
+            event.synchronize()
         return True
 
 
 def readers_of(readers: int | None, store: Store, device: torch.device | str) -> int:
     """The threads that fetch; see Engine. Raises ValueError where there must be some."""
-    alone = isinstance(store, HostStore)
+    if isinstance(readers, bool) or not isinstance(readers, int | None):
+        raise TypeError(f"offload: readers must be an integer or None, got {readers!r}")
+    cuda = torch.device(device).type == "cuda"
+    alone = isinstance(store, HostStore) and (store.pinned or not cuda)
     if readers is None:
-        return 0 if alone and torch.device(device).type == "cuda" else 2
+        return 0 if alone and cuda else 2
     if readers < (0 if alone else 1):
         raise ValueError(
-            f"offload: readers must be at least 1, or 0 for experts that wait in host memory, got {readers}"
+            f"offload: readers must be at least 1, or 0 for a HostStore (page-locked, before a GPU), got {readers}"
         )
     return readers

@@ -23,18 +23,18 @@ from torch import Tensor
 from ...kernels.activation import Activation
 from ...kernels.expert_outputs import combine_outputs
 from ...kernels.routing import Routing
-from ...placement.cache import Ahead, Cache
+from ...placement.cache import Ahead, Cache, Step
 from ...placement.costs import Costs
 from ...placement.policies import Setting, State
 from ...placement.policies import policy as start_policy
 from ...placement.prefetch import prefetch as prefetch_likely
 from ...placement.trace import Trace
-from .arena import Arena, plan_slots
+from .arena import Arena, numbered, plan_slots
 from .copies import Copies, readers_of
-from .groups import FEW_ROWS, Group, distinct, whole_step, window, write_outputs
+from .groups import FEW_ROWS, Group, distinct, refuse_gradients, whole_step, window, write_outputs
 from .host import Store
 from .hybrid import Host, put_pairs, work_of
-from .loads import DONE, FAILED, HELD, Load, Loader, Use, failure
+from .loads import DONE, FAILED, HELD, Load, Loader, Use, end, failure
 from .stats import Access, DeviceTiming, Stats, Timing
 
 
@@ -76,7 +76,7 @@ class Engine:
         if isinstance(policy, str):
             policy = start_policy(policy, Setting(shape[0], shape[1], self.places.slots, trace, options or {}))
         self.cache = Cache(self.places, policy)
-        self.arena = Arena(layout.kinds, layout.slots, device)
+        self.arena = Arena(layout.kinds, layout.slots, numbered(device))
         self.log: list[Access] | None = [] if log else None
         self._calls = self._accesses = self._hits = self._ahead = self._used = 0
         self._at_host, self._wait_s = 0, 0.0
@@ -94,7 +94,7 @@ class Engine:
         else:
             self._loader = Copies(store, self.arena, self._timing)  # type: ignore[arg-type]  # see readers_of
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _end, self._pid, self._loader, self._host, store, self.arena)
+        self._finalizer = weakref.finalize(self, end, self._pid, self._loader, self._host, store, self.arena)
 
     # --- what a layer calls ------------------------------------------------------------------------------------------
 
@@ -111,15 +111,14 @@ class Engine:
         then: Callable[[NDArray[np.int32]], None] | None = None,
     ) -> Tensor:
         """grouped_ffn(rows, routing, ...) [R, D] on the experts of `layer`, to the bit; to rounding where the host
-        computes some for a GPU, which sums in another order. See there for the arguments.
+        computes some for a GPU, or the experts of up to four rows on one come in parts: sums take another order.
 
-        The store's weights must be called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see
-        `step`. Waits for the device once, to know the experts. Raises OSError or RuntimeError naming layer and expert
-        where one cannot be had; the next call tries again.
+        Weights are called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see `step`. Waits
+        for the device once, to know the experts. Raises OSError or RuntimeError naming layer and expert where one
+        cannot be had; the next call tries again.
         """
         self._check(layer)
-        if torch.is_grad_enabled() and (rows.requires_grad or routing.weights.requires_grad):
-            raise ValueError("offload: rows and router weights must not ask for a gradient: use torch.no_grad()")
+        refuse_gradients(rows, routing)
         chosen, ids, counts = distinct(routing.expert_ids, routing.num_experts)
         if routing.num_experts != self.layers[layer].experts:
             raise ValueError(
@@ -174,15 +173,15 @@ class Engine:
             while chains:
                 uses = self._arrived(layer, chains, together)
                 slots = [use.slot for use in uses]
-                begin, end = window(self.places, layer, uses, self.arena.first[-1])
+                first, last = window(self.places, layer, uses, self.arena.first[-1])
                 with self._loader.lock:
                     self._loader.before(slots)
-                self._timing.begin_computing()
+                begun = self._timing.begin_computing()
                 try:
-                    local = [slot - begin for slot in slots]
-                    yield Group([use.expert for use in uses], local, self.arena.weights(begin, end))
+                    local = [slot - first for slot in slots]
+                    yield Group([use.expert for use in uses], local, self.arena.weights(first, last))
                 finally:
-                    self._timing.end_computing()
+                    self._timing.end_computing(begun)  # type: ignore[arg-type]  # its own mark
                     with self._loader.lock:
                         self._loader.used(slots)
                 self._computed(chains, uses)
@@ -195,6 +194,7 @@ class Engine:
         """
         self._check(layer)
         with self._loader.lock:
+            self._open()
             self._settle()
             return self._order_ahead(layer, self.cache.prefetch(layer, ids, worth), np.asarray(ids))
 
@@ -203,6 +203,7 @@ class Engine:
         placement/prefetch.py."""
         self._check(layer)
         with self._loader.lock:
+            self._open()
             self._settle()
             self._chance[layer, : len(chance)] = chance
             ahead = prefetch_likely(self.cache, layer, self._chance, price, room)
@@ -266,6 +267,7 @@ class Engine:
         """Decides, holds slots, orders loads: slot -> experts there in turn; who makes a detour; what the host does."""
         loader, begun = self._loader, time.perf_counter()
         with loader.lock:
+            self._open()
             loader.revive()
             self._settle()
             apart = self._apart(layer, ids, rows)
@@ -282,22 +284,31 @@ class Engine:
             self._promised[layer, ids] = False
             chains: dict[int, deque[Use]] = {}
             detours: list[Use] = []
-            for e, slot, gone in zip(step.experts.tolist(), step.slots.tolist(), step.gone.tolist(), strict=True):
-                hit = gone == -2
-                self._note(layer, e, "hit" if hit else "miss", -1 if hit else gone)
-                if slot in chains and self._spares:
-                    detours.append(self._detour(layer, e, slot, chains))
-                    continue
-                load = self._there(slot) if hit else self._order(layer, e, slot, urgent=True, held=slot in chains)
-                if slot not in chains:
-                    chains[slot] = deque()
-                    self.cache.table.busy[slot] += 1
-                chains[slot].append(Use(e, slot, load))
-            loader.flush()
+            try:
+                self._order_step(layer, step, chains, detours)
+            except BaseException:  # such as Ctrl-C: what was decided may not have been ordered
+                for e in step.experts[step.hits :].tolist():
+                    self.cache.lose(layer, e)
+                self._leave(chains, detours)
+                raise
             for e in apart.tolist():
                 self._note(layer, e, "host", -1)
             self._wait_s += time.perf_counter() - begun
         return chains, detours, apart
+
+    def _order_step(self, layer: int, step: Step, chains: dict[int, deque[Use]], detours: list[Use]) -> None:
+        for e, slot, gone in zip(step.experts.tolist(), step.slots.tolist(), step.gone.tolist(), strict=True):
+            hit = gone == -2
+            self._note(layer, e, "hit" if hit else "miss", -1 if hit else gone)
+            if slot in chains and self._spares:
+                detours.append(self._detour(layer, e, slot, chains))
+                continue
+            load = self._there(slot) if hit else self._order(layer, e, slot, urgent=True, held=slot in chains)
+            if slot not in chains:
+                chains[slot] = deque()
+                self.cache.table.busy[slot] += 1
+            chains[slot].append(Use(e, slot, load))
+        self._loader.flush()
 
     def _detour(self, layer: int, expert: int, slot: int, chains: dict[int, deque[Use]]) -> Use:
         """Orders a load into a spare slot, as this step still needs what stands in its own. Until it is there nobody
@@ -350,7 +361,7 @@ class Engine:
                 there = [use for use in heads if use.load is None or use.load.state == DONE or use.detour]
                 if there:
                     self._wait_s += time.perf_counter() - begun
-                    if not together:
+                    if not together or len(there) < sum(map(len, chains.values())):
                         soonest = set(self._loader.soonest([use.slot for use in there]))
                         there = [use for use in there if use.slot in soonest]
                         there = [use for use in there if use.detour == there[0].detour]
@@ -437,14 +448,3 @@ class Engine:
     def _open(self) -> None:
         if self._loader.closed:
             raise RuntimeError("offload: the engine must be open, got one that is closed")
-
-
-def _end(pid: int, loader: Loader | Copies, host: Host | None, store: Store, arena: Arena) -> None:
-    """Of an engine that is closed or gone; a fork of its process has no threads to end, and a lock nobody opens."""
-    if os.getpid() != pid:
-        return
-    if host is not None:
-        host.close()
-    if loader.close():
-        store.close()
-    arena.close()

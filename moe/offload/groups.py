@@ -28,6 +28,15 @@ class Group(NamedTuple):
     host: bool = False
 
 
+def refuse_gradients(rows: Tensor, routing: Routing) -> None:
+    """Raises ValueError where one is asked for."""
+    if torch.is_grad_enabled() and (rows.requires_grad or routing.weights.requires_grad):
+        raise ValueError(
+            "offload: rows and router weights must not ask for a gradient, which ends at experts elsewhere: "
+            "call the model under torch.no_grad()"
+        )
+
+
 def distinct(expert_ids: Tensor, experts: int) -> tuple[Tensor, NDArray[np.int32], NDArray[np.int64]]:
     """The choices in host memory, the experts that somebody chose, rising, and how many did. The one wait for the
     device."""

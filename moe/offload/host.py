@@ -43,7 +43,7 @@ class HostStore:
         device: torch.device | str = "cpu",
     ) -> None:
         self.layers = tuple(layers)
-        pin = torch.device(device).type == "cuda"
+        self.pinned = pin = torch.device(device).type == "cuda"
         self._parts: list[list[dict[str, Tensor]]] = []
         self._views: dict[tuple[int, int], dict[str, Tensor]] = {}
         for i, layer in enumerate(self.layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections import deque
@@ -230,3 +231,14 @@ class Loader:
         if not ended:  # they keep the slots' memory until they end
             warnings.warn(f"offload: a read has not ended within {_END_S:.0f} s of close()", stacklevel=2)
         return ended
+
+
+def end(pid: int, loader: Any, host: Any, store: Store, arena: Arena) -> None:
+    """Of an engine that is closed or gone; a fork of its process has no threads to end, and a lock nobody opens."""
+    if os.getpid() != pid:
+        return
+    if host is not None:
+        host.close()
+    if loader.close():
+        store.close()
+    arena.close()

@@ -50,8 +50,9 @@ def offload(
     verify: bool = False,
     log: bool = False,
 ) -> Offload:
-    """Moves the experts of a model out of its device's memory, in place; outputs stay the same to the bit (on a GPU
-    from five rows on, and to rounding below).
+    """Moves the experts of a model out of its device's memory, in place; outputs stay the same to the bit (on a GPU for
+    up to four rows where their experts can all be there at once, as spare slots let those of one token; else to
+    rounding).
 
     model     a transformers model after `headgate.replace`, or one with `headgate.MoE` layers. For inference: a call
               whose rows or router weights ask for a gradient raises
@@ -287,11 +288,6 @@ class Offload:
         if one is None:
             raise RuntimeError("offload: the Offload must be open, got one that is being closed")
         one.check()
-        if torch.is_grad_enabled() and (rows.requires_grad or routing.weights.requires_grad):
-            raise ValueError(
-                "offload: rows and router weights must not ask for a gradient, which ends at experts elsewhere: "
-                "call the model under torch.no_grad()"
-            )
         form, dtype = one.form, one.now["w_down"].parameter.dtype
         if under_autocast(rows.device):
             wanted = torch.get_autocast_dtype(rows.device.type)

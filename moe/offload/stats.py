@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ import torch
 
 Span = tuple[float, float]
 _Events = tuple[torch.cuda.Event, torch.cuda.Event]
+_MANY = 256
 
 
 class Access(NamedTuple):
@@ -33,7 +35,8 @@ class Access(NamedTuple):
 class Stats:
     """What an engine has done so far. Experts: `hits` of `accesses`, others of them computed by the `host`; `loads`
     copied in, `ahead` of them ordered by prefetches, of which steps have `used` some. Seconds of the wall clock:
-    steps waited `wait_s`; something was copied `copy_s`, computed `compute_s`, both at once `both_s`."""
+    steps waited `wait_s`; something was copied `copy_s`, computed `compute_s`, both at once `both_s`. Where a GPU
+    copies by itself the last three are by its clock, without what the host computes; `wait_s` is the host's time."""
 
     accesses: int
     hits: int
@@ -86,7 +89,7 @@ class Timing:
     def begin_computing(self) -> None:
         self._turn(0, 1)
 
-    def end_computing(self) -> None:
+    def end_computing(self, begun: None = None) -> None:
         self._turn(0, -1)
 
     def seconds(self) -> tuple[float, float, float]:
@@ -100,10 +103,12 @@ class DeviceTiming:
     a GPU that waits for the host includes the handing over."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._lock, self._begun = device, threading.Lock(), threading.local()
+        self._device, self._lock = device, threading.Lock()
         self._running: tuple[deque[_Events], deque[_Events]] = deque(), deque()  # copies, computations
+        self._over: list[list[Span]] = [[], []]  # of those what has ended, as far as it has not been summed
+        self._ended = [0.0, 0.0]  # the last end seen
+        self._sums = [0.0, 0.0, 0.0]
         self._origin, self._origin_s = self._mark(), 0.0
-        self._seconds = [0.0, 0.0, 0.0]
 
     def _mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -114,33 +119,48 @@ class DeviceTiming:
     def copying(self) -> Iterator[None]:
         begin = self._mark()
         yield
-        with self._lock:
-            self._running[0].append((begin, self._mark()))
+        self._add(0, begin)
 
-    def begin_computing(self) -> None:
-        self._begun.event = self._mark()
+    def begin_computing(self) -> torch.cuda.Event:
+        return self._mark()
 
-    def end_computing(self) -> None:
+    def end_computing(self, begun: torch.cuda.Event) -> None:
+        self._add(1, begun)
+
+    def _add(self, kind: int, begin: torch.cuda.Event) -> None:
         with self._lock:
-            self._running[1].append((self._begun.event, self._mark()))
+            self._running[kind].append((begin, self._mark()))
+            if len(self._running[kind]) > _MANY:  # nobody may ever ask
+                self._look()
 
     def seconds(self) -> tuple[float, float, float]:
         """(copying, computing, both at once) of what is over."""
         with self._lock:
-            copies, computations = (merged(self._over(running)) for running in self._running)
-            for i, more in enumerate((length(copies), length(computations), common(copies, computations))):
-                self._seconds[i] += more
-            return self._seconds[0], self._seconds[1], self._seconds[2]
+            self._look()
+            more = _times(*self._over)
+            return self._sums[0] + more[0], self._sums[1] + more[1], self._sums[2] + more[2]
 
-    def _over(self, running: deque[_Events]) -> list[Span]:
-        """Takes off what has ended. Times count from the last end seen: a float holds no hours to the microsecond."""
-        spans = []
-        while running and running[0][1].query():
-            begin, end = running.popleft()
-            begin_s = self._origin_s + self._origin.elapsed_time(begin) / 1e3
-            spans.append((begin_s, begin_s + begin.elapsed_time(end) / 1e3))
-            self._origin, self._origin_s = end, spans[-1][1]
-        return spans
+    def _look(self) -> None:
+        """Notes what has ended, and sums up the time of which all is known: that before the last end of a kind of which
+        more is running. Times count from the last end seen: a float holds no hours to the microsecond."""
+        known = math.inf
+        for kind, running in enumerate(self._running):
+            while running and running[0][1].query():
+                begin, end = running.popleft()
+                begin_s = self._origin_s + self._origin.elapsed_time(begin) / 1e3
+                self._over[kind].append((begin_s, begin_s + begin.elapsed_time(end) / 1e3))
+                self._origin, self._origin_s = end, self._over[kind][-1][1]
+                self._ended[kind] = max(self._ended[kind], self._origin_s)
+            if running:
+                known = min(known, self._ended[kind])
+        before = [[(a, min(b, known)) for a, b in spans if a < known] for spans in self._over]
+        self._over = [[(max(a, known), b) for a, b in spans if b > known] for spans in self._over]
+        self._sums = [s + more for s, more in zip(self._sums, _times(*before), strict=True)]
+
+
+def _times(copies: Sequence[Span], computations: Sequence[Span]) -> tuple[float, float, float]:
+    a, b = merged(copies), merged(computations)
+    return length(a), length(b), common(a, b)
 
 
 def merged(spans: Sequence[Span]) -> list[Span]:

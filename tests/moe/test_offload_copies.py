@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import closing
 
 import numpy as np
@@ -26,6 +27,7 @@ from headgate.kernels import Routing, grouped_ffn, quantize
 from headgate.moe.offload import Engine, HostStore, Layer
 from headgate.moe.offload.copies import Copies
 from headgate.moe.offload.groups import Group, whole_step
+from headgate.moe.offload.stats import DeviceTiming
 from headgate.placement.cache import Cache
 from headgate.placement.policies import POLICIES, Setting, policy
 from headgate.placement.trace import Trace
@@ -161,13 +163,81 @@ def test_a_step_in_one_piece(form, assert_close):
     assert_close(got, resident(x, routing, made, **said))
 
 
+def test_ctrl_c_while_copies_are_ordered_leaves_nothing_wrong(monkeypatch):
+    made = weights(**MANY)
+    with Engine(host_store(made), "60%", policy="adaptive", top_k=6, readers=0) as engine:
+        many_steps(engine, made, steps=12)
+        parts, asked = engine.store.parts, []
+
+        def interrupted(layer, expert):
+            asked.append(expert)
+            if len(asked) % 7 == 3:
+                raise KeyboardInterrupt
+            return parts(layer, expert)
+
+        for i in range(30):
+            monkeypatch.setattr(engine.store, "parts", interrupted)
+            x, routing = batch(2, experts=MANY["experts"], k=6, d=MANY["d"])
+            with contextlib.suppress(KeyboardInterrupt):
+                engine.compute(i % 2, x, routing, then=lambda _: engine.prefetch(0, np.arange(5)))
+            monkeypatch.undo()
+            assert not engine.cache.table.busy.any()
+            assert len(engine._spares) == 3
+            many_steps(engine, made, steps=4)
+        assert len(asked) > 60
+
+
+def test_a_gpus_clock(monkeypatch):
+    """Whenever it is asked, spans that have ended count once, and what two kinds have in common counts."""
+
+    class Mark:
+        now = 0.0  # as far as the GPU has come
+
+        def __init__(self, at):
+            self.at = at
+
+        def query(self):
+            return self.at <= Mark.now
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    times = iter([0.0])
+    monkeypatch.setattr(DeviceTiming, "_mark", lambda self: Mark(next(times)))
+    for asked in ([], [9.0], [1.0, 2.5, 4.0, 9.0, 9.5, 11.0]):
+        times = iter([0.0])
+        timing = DeviceTiming(torch.device("cuda"))
+        spans = [(0, 0.0, 8.0), (1, 0.0, 3.0), (1, 3.0, 10.0), (0, 12.0, 14.0), (1, 13.0, 15.0)]
+        for kind, begin, end in spans:
+            times = iter([begin, end] if kind == 0 else [end])
+            if kind == 0:
+                with timing.copying():
+                    pass
+            else:
+                timing.end_computing(Mark(begin))
+        for Mark.now in asked:
+            copy_s, compute_s, both_s = timing.seconds()
+            assert both_s <= min(copy_s, compute_s)
+        Mark.now = 20.0
+        assert timing.seconds() == pytest.approx((10.0, 12.0, 9.0))
+        for i in range(2000):  # nobody asks
+            times = iter([30.0 + 2 * i, 31.0 + 2 * i])
+            Mark.now = 29.0 + 2 * i
+            with timing.copying():
+                pass
+        assert len(timing._running[0]) < 300
+        Mark.now = 1e9
+        assert timing.seconds()[0] == pytest.approx(2010.0)
+        Mark.now = 0.0
+
+
 def test_who_may_do_without_readers(tmp_path):
     made = weights()
     with Engine(host_store(made), "30%", top_k=K) as engine:
         assert not isinstance(engine._loader, Copies)  # a CPU has nobody else to copy meanwhile
     store = file_store(made, tmp_path / "x")
     with pytest.raises(
-        ValueError, match="readers must be at least 1, or 0 for experts that wait in host memory, got 0"
+        ValueError, match=r"readers must be at least 1, or 0 for a HostStore \(page-locked, before a GPU\), got 0"
     ):
         Engine(store, "30%", top_k=K, readers=0)
     store.close()

@@ -224,7 +224,7 @@ def test_large_aligned_parts_pass_by_the_page_cache(tmp_path, monkeypatch):
         pytest.skip("this file system has no O_DIRECT")
     files, read = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, *rest: files.append(file) or read(file, *rest))
-    kinds, slots, _ = plan_slots(store.layers, 1.0, 1, "layer")
+    kinds, slots, *_ = plan_slots(store.layers, 1.0, 1, "layer")
     arena = Arena(kinds, slots, "cpu")
     for e in range(4):
         store.read(0, e, arena.slot(e))
@@ -341,7 +341,7 @@ def test_slots_take_the_budget_and_no_more(scope, share):
     """No pool has more slots than experts, no slot more would fit, shares differ by less than a slot."""
     layers, _ = mixed()
     size = int(share * sum(x.nbytes for x in layers)) + 64 * 6
-    kinds, slots, places = plan_slots(layers, size, 1, scope)
+    kinds, slots, places, _ = plan_slots(layers, size, 1, scope)
     assert arena_bytes(kinds, slots) <= size
     per_pool = (places.first[1:] - places.first[:-1]).tolist()
     assert sum(per_pool) == sum(slots) == places.slots
@@ -367,15 +367,33 @@ def test_slots_take_the_budget_and_no_more(scope, share):
 
 def test_equal_layers_have_equal_slots():
     layers = layers_of(weights(layers=4, experts=64))
-    _, slots, places = plan_slots(layers, "25%", 6, "layer")
+    _, slots, places, _ = plan_slots(layers, "25%", 6, "layer")
     assert slots == [64]
     assert places.first.tolist() == [0, 16, 32, 48, 64]
     assert plan_slots(layers, "25%", 6, "shared").places.first.tolist() == [0, 64]
 
 
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+def test_spare_slots_take_nothing_that_is_needed(scope):
+    """Out of the budget, one in 16 up to 9, and none before each layer has what it must have."""
+    layers = layers_of(weights(layers=2, experts=40))
+    expert, top_k = layers[0].kind(0).nbytes, 20
+    least = expert * top_k * (2 if scope == "layer" else 1)
+    for more in (0, 1, 2, 20):
+        for detours in (False, True):
+            found = plan_slots(layers, least + more * expert, top_k, scope, detours)
+            assert arena_bytes(found.kinds, found.slots) <= least + more * expert
+            assert found.spares == (min(more, (least // expert + more) // 16) if detours else 0)
+            assert found.places.slots + found.spares == sum(found.slots) == least // expert + more
+        with pytest.raises(ValueError, match=f"at least {least} bytes, .*, got {least - 1}$"):
+            plan_slots(layers, least - 1, top_k, scope, detours=True)
+    assert plan_slots(layers_of(weights(layers=2, experts=128)), 1.0, 1, scope, detours=True).spares == 9
+    assert plan_slots(mixed()[0], 1.0, 1, scope, detours=True).spares == 0, "experts of several kinds share none"
+
+
 def test_an_arena_is_one_piece_of_memory_on_a_page():
     layers, _ = mixed()
-    kinds, slots, places = plan_slots(layers, 1.0, 1, "layer")
+    kinds, slots, places, _ = plan_slots(layers, 1.0, 1, "layer")
     arena = Arena(kinds, slots, "cpu")
     every = [t for s in range(places.slots) for t in arena.slot(s).values()]
     begin, end = min(t.data_ptr() for t in every), max(t.data_ptr() + t.nbytes for t in every)
@@ -384,5 +402,5 @@ def test_an_arena_is_one_piece_of_memory_on_a_page():
     for i, t in enumerate(every):
         t.view(torch.uint8).fill_(i)
     assert all((t.view(torch.uint8) == i).all() for i, t in enumerate(every)), "slots overlap"
-    assert arena.weights(1)["w_down"].format == "mxfp4"
+    assert arena.weights(arena.first[1], arena.first[2])["w_down"].format == "mxfp4"
     assert host_store(weights()).layers[0].kind(0).nbytes == 3 * F * D * 4

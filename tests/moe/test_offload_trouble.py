@@ -234,7 +234,7 @@ def test_cannot_be_copied_and_does_not_survive_a_fork():
         ({"scope": "rack"}, "scope must be one of layer, shared, got 'rack'"),
         ({"policy": "oracle"}, "name must be one of .*, got 'oracle'"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"readers": -1}, "readers must be at least 1, or 0 for experts that wait in host memory, got -1"),
+        ({"readers": -1}, r"readers must be at least 1, or 0 for a HostStore \(page-locked, before a GPU\), got -1"),
     ],
 )
 def test_bad_settings(change, match):
