@@ -16,9 +16,9 @@ from .stats import DeviceTiming, Timing
 
 
 class Copies:
-    """What Loader is for a lower tier that has to be read. Loads go onto a stream of their own as they are ordered,
-    behind the kernels that still read its slot, and kernels that need it are put behind it: nobody waits, and
-    no thread has to be woken. Loads run in the order in which they were ordered. On a CPU each is a copy, made at once.
+    """What Loader is for a lower tier that has to be read. Loads go onto a stream of their own, in the order in
+    which they are ordered, behind the kernels that still read their slots, and kernels that need them are put behind
+    them: nobody waits, and no thread has to be woken. On a CPU each is a copy, made at once.
     """
 
     def __init__(self, store: HostStore, arena: Arena, timing: Timing | DeviceTiming) -> None:
@@ -169,7 +169,7 @@ class Copies:
 
 
 def readers_of(readers: int | None, store: Store, device: torch.device | str) -> int:
-    """The threads that fetch; see Engine. Raises ValueError where there must be some."""
+    """The threads that fetch; see Engine. Raises TypeError, and ValueError where there must be some."""
     if isinstance(readers, bool) or not isinstance(readers, int | None):
         raise TypeError(f"offload: readers must be an integer or None, got {readers!r}")
     cuda = torch.device(device).type == "cuda"

@@ -34,7 +34,7 @@ from .copies import Copies, readers_of
 from .groups import FEW_ROWS, Group, distinct, refuse_gradients, whole_step, window, write_outputs
 from .host import Store
 from .hybrid import Host, put_pairs, work_of
-from .loads import DONE, FAILED, HELD, Load, Loader, Use, end, failure
+from .loads import DONE, FAILED, HELD, Load, Loader, Use, all_or_none, end, failure
 from .stats import Access, DeviceTiming, Stats, Timing
 
 
@@ -215,15 +215,16 @@ class Engine:
         self._calls += 1
         experts, slots, displaced = (a.tolist() for a in (ahead.experts, ahead.slots, ahead.gone))
         taken = {e: (slot, gone) for e, slot, gone in zip(experts, slots, displaced, strict=True)}
-        for e in asked.tolist():
-            if e in taken:
-                slot, gone = taken[e]
-                self._note(layer, e, "ahead", gone)
-                self._order(layer, e, slot, urgent=False)
-                self._promised[layer, e] = True
-            elif self.cache.table.slot_of[layer, e] >= 0:
-                self._note(layer, e, "kept", -1)
-        self._loader.flush()
+        with all_or_none(self.cache, layer, experts):
+            for e in asked.tolist():
+                if e in taken:
+                    slot, gone = taken[e]
+                    self._note(layer, e, "ahead", gone)
+                    self._order(layer, e, slot, urgent=False)
+                    self._promised[layer, e] = True
+                elif self.cache.table.slot_of[layer, e] >= 0:
+                    self._note(layer, e, "kept", -1)
+            self._loader.flush()
         self._ahead += len(taken)
         return len(taken)
 
@@ -282,13 +283,11 @@ class Engine:
             self._at_host += len(apart)
             self._used += int(self._promised[layer, ids].sum())
             self._promised[layer, ids] = False
-            chains: dict[int, deque[Use]] = {}
-            detours: list[Use] = []
+            chains, detours = {}, []  # type: ignore[var-annotated]
             try:
-                self._order_step(layer, step, chains, detours)
-            except BaseException:  # such as Ctrl-C: what was decided may not have been ordered
-                for e in step.experts[step.hits :].tolist():
-                    self.cache.lose(layer, e)
+                with all_or_none(self.cache, layer, step.experts[step.hits :].tolist()):
+                    self._order_step(layer, step, chains, detours)
+            except BaseException:
                 self._leave(chains, detours)
                 raise
             for e in apart.tolist():

@@ -6,13 +6,14 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ...placement.cache import Cache
 from .arena import Arena
 from .host import Store
 from .stats import Timing
@@ -55,6 +56,18 @@ class Use:
 
     def __init__(self, expert: int, slot: int, load: Load | None, detour: bool = False) -> None:
         self.expert, self.slot, self.load, self.detour = expert, slot, load, detour
+
+
+@contextmanager
+def all_or_none(cache: Cache, layer: int, experts: Sequence[int]) -> Iterator[None]:
+    """Where loads of `experts`, for which the cache has decided, are ordered. If that is left early, by Ctrl-C say,
+    none of them counts as there."""
+    try:
+        yield
+    except BaseException:
+        for e in experts:
+            cache.lose(layer, e)
+        raise
 
 
 def failure(load: Load, layer: str) -> Exception:

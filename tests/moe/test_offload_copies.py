@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from contextlib import closing
 
 import numpy as np
@@ -175,8 +176,14 @@ def test_ctrl_c_while_copies_are_ordered_leaves_nothing_wrong(monkeypatch):
                 raise KeyboardInterrupt
             return parts(layer, expert)
 
+        def noted(layer, expert, how, gone):
+            if random.random() < 0.1:
+                raise KeyboardInterrupt
+
         for i in range(30):
             monkeypatch.setattr(engine.store, "parts", interrupted)
+            if i % 2:
+                monkeypatch.setattr(engine, "_note", noted)
             x, routing = batch(2, experts=MANY["experts"], k=6, d=MANY["d"])
             with contextlib.suppress(KeyboardInterrupt):
                 engine.compute(i % 2, x, routing, then=lambda _: engine.prefetch(0, np.arange(5)))
