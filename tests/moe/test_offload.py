@@ -324,7 +324,7 @@ def test_close_twice_and_use_after(stack, tmp_path):
         ({"disk": None}, ValueError, "disk must be a folder"),
         ({"scope": "rank"}, ValueError, "scope must be one of"),
         ({"readers": 0}, ValueError, "readers must be at least 1"),
-        ({"readers": "2"}, TypeError, "readers must be an integer, got '2'"),
+        ({"readers": "2"}, TypeError, "readers must be an integer or None, got '2'"),
         ({"trace": 3}, TypeError, "trace must be a Trace or None, got int"),
         ({"formats": {"blocks.0.experts": "int4"}}, TypeError, "formats must be a list for blocks.0.experts"),
         ({"formats": {"blocks.9.experts": ["int4"] * 8}}, ValueError, "formats must be for modules"),
