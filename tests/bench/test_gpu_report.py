@@ -272,10 +272,8 @@ def test_a_contestant_that_does_nothing_any_more_is_not_waited_for(monkeypatch):
     try:
         child.call(time.sleep, 3.0)  # nobody is at work: a case may take its time
         child.progress.write_text("liger")
-        begin = time.monotonic()
         with pytest.raises(TimeoutError, match="no sign of life for 2 s"):
             child.call(time.sleep, 60.0)
-        assert time.monotonic() - begin < 30
         assert child.doing() == "liger"
     finally:
         child.end()
