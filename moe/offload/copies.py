@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 
 from .arena import Arena
 from .host import HostStore, Store
-from .loads import CANCELLED, DONE, FAILED, HELD, LOOK_S, Load
+from .loads import CANCELLED, DONE, FAILED, HELD, LOOK_S, Load, Uses, copy_stream
 from .stats import DeviceTiming, Timing
 
 
@@ -29,11 +28,7 @@ class Copies:
         self.closed = False
         self.loads = self.bytes = self.restarts = self._number = 0
         self._taken: list[tuple[Load, int]] = []
-        self.threads: list[threading.Thread] = []
-        self._stream = torch.cuda.Stream(arena.device) if arena.device.type == "cuda" else None
-        if self._stream is not None:  # what stood in the slots' memory before may still be read or written
-            self._stream.wait_stream(torch.cuda.current_stream(arena.device))
-        self._uses: dict[int, dict[Any, torch.cuda.Event]] = {}  # slot -> by stream, after the last kernel that read it
+        self._stream, self._uses = copy_stream(arena.device), Uses(arena.device)
         self._copied: dict[int, tuple[int, torch.cuda.Event]] = {}  # slot -> number and end of a copy on its way to it
 
     @property
@@ -78,9 +73,7 @@ class Copies:
         """Puts a copy onto the current stream, behind the kernels that still read the slot."""
         try:
             parts = self._store.parts(load.layer, load.expert)
-            if self._stream is not None:
-                for event in self._uses.pop(slot, {}).values():
-                    self._stream.wait_event(event)
+            self._uses.wait(slot)
             for name, to in self._arena.slot(slot).items():
                 to.copy_(parts[name], non_blocking=True)
         except Exception as error:
@@ -93,8 +86,7 @@ class Copies:
         """Moves a load's expert from a spare slot to its own, on the current stream: kernels that read it there, or who
         stood in its own before, are ahead on that."""
         self.before([spare, load.slot])
-        for event in self._uses.pop(load.slot, {}).values():
-            torch.cuda.current_stream(self._arena.device).wait_event(event)
+        self._uses.wait(load.slot)
         with torch.no_grad():
             come = self._arena.slot(spare)
             for name, to in self._arena.slot(load.slot).items():
@@ -135,11 +127,7 @@ class Copies:
 
     def used(self, slots: Sequence[int]) -> None:
         """Takes notice that kernels that read these slots have been queued on the current stream."""
-        if self._stream is not None:
-            event, stream = torch.cuda.Event(), torch.cuda.current_stream(self._arena.device)
-            event.record(stream)
-            for slot in slots:
-                self._uses.setdefault(slot, {})[stream.cuda_stream] = event
+        self._uses.note(slots)
 
     def hurry(self, load: Load) -> None:
         """Nothing to do: every load has been ordered."""
@@ -161,8 +149,7 @@ class Copies:
         with self.lock:
             self.closed = True
             self.arrived.notify_all()
-            events = [event for by_stream in self._uses.values() for event in by_stream.values()]
-            events += [event for _, event in self._copied.values()]
+            events = [*self._uses.events(), *(event for _, event in self._copied.values())]
         for event in events:
             event.synchronize()
         return True

@@ -78,6 +78,39 @@ def failure(load: Load, layer: str) -> Exception:
     return error
 
 
+class Uses:
+    """After which kernels a slot may be filled again. On a CPU a kernel is through when its call returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: dict[int, dict[Any, torch.cuda.Event]] = {}  # slot -> by stream, after the last kernel that uses it
+
+    def note(self, slots: Sequence[int]) -> None:
+        """Kernels that use these slots have been queued on the current stream."""
+        if self._device.type == "cuda":
+            event, stream = torch.cuda.Event(), torch.cuda.current_stream(self._device)
+            event.record(stream)
+            for slot in slots:
+                self._last.setdefault(slot, {})[stream.cuda_stream] = event
+
+    def wait(self, slot: int) -> None:
+        """What the current stream is given from now on is behind those of a slot."""
+        for event in self._last.pop(slot, {}).values():
+            torch.cuda.current_stream(self._device).wait_event(event)
+
+    def events(self) -> list[torch.cuda.Event]:
+        return [event for by_stream in self._last.values() for event in by_stream.values()]
+
+
+def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream to fill slots of `device` on, behind whoever had their memory before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
 class Loader:
     """`readers` threads, a lock that guards every Load and whatever else its owner puts under it, and two conditions
     of this lock: `work` for readers, `arrived` for those who wait for experts or for slots.
@@ -96,11 +129,7 @@ class Loader:
         self._urgent: deque[Load] = deque()
         self._ahead: deque[Load] = deque()
         self._running: dict[threading.Thread, Load] = {}
-        cuda = arena.device.type == "cuda"
-        self._stream = torch.cuda.Stream(arena.device) if cuda else None
-        if self._stream is not None:  # what stood in the slots' memory before may still be read or written
-            self._stream.wait_stream(torch.cuda.current_stream(arena.device))
-        self._uses: dict[int, dict[Any, torch.cuda.Event]] = {}  # slot -> by stream, after the last kernel that read it
+        self._stream, self._uses = copy_stream(arena.device), Uses(arena.device)
         self.threads = [self._start() for _ in range(readers)]
 
     def _start(self) -> threading.Thread:
@@ -159,11 +188,7 @@ class Loader:
 
     def used(self, slots: Sequence[int]) -> None:
         """Takes notice that kernels that read these slots have been queued on the current stream."""
-        if self._stream is not None:
-            event, stream = torch.cuda.Event(), torch.cuda.current_stream(self._arena.device)
-            event.record(stream)
-            for slot in slots:
-                self._uses.setdefault(slot, {})[stream.cuda_stream] = event
+        self._uses.note(slots)
 
     # --- the readers -------------------------------------------------------------------------------------------------
 
@@ -224,9 +249,7 @@ class Loader:
 
     def _read(self, load: Load) -> None:
         with self._timing.copying(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            if self._stream is not None:
-                for event in self._uses.pop(load.slot, {}).values():
-                    self._stream.wait_event(event)
+            self._uses.wait(load.slot)
             self._store.read(load.layer, load.expert, self._arena.slot(load.slot))
 
     def close(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+from offload_cases import offload_threads, soon
 from torch import Tensor
 
 
@@ -47,3 +49,12 @@ def captured():
         return replay
 
     return capture
+
+
+@pytest.fixture
+def no_reader_is_left() -> Iterator[None]:
+    """The test leaves no thread of an offload."""
+    yield
+    if offload_threads():
+        gc.collect()
+    assert soon(lambda: not offload_threads()), "reader threads are left"

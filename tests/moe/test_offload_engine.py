@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import subprocess
@@ -24,7 +23,6 @@ from offload_cases import (
     batch,
     file_store,
     host_store,
-    offload_threads,
     resident,
     run,
     run_at_once,
@@ -50,15 +48,6 @@ def needs_no_trace(name: str) -> bool:
 
 
 FREE = [name for name in POLICIES if needs_no_trace(name)]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left():
-    """Every test leaves no thread."""
-    yield
-    if offload_threads():
-        gc.collect()
-    assert soon(lambda: not offload_threads()), "reader threads are left"
 
 
 # --- right, to the bit -----------------------------------------------------------------------------------------------
@@ -323,6 +312,8 @@ RESIDENT = """
 import os, re, sys, torch
 from headgate.kernels.routing import Routing
 from headgate.moe.offload import Engine, FileStore, Layer
+
+pytestmark = pytest.mark.usefixtures("no_reader_is_left")
 L, E, D, F, K, BUDGET = 4, 32, 512, 256, 4, 48 << 20
 
 def rss(what):

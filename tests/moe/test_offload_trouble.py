@@ -36,14 +36,7 @@ from offload_cases import (
 from headgate.kernels.routing import Routing
 from headgate.moe.offload import Engine, HostCache
 
-
-@pytest.fixture(autouse=True)
-def _nothing_left():
-    """Every test leaves no thread."""
-    yield
-    if offload_threads():
-        gc.collect()
-    assert soon(lambda: not offload_threads()), "reader threads are left"
+pytestmark = pytest.mark.usefixtures("no_reader_is_left")
 
 
 def test_a_read_that_fails_once_is_tried_again():
