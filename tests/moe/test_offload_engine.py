@@ -38,6 +38,8 @@ from headgate.moe.offload.stats import Stats, Timing
 from headgate.placement.cache import Cache
 from headgate.placement.policies import POLICIES, Setting, policy
 
+pytestmark = pytest.mark.usefixtures("no_reader_is_left")
+
 
 def needs_no_trace(name: str) -> bool:
     try:
@@ -312,8 +314,6 @@ RESIDENT = """
 import os, re, sys, torch
 from headgate.kernels.routing import Routing
 from headgate.moe.offload import Engine, FileStore, Layer
-
-pytestmark = pytest.mark.usefixtures("no_reader_is_left")
 L, E, D, F, K, BUDGET = 4, 32, 512, 256, 4, 48 << 20
 
 def rss(what):
