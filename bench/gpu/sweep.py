@@ -177,7 +177,8 @@ def _close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> b
 def run(args: argparse.Namespace) -> int:
     """Times, prints, writes; 0, or 1 where a chosen tile has no time."""
     if min(args.limit, args.samples, *args.tokens) < 1:
-        raise ValueError("sweep: --limit, --samples and --tokens must be at least 1")
+        given = f"{args.limit}, {args.samples} and {args.tokens}"
+        raise ValueError(f"sweep: --limit, --samples and --tokens must be at least 1, got {given}")
     if args.minutes is not None and not args.minutes > 0:
         raise ValueError(f"sweep: --minutes must be positive, got {args.minutes}")
     cuda = args.device.startswith("cuda")
