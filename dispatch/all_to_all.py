@@ -141,8 +141,8 @@ class AllToAll:
     A dispatch is two collectives: an all-to-all of the row counts and the agreement (one wait for the device), and one
     message per row with its ids and weights. Combine, and the backward pass of each, are one more. With a token's
     experts spread evenly each token makes d = G (1 - C(E - E/G, K) / C(E, K)) copies, of which d (G - 1) / G leave the
-    rank (placement/volume.py); a message has D * b + K * (4 + w) bytes, with b and w the sizes of a row's and of a
-    weight's number, a returning row D * b.
+    rank (placement/cluster/volume.py); a message has D * b + K * (4 + w) bytes, with b and w the sizes of a row's and
+    of a weight's number, a returning row D * b.
 
     Where the routing is limited to C pairs an expert (`Capacity(pad=True)`), each rank sends every rank n = min(T, C *
     E/G) rows, filled up with rows of zeros that choose no expert: shapes depend on T and C alone, R = G * n. With

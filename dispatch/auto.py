@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.routing import Routing
-from ..placement.links import Case, Link, Links, Prediction, predict
-from ..placement.volume import Rows
+from ..placement.cluster.links import Case, Link, Links, Prediction, predict
+from ..placement.cluster.volume import Rows
 from . import collectives
 from .agreement import Agreement, held_experts
 from .all_gather import AllGather
@@ -64,7 +64,7 @@ class Found:
 
 
 class Auto:
-    """AllGather, AllToAll or Hierarchical, whichever the model of placement/links.py expects to be fastest.
+    """AllGather, AllToAll or Hierarchical, whichever the model of placement/cluster/links.py expects to be fastest.
 
     In the first call, and then in one of `every`, the ranks count the rows that each candidate would move for the
     routing of that call: tokens once per rank, once per node; the busiest rank counts. That is one all-reduce of 16 G

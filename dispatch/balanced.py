@@ -10,8 +10,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..placement.allot import allot
-from ..placement.choice import Choice
+from ..placement.live.allot import allot
+from ..placement.live.choice import Choice
 from ..placement.placement import Placement
 from . import collectives
 from .replicas import times_before
@@ -19,8 +19,8 @@ from .replicas import times_before
 
 @dataclass(frozen=True, eq=False)
 class Balanced:
-    """Like Replicas, but by the numbers of a batch: rows per slot by an exact linear program (placement/choice.py),
-    then each rank's as near as they can be had (placement/allot.py).
+    """Like Replicas, but by the numbers of a batch: rows per slot by an exact linear program
+    (placement/live/choice.py), then each rank's as near as they can be had (placement/live/allot.py).
 
     In each call the ranks of `group`, the placement's GPUs, tell each other how often their tokens chose each expert:
     one all-gather of E numbers, one wait for the device, and one program for the CPU, which every rank solves alike. A

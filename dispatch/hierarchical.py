@@ -25,7 +25,7 @@ class Hierarchical:
     A row crosses to another node at most once, to the rank with its own number there, and goes on inside that node to
     the ranks of its experts; the node sums what comes back and sends one row home. So between nodes travel
     d_N (N - 1) / N rows per token with d_N = N (1 - C(E - E/N, K) / C(E, K)) instead of d_G (N - 1) / N
-    (placement/volume.py; Tutel's 2DH and DeepEP's internode kernels cut the same way).
+    (placement/cluster/volume.py; Tutel's 2DH and DeepEP's internode kernels cut the same way).
 
     `group`: the ranks that share the experts, None: all; its size must be a multiple of `ranks_per_node`. The groups of
     a node and of the ranks of one number are made here: every rank of `group` must come by, in the same order of

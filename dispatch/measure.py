@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..placement.links import Link, Links, fit
+from ..placement.cluster.links import Link, Links, fit
 from . import collectives
 from .hierarchical import Hierarchical
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..placement.trace import Trace, id_type
-from ..placement.trace_file import TraceFile, TraceWriter
+from ..placement.traces.file import TraceFile, TraceWriter
+from ..placement.traces.trace import Trace, id_type
 from .hf.table import choice_of
 
 Batch = Tensor | Mapping[str, Tensor]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numba
 
-_HERE = Path(__file__).parent
-_FILES = [path for room in (".", "policies", "predictors") for path in sorted((_HERE / room).glob("*.py"))]
+_CACHING = Path(__file__).parent / "caching"
+_FILES = sorted(_CACHING.rglob("*.py"))
 _STAMP = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in _FILES)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .topology import Topology, Workload
+from .cluster.topology import Topology, Workload
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .cluster.topology import Topology
 from .files import write_whole
 from .placement import Placement
-from .topology import Topology
 
 MAP = "physical_to_logical_map"
 

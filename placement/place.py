@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .certify import certify
+from .bounds.certify import certify
+from .cluster.topology import Topology, Workload
 from .cost import Cost
-from .methods import METHODS, Run
 from .placement import Placement
 from .problem import Objective, Problem
-from .scenarios import scenario_loads
+from .search.methods import METHODS, Run
 from .slots import Pin, checked_load
-from .statistics import statistics
-from .topology import Topology, Workload
-from .trace import Trace
-from .trace_file import TraceFile
+from .traces.file import TraceFile
+from .traces.scenarios import scenario_loads
+from .traces.statistics import statistics
+from .traces.trace import Trace
 from .walk import Foretold, walk
 
 TOKENS = 200_000  # of a longer trace file are looked at

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .cluster.topology import Topology
 from .files import write_whole
-from .topology import Topology
 
 VERSION = 1
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .cluster.topology import Topology, Workload
 from .cost import Cost
 from .placement import Placement
 from .slots import gpu_load
-from .topology import Topology, Workload
 
 MOVES = ("fixed", "most", "foretold")
 

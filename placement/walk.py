@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from .cost import Cost
 from .placement import Placement
-from .trace import Trace
+from .traces.trace import Trace
 
 REPLICA = ("home", "follow", "foretold")
 HOME = ("fixed", "most", "foretold")

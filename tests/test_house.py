@@ -26,6 +26,11 @@ FLOORS = {
     "dispatch": ({"kernels", "placement"}, {"torch", "numpy", "deep_ep"}),
     "moe": ({"dispatch", "kernels", "placement"}, {"torch", "numpy", "transformers", "safetensors"}),
 }
+# The rooms of placement/, from top to bottom: each imports only what is below it, and `caching` stands by itself.
+PLACEMENT = (
+    *("place", "bounds", "search", "live", "walk", "problem", "formats", "caching"),
+    *("placement", "cost", "traces", "cluster", "slots", "files", "compiled"),
+)
 MAX_LINES, MAX_FUNCTION = 450, 80
 
 
@@ -35,6 +40,18 @@ def folder(package: str) -> Path:
 
 def library() -> list[Path]:
     return sorted(f.relative_to(ROOT) for p in PACKAGES for f in folder(p).glob("*.py"))
+
+
+def upwards(path: Path, above: tuple[str, ...], node: ast.ImportFrom) -> list[str]:
+    """What an import inside placement/, from the package `above`, does against the order of its rooms."""
+    inside = (*above, *((node.module or "").split(".") if node.module else ()))[1:]
+    reached = {inside[0]} if inside else {a.name for a in node.names}
+    here = path.with_suffix("").parts[1]
+    if here == "__init__":
+        return []
+    lower = set(PLACEMENT[PLACEMENT.index(here) :]) if here in PLACEMENT else set()
+    lower -= {"caching"} if here != "caching" else {"placement", "cost"}
+    return [f"placement/{here} must not know placement/{room}" for room in sorted(reached - lower - {here})]
 
 
 def broken_rules(path: Path, source: str) -> list[str]:
@@ -47,6 +64,8 @@ def broken_rules(path: Path, source: str) -> list[str]:
             target = (*above, *(node.module or "").split("."))[0]
             reached = [target] if target else [a.name.split(".")[0] for a in node.names]
             found += [f"line {node.lineno}: {floor} must not know {t}" for t in reached if t not in {floor, *below}]
+            if target == floor == "placement" and len(path.parts) > 1:
+                found += [f"line {node.lineno}: {why}" for why in upwards(path, above, node)]
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             for name in {n.split(".")[0] for n in names}:
@@ -74,6 +93,14 @@ def test_imports_go_down_only(path):
         ("placement/x.py", "import numpy as np, json", False),
         ("placement/x.py", "import torch", True),
         ("placement/x.py", "from torch import Tensor", True),
+        ("placement/search/x.py", "from ..walk import walk", False),
+        ("placement/search/x.py", "from .state import State", False),
+        ("placement/search/x.py", "from ..bounds import certify", True),
+        ("placement/traces/readers/x.py", "from ..trace import Trace", False),
+        ("placement/traces/readers/x.py", "from ...placement import Placement", True),
+        ("placement/traces/x.py", "from .. import walk", True),
+        ("placement/caching/x.py", "from ..cost import Cost", True),
+        ("placement/place.py", "from .caching.cache import Cache", True),
         ("dispatch/x.py", "from ..kernels.plan import Plan", False),
         ("dispatch/x.py", "from ..moe.layer import MoE", True),
         ("moe/hf/x.py", "from ...kernels import Routing", False),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...placement.volume import distinct_parts
+from ...placement.cluster.volume import distinct_parts
 from ..shapes import Shape
 from .world import Layout
 
@@ -81,7 +81,7 @@ def even(movements: list[Movement], shape: Shape, layout: Layout, train: bool) -
 
 
 def _even_rows(way: str, experts: int, top_k: int, layout: Layout) -> tuple[float, float]:
-    """The table of placement/volume.py: rows of one token, one direction, that leave (the rank, the node)."""
+    """The table of placement/cluster/volume.py: rows of one token, one direction, that leave (the rank, the node)."""
     g, n, inside = layout.ranks, layout.nodes, layout.ranks_per_node
     if way == "everyone":
         return g - 1, g - inside

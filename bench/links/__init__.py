@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ...placement.links import Link, Links
+from ...placement.cluster.links import Link, Links
 from .published import fitted, points
 from .variants import variant_lines
 from .winners import Sizes, check_lines, fit_lines, link_lines, row, winner_lines

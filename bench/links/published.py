@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...placement.links import Case, Links, fit, predict
-from ...placement.volume import distinct_parts
+from ...placement.cluster.links import Case, Links, fit, predict
+from ...placement.cluster.volume import distinct_parts
 
 HIDDEN, EXPERTS, TOP_K, PER_NODE, AT_MOST_NODES = 7168, 256, 8, 8, 4
 FP8 = HIDDEN + HIDDEN // 128 * 4

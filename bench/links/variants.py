@@ -10,7 +10,7 @@ from collections.abc import Callable
 from math import sqrt
 from statistics import NormalDist
 
-from ...placement.links import Link, fit
+from ...placement.cluster.links import Link, fit
 from .published import DIRECTIONS, EXPERTS, FITTED, HELD_OUT, PER_NODE, TOP_K, fitted, low_latency, low_latency_s
 
 

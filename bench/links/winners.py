@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...placement.links import Case, Link, Links, message_bytes, predict
+from ...placement.cluster.links import Case, Link, Links, message_bytes, predict
 from .published import DIRECTIONS, LOW_LATENCY, Point, at_the_card, low_latency_GBps
 
 OURS = ("all_to_all", "hierarchical", "all_gather")

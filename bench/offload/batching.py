@@ -10,7 +10,7 @@ import torch
 
 from ...moe.offload.batching import generate_offline
 from ...moe.offload.offload import offload
-from ...placement.trace import Trace
+from ...placement.traces.trace import Trace
 from .model import Size, build
 
 

@@ -9,10 +9,10 @@ from time import process_time
 import numpy as np
 from numpy.typing import NDArray
 
-from ...placement.policies import Learned, Setting
-from ...placement.simulate import simulate
-from ...placement.steps import Steps, steps_of
-from ...placement.trace import Trace
+from ...placement.caching.policies import Learned, Setting
+from ...placement.caching.simulate import simulate
+from ...placement.caching.steps import Steps, steps_of
+from ...placement.traces.trace import Trace
 
 SLOTS = (8, 12, 16, 32)
 RIVALS = ("lru", "lfru", "lfu-cached", "belady")

@@ -28,9 +28,9 @@ from ...moe.offload.forms import experts_in, form_of
 from ...moe.offload.kinds import Layer
 from ...moe.offload.lower import FILE, groups_of, store_of
 from ...moe.offload.offload import Offload, _foresight, _survey, offload
-from ...placement.predict import Predictor
-from ...placement.predict import fit as fit_path
-from ...placement.trace import Trace
+from ...placement.caching.predict import Predictor
+from ...placement.caching.predict import fit as fit_path
+from ...placement.traces.trace import Trace
 from .model import Replay, Size, build
 from .on_device import plain_copy, watch
 from .rivals import OnDemand

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...moe.hf import replace
-from ...placement.trace import Trace
+from ...placement.traces.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...placement.cache import Cache, per_layer
-from ...placement.policies import Setting, policy
-from ...placement.predict import Predictor, fit, foretell, recall, reliability
-from ...placement.prefetch import Served, serve_trace
-from ...placement.trace import Trace
+from ...placement.caching.cache import Cache, per_layer
+from ...placement.caching.policies import Setting, policy
+from ...placement.caching.predict import Predictor, fit, foretell, recall, reliability
+from ...placement.caching.prefetch import Served, serve_trace
+from ...placement.traces.trace import Trace
 
 PARTS = ("recall", "ahead", "curve", "waiting")
 METHODS = ("popular", "transition", "ridge", "path")

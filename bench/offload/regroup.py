@@ -7,8 +7,8 @@ from time import process_time
 import numpy as np
 from numpy.typing import NDArray
 
-from ...placement.regroup import regroup, touched
-from ...placement.trace import Trace
+from ...placement.caching.regroup import regroup, touched
+from ...placement.traces.trace import Trace
 
 
 def measure(trace: Trace, *, requests: int = 128, tokens: int = 16, batch: int = 8, seed: int = 0) -> dict[str, float]:

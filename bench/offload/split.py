@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from ...moe.offload.costs import measure_costs
-from ...placement.costs import Costs
-from ...placement.links import Link
-from ...placement.split import DEVICE, HOST, johnson, makespan_of, split
-from ...placement.trace import Trace
+from ...placement.caching.costs import Costs
+from ...placement.caching.split import DEVICE, HOST, johnson, makespan_of, split
+from ...placement.cluster.links import Link
+from ...placement.traces.trace import Trace
 
 FIDDLER_HOST, FIDDLER_FETCH = 7, 70  # its constants: a row on the host, an expert fetched
 

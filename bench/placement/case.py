@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...placement.generate import like_deepseek_v2_lite
 from ...placement.placement import Placement
-from ...placement.trace import Trace
+from ...placement.traces.generate import like_deepseek_v2_lite
+from ...placement.traces.trace import Trace
 from ...placement.walk import walk
 
 TOKENS = 16_000

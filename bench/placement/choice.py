@@ -6,11 +6,11 @@ from time import perf_counter_ns
 
 import numpy as np
 
-from ...placement.affinity import expert_load
-from ...placement.choice import Choice
-from ...placement.eplb import eplb
+from ...placement.live.choice import Choice
+from ...placement.search.eplb import eplb
 from ...placement.slots import gpu_load, gpu_of_slot
-from ...placement.trace import Trace
+from ...placement.traces.affinity import expert_load
+from ...placement.traces.trace import Trace
 
 
 def measure(

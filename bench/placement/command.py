@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ...cli import html
+from ...cli.demo.report import CSS
 from .. import machine
-from ..demo import html
-from ..demo.report import CSS
 from . import table
 from .case import Case, case_of
 from .rows import ROWS, Row

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...placement.assign import assign
 from ...placement.bounds import crossing_bound
-from ...placement.drift import drift
-from ...placement.generate import generate
+from ...placement.cluster.topology import Topology, Workload
+from ...placement.live.rebalance import Rebalancer, simulate
 from ...placement.place import place, problem_of
 from ...placement.placement import Placement
 from ...placement.problem import Objective
-from ...placement.rebalance import Rebalancer, simulate
-from ...placement.state import to_slots
-from ...placement.statistics import statistics
-from ...placement.steady import steady_load
-from ...placement.topology import Topology, Workload
-from ...placement.trace import Trace
+from ...placement.search.assign import assign
+from ...placement.search.state import to_slots
+from ...placement.traces.drift import drift
+from ...placement.traces.generate import generate
+from ...placement.traces.statistics import statistics
+from ...placement.traces.steady import steady_load
+from ...placement.traces.trace import Trace
 from ...placement.walk import Foretold
 from . import choice
 from .case import Case, judged, timed

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...placement.predict import Predictor
+from ...placement.caching.predict import Predictor
 
 Guess = tuple[int, NDArray[np.float32]]  # a layer to come, and the chance [E] that each of its experts is needed
 _RANKS = 2  # places of a token's ranking that are followed, times K
@@ -142,8 +142,8 @@ class Gate:
 
 
 class Path:
-    """A predictor by expert ids alone (placement/predict.py); each thread's text is followed by a twin of its own.
-    After the last layer it foresees the first of the next token."""
+    """A predictor by expert ids alone (placement/caching/predict.py); each thread's text is followed by a twin of its
+    own. After the last layer it foresees the first of the next token."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor

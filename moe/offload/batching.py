@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...placement.costs import Costs
+from ...placement.caching.costs import Costs
 from ..hf.table import BOUNDARY, choice_of
 
 _OURS = ("input_ids", "inputs", "attention_mask", "num_return_sequences", "return_dict_in_generate", "streamer")
@@ -59,7 +59,7 @@ def batch_sizes(
 
     Raises ValueError naming argument, rule and value, also where not even one sequence fits.
 
-    >>> from headgate.placement.links import Link
+    >>> from headgate.placement.cluster.links import Link
     >>> costs = Costs((1, 64), (1e-4, 4e-4), None, Link(0, 25), Link(0, 5), 10**7)  # 0.4 ms to fetch an expert
     >>> batch_sizes(costs, experts=8, top_k=2, memory_bytes=10**10, sequence_bytes=10**7, work_bytes=10**7)
     BatchSizes(micro_batch=124, at_once=3, rows=93.0, hidden=1.0)

@@ -14,8 +14,8 @@ from torch import Tensor
 from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.quantized import Quantized
 from ...kernels.routing import Routing
-from ...placement.costs import FREE, Costs
-from ...placement.links import Link, fit
+from ...placement.caching.costs import FREE, Costs
+from ...placement.cluster.links import Link, fit
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 COLD_BYTES = 256 << 20  # what is larger than caches comes from memory each time

@@ -1,9 +1,9 @@
 """The engine of an offload cache: serves a layer's step from slots, while what is missing is on its way.
 
-One piece of code decides (placement/cache.py), readers fetch (loads.py) or a GPU copies by itself (copies.py), and
-whoever calls `compute` computes: first what is there, then each expert as it arrives; the host may compute some where
-they are (hybrid.py). Outputs are taken pair by pair and summed at the end, so no result depends on what was there, or
-on what came first.
+One piece of code decides (placement/caching/cache.py), readers fetch (loads.py) or a GPU copies by itself (copies.py),
+and whoever calls `compute` computes: first what is there, then each expert as it arrives; the host may compute some
+where they are (hybrid.py). Outputs are taken pair by pair and summed at the end, so no result depends on what was
+there, or on what came first.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 from ...kernels.activation import Activation
 from ...kernels.expert_outputs import combine_outputs
 from ...kernels.routing import Routing
-from ...placement.cache import Ahead, Cache, Step
-from ...placement.costs import Costs
-from ...placement.policies import Setting, State
-from ...placement.policies import policy as start_policy
-from ...placement.prefetch import prefetch as prefetch_likely
-from ...placement.trace import Trace
+from ...placement.caching.cache import Ahead, Cache, Step
+from ...placement.caching.costs import Costs
+from ...placement.caching.policies import Setting, State
+from ...placement.caching.policies import policy as start_policy
+from ...placement.caching.prefetch import prefetch as prefetch_likely
+from ...placement.traces.trace import Trace
 from .arena import Arena, numbered, plan_slots
 from .copies import Copies, readers_of
 from .groups import FEW_ROWS, Group, distinct, refuse_gradients, whole_step, window, write_outputs
@@ -200,7 +200,7 @@ class Engine:
 
     def prefetch_likely(self, layer: int, chance: NDArray[np.float32], price: float, room: float) -> int:
         """The same by the chance [E] that each expert of `layer` is needed, where it is worth its bytes: see
-        placement/prefetch.py."""
+        placement/caching/prefetch.py."""
         self._check(layer)
         with self._loader.lock:
             self._open()

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...placement.cache import Cache
-from ...placement.policies import Setting
-from ...placement.policies import policy as start_policy
-from ...placement.trace import Trace
+from ...placement.caching.cache import Cache
+from ...placement.caching.policies import Setting
+from ...placement.caching.policies import policy as start_policy
+from ...placement.traces.trace import Trace
 from .arena import Arena, plan_slots
 from .host import Store, fill
 from .loads import LOOK_S

@@ -1,7 +1,7 @@
 """Hybrid execution: the host computes some of a step's experts where their weights are, while others travel.
 
 Rows are small and weights large, so it can pay to send the rows (Fiddler, Kamahori et al., 2024; KTransformers, 2025).
-Which experts, placement/split.py says: the split of least makespan over link, device and host.
+Which experts, placement/caching/split.py says: the split of least makespan over link, device and host.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.routing import Routing
-from ...placement.costs import Costs
-from ...placement.split import DEVICE, HOST, split
+from ...placement.caching.costs import Costs
+from ...placement.caching.split import DEVICE, HOST, split
 from .groups import Group, write_outputs
 from .host import HostStore, Store
 from .loads import LOOK_S

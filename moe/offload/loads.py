@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...placement.cache import Cache
+from ...placement.caching.cache import Cache
 from .arena import Arena
 from .host import Store
 from .stats import Timing

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ...kernels.autocast import under_autocast
 from ...kernels.routing import Routing
-from ...placement.costs import Costs
-from ...placement.policies import Setting
-from ...placement.policies import policy as start_policy
-from ...placement.predict import Predictor, fit
-from ...placement.trace import Trace
+from ...placement.caching.costs import Costs
+from ...placement.caching.policies import Setting
+from ...placement.caching.policies import policy as start_policy
+from ...placement.caching.predict import Predictor, fit
+from ...placement.traces.trace import Trace
 from ..elsewhere import elsewhere_of, send_elsewhere
 from . import ahead
 from .arena import plan_slots

@@ -11,7 +11,7 @@ _FADE = 0.1  # weight of the newest measurement
 
 
 class Pace:
-    """`price` and `room` of placement/prefetch.py for each layer.
+    """`price` and `room` of placement/caching/prefetch.py for each layer.
 
     price  the share of time in which something is copied: on a link that is never idle a load in vain is a load waited
            for; on one that rests it costs little

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.quantized import FORMATS, quantize
 from ...kernels.routing import Routing
-from ...placement.precision import Precision, assign
+from ...placement.caching.precision import Precision, assign
 from ..elsewhere import elsewhere_of
 from ..experts import Experts
 from ..hf.table import choice_of

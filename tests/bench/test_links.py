@@ -22,7 +22,7 @@ from headgate.bench.links.published import (
 )
 from headgate.bench.links.variants import busiest, mean, variants
 from headgate.bench.links.winners import OURS, Sizes, row
-from headgate.placement.links import H800_CX7
+from headgate.placement.cluster.links import H800_CX7
 
 POINTS = points(*fitted())
 

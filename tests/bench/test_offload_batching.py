@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headgate.placement.generate import generate
+from headgate.placement.traces.generate import generate
 
 pytest.importorskip("transformers")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from headgate.bench.offload.evict import closed, measure, renamed
-from headgate.placement.generate import generate
-from headgate.placement.simulate import simulate
-from headgate.placement.trace import Trace
+from headgate.placement.caching.simulate import simulate
+from headgate.placement.traces.generate import generate
+from headgate.placement.traces.trace import Trace
 
 
 def test_figures_of_a_trace_in_two_domains():

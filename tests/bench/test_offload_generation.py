@@ -10,8 +10,8 @@ from headgate.bench.offload import generation
 from headgate.bench.offload.command import EXPERTS
 from headgate.bench.offload.model import ON_GPU, Size
 from headgate.moe.offload.stats import common, length, merged
-from headgate.placement.generate import generate
-from headgate.placement.simulate import simulate
+from headgate.placement.caching.simulate import simulate
+from headgate.placement.traces.generate import generate
 
 
 def test_tokens_and_hits_are_right(monkeypatch, capsys):

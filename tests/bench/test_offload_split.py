@@ -3,9 +3,9 @@
 import pytest
 
 from headgate.bench.offload.split import costs_with, measure
-from headgate.placement.costs import FREE, Costs
-from headgate.placement.generate import generate
-from headgate.placement.links import Link
+from headgate.placement.caching.costs import FREE, Costs
+from headgate.placement.cluster.links import Link
+from headgate.placement.traces.generate import generate
 
 
 def test_measure():

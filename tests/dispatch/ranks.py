@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from headgate.dispatch import AllGather, AllToAll, Auto, Hierarchical, Local, SliceAllReduce, Symmetric
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts, MoE
-from headgate.placement.volume import distinct_parts
+from headgate.placement.cluster.volume import distinct_parts
 
 sys.path.append(str(Path(__file__).parent))
 import ranks_auto  # noqa: F401  # these add checks of their own

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from headgate.dispatch import DISPATCHERS, AllToAll
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts
-from headgate.placement.links import Link, Links
+from headgate.placement.cluster.links import Link, Links
 
 FAR = Links(Link(1, 1), Link(1, 1e-3))
 

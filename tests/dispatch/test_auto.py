@@ -10,7 +10,7 @@ import torch.distributed as dist
 from headgate.dispatch import Auto, Hierarchical, measure
 from headgate.dispatch.auto import CANDIDATES, traffic, weigh
 from headgate.kernels.routing import Routing
-from headgate.placement.links import Case, Link, Links
+from headgate.placement.cluster.links import Case, Link, Links
 
 EXPERTS, TOKENS = 32, 50
 FAST = Links(Link(5, 100), Link(5, 100))

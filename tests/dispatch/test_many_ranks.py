@@ -33,7 +33,7 @@ from headgate.dispatch import (
 )
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts
-from headgate.placement.volume import distinct_parts
+from headgate.placement.cluster.volume import distinct_parts
 
 local_tensor = pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
 

@@ -12,7 +12,7 @@ from headgate.dispatch.agreement import FIELDS, disagreement, held_experts, loca
 from headgate.dispatch.all_to_all import destinations, tokens_of_places
 from headgate.dispatch.symmetric import fetches
 from headgate.dispatch.wire import decode, encode, message
-from headgate.placement.volume import distinct_parts
+from headgate.placement.cluster.volume import distinct_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,8 @@ from headgate.dispatch import AllToAll, Local
 from headgate.dispatch.protocol import Dispatcher
 from headgate.dispatch.replicas import Placed, Replicas
 from headgate.kernels.routing import Routing
+from headgate.placement.cluster.topology import Topology
 from headgate.placement.placement import Placement
-from headgate.placement.topology import Topology
 from headgate.placement.walk import walk
 
 TWO_NODES = Placement(np.array([[0, 1, 2, 3, 1, 4, 0, 1]]), 5, Topology(2, 2))

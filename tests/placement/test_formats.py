@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placement_cases import random_slots
 
+from headgate.placement.cluster.topology import Topology
 from headgate.placement.formats import EXPORTS, export, import_map, maps
 from headgate.placement.placement import Placement
-from headgate.placement.topology import Topology
 
 TWO = Topology(1, 2)
 SMALL = Placement(np.array([[0, 2, 1, 0], [2, 1, 0, 1]]), 3, TWO)

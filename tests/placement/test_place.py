@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headgate
-from headgate.placement.generate import generate
-from headgate.placement.methods import METHODS
+from headgate.placement.cluster.topology import Topology
 from headgate.placement.place import open_source, place, problem_of, sampled, walked
 from headgate.placement.placement import Placement
 from headgate.placement.problem import Objective
-from headgate.placement.scenarios import scenario_loads
-from headgate.placement.topology import Topology
-from headgate.placement.trace import Trace
-from headgate.placement.trace_file import TraceFile
+from headgate.placement.search.methods import METHODS
+from headgate.placement.traces.file import TraceFile
+from headgate.placement.traces.generate import generate
+from headgate.placement.traces.scenarios import scenario_loads
+from headgate.placement.traces.trace import Trace
 from headgate.placement.walk import walk
 
 ONE, TWO = Topology(1, 4), Topology(2, 2)

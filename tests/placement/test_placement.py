@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placement_cases import random_case
 
+from headgate.placement.cluster.links import H800_CX7, Link, Links
+from headgate.placement.cluster.topology import Topology, Workload
 from headgate.placement.files import write_whole
-from headgate.placement.links import H800_CX7, Link, Links
 from headgate.placement.placement import Placement
-from headgate.placement.topology import Topology, Workload
 
 TWO = Topology(nodes=1, gpus_per_node=2)
 ON_TWO = '"topology": {"nodes": 1, "gpus_per_node": 2}'

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placement_cases import random_case
 
+from headgate.placement.cluster.links import Link, Links
+from headgate.placement.cluster.topology import Topology, Workload
 from headgate.placement.cost import Cost
-from headgate.placement.links import Link, Links
 from headgate.placement.placement import Placement
-from headgate.placement.topology import Topology, Workload
-from headgate.placement.trace import Trace
+from headgate.placement.traces.trace import Trace
 from headgate.placement.walk import Foretold, homes_of, walk
 
 COUNTS = ("load", "rows", "node_rows", "back", "node_back", "transitions", "cross_gpu", "cross_node")

@@ -7,8 +7,8 @@ from collections import defaultdict
 
 
 class Model:
-    """The rules of placement/cache.py. `value(layer, e)` gives the worth of a resident, `saw(layer, ids, now)` takes
-    notice of a step, `left(layer, e)` of an expert that has gone."""
+    """The rules of placement/caching/cache.py. `value(layer, e)` gives the worth of a resident, `saw(layer, ids, now)`
+    takes notice of a step, `left(layer, e)` of an expert that has gone."""
 
     def __init__(self, pool_of, slots, saw, value, left=lambda layer, e: None, frank=False):
         self.frank, self.pool_of = frank, pool_of

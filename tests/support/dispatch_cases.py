@@ -13,7 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from headgate.dispatch import DISPATCHERS, Hierarchical, collectives
 from headgate.kernels.routing import Routing
-from headgate.placement.links import Link, Links
+from headgate.placement.cluster.links import Link, Links
 
 CHECKS: dict[str, Callable[[], None]] = {}
 D, F = 5, 6

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 import headgate
 from headgate.dispatch import Fold
 from headgate.moe import MoE
+from headgate.moe.ranks.sync import local
 from headgate.moe.shards import shards_of
-from headgate.moe.sync import local
 
 CHECKS: dict[str, Callable[[], None]] = {}
 D, F, E, K = 8, 16, 16, 3

@@ -13,9 +13,9 @@ from torch import nn
 
 from headgate.dispatch import collectives
 from headgate.moe.shards import shards_of
-from headgate.placement.migrate import Migration, Move, Step
+from headgate.placement.cluster.topology import Topology
+from headgate.placement.live.migrate import Migration, Move, Step
 from headgate.placement.placement import Placement
-from headgate.placement.topology import Topology
 
 CHECKS: dict[str, Callable[[], None]] = {}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from headgate.placement.cluster.topology import Topology
 from headgate.placement.placement import Placement
-from headgate.placement.topology import Topology
-from headgate.placement.trace import Trace
+from headgate.placement.traces.trace import Trace
 
 
 def random_case(seed: int, layers: int, tokens: int, nodes: int, per_node: int, spare: int, top_k: int):

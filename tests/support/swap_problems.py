@@ -6,10 +6,10 @@ from itertools import permutations, product
 
 import numpy as np
 
-from headgate.placement.affinity import expert_load, transition_counts
+from headgate.placement.cluster.topology import Topology
 from headgate.placement.problem import Objective, Problem
-from headgate.placement.topology import Topology
-from headgate.placement.trace import Trace
+from headgate.placement.traces.affinity import expert_load, transition_counts
+from headgate.placement.traces.trace import Trace
 
 WEIGHTS = Objective(gpu=1.0, node=2.0, load=0.1)
 

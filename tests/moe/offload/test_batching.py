@@ -8,8 +8,8 @@ from torch import nn
 
 import headgate
 from headgate.moe.offload.batching import BatchSizes, batch_sizes, generate_offline, meet
-from headgate.placement.costs import FREE, Costs
-from headgate.placement.links import Link
+from headgate.placement.caching.costs import FREE, Costs
+from headgate.placement.cluster.links import Link
 
 transformers = pytest.importorskip("transformers")
 

@@ -5,8 +5,8 @@ import torch
 
 from headgate.kernels import quantize
 from headgate.moe.offload.costs import measure_costs, rate, tabulate, timed
-from headgate.placement.costs import FREE
-from headgate.placement.links import Link
+from headgate.placement.caching.costs import FREE
+from headgate.placement.cluster.links import Link
 
 
 class Clock:

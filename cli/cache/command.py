@@ -1,0 +1,177 @@
+"""From the command line to the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...placement.caching.policies import POLICIES
+from ...placement.caching.simulate import SCOPES
+from ...placement.caching.tiers import Times
+from ..screen import Screen
+from .compare import AHEAD, Case, Plan, case_of, compare, curves
+
+EXAMPLE = """examples:
+  headgate cache trace.npz --budget 25%
+  headgate cache trace.npz --slots 16 --batch 8 --scope shared --policies lru lfru layer
+  headgate cache trace.npz --budget 8GiB --expert-bytes 17.3MB --host-budget 50% --prefetch path --plot cache.png
+"""
+UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `headgate cache`."""
+    parser.epilog = EXAMPLE
+    add = parser.add_argument
+    add("trace", type=Path, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
+    add("--budget", metavar="X", help="device memory for experts: a share of them all, 25%%, or bytes, 8GiB")
+    add("--slots", type=int, metavar="N", help="instead: experts of each layer in device memory")
+    add(
+        "--policies", nargs="+", choices=list(POLICIES), metavar="NAME", help=f"of {', '.join(POLICIES)} (default: all)"
+    )
+    add("--batch", type=int, default=1, metavar="N", help="tokens of a forward pass (default: %(default)s)")
+    add("--scope", choices=SCOPES, default="layer", help="slots of each layer, or of all (default: %(default)s)")
+    add(
+        "--fit-share",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="learn from a domain's first tokens, judge on the rest",
+    )
+    add("--prefetch", choices=AHEAD, help="fetch ahead: what will be needed, layers in order, or what a predictor says")
+    add("--horizon", type=int, default=1, metavar="N", help="so many layers ahead (default: %(default)s)")
+    add("--most", type=int, default=4, metavar="N", help="fetches for a step at most (default: %(default)s)")
+    add("--expert-bytes", default="16MB", metavar="B", help="of one expert (default: %(default)s)")
+    add("--link-GBps", type=float, default=25.0, metavar="X", help="host to device (default: %(default)s)")
+    add("--host-budget", metavar="X", help="host memory for experts, as --budget; the rest is on disk (default: all)")
+    add("--disk-GBps", type=float, default=3.0, metavar="X", help="disk to host (default: %(default)s)")
+    add("--compute-us", type=float, default=100.0, metavar="X",
+        help="of a layer beside its experts (default: %(default)s)")  # fmt: skip
+    add("--expert-us", type=float, default=10.0, metavar="X", help="of one expert (default: %(default)s)")
+    add("--plot", type=Path, metavar="FILE", help="draw hit rates over slots: .png or .svg")
+    add("--json", action="store_true", help="print the figures as JSON on standard output, all else on standard error")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0; raises ValueError on bad usage, OSError where files cannot be read or written."""
+    screen = Screen(out=sys.stderr if args.json else sys.stdout)
+    _check(args)
+    case = case_of(args.trace, args.fit_share)
+    plan = _plan(args, case)
+    found = compare(case, plan)
+    for line in lines(found, plan):
+        screen.say(line)
+    if args.plot is not None:
+        from .plot import draw
+
+        sizes, rates = curves(case, plan)
+        found["curves"] = {"slots": sizes, "hit_rates": rates}
+        draw(sizes, rates, found["experts"], args.plot, f"{args.trace.stem}: {found['tokens']:,} tokens held out")
+        screen.say(f"picture: {args.plot}")
+    if args.json:
+        print(json.dumps(found))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be refused before the work is done."""
+    if (args.budget is None) == (args.slots is None):
+        raise ValueError(f"cache: one of --budget and --slots must be given, got {args.budget} and {args.slots}")
+    if not 0 <= args.fit_share < 1:
+        raise ValueError(f"cache: --fit-share must be 0 or more and below 1, got {args.fit_share}")
+    if args.plot is not None:
+        if args.plot.suffix not in (".png", ".svg"):
+            raise ValueError(f"cache: --plot must end in .png or .svg, got {args.plot}")
+        if not args.plot.absolute().parent.is_dir():
+            raise ValueError(f"cache: the folder of {args.plot} must exist, got none")
+
+
+def _plan(args: argparse.Namespace, case: Case) -> Plan:
+    layers, experts = case.judge.shape[0], case.judge.num_experts
+    size = _bytes(args.expert_bytes, "--expert-bytes")
+    slots = args.slots if args.budget is None else _slots(args.budget, "--budget", layers, experts, size)
+    host = None if args.host_budget is None else _slots(args.host_budget, "--host-budget", layers, experts, size)
+    times = Times(size, args.link_GBps, args.disk_GBps, args.compute_us / 1e6, args.expert_us / 1e6)
+    names = tuple(dict.fromkeys(args.policies or POLICIES))
+    return Plan(names, slots, args.scope, args.batch, times, host, args.prefetch, args.horizon, args.most)
+
+
+def _bytes(text: str, option: str) -> float:
+    """16MB, 8GiB, 1e6."""
+    number = text.strip().rstrip("BbIiKkMmGgTt")
+    unit = text.strip()[len(number) :].upper() or "B"
+    try:
+        return float(number) * UNITS[unit]
+    except (ValueError, KeyError):
+        raise ValueError(f"cache: {option} must be bytes such as 16MB or 8GiB, got {text}") from None
+
+
+def _slots(text: str, option: str, layers: int, experts: int, expert_bytes: float) -> int:
+    """The slots of a layer that a share of all experts, or bytes, are enough for."""
+    if text.strip().endswith("%"):
+        try:
+            found = float(text.strip()[:-1]) / 100 * experts
+        except ValueError:
+            raise ValueError(f"cache: {option} must be a share such as 25% or bytes, got {text}") from None
+    else:
+        found = _bytes(text, option) / (expert_bytes * layers)
+    if not found + 1e-9 >= 1:
+        raise ValueError(f"cache: {option} must be enough for one expert of each layer, got {text}")
+    return min(int(found + 1e-9), experts)
+
+
+def lines(found: dict[str, Any], plan: Plan) -> Iterator[str]:
+    """The table and what it says of the trace."""
+    share = found["slots"] / found["experts"]
+    yield (
+        f"{found['layers']} layers of {found['experts']} experts, top-{found['top_k']}; {found['slots']} slots a layer"
+        f" ({share:.0%}), {'one pool of all' if plan.scope == 'shared' else 'each its own'}; passes of {plan.batch}"
+    )
+    yield f"learned from {found['learned_from']:,} tokens, judged on {found['tokens']:,} others"
+    ahead, tiers = plan.prefetch is not None, plan.host_slots is not None
+    head = ["", "hits", "of the gap", "loads"] + ["ahead", "used", "copies"] * ahead + ["reads"] * tiers + ["wait ms"]
+    table = [head]
+    for name, row in sorted(found["policies"].items(), key=lambda item: item[1]["hit_rate"]):
+        cells = [name, f"{row['hit_rate']:.3f}", f"{row['gap_closed']:.0%}", f"{row['loads_per_token']:.2f}"]
+        if ahead:
+            cells += [f"{row['ahead_per_token']:.2f}", f"{row['ahead_used']:.0%}", f"{row['copies_of_lru']:.2f}x"]
+        if tiers:
+            cells += [f"{row['reads_per_token']:.2f}"]
+        table.append([*cells, f"{row['stall_ms']:.2f}"])
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    for row in table:
+        yield (
+            "  "
+            + row[0].ljust(widths[0])
+            + "".join(f"  {c.rjust(w)}" for c, w in zip(row[1:], widths[1:], strict=True))
+        )
+    for name, why in found["left_out"].items():
+        yield f"  {name} left out: {why}"
+    yield "of the gap: from lru to belady without prefetch; loads: on demand, a token, all layers"
+    if ahead:
+        yield f"ahead: fetched ahead ({plan.prefetch}), a token; used: of those; copies: all, over those of lru alone"
+    if tiers:
+        yield f"reads: from disk, a token, below a host cache of {plan.host_slots} slots a layer by lru"
+    best = found["policies"]["belady"]
+    yield (
+        f"wait: a token, beside {best['compute_ms']:.2f} ms of computing; no choice and no prefetch waits less than"
+        f" {best['bound_ms']:.2f} ms"
+    )
+    yield from _locality(found["locality"])
+
+
+def _locality(found: dict[str, Any]) -> Iterator[str]:
+    yield "locality, tokens in a segment:         " + "".join(f"{s:>8}" for s in found["srp"])
+    yield "  SRP: one set of experts a segment    " + "".join(f"{x['value']:8.3f}" for x in found["srp"].values())
+    if all(x["low"] == x["low"] for x in found["srp"].values()):
+        halves = (f"+-{(x['high'] - x['low']) / 2:.3f}" for x in found["srp"].values())
+        yield "    95% interval                       " + "".join(f"{half:>8}" for half in halves)
+    yield "    its best size, times K             " + "".join(f"{x['rho']:8.2f}" for x in found["srp"].values())
+    sizes = next(iter(found["sch"].values()))
+    for m in sizes:
+        cells = "".join(f"{x[m]:8.3f}" for s, x in found["sch"].items() if s)
+        yield f"  SCH: {m:>3} slots that see it ahead    {cells}   (lru {found['sch'][0][m]:.3f})"

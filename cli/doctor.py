@@ -1,0 +1,219 @@
+"""`headgate doctor [MODEL]`: what this machine can run, and what the swap does to a model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..bench import machine
+from ..bench.gpu import doctor as gpu
+
+# distribution -> the extra that brings it; None: comes with headgate itself
+PACKAGES = {
+    "headgate": None,
+    "torch": None,
+    "numpy": None,
+    "transformers": "hf",
+    "safetensors": "hf",
+    "triton": "gpu",
+    "matplotlib": "plot",
+}
+EXTRAS = {
+    "hf": "the drop-in for transformers models, and headgate demo",
+    "gpu": "kernels for CUDA devices",
+    "plot": "pictures of your own (the demo's report needs none)",
+}
+TOKENS = 16
+
+
+def run(model: str | None, as_json: bool) -> int:
+    """Prints the findings; 0, or 1 where a model was given and not all of its MoE blocks ran through Headgate."""
+    found = examine()
+    if model is not None:
+        found["model"] = examine_model(Path(model))
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join([*_machine_lines(found), *(_model_lines(found["model"]) if model is not None else [])]))
+    return 0 if model is None or found["model"]["complete"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """The machine, the versions, the forms of the operations that run here. Builds the C++ form if nothing has yet."""
+    from ..bench.hardware import available_bytes, describe
+
+    versions = {name: machine.version(name) for name in PACKAGES}
+    lacking = {extra for name, extra in PACKAGES.items() if extra is not None and versions[name] is None}
+    return {
+        "machine": describe(),
+        "memory_available_bytes": available_bytes(),
+        "python": sys.version.split()[0],
+        "devices": _devices(),
+        "gpu": gpu.examine(),
+        "versions": versions,
+        "compiler": _compiler(),
+        "missing_extras": {extra: EXTRAS[extra] for extra in sorted(lacking)},
+    }
+
+
+def _devices() -> list[str]:
+    import torch
+
+    gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return ["cpu", *gpus]
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that the C++ form would be built with, and its version."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and shutil.which(name):
+            try:
+                said = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=20, check=True)
+            except (OSError, subprocess.SubprocessError) as error:
+                return f"{name}, which does not run: {error}"
+            return (said.stdout.splitlines() or [name])[0]
+    return None
+
+
+def _machine_lines(found: dict[str, Any]) -> list[str]:
+    about = found["machine"]
+    rows = [
+        ("processor", about["cpu"]),
+        ("instructions", " ".join(about["isa"]) or "unknown"),
+        ("threads", str(about["threads"])),
+        ("devices", ", ".join(found["devices"])),
+        ("python", found["python"]),
+        *((name, number or "not installed") for name, number in found["versions"].items() if name != "triton"),
+        ("C++ compiler", found["compiler"] or "none found (install g++ or set CXX)"),
+        ("grouped_ffn on CPU", about["headgate_form"]),
+        *gpu.rows(found["gpu"]),
+    ]
+    lines = [f"{name:<20}{value}" for name, value in rows]
+    lines += [f"{'missing':<20}{use}: pip install 'headgate[{e}]'" for e, use in found["missing_extras"].items()]
+    return lines
+
+
+def examine_model(path: Path) -> dict[str, Any]:
+    """Builds the model of a transformers config with random weights, swaps it and runs a few tokens through it.
+
+    `path`: a model folder, or its config.json. Nothing is downloaded and no weights are read. Where the model does not
+    fit into memory it is built without storage and swapped, but not run.
+
+    Returns, among others, `replaced` (name -> what runs), `skipped` (name -> reason), `calls` (name -> number),
+    `complete` (every MoE block taken and called). Raises ValueError naming the rule where the path will not do.
+    """
+    import torch
+
+    from ..moe.hf import replace
+
+    config = _config(path)
+    with torch.device("meta"):
+        empty = _build(config)
+    size = sum(p.numel() * p.element_size() for p in empty.parameters())
+    room = _room()
+    fits = size < room
+    model = _build(config) if fits else empty
+    found: dict[str, Any] = {
+        "class": type(model).__name__,
+        "model_type": config.model_type,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "ran": None,
+        "replaced": {},
+        "skipped": {},
+        "calls": {},
+        "complete": False,
+    }
+    try:
+        report = replace(model)
+    except ValueError as error:  # a dense model
+        return {**found, "ran": str(error)}
+    if fits:
+        found["ran"] = _forward(model, config)
+    else:
+        found["ran"] = f"not run: it needs {size / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free for it"
+    # Which gate runs is found by evaluating it, which weights without storage do not allow: then the class alone.
+    how = report.how if fits else {name: what.split(":")[0] for name, what in report.how.items()}
+    calls = report.calls
+    complete = found["ran"] is None and not report.skipped and all(calls.values())
+    return {**found, "replaced": how, "skipped": report.skipped, "calls": calls, "complete": complete}
+
+
+def _config(path: Path) -> Any:
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("doctor: a MODEL needs transformers, which is not installed: pip install 'headgate[hf]'")
+    from transformers import AutoConfig
+
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"doctor: MODEL must be a transformers model folder or its config.json, got {path}")
+    try:
+        return AutoConfig.from_pretrained(file, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"doctor: MODEL must be a config that transformers can read, got {file} ({first})") from error
+
+
+def _build(config: Any) -> Any:
+    import transformers
+
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)._from_config(config)
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        if type(config) in kind._model_mapping:
+            return kind.from_config(config)
+    raise ValueError(f"doctor: MODEL must be of a type that transformers can build, got {config.model_type}")
+
+
+def _room() -> float:
+    """Bytes that a model may take: half of what is available, so that its forward pass has some too."""
+    from ..bench.hardware import available_bytes
+
+    return (available_bytes() or machine.memory_bytes()) / 2
+
+
+def _forward(model: Any, config: Any) -> str | None:
+    """Runs a few random tokens; what went wrong, or None."""
+    import torch
+
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        return "not run: it takes no token ids"
+    ids = torch.randint(0, vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    try:
+        with torch.no_grad():
+            model.eval()(**inputs)
+    except Exception as error:  # a model with inputs of its own: what it says is the finding
+        return f"its forward pass on token ids failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _model_lines(found: dict[str, Any]) -> list[str]:
+    taken, left = len(found["replaced"]), len(found["skipped"])
+    lines = ["", f"{found['class']} ({found['model_type']}), {found['parameters'] / 1e6:,.1f} M parameters"]
+    if taken or left:
+        verb = "can be swapped" if found["ran"] else "run through Headgate"
+        lines.append(f"  {taken} of {taken + left} MoE blocks {verb}")
+    kinds: dict[str, list[str]] = {}
+    for name, how in found["replaced"].items():
+        kinds.setdefault(how, []).append(name)
+    for how, names in kinds.items():
+        calls = [found["calls"][name] for name in names]
+        ran = "" if found["ran"] else f"; {sum(calls)} calls in a pass of {TOKENS} tokens"
+        lines.append(f"  taken    {len(names)} x {how}{ran}")
+        quiet = [name for name, n in zip(names, calls, strict=True) if not n]
+        if quiet and found["ran"] is None:
+            lines.append(f"  never called: {', '.join(quiet)}")
+    lines += [f"  skipped  {name}: {why}" for name, why in found["skipped"].items()]
+    if found["ran"] is not None:
+        lines.append(f"  {found['ran']}")
+    return lines

@@ -1,0 +1,1 @@
+"""Modules over many ranks: sharded, kept equal, moved, saved under one fold and loaded under another."""

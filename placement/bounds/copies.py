@@ -1,0 +1,136 @@
+"""How few rows any placement without replicas can copy: certified from below, layer by layer.
+
+Of K choices spread over d places, m pairs share one. Few places need many such pairs: d is at least phi(m), the lower
+convex hull over all ways to write K as a sum. Over tokens (Jensen), the mean of d is at least phi at the mean of m; and
+the pairs of all tokens together are the co-activation inside the parts of a partition of the experts, which is bounded
+from above in two ways, each valid whatever a solver did:
+
+matching   an expert on a place of C slots has at most C - 1 partners; the dual of that linear program
+spectral   the eigenvalues of the co-activation, its diagonal shifted at will (Donath and Hoffman, 1973); where places
+           have equal slots, the vector of ones is known to be in the span of the parts, and is taken out first
+
+Loads are left out, so that a placement that has to balance them may be farther away than the bound says.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..problem import Problem
+
+EXACT = 128  # experts up to which the matching's linear program is solved: beyond, a dual that costs nothing
+STEPS = 20  # of the search for a shift of the diagonal; any shift is valid
+
+
+def copies_bound(problem: Problem) -> dict[str, float]:
+    """What `copies` and `node_copies` of the objective cannot be below, by the problem's tokens; 0 where slots are left
+    for replicas. Fixed homes are equally likely everywhere; a home that moves saves at most one row there and one back.
+    """
+    if problem.spare:
+        return {"copies": 0.0, "node_copies": 0.0}
+    found, nodes = {}, problem.topology.nodes
+    served = float((problem.ids >= 0).any(2).mean()) if problem.ids.size else 0.0
+    for name, slots in (
+        ("copies", problem.slots_of_gpu),
+        ("node_copies", problem.slots_of_gpu.reshape(nodes, -1).sum(1)),
+    ):
+        distinct = float(np.mean([least_places(ids, problem.num_experts, slots) for ids in problem.ids]))
+        fixed = problem.objective.home == "fixed"
+        found[name] = max(0.0, 2 * distinct * (1 - 1 / len(slots)) if fixed else 2 * (distinct - served))
+    return found
+
+
+def least_places(ids: NDArray[np.integer], experts: int, slots: NDArray[np.integer]) -> float:
+    """What the mean number of distinct places of a token's experts cannot be below. ids [T, K], below 0 for none;
+    slots [P]: how many experts each place takes, E in all. 0 for no tokens."""
+    if not len(ids):
+        return 0.0
+    uses = np.zeros((len(ids), experts))
+    token, k = np.nonzero(ids >= 0)
+    uses[token, ids[token, k]] = 1
+    together = uses.T @ uses
+    np.fill_diagonal(together, 0)
+    pairs = min(matching_bound(together, slots), spectral_bound(together, slots))
+    choices, tokens = np.unique(uses.sum(1).astype(int), return_counts=True)
+    total, steps = 0.0, []
+    for many, n in zip(choices.tolist(), tokens.tolist(), strict=True):
+        total += many * n  # every choice for itself, before pairs are handed out where they save most
+        hull = fewest_parts(many)
+        steps += [((b[1] - a[1]) / (b[0] - a[0]), (b[0] - a[0]) * n) for a, b in pairwise(hull)]
+    for slope, width in sorted(steps):
+        taken = min(width, pairs)
+        total += slope * taken
+        pairs -= taken
+    return total / len(ids)
+
+
+def fewest_parts(choices: int) -> list[tuple[int, int]]:
+    """Corners (m, d) of the lower convex hull of the fewest parts d that K = `choices` fall into, m pairs sharing one.
+
+    >>> fewest_parts(6)
+    [(0, 6), (3, 3), (6, 2), (15, 1)]
+    """
+    points = {0: choices}
+    for parts in range(1, choices):  # as even as can be: with d parts, no fewer pairs share one
+        size, more = divmod(choices, parts)
+        pairs = parts * size * (size - 1) // 2 + more * size
+        points[pairs] = min(parts, points.get(pairs, parts))
+    hull: list[tuple[int, int]] = []
+    for m, d in sorted(points.items()):
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (m - hull[-2][0]) >= (d - hull[-2][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((m, d))
+    return hull
+
+
+def matching_bound(together: NDArray[np.float64], slots: NDArray[np.integer]) -> float:
+    """Co-activation [E, E] (symmetric, no diagonal) of pairs on one place, at most: each expert has C - 1 partners."""
+    experts, partners = len(together), int(slots.max()) - 1
+    if not partners:
+        return 0.0
+    best = float(np.sort(together, 1)[:, -partners:].sum() / 2)  # each pair is counted by both, if by any
+    if experts > EXACT or experts < 2:
+        return best
+    from scipy.optimize import linprog
+    from scipy.sparse import csr_array
+
+    first, second = np.triu_indices(experts, 1)
+    worth, count = together[first, second], len(first)
+    ends = (np.ones(2 * count), (np.concatenate([first, second]), np.tile(np.arange(count), 2)))
+    solved = linprog(-worth, A_ub=csr_array(ends, (experts, count)), b_ub=np.full(experts, partners), bounds=(0, 1))
+    if solved.ineqlin is None:  # no solution within HiGHS's limits
+        return best
+    price = np.maximum(0.0, -solved.ineqlin.marginals)
+    return min(best, float(partners * price.sum() + np.maximum(0.0, worth - price[first] - price[second]).sum()))
+
+
+def spectral_bound(together: NDArray[np.float64], slots: NDArray[np.integer]) -> float:
+    """The same by eigenvalues: with X [E, P] the parts, sum over parts of x' (A + diag u) x is twice the pairs and the
+    sum of u, whatever u; and at most the sum of slots times eigenvalue, both falling."""
+    experts, places = len(together), len(slots)
+    weight, even = np.sort(slots)[::-1].astype(float), bool((slots == slots[0]).all())
+    ones = np.full((experts, 1), experts**-0.5)
+    shift, best = -together.sum(1) / experts, np.inf
+    slack = 1e-10 * max(1.0, float(np.abs(together).sum()))  # far above what rounding does to eigenvalues
+    for step in range(STEPS):
+        shifted = together + np.diag(shift)
+        if even:
+            inside = shifted - ones @ (ones.T @ shifted)
+            inside -= (inside @ ones) @ ones.T
+            values, vectors = np.linalg.eigh(inside)
+            top, of = values[::-1][: places - 1], vectors[:, ::-1][:, : places - 1]
+            total = weight[0] * (float((ones.T @ shifted @ ones)[0, 0]) + top.sum())
+            slope = weight[0] * (ones[:, 0] ** 2 + (of**2).sum(1)) - 1
+        else:
+            values, vectors = np.linalg.eigh(shifted)
+            top, of = values[::-1][:places], vectors[:, ::-1][:, :places]
+            total = float(weight @ top)
+            slope = (of**2) @ weight - 1
+        best = min(best, (total - shift.sum()) / 2)
+        shift = shift - slope * 0.3 * np.abs(top).sum() / places / np.sqrt(step + 1)
+    return best + slack

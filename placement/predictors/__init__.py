@@ -1,1 +1,0 @@
-"""Kinds of predictors of placement/predict.py: what each learns, and the compiled loops that serve it live."""

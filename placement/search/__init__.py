@@ -1,0 +1,1 @@
+"""Finds placements: METHODS by name, their searches, and their inner loops."""

@@ -1,0 +1,1 @@
+"""Where tokens went: traces in memory and streamed, other programs' recordings, and what is counted from them."""

@@ -1,0 +1,205 @@
+"""The command: help with examples, exit status, one line for an error, and what doctor finds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from headgate import cli
+from headgate.bench.gpu import doctor as gpu
+from headgate.cli import doctor
+from headgate.kernels.chip import H200, Chip
+
+KINDS = ("moe", "dispatch", "compile", "roofline", "sweep", "placement", "offload", "links")
+SUBCOMMANDS = (
+    *([name] for name in ("demo", "train", "trace", "place", "cache", "doctor", "bench")),
+    *(["bench", kind] for kind in KINDS),
+)
+
+
+@pytest.mark.parametrize("command", SUBCOMMANDS, ids=" ".join)
+def test_every_subcommand_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    assert f"headgate {' '.join(command)}" in capsys.readouterr().out.split("example", 1)[1]
+
+
+def test_help_loads_nothing_heavy(tmp_path):
+    code = "import sys\nfrom headgate import cli\ntry:\n  cli.main(['--help'])\nexcept SystemExit:\n  pass\n"
+    code += "sys.exit(','.join({'torch', 'numpy', 'transformers'} & set(sys.modules)) or 0)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["demo", "--steps", "many"], ["bench"]], ids=str)
+def test_bad_usage_is_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage: headgate" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line(tmp_path, capsys):
+    assert cli.main(["demo", "--text", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("headgate: demo: --text must be a file that can be read, got ")
+    assert said.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_status_of_failure_and_of_ctrl_c(monkeypatch, capsys):
+    def stop(error):
+        def raising(args):
+            raise error
+
+        monkeypatch.setattr(cli, "_doctor", raising)
+        return cli.main(["doctor"])
+
+    assert stop(RuntimeError("broken\nin two")) == 1
+    assert capsys.readouterr().err == "headgate: broken in two\n"
+    assert stop(OSError(28, "No space left on device")) == 1
+    assert stop(KeyboardInterrupt()) == 130
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["demo"]) == 1
+    assert "pip install 'headgate[hf]'" in capsys.readouterr().err
+
+
+def test_doctor_says_what_runs_here(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"]
+    assert found["devices"][0] == "cpu"
+    assert found["machine"]["cpus"] >= 1
+    assert found["machine"]["headgate_form"].split(":")[0] in ("native", "plain")
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert found["machine"]["headgate_form"] in said
+    for extra in found["missing_extras"]:
+        assert f"pip install 'headgate[{extra}]'" in said
+
+
+def test_doctor_says_what_a_gpu_would_need(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert cli.main(["doctor"]) == 0
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().out
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "triton              not installed: pip install 'headgate[gpu]'" in said
+    assert "TRITON_INTERPRET" not in said
+    assert "headgate bench compile" not in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_doctor_without_a_gpu_says_so_and_what_can_be_done(capsys):
+    pytest.importorskip("triton")
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "GPU                 none that torch sees; torch is built" in said
+    assert "headgate bench compile builds every kernel" in said
+    assert "Symmetric on GPUs   torch sees no CUDA device" in said
+    assert "DeepEP on GPUs      device must be a CUDA GPU, got none that torch sees" in said
+
+
+def test_doctor_describes_a_gpu_and_what_runs_there():
+    found = gpu.examine() | {"triton": "3.6.0", "triton_trouble": None, "interpreter": None}
+    found["dispatchers"] = {"Symmetric": None, "DeepEP": "deep_ep must be installed"}
+    found["devices"] = [
+        gpu.describe(H200, 139 * 2**30, None),
+        gpu.describe(Chip("Tesla V100", 70, 80, 98304), 16 * 2**30, "Tesla V100 is too old"),
+    ]
+    said = ["  ".join(row) for row in gpu.rows(found)]
+    assert said[:2] == [
+        "cuda:0  H200, compute capability 9.0, 139 GiB, 132 multiprocessors",
+        "  grouped_ffn, grouped_linear, topk, plan, router_logits: Triton",
+    ]
+    assert said[2] == "cuda:1  Tesla V100, compute capability 7.0, 16 GiB, 80 multiprocessors"
+    assert "  plan: a stable sort in torch" in said
+    assert "  because Tesla V100 is too old" in said
+    assert "triton  3.6.0" in said
+    assert "Symmetric on GPUs  available" in said
+    assert "DeepEP on GPUs  deep_ep must be installed" in said
+    assert not any("none that torch sees" in line or "bench compile" in line for line in said)
+
+
+@pytest.mark.parametrize(("version", "bad"), [("3.5.1", True), ("3.6.0", False), ("4.0.0+git", False), ("2.9", True)])
+def test_doctor_knows_the_oldest_triton(version, bad):
+    assert (gpu.too_old(version) is not None) == bad
+
+
+@pytest.mark.gpu
+def test_doctor_on_a_gpu(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    device = json.loads(capsys.readouterr().out)["gpu"]["devices"][0]
+    assert device["name"] == torch.cuda.get_device_name(0)
+    assert set(device["forms"].values()) == {"Triton"} or device["why_not_triton"]
+    assert cli.main(["doctor"]) == 0
+    assert f"compute capability {device['capability']}" in capsys.readouterr().out
+
+
+def folder(tmp_path, config, name):
+    config.architectures = [name]
+    config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}  # fmt: skip
+
+
+def test_doctor_on_a_model_counts_the_calls_that_ran(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    path = folder(tmp_path, transformers.OlmoeConfig(**SMALL), "OlmoeForCausalLM")
+    assert cli.main(["doctor", path]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 2 MoE blocks run through Headgate" in said
+    assert "taken    2 x OlmoeExperts: gated silu, fused; 2 calls in a pass of 16 tokens" in said
+    assert cli.main(["doctor", path + "/config.json", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["model"]
+    assert found["complete"] is True
+    assert list(found["calls"].values()) == [1, 1]
+
+
+def test_doctor_on_a_dense_model_fails_with_the_reason(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    dense = transformers.LlamaConfig(**{k: v for k, v in SMALL.items() if "expert" not in k})
+    assert cli.main(["doctor", folder(tmp_path, dense, "LlamaForCausalLM")]) == 1
+    assert "must hold MoE experts, got a LlamaForCausalLM without any" in capsys.readouterr().out
+
+
+def test_doctor_swaps_without_running_what_does_not_fit(tmp_path, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(doctor, "_room", lambda: 1000.0)
+    assert cli.main(["doctor", folder(tmp_path, transformers.OlmoeConfig(**SMALL), "OlmoeForCausalLM")]) == 1
+    said = capsys.readouterr().out
+    assert "2 of 2 MoE blocks can be swapped" in said
+    assert "fused" not in said
+    assert "not run: it needs" in said
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "never-heard-of"}'])
+def test_doctor_on_something_that_is_no_model(tmp_path, capsys, content):
+    pytest.importorskip("transformers")
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert cli.main(["doctor", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("headgate: doctor: MODEL must be")
+    assert said.err.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+    code = "import sys\nfrom headgate import cli\nsys.exit(cli.main(['doctor']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(write)
+    assert "Traceback" not in done.stderr
