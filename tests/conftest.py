@@ -58,7 +58,7 @@ def _longest_first(items) -> None:
     slow = {item.path for item in items if "slow" in item.keywords}
 
     def order(item) -> tuple[bool, bool]:
-        return not hasattr(getattr(item, "module", None), "run_ranks"), item.path not in slow
+        return not hasattr(getattr(item, "module", None), "cases_of"), item.path not in slow
 
     items.sort(key=order)  # stable: modules and their tests stay in their order
 

@@ -1,15 +1,17 @@
 """Checks on many ranks: a script's CHECKS, all run by one start of the processes. The ranks' end is ranks_process.py.
 
 The script, usually `ranks.py` beside its test, has a dict CHECKS of functions without arguments, which every rank calls
-in order with a process group (gloo) over all ranks. The test has a fixture that starts the ranks and a case per check:
+in order with a process group (gloo) over all ranks. The test has a fixture that starts the ranks, and a case for each
+check and number of ranks; `slow` says on how many ranks a check is for `make test-all` alone:
 
-    @pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
-    def results(request, tmp_path_factory):
-        return run_ranks(RANKS, request.param, tmp_path_factory.mktemp("ranks"))
+    RANKS = Path(__file__).with_name("ranks.py")
+    results = ranks_fixture(RANKS)
 
-    @pytest.mark.parametrize("check", checks_of(RANKS))
+    @pytest.mark.parametrize(("results", "check"), cases_of(RANKS, [2, 4], {"a_check": (4,)}), indirect=["results"])
     def test_on_every_rank(results, check):
         passed_on_every_rank(results, check)
+
+The ranks run the checks that are asked for: `-k`, `-m` and the name of one test leave out the others.
 
 To import torch takes a process longer than most checks. So one process, the nursery, imports it once and forks the
 ranks of every script and every world size; it lives as long as pytest. Each run has ranks of its own: what fails or
@@ -34,6 +36,7 @@ import pytest
 import torch.distributed as dist
 from ranks_process import load_checks
 
+Slow = dict[str, tuple[int, ...]]  # check -> the numbers of ranks on which it is for `make test-all` alone
 PROCESS = Path(__file__).with_name("ranks_process.py")
 
 
@@ -52,23 +55,55 @@ def checks_of(script: Path) -> dict[str, Callable[[], None]]:
     return load_checks(script)
 
 
+def cases_of(script: Path, sizes: list[int], slow: Slow | None = None, only: list[str] | None = None) -> list:
+    """The cases (number of ranks, check) of a script, or of the checks in `only`, by number of ranks.
+
+    ValueError: `slow` names no check.
+    """
+    checks, slow = list(checks_of(script)), slow or {}
+    if strangers := slow.keys() - set(checks):
+        raise ValueError(f"cases_of: slow must name checks of {script.name}, got {sorted(strangers)}")
+
+    def case(size: int, check: str):
+        marks = [pytest.mark.slow] if size in slow.get(check, ()) else []
+        return pytest.param(size, check, id=f"{size}-ranks-{check}", marks=marks)
+
+    return [case(size, check) for size in sizes for check in only or checks]
+
+
+def ranks_fixture(script: Path, seconds: float = 180):
+    """A fixture, to be parametrized with the number of ranks: what came of the checks that this session selects."""
+
+    @pytest.fixture(scope="module")
+    def results(request, tmp_path_factory) -> list[Rank]:
+        chosen = [
+            item.callspec.params["check"]
+            for item in request.session.items
+            if item.path == request.path and "check" in item.fixturenames
+            if item.callspec.params.get("results") == request.param
+        ]
+        return run_ranks(script, request.param, tmp_path_factory.mktemp(script.stem), chosen, seconds)
+
+    return results
+
+
 def run_ranks(
     script: Path,
     size: int,
     folder: Path,
+    checks: list[str],
     seconds: float = 180,
     backend: str = "gloo",
-    only: str = "",
     **environment: str,
 ) -> list[Rank]:
-    """Runs the checks of `script` on `size` ranks, in the empty folder `folder`; what came of it, rank by rank.
+    """Runs `checks` of `script`, in its order, on `size` ranks, in the empty `folder`; what came of it, rank by rank.
 
-    `backend`: "gloo"; "cuda:gloo" (all ranks on one GPU, new tensors there) or "nccl" (each on its own). `only`: a
-    pattern that the names of the checks to run begin with. After `seconds` the ranks are ended.
+    `backend`: "gloo"; "cuda:gloo" (all ranks on one GPU, new tensors there) or "nccl" (each on its own). After
+    `seconds` the ranks are ended.
     """
     environment = {"OMP_NUM_THREADS": "1", "HEADGATE_CPU": "plain", **environment}
     run = {"script": str(script), "size": size, "folder": str(folder), "seconds": seconds}
-    run |= {"backend": backend, "only": only, "environment": environment}
+    run |= {"backend": backend, "checks": checks, "environment": environment}
     if backend == "gloo":
         nursery().run(run)
     else:  # a nursery of its own: what its ranks do to the device ends with it
