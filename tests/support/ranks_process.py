@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-
 # What most scripts import, and takes longest: once for all of them.
 COMMON = (
     "headgate.moe",
