@@ -9,6 +9,6 @@ BLOCK = Path(__file__).with_name("block.py")
 results = ranks_fixture(BLOCK, seconds=400)
 
 
-@pytest.mark.parametrize(("results", "check"), cases_of(BLOCK, [4, 8]), indirect=["results"])
-def test_on_every_rank(results, check):
-    passed_on_every_rank(results, check)
+@pytest.mark.parametrize(("size", "check"), cases_of(BLOCK, [4, 8]))
+def test_on_every_rank(results, size, check):
+    passed_on_every_rank(results(size), check)

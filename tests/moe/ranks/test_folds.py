@@ -11,6 +11,6 @@ ON_EIGHT = "the_layer_under_every_fold"
 CASES = [*cases_of(FOLDS, [2, 4]), *cases_of(FOLDS, [8], {ON_EIGHT: (8,)}, only=[ON_EIGHT])]
 
 
-@pytest.mark.parametrize(("results", "check"), CASES, indirect=["results"])
-def test_on_every_rank(results, check):
-    passed_on_every_rank(results, check)
+@pytest.mark.parametrize(("size", "check"), CASES)
+def test_on_every_rank(results, size, check):
+    passed_on_every_rank(results(size), check)
