@@ -45,7 +45,7 @@ def built(tmp_path_factory):
         command = [sys.executable, "-P", "-c", CODE, "bench", "compile", *options.split(), "--json", str(file)]
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         env |= {"TRITON_INTERPRET": "1"} if interpret else {}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
         print(done.stdout)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(file.read_text())["builds"], done.stdout

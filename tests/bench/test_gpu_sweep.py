@@ -47,7 +47,7 @@ def swept(tmp_path_factory) -> dict[str, tuple[list[dict], str]]:
     folder = tmp_path_factory.mktemp("sweeps")
     command = [sys.executable, "-P", "-c", SWEEPS, json.dumps(RUNS)]
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = {}
     for name in RUNS:
@@ -226,7 +226,7 @@ def test_the_first_candidates_are_built_for_an_h100(tmp_path, cases, products):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-P", str(script), json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert len(found) == 2 * products
