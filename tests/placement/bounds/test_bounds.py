@@ -61,7 +61,9 @@ def test_examples():
 SHAPES = [[2, 2], [1, 3], [1, 1, 2], [2, 2, 2], [1, 1, 1], [4], [1], [3, 3], [2, 1]]
 
 
-@pytest.mark.parametrize("methods", [*([m] for m in METHODS), list(METHODS)], ids="+".join)
+@pytest.mark.parametrize(
+    "methods", [*([m] for m in METHODS), pytest.param(list(METHODS), marks=pytest.mark.slow)], ids="+".join
+)
 @pytest.mark.parametrize("slots", SHAPES, ids=str)
 def test_never_above_the_best_of_all_placements(slots, methods):
     rng, node = np.random.default_rng(sum(slots)), np.arange(len(slots)) // 2
