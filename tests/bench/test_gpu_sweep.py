@@ -215,7 +215,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("cases", "products"),
     [
-        ([(1, "int4"), (32, "none")], 2 + 2),
+        ([(1, "none")], 2),
         pytest.param([(1, "none"), (1, "int4"), (32, "none"), (4096, "none")], 2 + 2 + 2 + 5, marks=pytest.mark.slow),
     ],
     ids=["few", "all"],
