@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,7 @@ from headgate.cli import main
 small = {"hidden": 16, "intermediate": 16, "experts": 4, "top_k": 1}
 sweep.STANDARD = {n: replace(sweep.STANDARD[n], **small) for n in ("qwen3", "gpt-oss")}
 sweep.H200 = replace(sweep.H200, processors=1)  # few programs: the interpreter pays by the program
-products.Problem.calls = 2  # 16 one after the other are for a chip's caches
+products.Problem.calls = 1  # several, one after the other, are for a chip's caches
 for name, options in json.loads(sys.argv[1]).items():
     always = ["--samples", "1", "--dtype", "fp32", "--device", "cpu", "--json", f"{name}.json"]
     with open(f"{name}.txt", "w") as said, redirect_stdout(said):
@@ -37,27 +38,30 @@ for name, options in json.loads(sys.argv[1]).items():
 """
 RUNS = {
     "training": "--shapes gpt-oss --tokens 6 --gemms up down back dx dw --limit 2",
-    "few rows": "--tokens 1 --formats none int4 --limit 2",
     "no time": "--tokens 1 5 --limit 5 --minutes 1e-9",
 }
+FEW = {"few rows": "--tokens 1 --formats none int4 --limit 2"}
+
+
+def sweeps(runs: dict[str, str], folder: Path) -> dict[str, tuple[list[dict], str]]:
+    """name of a run -> (its sweeps, what it printed), one after the other in one process with the interpreter."""
+    command = [sys.executable, "-P", "-c", SWEEPS, json.dumps(runs)]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {}
+    for name in runs:
+        each = json.loads((folder / f"{name}.json").read_text())["sweeps"]
+        said = (folder / f"{name}.txt").read_text()
+        assert all(f["rank"] <= f["timed"] <= f["of"] and f["ratio"] >= 1 for f in each)
+        assert not [c for f in each for c in f["candidates"] if "failed" in c], said
+        found[name] = each, said
+    return found
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> dict[str, tuple[list[dict], str]]:
-    """name of a run -> (its sweeps, what it printed), one after the other in one process with the interpreter."""
-    folder = tmp_path_factory.mktemp("sweeps")
-    command = [sys.executable, "-P", "-c", SWEEPS, json.dumps(RUNS)]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    runs = {}
-    for name in RUNS:
-        found = json.loads((folder / f"{name}.json").read_text())["sweeps"]
-        said = (folder / f"{name}.txt").read_text()
-        assert all(f["rank"] <= f["timed"] <= f["of"] and f["ratio"] >= 1 for f in found)
-        assert not [c for f in found for c in f["candidates"] if "failed" in c], said
-        runs[name] = found, said
-    return runs
+    return sweeps(RUNS, tmp_path_factory.mktemp("sweeps"))
 
 
 def test_every_product_of_training_computes_the_same_numbers_with_every_tile(swept):
@@ -69,8 +73,9 @@ def test_every_product_of_training_computes_the_same_numbers_with_every_tile(swe
     assert [line.split()[4] for line in table[1:]] == ["up", "down", "back", "dx", "dw"]
 
 
-def test_few_rows_in_every_format(swept):
-    found, said = swept["few rows"]
+@pytest.mark.slow
+def test_few_rows_in_every_format(tmp_path):
+    found, said = sweeps(FEW, tmp_path)["few rows"]
     formats = ["none", "int4"]
     assert [(f["format"], f["gemm"]) for f in found] == [(f, g) for f in formats for g in ("thin_up", "thin_down")]
     assert "GB/s" in said
