@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TextIO, cast
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,9 +35,10 @@ class Screen:
         self.out.print()
         self.out.print(Text(title, style="bold cyan"), soft_wrap=True)
 
-    def table(self, rows: Sequence[Sequence[str]]) -> None:
-        """The first row is the head, the first column flush left, the others flush right."""
-        self.out.print(_table(rows))
+    def table(self, rows: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: bool = False) -> None:
+        """The first row is the head, with a `rule` below it if wished; the columns `left` are flush left, the others
+        flush right."""
+        self.out.print(_table(rows, left, rule))
 
     def bar(self, total: int) -> Bar:
         return Bar(total, self.progress)
@@ -73,10 +75,10 @@ class Bar:
             self.moving.stop()
 
 
-def lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table as text without colours: as `Screen.table` shows it in a log."""
+def lines(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: bool = False) -> list[str]:
+    """A table as text: what `Screen.table` writes into a log."""
     text = io.StringIO()
-    _console(text).print(_table(rows))
+    _console(text).print(_table(rows, left, rule))
     return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
@@ -90,10 +92,11 @@ def spoken(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+def _table(rows: Sequence[Sequence[str]], left: Collection[int], rule: bool) -> Table:
+    frame = SIMPLE_HEAD if rule else None
+    table = Table(box=frame, show_edge=False, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for at, name in enumerate(rows[0]):
-        table.add_column(f"  {name}" if not at else name, justify="right" if at else "left", overflow="fold")
+        table.add_column(f"  {name}" if not at else name, justify="left" if at in left else "right", overflow="fold")
     for first, *others in rows[1:]:
         table.add_row(f"  {first}", *others)
     return table
