@@ -125,9 +125,9 @@ def _measure(args: argparse.Namespace, report: dict[str, Any], show, screen: Scr
     )
     done = report["cases"]
     todo = cases(args)
-    bar = screen.bar(len({figure.case for figure in FIGURES}) if args.figures else len(todo))
-    bench = Bench(settings, lambda what: bar.update(len(done), what))
-    try:
+    total = len({figure.case for figure in FIGURES}) if args.figures else len(todo)
+    with screen.bar(total) as bar:
+        bench = Bench(settings, lambda what: bar.update(len(done), what))
         if args.figures:
             report["figures"] = run_figures(bench, lambda result: show(case_lines(result)), done)
             return
@@ -135,8 +135,6 @@ def _measure(args: argparse.Namespace, report: dict[str, Any], show, screen: Scr
         for case in todo:
             done.append(bench.run(case))
             show(case_lines(done[-1]))
-    finally:
-        bar.close()
 
 
 def _refuse(args: argparse.Namespace) -> str | None:

@@ -69,16 +69,15 @@ def measure(args: argparse.Namespace, screen: Screen) -> dict[str, dict[str, dic
     screen.say(f"{processor()}; {torch.get_num_threads()} threads; {headgate_form()}")
     screen.say(f"grouped_ffn, {sizes}; rows in bf16 (fp32: fp32); {args.clock} time, the least of the samples")
     table = [("rows", "weights", "ms", "median", "GB/s", "x bf16", "x fp32")]
-    bar = screen.bar(len(args.rows))
     forms = _forms(args)
     found = {}
-    for rows in args.rows:
-        found[str(rows)] = _row(args, rows, forms)
-        bar.update(len(found), f"{rows} rows")
-        for name, f in found[str(rows)].items():
-            times = (f"{f['ms']:.2f}", f"{f['median_ms']:.2f}", f"{f['GBps']:.1f}")
-            table.append((str(rows), name, *times, f"{f['over_bf16']:.2f}", f"{f['over_fp32']:.2f}"))
-    bar.close()
+    with screen.bar(len(args.rows)) as bar:
+        for rows in args.rows:
+            found[str(rows)] = _row(args, rows, forms)
+            bar.update(len(found), f"{rows} rows")
+            for name, f in found[str(rows)].items():
+                times = (f"{f['ms']:.2f}", f"{f['median_ms']:.2f}", f"{f['GBps']:.1f}")
+                table.append((str(rows), name, *times, f"{f['over_bf16']:.2f}", f"{f['over_fp32']:.2f}"))
     screen.table(table, left=(1,))
     return found
 

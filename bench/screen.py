@@ -45,7 +45,8 @@ class Screen:
 
 
 class Bar:
-    """A bar in place on a terminal, a line every tenth of the way elsewhere. Lines said meanwhile stand above it."""
+    """In a `with`: a bar in place on a terminal, a line every tenth of the way elsewhere. What is said meanwhile stands
+    above it."""
 
     def __init__(self, total: int, console: Console) -> None:
         self.total, self.console, self.shown = total, console, -1
@@ -57,8 +58,11 @@ class Bar:
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self.task = self.moving.add_task("", total=total, note="")
-        if _live(console):
+
+    def __enter__(self) -> Bar:
+        if _live(self.console):
             self.moving.start()
+        return self
 
     def update(self, done: int, note: str) -> None:
         if _live(self.console):
@@ -70,7 +74,7 @@ class Bar:
             left = (time.perf_counter() - self.started) / max(done, 1) * (self.total - done)
             self.console.print(f"  {done}/{self.total}  {note}  {clock(left)} left", soft_wrap=True)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if _live(self.console):
             self.moving.stop()
 

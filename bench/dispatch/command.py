@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ...dispatch.wire import FORMATS
 from .. import report as plain
 from ..hardware import describe
 from ..moe import _positive, _unwritable, _write
-from ..screen import Screen
+from ..screen import Bar, Screen
 from ..shapes import DTYPES, PASSES, Case
 from .contestants import CONTESTANTS, TRANSFORMERS, with_wires
 from .launch import RANK, launch
@@ -123,9 +124,8 @@ def run(args: argparse.Namespace, command: Sequence[str] = RANK) -> int:
 
 def _ranks(args: argparse.Namespace, report: dict[str, Any], show, screen: Screen, command: Sequence[str]) -> None:
     asked = job(args)
-    bar = screen.bar(len(asked["worlds"]) * len(asked["passes"]))
 
-    def tell(news: dict[str, Any]) -> None:
+    def tell(news: dict[str, Any], bar: Bar) -> None:
         if "progress" in news:
             bar.update(len(report["cases"]), news["progress"])
             return
@@ -134,10 +134,8 @@ def _ranks(args: argparse.Namespace, report: dict[str, Any], show, screen: Scree
         report["cases"].append(case)
         show(case_lines(case))
 
-    try:
-        launch(asked, tell, command)
-    finally:
-        bar.close()
+    with screen.bar(len(asked["worlds"]) * len(asked["passes"])) as bar:
+        launch(asked, partial(tell, bar=bar), command)
 
 
 def job(args: argparse.Namespace) -> dict[str, Any]:

@@ -97,12 +97,11 @@ def run(args: argparse.Namespace) -> int:
         jobs = jobs_of(args.shapes or STANDARD, chips, args.tokens, args.passes or PASSES, args.limit, args.dtypes)
         seen = screen.Screen(out=sys.stderr if args.json == "-" else sys.stdout)
         seen.say(_heading(jobs))
-        bar = seen.bar(len(jobs))
         results = []
-        for result in build_all(jobs, args.processes):
-            results.append(result)
-            bar.update(len(results), result["kernel"])
-        bar.close()
+        with seen.bar(len(jobs)) as bar:
+            for result in build_all(jobs, args.processes):
+                results.append(result)
+                bar.update(len(results), result["kernel"])
     results.sort(key=lambda r: (r["kernel"], r["sm"], r["what"]))
     bad = [r for r in results if fault(r)]
     seen.say("\n".join(table(results, every=args.all)))

@@ -99,7 +99,7 @@ def winner_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for tokens in dict.fromkeys(r["tokens"] for r in rows):
         lines += ["", f"{tokens} tokens per rank, modelled us of dispatch + combine"]
-        shown = [("ranks", *OURS, *BESIDE, "wins")]
+        shown: list[tuple[str, ...]] = [("ranks", *OURS, *BESIDE, "wins")]
         for r in (r for r in rows if r["tokens"] == tokens):
             times = (f"{r['modelled_us'][name]:,.0f}" for name in (*OURS, *BESIDE))
             rest = min(us for name in OURS if (us := r["modelled_us"][name]) > r["modelled_us"][r["wins"]])
