@@ -10,6 +10,7 @@ import io
 import sys
 import time
 from collections.abc import Collection, Sequence
+from datetime import timedelta
 from typing import Any, TextIO, cast
 
 from rich.box import SIMPLE_HEAD
@@ -72,7 +73,7 @@ class Bar:
         if tenth != self.shown:
             self.shown = tenth
             left = (time.perf_counter() - self.started) / max(done, 1) * (self.total - done)
-            self.console.print(f"  {done}/{self.total}  {note}  {clock(left)} left", soft_wrap=True)
+            self.console.print(f"  {done}/{self.total}  {note}  {timedelta(seconds=int(left))} left", soft_wrap=True)
 
     def __exit__(self, *_: object) -> None:
         if _live(self.console):
@@ -84,16 +85,6 @@ def lines(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: boo
     text = io.StringIO()
     _console(text).print(_table(rows, left, rule))
     return [line.rstrip() for line in text.getvalue().splitlines()]
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def spoken(seconds: float) -> str:
-    """2 min 31 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _table(rows: Sequence[Sequence[str]], left: Collection[int], rule: bool) -> Table:
