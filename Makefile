@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test bench lint types wheel clean
+.PHONY: setup demo test bench lint types docs wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -51,6 +51,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	@mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/headgate
 	MYPYPATH=$(VENV)/types $(BIN)/mypy --cache-dir $(VENV)/.mypy_cache -p headgate
+
+# the pages, in build/docs/index.html; a warning is an error, and nothing is fetched
+docs: $(STAMP)
+	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 # setuptools would pack what an older build left in build/
 wheel: $(STAMP)

@@ -1,4 +1,4 @@
-"""The documents: their examples run and print what is shown, their commands parse, what they link to and name is there."""
+"""The documents: examples run and print what is shown, commands parse, what is linked to and named is there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.util
 import io
 import re
 import shlex
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def examples(page: Path) -> list[tuple[str, str | None]]:
     source = page.read_text()
     blocks = list(FENCE.finditer(source))
     found = []
-    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, after in zip_longest(blocks, blocks[1:]):
         if block[1] == "python":
             shown = after and after[1] == "text" and not source[block.end() : after.start()].strip()
             found.append((block[2], after[2] if shown else None))
@@ -145,8 +146,8 @@ def test_docstrings_become_pages():
     spec = importlib.util.spec_from_file_location("docstrings_of_the_pages", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    text = ["Sums `a_b` * c_", "over all.", "", "rows   [R, D]", "       of rows", "", "so:", "    y = x", "", ">>> f(1)", "2"]
-    assert module.convert(text) == [
+    text = "Sums `a_b` * c_\nover all.\n\nrows   [R, D]\n       of rows\n\nso:\n    y = x\n\n>>> f(1)\n2"
+    assert module.convert(text.splitlines()) == [
         *("Sums ``a_b`` \\* c\\_", "over all.", ""),
         *("``rows``", "    [R, D]", "    of rows", ""),
         *("so:", "", "::", "", "        y = x", "", ""),
