@@ -19,6 +19,7 @@ version = release = headgate.__version__
 extensions = ["sphinx.ext.autodoc", "myst_parser", "sphinx_copybutton", "docstrings", "options"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+smartquotes = False  # `--from` is no dash
 suppress_warnings = ["misc.highlighting_failure"]  # what a command printed is highlighted as text
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}

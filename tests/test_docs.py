@@ -90,9 +90,9 @@ def commands(page: Path) -> list[str]:
 def test_commands_parse(page):
     for command in commands(page):
         argv = shlex.split(command, comments=True)
-        parser = cli.parser() if hasattr(cli, "parser") else cli._parser(argv)
+        parser = getattr(cli, "parser", None) or cli._parser
         try:
-            parser.parse_args(argv)
+            parser(argv).parse_args(argv)
         except SystemExit as stop:
             pytest.fail(f"headgate {command}: argparse ends with status {stop.code}")
 
@@ -128,11 +128,12 @@ def test_messages_are_those_of_the_code():
     messages = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
     assert len(messages) >= 20
     folders = ("kernels", "placement", "dispatch", "moe", "cli", "bench")
-    files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
-    literal = [joined(f.read_text()) for f in files]
+    sources = [joined(f.read_text()) for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
     for message in messages:
-        parts = ".{0,80}?".join(re.escape(part.strip()) for part in message.split("..."))
-        assert any(re.search(parts, text) for text in literal), message
+        parts = [part.strip() for part in message.split("...")]
+        holders = [source for source in sources if max(parts, key=len) in source]
+        pattern = re.compile(".{0,80}?".join(map(re.escape, parts)))
+        assert any(pattern.search(source) for source in holders), message
 
 
 def joined(source: str) -> str:
