@@ -4,7 +4,7 @@
 #   make demo       the tour on real text (under 4 minutes on 2 cores)     make lint    ruff: rules and format
 #   make test       the tests but the slow ones (10 minutes on 2 cores)    make types   mypy
 #   make test-all   all tests (25 minutes on 2 cores)                      make wheel   the wheel, in DIST
-#   make durations  make test, and which modules are above their budget
+#   make durations  make test, and which modules are above their budget    make docs    the pages, in build/docs
 #   make bench      speed beside whatever rivals are installed
 #
 # PYTHON      a Python >= 3.11 to build the environment from (found by itself)
@@ -28,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A module stays in one process, so that what its tests share is made once; tests/conftest.py says which come first.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup demo test test-all durations bench lint types wheel clean
+.PHONY: setup demo test test-all durations bench lint types docs wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -64,6 +64,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	@mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/headgate
 	MYPYPATH=$(VENV)/types $(BIN)/mypy --cache-dir $(VENV)/.mypy_cache -p headgate
+
+# the pages, in build/docs/index.html; a warning is an error, and nothing is fetched
+docs: $(STAMP)
+	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 # setuptools would pack what an older build left in build/
 wheel: $(STAMP)

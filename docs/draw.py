@@ -39,11 +39,11 @@ def save(made: Any, name: str) -> None:
 def balance() -> None:
     """The busiest expert's share of the pairs, with and without the load-balancing loss, from a router that leans."""
     made, axes = figure()
-    for coef, name in ((0.0, "no loss"), (0.01, "load_balancing_coef=0.01")):
+    for coef, name in ((0.0, "no loss"), (0.1, "load_balancing_coef=0.1")):
         torch.manual_seed(0)
         layer = headgate.MoE(32, 32, num_experts=8, top_k=2, load_balancing_coef=coef)
         with torch.no_grad():
-            layer.router.weight[:2] += 0.3
+            layer.router.weight[:2] += 0.1
         target = torch.nn.Linear(32, 32)
         optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3)
         shares = []
@@ -99,7 +99,9 @@ def placement() -> None:
             share = 100 * found.cost[key]
             axes.barh(i - 0.2 + 0.4 * row, share, 0.36, color=("tab:blue", "tab:orange")[row])
             axes.text(share + 0.5, i - 0.2 + 0.4 * row, f"{share:.0f} %", va="center", fontsize=8)
-    axes.set(yticks=range(3), yticklabels=("linear", "EPLB", "place"), xlabel="% of transitions that cross", xlim=(0, 100))
+    axes.set(
+        yticks=range(3), yticklabels=("linear", "EPLB", "place"), xlabel="% of transitions that cross", xlim=(0, 100)
+    )
     axes.legend(["GPUs", "nodes"], frameon=False, loc="lower right")
     axes.invert_yaxis()
     save(made, "placement")
@@ -107,7 +109,7 @@ def placement() -> None:
 
 def cache() -> None:
     """Hit rates over slots, by policy."""
-    steps = steps_of(like_deepseek_v2_lite(tokens=600))
+    steps = steps_of(like_deepseek_v2_lite(tokens=4000))
     slots = (8, 12, 16, 24, 32, 48)
     made, axes = figure()
     for name in POLICIES:

@@ -15,10 +15,11 @@ from headgate import cli
 
 def complete_parser(command: list[str]) -> argparse.ArgumentParser:
     """The parser of `headgate COMMAND...`, with its options."""
-    whole = cli.parser() if hasattr(cli, "parser") else cli._parser(command)
+    make: Any = getattr(cli, "parser", None) or cli._parser
+    parser = make(command)
     for word in command:
-        whole = subcommands(whole)[word]
-    return whole
+        parser = subcommands(parser)[word]
+    return parser
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

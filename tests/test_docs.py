@@ -1,4 +1,4 @@
-"""The documents: their examples run and print what is shown, their commands parse, what they link to and name is there."""
+"""The documents: examples run and print what is shown, commands parse, what is linked to and named is there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.util
 import io
 import re
 import shlex
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def examples(page: Path) -> list[tuple[str, str | None]]:
     source = page.read_text()
     blocks = list(FENCE.finditer(source))
     found = []
-    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, after in zip_longest(blocks, blocks[1:]):
         if block[1] == "python":
             shown = after and after[1] == "text" and not source[block.end() : after.start()].strip()
             found.append((block[2], after[2] if shown else None))
@@ -89,9 +90,9 @@ def commands(page: Path) -> list[str]:
 def test_commands_parse(page):
     for command in commands(page):
         argv = shlex.split(command, comments=True)
-        parser = cli.parser() if hasattr(cli, "parser") else cli._parser(argv)
+        parser = getattr(cli, "parser", None) or cli._parser
         try:
-            parser.parse_args(argv)
+            parser(argv).parse_args(argv)
         except SystemExit as stop:
             pytest.fail(f"headgate {command}: argparse ends with status {stop.code}")
 
@@ -127,11 +128,12 @@ def test_messages_are_those_of_the_code():
     messages = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
     assert len(messages) >= 20
     folders = ("kernels", "placement", "dispatch", "moe", "cli", "bench")
-    files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
-    literal = [joined(f.read_text()) for f in files]
+    sources = [joined(f.read_text()) for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
     for message in messages:
-        parts = ".{0,80}?".join(re.escape(part.strip()) for part in message.split("..."))
-        assert any(re.search(parts, text) for text in literal), message
+        parts = [part.strip() for part in message.split("...")]
+        holders = [source for source in sources if max(parts, key=len) in source]
+        pattern = re.compile(".{0,80}?".join(map(re.escape, parts)))
+        assert any(pattern.search(source) for source in holders), message
 
 
 def joined(source: str) -> str:
@@ -145,8 +147,8 @@ def test_docstrings_become_pages():
     spec = importlib.util.spec_from_file_location("docstrings_of_the_pages", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    text = ["Sums `a_b` * c_", "over all.", "", "rows   [R, D]", "       of rows", "", "so:", "    y = x", "", ">>> f(1)", "2"]
-    assert module.convert(text) == [
+    text = "Sums `a_b` * c_\nover all.\n\nrows   [R, D]\n       of rows\n\nso:\n    y = x\n\n>>> f(1)\n2"
+    assert module.convert(text.splitlines()) == [
         *("Sums ``a_b`` \\* c\\_", "over all.", ""),
         *("``rows``", "    [R, D]", "    of rows", ""),
         *("so:", "", "::", "", "        y = x", "", ""),
