@@ -1,4 +1,4 @@
-"""The checks of checkpoints that move between folds, and of experts on disk, on many ranks, run by test_folds_kept.py."""
+"""The checks of checkpoints that move between folds, and of experts on disk, run by test_folds_kept.py."""
 
 from __future__ import annotations
 
