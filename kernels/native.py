@@ -135,7 +135,10 @@ def _alone(lock: Path):
     with open(lock, "w") as held:
         with contextlib.suppress(OSError):  # a file system without locks: then several compile the same
             fcntl.flock(held, fcntl.LOCK_EX)
-        yield  # closing the file, or the death of the process, lets the next one in
+        try:
+            yield  # closing the file, or the death of the process, lets the next one in
+        finally:
+            lock.unlink(missing_ok=True)  # who waits has it open, and finds the library built
 
 
 def _compile(command: list[str], flags: list[str], target: Path) -> None:
