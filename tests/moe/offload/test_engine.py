@@ -50,13 +50,21 @@ def needs_no_trace(name: str) -> bool:
 
 
 FREE = [name for name in POLICIES if needs_no_trace(name)]
+COMPILED = ("lru", "adaptive")  # with the compiled CPU form in `make test`: what a policy decides does not depend on it
 
 
 # --- right, to the bit -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("cpu_form", "name"),
+    [
+        *(("plain", name) for name in FREE),
+        *(pytest.param("native", name, marks=() if name in COMPILED else pytest.mark.slow) for name in FREE),
+    ],
+    indirect=["cpu_form"],
+)
 @pytest.mark.parametrize("scope", ["layer", "shared"])
-@pytest.mark.parametrize("name", FREE)
 def test_equals_all_weights_at_hand(name, scope, cpu_form, tmp_path):
     made = weights()
     for budget in ("30%", 0.9):
