@@ -38,9 +38,12 @@ for name, options in json.loads(sys.argv[1]).items():
 """
 RUNS = {
     "training": "--shapes gpt-oss --tokens 6 --gemms up down back dx dw --limit 2",
+    "no time": "--tokens 5 6 --limit 5 --minutes 1e-9",
+}
+FEW_ROWS = {
+    "formats": "--tokens 1 --formats none int4 --limit 2",
     "no time": "--tokens 1 5 --limit 5 --minutes 1e-9",
 }
-FEW = {"few rows": "--tokens 1 --formats none int4 --limit 2"}
 
 
 def sweeps(runs: dict[str, str], folder: Path) -> dict[str, tuple[list[dict], str]]:
@@ -75,15 +78,20 @@ def test_every_product_of_training_computes_the_same_numbers_with_every_tile(swe
 
 @pytest.mark.slow
 def test_few_rows_in_every_format(tmp_path):
-    found, said = sweeps(FEW, tmp_path)["few rows"]
+    runs = sweeps(FEW_ROWS, tmp_path)
+    found, said = runs["formats"]
     formats = ["none", "int4"]
     assert [(f["format"], f["gemm"]) for f in found] == [(f, g) for f in formats for g in ("thin_up", "thin_down")]
     assert "GB/s" in said
+    only_the_chosen_tile(runs["no time"][0], ["thin_up", "thin_down", "up", "down"])
 
 
 def test_a_time_that_is_over_leaves_the_chosen_tile(swept):
-    found, _ = swept["no time"]
-    assert [(f["gemm"], f["timed"]) for f in found] == [(g, 1) for g in ("thin_up", "thin_down", "up", "down")]
+    only_the_chosen_tile(swept["no time"][0], ["up", "down"] * 2)
+
+
+def only_the_chosen_tile(found: list[dict], gemms: list[str]) -> None:
+    assert [(f["gemm"], f["timed"]) for f in found] == [(g, 1) for g in gemms]
     assert all(f["untried"] == f["of"] - 1 for f in found)
     assert any(f["untried"] for f in found)
 
