@@ -25,7 +25,7 @@ PALETTE = {
     "card": "#fffffe",
 }  # fmt: skip
 INK, SOFT, RULE, ACCENT, QUIET, WARM, CARD = PALETTE.values()
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif", "font.size": 12, "svg.fonttype": "none", "svg.hashsalt": "headgate",
     "text.color": INK, "axes.edgecolor": RULE, "axes.labelcolor": SOFT, "axes.titlesize": 13, "axes.titlecolor": SOFT,
     "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
