@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import torch
 
 import headgate
@@ -63,10 +62,10 @@ def balance() -> None:
 def fold() -> None:
     """Eight ranks as dp 2 x tp 4 and as edp 1 x ep 4 x etp 2."""
     made, rows = plt.subplots(2, 1, figsize=(6.4, 2.3), layout="constrained")
-    rank = np.arange(8)
+    rank = range(8)
     seen = (
-        ("attention: dp=2, tp=4", [f"dp {r // 4}\ntp {r % 4}" for r in rank], rank // 4),
-        ("experts: ep=4, etp=2", [f"ep {r // 2}\netp {r % 2}" for r in rank], rank // 2),
+        ("attention: dp=2, tp=4", [f"dp {r // 4}\ntp {r % 4}" for r in rank], [r // 4 for r in rank]),
+        ("experts: ep=4, etp=2", [f"ep {r // 2}\netp {r % 2}" for r in rank], [r // 2 for r in rank]),
     )
     for axes, (title, words, group) in zip(rows, seen, strict=True):
         axes.set_title(title, loc="left", fontsize=9)

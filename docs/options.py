@@ -15,8 +15,7 @@ from headgate import cli
 
 def complete_parser(command: list[str]) -> argparse.ArgumentParser:
     """The parser of `headgate COMMAND...`, with its options."""
-    make: Any = getattr(cli, "parser", None) or cli._parser
-    parser = make(command)
+    parser = cli.parser(command)
     for word in command:
         parser = subcommands(parser)[word]
     return parser

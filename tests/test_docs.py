@@ -90,9 +90,8 @@ def commands(page: Path) -> list[str]:
 def test_commands_parse(page):
     for command in commands(page):
         argv = shlex.split(command, comments=True)
-        parser = getattr(cli, "parser", None) or cli._parser
         try:
-            parser(argv).parse_args(argv)
+            cli.parser(argv).parse_args(argv)
         except SystemExit as stop:
             pytest.fail(f"headgate {command}: argparse ends with status {stop.code}")
 

@@ -169,14 +169,14 @@ def off_node(nodes: int, limit: int | None = None, tokens: int = 20_000) -> tupl
 
 @pytest.mark.parametrize("nodes", [2, 4, 8])
 def test_the_readmes_rows_per_token(nodes):
-    """Simulation = closed form = what the README says."""
+    """Simulation = closed form = what the page of the dispatchers says."""
     plain, per_rank, per_node = off_node(nodes)
     leave = (nodes - 1) / nodes
     formula = (8 * leave, distinct_parts(256, 8, 8 * nodes) * leave, distinct_parts(256, 8, nodes) * leave)
     assert (plain, per_rank, per_node) == pytest.approx(formula, abs=0.03)
     limited = off_node(nodes, limit=4)[2]
-    row = re.search(rf"^\| {nodes} \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert row, f"README has no row for {nodes} nodes"
+    row = re.search(rf"^\| {nodes} \|(.*)\|$", (ROOT / "docs" / "dispatchers.md").read_text(), re.MULTILINE)
+    assert row, f"docs/dispatchers.md has no row for {nodes} nodes"
     printed = [float(cell) for cell in row[1].split("|")]
     assert printed[:3] == [round(f, 2) for f in formula]
     assert printed[3] == pytest.approx(limited, abs=0.03)
