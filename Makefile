@@ -3,6 +3,7 @@
 #
 #   make demo      the tour on real text (under 4 minutes on 2 cores)     make test    the test suite
 #   make bench     speed beside whatever rivals are installed             make lint    ruff: rules and format
+#   make test-newest  the test suite with the newest torch, transformers, peft and triton, in NEWEST
 #   make wheel     the wheel, in DIST                                     make types   mypy
 #
 # PYTHON      a Python >= 3.11 to build the environment from (found by itself)
@@ -12,6 +13,8 @@
 
 VENV ?= .venv
 DIST ?= dist
+# the environment of `make test-newest`
+NEWEST ?= $(VENV)-newest
 TORCH_ARGS ?=
 ARGS ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
@@ -21,7 +24,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test bench lint types wheel clean
+.PHONY: setup demo test test-newest bench lint types wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -39,6 +42,17 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
+
+# The pins of constraints.txt without those of the four packages. torch first: it decides which triton may be installed.
+test-newest:
+	@test -n "$(PYTHON)" || { echo "make: needs a Python >= 3.11 with venv and ensurepip (on Debian: python3-venv)"; exit 1; }
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	grep -vE '^(torch|transformers|peft|triton|tokenizers|huggingface_hub|setuptools)==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install -U $(TORCH_ARGS) torch
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install -U -c $(NEWEST)/constraints.txt transformers peft
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install -c $(NEWEST)/constraints.txt -e '.[test]'
+	$(NEWEST)/bin/headgate doctor
+	$(NEWEST)/bin/pytest $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/headgate bench moe $(ARGS)
