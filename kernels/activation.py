@@ -5,7 +5,8 @@
 
 with phi one of KINDS. `limit` clamps the gate from above and the up projection from both sides (gpt-oss, DeepSeek-V4);
 `clamp_after` clamps phi(g) in place of g (Step-3). Exactly at a limit the slope of a clamp is a convention, which torch
-changed in 2.14; ours is that of the torch installed, so that a swapped model learns as the original. Everything is computed in fp32 (fp64 for fp64 input).
+changed in 2.14; ours is that of the torch installed, so that a swapped model learns as the original. Everything
+is computed in fp32 (fp64 for fp64 input).
 """
 
 from __future__ import annotations

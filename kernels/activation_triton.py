@@ -1,7 +1,8 @@
 """The activations of activation.py for Triton kernels: functions of fp32 tiles.
 
 FORM is an Activation as a compile-time tuple, (kind, gated, alpha, limit or 0 for none, up_shift, clamp_after, edge);
-`form_of` makes it. A gradient passes a clamp up to `edge`: the limit, or the number below it. Comparisons are written so that a NaN stays one, as torch's clamp and relu do.
+`form_of` makes it. A gradient passes a clamp up to `edge`: the limit, or the number below it. Comparisons are
+written so that a NaN stays one, as torch's clamp and relu do.
 """
 
 from __future__ import annotations

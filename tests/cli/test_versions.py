@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,8 @@ def test_the_versions_that_tests_are_pinned_to_are_inside():
 
 def test_the_oldest_versions_are_those_asked_for():
     """The lower ends are what the installation asks for at least."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = "\n".join([*extras["dependencies"], *sum(extras["optional-dependencies"].values(), [])])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = "\n".join([*project["dependencies"], *chain(*project["optional-dependencies"].values())])
     for name, limits in known_ranges().items():
         assert f"{name}>={limits['oldest']}" in asked
 
@@ -75,7 +76,7 @@ def test_the_oldest_versions_are_those_asked_for():
 def test_the_page_shows_the_same_ranges():
     page = (ROOT / "docs/versions.md").read_text(encoding="utf-8")
     for name, limits in known_ranges().items():
-        assert re.search(rf"^\| {name} \| {re.escape(limits['oldest'])} \| {re.escape(limits['newest'])} \|", page, re.M)
+        assert f"\n| {name} | {limits['oldest']} | {limits['newest']} |" in page
 
 
 def test_here_nothing_is_said():

@@ -2,7 +2,7 @@
 
 torch's LocalTensor holds a tensor for each rank; an operation runs on each of them, a collective moves rows between
 them, and an int that is not the same on every rank is a SymInt. So one run of the library's code is one of all ranks,
-each with tokens, splits and shapes of its own. `many_ranks` says what that mode does not say itself, of torch 2.13 and 2.14.
+each with tokens, splits and shapes of its own. `many_ranks` says what that mode does not say itself.
 """
 
 from __future__ import annotations
