@@ -36,7 +36,7 @@ def op_args(p, keep=True):
     """The operator's own arguments, in its order."""
     t = p.leaves()
     act = p.form.get("activation", "silu")
-    kind, params = (act, [1.0, float("inf"), 0.0, 0.0]) if isinstance(act, str) else (act.kind, act.params)
+    kind, params = (act, [1.0, float("inf"), 0.0, 0.0, 1.0]) if isinstance(act, str) else (act.kind, act.params)
     names = ("rows", "ids", "weights", "w_gate_up", "w_up", "w_down", "b_gate_up", "b_down")
     tensors = [p.ids.int() if n == "ids" else t.get(n) for n in names]
     flags = [p.form.get("gated", True), p.form.get("transposed", False), p.form.get("interleaved", False)]
