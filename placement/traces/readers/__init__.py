@@ -42,12 +42,13 @@ def convert(
     top_k: int | None = None,
     num_experts: int | None = None,
     max_tokens: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> TraceFile:
     """`read`, written to the trace file `output`, whole or not at all. FLAME-MoE's traces are streamed.
 
     Raises what `read` raises, and ValueError where the recording holds loads only.
     """
-    options = Options(top_k, num_experts, max_tokens)
+    options = Options(top_k, num_experts, max_tokens, tell or (lambda line: None))
     found = open_recording(Path(path))
     name = _format(found, format)
     if name == "flame-moe":
@@ -66,6 +67,7 @@ def read(
     top_k: int | None = None,
     num_experts: int | None = None,
     max_tokens: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Trace | Statistics:
     """What another program recorded, whole in memory.
 
@@ -73,6 +75,7 @@ def read(
     top_k        K, where the recording does not say it (router logits; llama.cpp without decoding)
     num_experts  E, where it does not (None: one more than the largest id)
     max_tokens   read no more than the first so many
+    tell         called with a line where something is worth knowing, such as how many tokens came from where
 
     Raises FileNotFoundError; ValueError naming file, field, rule and value, where the format cannot be told, the
     content is not what it should be, an id is out of range, or an option is missing; RuntimeError where a package is
@@ -80,7 +83,7 @@ def read(
 
     >>> trace = read("expert_distribution_recorder_1764088000.5_0.pt")
     """
-    options = Options(top_k, num_experts, max_tokens)
+    options = Options(top_k, num_experts, max_tokens, tell or (lambda line: None))
     found = open_recording(Path(path))
     return READERS[_format(found, format)].read(found, options)
 

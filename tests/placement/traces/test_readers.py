@@ -153,6 +153,61 @@ def test_vllm_in_all_its_files(tmp_path):
     assert read(tmp_path / "one.npy", num_experts=300).num_experts == 300
 
 
+def vllm_response(prompt, answers, usage=True, name="prompt_routed_experts"):
+    """As vLLM 0.21 answers: the prompt's part beside the choices, which hold what was generated."""
+    counts = {"prompt_tokens": len(prompt), "completion_tokens": len(answers[0]) + 1}
+    coded = [base64.b64encode(npy(a)).decode() for a in [prompt, *answers]]
+    choices = [{"index": i, "routed_experts": text} for i, text in enumerate(coded[1:])]
+    return {"choices": choices, name: coded[0], **({"usage": counts} if usage else {})}
+
+
+@pytest.mark.parametrize("usage", [True, False], ids=["counted", "uncounted"])
+def test_vllm_prompts_beside_the_choices(usage, tmp_path):
+    ids = choices(3, 12, 2, 9)
+    rows = ids.transpose(1, 0, 2).astype(np.int16)
+
+    def told(response):
+        (tmp_path / "a.json").write_text(json.dumps(response))
+        lines = []
+        return read(tmp_path / "a.json", tell=lines.append), lines
+
+    trace, lines = told(vllm_response(rows[:10], [rows[10:]], usage))
+    same(trace, ids, 9)
+    assert trace.sequence.tolist() == [0] * 12
+    assert lines == ["tokens: 10 in prompt_routed_experts, 2 generated"]
+    trace, lines = told(vllm_response(rows[:8], [rows[8:10], rows[10:]], usage))  # the second choice ran no prompt
+    same(trace, ids, 9)
+    assert trace.sequence.tolist() == [0] * 10 + [1] * 2
+    assert lines == ["tokens: 8 in prompt_routed_experts, 4 generated"]
+    trace, lines = told([{"choices": [], "prompt_routed_experts": rows.tolist()}])  # one token was asked for
+    same(trace, ids, 9)
+    with pytest.raises(
+        ValueError, match=r"choice 0, routed_experts of .*as its prompt's \[10, 3, 2\], got \[2, 1, 2\]"
+    ):
+        told(vllm_response(rows[:10], [rows[10:, :1]], usage))
+
+
+def test_vllm_whole_sequences_and_lost_prompts_are_told(tmp_path):
+    """By the response's own count: an array longer than the answer holds the prompt too, whatever stands beside it."""
+    ids = choices(3, 12, 2, 9)
+    rows = ids.transpose(1, 0, 2).astype(np.int16)
+    whole = vllm_response(rows[:10], [rows])
+    whole["usage"]["completion_tokens"] = 3
+    bare = vllm_response(rows[:10], [rows[10:]], name="other")
+    for response, expected, said in (
+        (whole, ids, ["tokens: 12 of prompts and answers in one array"]),
+        (
+            bare,
+            ids[:, 10:],
+            ["tokens: 2 generated", "1 choices have generated tokens alone: their prompts were not recorded"],
+        ),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(response))
+        lines = []
+        same(read(tmp_path / "a.json", tell=lines.append), expected)
+        assert lines == said
+
+
 def test_vllm_files_that_are_wrong(tmp_path):
     ids = choices(3, 5, 2, 9).transpose(1, 0, 2).astype(np.int16)
     np.save(tmp_path / "a.npy", ids)
