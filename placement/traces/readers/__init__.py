@@ -10,7 +10,7 @@ from pathlib import Path
 from ..file import TraceFile
 from ..statistics import Statistics
 from ..trace import Trace
-from . import eplb, esft, flame_moe, llama_cpp, router_logits, sglang, vllm
+from . import counts, eplb, esft, flame_moe, llama_cpp, router_logits, sglang, vllm
 from .common import Found, Options, open_recording
 
 
@@ -27,6 +27,7 @@ READERS = {
     "sglang": Reader("SGLang's expert distribution recorder, .pt", sglang.fits, sglang.read),
     "vllm": Reader("routed_experts as vLLM returns them, .npy, .npz, .json, .jsonl", vllm.fits, vllm.read),
     "router-logits": Reader("transformers' router_logits, .pt, .npz", router_logits.fits, router_logits.read),
+    "counts": Reader("choices of each layer and expert counted, layer,expert,count, .csv", counts.fits, counts.read),
     "llama.cpp": Reader("llama-moe-trace's CSV", llama_cpp.fits, llama_cpp.read),
     "flame-moe": Reader("FLAME-MoE's routing traces, a folder of .parquet", flame_moe.fits, flame_moe.read),
     "esft": Reader("ESFT's expert scores, a folder of .txt", esft.fits, esft.read),

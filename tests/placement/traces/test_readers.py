@@ -314,6 +314,58 @@ def test_llama_cpp(tmp_path, header):
     same(read(path, max_tokens=7), shown[:, :7])
 
 
+COUNTED = "0,0,5\n0,2,1\n2,1,4\n2,2,2\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        COUNTED,
+        "layer_id,expert_id,count\n" + COUNTED,
+        "rank,count,layer,expert\n7,5,0,0\n7,1,0,2\n7,4,2,1\n7,2,2,2\n",
+        "layer,expert,count\n" + COUNTED.replace("0,0,5", "0,0,3\n0,0,2"),
+    ],
+    ids=["bare", "sglang", "named", "added"],
+)
+def test_counts_are_loads_not_choices(text, tmp_path):
+    path = tmp_path / "expert_distribution_rank0.csv"
+    path.write_text(text)
+    found = read(path)
+    assert isinstance(found, Statistics)
+    assert (found.load.tolist(), found.layer_names) == ([[5, 0, 1], [0, 4, 2]], ("layers.0", "layers.2"))
+    assert read(path, num_experts=4).num_experts == 4
+    with pytest.raises(ValueError, match="to become a trace, got loads only"):
+        convert(path, tmp_path / "out.npz")
+
+
+def test_counts_that_are_wrong(tmp_path):
+    path = tmp_path / "c.csv"
+    for text, message in {
+        "0,1,x\n": "must be rows of 2 columns",
+        "0,1,2\n0,1\n": "rows of .* must be whole numbers",
+        "0,1,2\n0,-1,2\n": "expert of .* must be not negative, got -1",
+        "0,1,2\n999999999,1,2\n": "layer and expert of .* must be dense",
+        "0,1,0\n": "count of .* must be more than zeros",
+        "layer,expert,count\n": "rows of .* must be at least one",
+        "a,b,c\n0,1,2\n": r"content of .* must be rows of 2 columns, layer,expert \(or .*\), got 'a,b,c'",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read(path)
+    path.write_text(COUNTED)
+    with pytest.raises(ValueError, match=r"expert of .* must be below num_experts=2, got 2"):
+        read(path, num_experts=2)
+
+
+def test_a_recorders_fractions_are_no_router_logits(tmp_path):
+    counts = torch.tensor([[[0.5, 1.5], [2.0, 0.0]]])
+    for content in ({"rank": 0, "logical_count": counts}, {"logical_count": counts}):
+        torch.save(content, tmp_path / "stat.pt")
+        found = read(tmp_path / "stat.pt", top_k=1)
+        assert isinstance(found, Statistics)
+        np.testing.assert_allclose(found.load / found.load.sum(1, keepdims=True), [[0.25, 0.75], [1, 0]])
+
+
 def test_llama_cpp_files_that_are_wrong(tmp_path):
     path, ids = tmp_path / "t.csv", choices(3, 12, 2, 9)
 
