@@ -1,19 +1,23 @@
 # `make demo` and `make test` set everything up by themselves: a virtual environment in VENV, at the versions of
 # constraints.txt. Nothing is installed again until pyproject.toml or constraints.txt changes.
 #
-#   make demo      the tour on real text (under 4 minutes on 2 cores)     make test    the test suite
-#   make bench     speed beside whatever rivals are installed             make lint    ruff: rules and format
-#   make wheel     the wheel, in DIST                                     make types   mypy
+#   make demo       the tour on real text (under 4 minutes on 2 cores)     make lint    ruff: rules and format
+#   make test       the tests but the slow ones (10 minutes on 2 cores)    make types   mypy
+#   make test-all   all tests (25 minutes on 2 cores)                      make wheel   the wheel, in DIST
+#   make durations  make test, and which modules are above their budget
+#   make bench      speed beside whatever rivals are installed
 #
 # PYTHON      a Python >= 3.11 to build the environment from (found by itself)
 # VENV        where the environment lives                   DIST        where the wheel goes
 # TORCH_ARGS  more arguments for installing torch, such as an --index-url with builds without CUDA
 # ARGS        more arguments for pytest, `headgate demo` or `headgate bench`
+# JOBS        how many processes run tests (all cores); 0: one, in which a debugger works
 
 VENV ?= .venv
 DIST ?= dist
 TORCH_ARGS ?=
 ARGS ?=
+JOBS ?= logical
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
@@ -21,7 +25,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test bench lint types wheel clean
+# A module stays in one process, so that what its tests share is made once; tests/conftest.py says which come first.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
+
+.PHONY: setup demo test test-all durations bench lint types wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -38,7 +45,13 @@ demo: $(STAMP)
 	$(BIN)/headgate demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
+	$(PYTEST) $(ARGS)
+
+durations: $(STAMP)
+	$(PYTEST) -m "not slow" --durations=30 --module-budget=30 $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/headgate bench moe $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from importlib.metadata import PackageNotFoundError
@@ -41,3 +42,9 @@ def version(distribution: str) -> str | None:
         return _version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def need(who: str, package: str, extra: str) -> None:
+    """Raises RuntimeError, in the name of `who`, where a package is not installed that `extra` brings."""
+    if importlib.util.find_spec(package) is None:
+        raise RuntimeError(f"{who}: needs {package}, which is not installed: pip install 'headgate[{extra}]'")

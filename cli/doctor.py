@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -25,15 +26,22 @@ PACKAGES = {
     "matplotlib": "plot",
 }
 EXTRAS = {
-    "hf": "the drop-in for transformers models, and headgate demo",
+    "hf": "the drop-in for transformers models, headgate demo and train",
     "gpu": "kernels for CUDA devices",
-    "plot": "pictures of your own (the demo's report needs none)",
+    "plot": "pictures: headgate demo, and every --plot that draws",
 }
 TOKENS = 16
 
 
-def run(model: str | None, as_json: bool) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `headgate doctor`."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a transformers model folder, or its config.json")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
     """Prints the findings; 0, or 1 where a model was given and not all of its MoE blocks ran through Headgate."""
+    model, as_json = args.model, args.json
     found = examine()
     if model is not None:
         found["model"] = examine_model(Path(model))

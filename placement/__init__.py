@@ -1,7 +1,21 @@
 """Ground floor: where experts live, and which stand in memory. numpy in, numpy out; knows no torch.
 
-Each subject has a room of its own. Its files answer here too, under their own names and when they are first asked for:
-`headgate.placement.rebalance` is `placement/live/rebalance.py`.
+| room or file | holds |
+|---|---|
+| place.py | `place`, which conducts: a trace and a topology in, a placement with its cost and a bound out |
+| bounds/ | what no placement can go below |
+| search/ | finds placements: METHODS by name |
+| live/ | placements of a system that runs: replicas of a batch, migration, whether it pays |
+| problem.py | what a placement is to be good at |
+| walk.py, cost.py | what it costs a trace, token by token; what was counted |
+| placement.py, slots.py, formats.py | what a placement is, checked; slots; other systems' files |
+| caching/ | which experts stand in memory, by itself |
+| traces/ | where tokens went, and what is counted from it |
+| cluster/ | nodes, GPUs, links, and the rows sent over them |
+| compiled.py, files.py | numba's cache across files; files written whole or not at all |
+
+The files of a room answer here too, under their own names and when they are first asked for:
+`headgate.placement.rebalance` is `placement/live/rebalance.py`. Who may import whom: tests/test_house.py.
 """
 
 _ROOMS = {

@@ -7,6 +7,10 @@ import random
 import sys
 from pathlib import Path
 
+# A worker of pytest-xdist has one core: it and the processes that it starts use one thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -16,25 +20,47 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 sys.path.append(str(Path(__file__).parent / "support"))  # what tests share and import by name
+import processor_time
 
 # Largest allowed error, relative to the largest magnitude expected. One table for the whole suite: a test that
 # needs more says by how much (`scale=`) and why.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
+def pytest_addoption(parser):
+    processor_time.add_option(parser)
+
+
 def pytest_configure(config):
+    budget_s, worker = config.getoption("--module-budget"), hasattr(config, "workerinput")
+    config.pluginmanager.register(processor_time.ProcessorTime(budget_s, worker), "processor_time")
     # The tests' shapes are tiny: more threads only wait for each other.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.hookimpl(trylast=True)  # after `-m` has chosen
 def pytest_collection_modifyitems(config, items):
+    _longest_first(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def _longest_first(items) -> None:
+    """Modules that start ranks, then those with slow tests, then the others: a long one that comes last runs alone.
+
+    Ranks wait for each other much of the time, so another worker has the cores meanwhile.
+    """
+    slow = {item.path for item in items if "slow" in item.keywords}
+
+    def order(item) -> tuple[bool, bool]:
+        return not hasattr(getattr(item, "module", None), "cases_of"), item.path not in slow
+
+    items.sort(key=order)  # stable: modules and their tests stay in their order
 
 
 @pytest.fixture(autouse=True)

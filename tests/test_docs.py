@@ -1,49 +1,154 @@
-"""The documents: their examples run, what they link to and name is there."""
+"""The documents: their examples run and print what is shown, their commands parse, what they link to and name is there."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import importlib.util
+import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from headgate import cli
+
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted(ROOT.glob("*.md"))
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+GUIDES = [ROOT / "README.md", *DOCS]
+DOCUMENTS = sorted({*ROOT.glob("*.md"), ROOT / "bench" / "README.md", *DOCS})
+FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.splitlines()[0])
-def test_the_readmes_examples_run(example, monkeypatch, tmp_path):
+def named(paths):
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
+
+
+def examples(page: Path) -> list[tuple[str, str | None]]:
+    """The Python blocks of a page, each with what it prints: the `text` block that follows at once, or None."""
+    source = page.read_text()
+    blocks = list(FENCE.finditer(source))
+    found = []
+    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+        if block[1] == "python":
+            shown = after and after[1] == "text" and not source[block.end() : after.start()].strip()
+            found.append((block[2], after[2] if shown else None))
+    return found
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    """What stands in for a model that would have to be fetched."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = transformers.OlmoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, num_experts=8, num_experts_per_tok=2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(small).eval()
+
+
+@pytest.mark.parametrize("page", named(p for p in GUIDES if examples(p)))
+def test_examples_run_and_print_what_is_shown(page, small_model, monkeypatch, tmp_path):
+    """One page is one program, from its first block to its last."""
+    transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    if "from_pretrained" in example:  # the same on a model that need not be fetched
-        transformers = pytest.importorskip("transformers")
-        small = transformers.OlmoeConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=4, num_experts=8, num_experts_per_tok=2,
-        )  # fmt: skip
-        model = transformers.AutoModelForCausalLM.from_config(small)
-        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
+    load = staticmethod(lambda name, **options: copy.deepcopy(small_model))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    torch.manual_seed(0)
+    names: dict[str, object] = {"__name__": page.stem}
     try:
-        exec(compile(example, "README.md", "exec"), {})
+        for code, shown in examples(page):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(code, str(page), "exec"), names)
+            if shown is not None:
+                assert printed.getvalue().rstrip() == shown.rstrip()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 6
+    assert len(examples(ROOT / "README.md")) >= 6
+    assert sum(len(examples(page)) for page in DOCS) >= 20
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def commands(page: Path) -> list[str]:
+    """The lines of a page's shell blocks that call `headgate`, without what stands before the call."""
+    shell = [block[2] for block in FENCE.finditer(page.read_text()) if block[1] in ("", "sh")]
+    lines = "\n".join(shell).replace("\\\n", " ").splitlines()
+    calls = [re.match(r"(?:[A-Z_]+=\S+ +|torchrun .*? )*headgate (.*)", line) for line in lines]
+    return [call[1] for call in calls if call]
+
+
+@pytest.mark.parametrize("page", named(p for p in [*GUIDES, ROOT / "bench" / "README.md"] if commands(p)))
+def test_commands_parse(page):
+    for command in commands(page):
+        argv = shlex.split(command, comments=True)
+        parser = cli.parser() if hasattr(cli, "parser") else cli._parser(argv)
+        try:
+            parser.parse_args(argv)
+        except SystemExit as stop:
+            pytest.fail(f"headgate {command}: argparse ends with status {stop.code}")
+
+
+def test_there_are_commands():
+    assert sum(len(commands(page)) for page in GUIDES) >= 20
+
+
+@pytest.mark.parametrize("document", named(DOCUMENTS))
 def test_links_lead_somewhere(document):
-    links = re.findall(r"\]\(([^)#]+)", document.read_text())
+    links = re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", document.read_text()))
     assert not [link for link in links if "://" not in link and not (document.parent / link).exists()]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", named(DOCUMENTS))
 def test_files_that_are_named_exist(document):
     """Paths such as kernels/native.py or tests/moe; x and op stand for a name of the reader's."""
-    paths = re.findall(r"\b((?:kernels|placement|dispatch|moe|bench|tests)/[\w/.-]*[\w])", document.read_text())
+    text = re.sub(r"\]\([^)]*\)", "", document.read_text())  # links are looked at above
+    start = r"(?<![\w/.-])(?:kernels|placement|dispatch|moe|bench|tests|cli|docs)/"
+    paths = re.findall(rf"({start}[\w/.-]*[\w])", text)
+    here = (ROOT, document.parent)
     named = [p for p in paths if not re.search(r"(^|[/_])(x|op)\b", p)]
-    assert not [p for p in named if not (ROOT / p).exists()]
+    assert not [p for p in named if not any((folder / p).exists() for folder in here)]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_messages_are_those_of_the_code():
+    """Each heading of errors.md is a message; `...` stands for a value. Its words stand in the source in this order."""
+    page = (ROOT / "docs" / "errors.md").read_text()
+    messages = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
+    assert len(messages) >= 20
+    folders = ("kernels", "placement", "dispatch", "moe", "cli", "bench")
+    files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
+    literal = [joined(f.read_text()) for f in files]
+    for message in messages:
+        parts = ".{0,80}?".join(re.escape(part.strip()) for part in message.split("..."))
+        assert any(re.search(parts, text) for text in literal), message
+
+
+def joined(source: str) -> str:
+    """Source whose string literals, where they go on in the next line, are one."""
+    return re.sub(r"\"\s*\n\s*f?\"", "", source)
+
+
+def test_docstrings_become_pages():
+    """docs/docstrings.py: names, indented lines, examples and running text, each in its way."""
+    path = ROOT / "docs" / "docstrings.py"
+    spec = importlib.util.spec_from_file_location("docstrings_of_the_pages", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = ["Sums `a_b` * c_", "over all.", "", "rows   [R, D]", "       of rows", "", "so:", "    y = x", "", ">>> f(1)", "2"]
+    assert module.convert(text) == [
+        *("Sums ``a_b`` \\* c\\_", "over all.", ""),
+        *("``rows``", "    [R, D]", "    of rows", ""),
+        *("so:", "", "::", "", "        y = x", "", ""),
+        *(">>> f(1)", "2", ""),
+    ]

@@ -174,7 +174,7 @@ def _write(where: str | None, report: dict[str, Any]) -> None:
 
 def _again(args: argparse.Namespace) -> int:
     """The same command in a process whose Triton compiles: kernels become interpreted ones where they are decorated."""
-    command = ["bench", "compile", "--processes", str(args.processes)]
+    command = ["--processes", str(args.processes)]
     for name in ("shapes", "tokens", "passes", "dtypes"):
         if getattr(args, name):
             command += [f"--{name}", *map(str, getattr(args, name))]
@@ -184,5 +184,6 @@ def _again(args: argparse.Namespace) -> int:
             command += [f"--{name}", str(getattr(args, name))]
     command += ["--all"] if args.all else []
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = "import sys; from headgate.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import argparse, sys; from headgate.bench.gpu.compile import add_arguments, run; "
+    code += "parser = argparse.ArgumentParser(); add_arguments(parser); sys.exit(run(parser.parse_args()))"
     return subprocess.run([sys.executable, "-P", "-c", code, *command], env=env).returncode

@@ -39,8 +39,10 @@ SLOW_START_S = 15.0  # whoever takes longer to get going at one case takes part 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that go with --gpu-report."""
+    """The options of `headgate bench` itself: --gpu-report and what goes with it."""
+    parser.set_defaults(refuse=parser.error)
     add = parser.add_argument
+    add("--gpu-report", action="store_true", help="measure everything on this machine's GPU, in minutes")
     add(
         "--out",
         type=Path,
@@ -75,6 +77,8 @@ def plan() -> list[Case]:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes. 0; 1 where Headgate's own numbers were refused or failed, or nothing was measured."""
+    if not args.gpu_report:
+        args.refuse("one of --gpu-report and the benchmarks must be given; headgate bench --help lists them")
     cases = [c for c in plan() if not args.only or any(text in f"{c.key}/" for text in args.only)]
     if args.contestants:
         cases = [replace(c, contestants=tuple(args.contestants)) for c in cases]

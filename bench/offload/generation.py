@@ -24,10 +24,11 @@ from torch import Tensor
 
 from ...moe.elsewhere import send_elsewhere
 from ...moe.offload import Arena, Engine, FileStore, HostStore
-from ...moe.offload.forms import experts_in, form_of
+from ...moe.offload.ahead import foresight_of
+from ...moe.offload.forms import experts_in, form_of, survey
 from ...moe.offload.kinds import Layer
 from ...moe.offload.lower import FILE, groups_of, store_of
-from ...moe.offload.offload import Offload, _foresight, _survey, offload
+from ...moe.offload.offload import Offload, offload
 from ...placement.caching.predict import Predictor
 from ...placement.caching.predict import fit as fit_path
 from ...placement.traces.trace import Trace
@@ -240,21 +241,11 @@ class _Run:
             raise AssertionError("generation: tokens must be those of the resident model, got others")
 
 
-class _Kept(HostStore):
-    """The experts of another store, which stay when one of those who use them is through."""
-
-    def __init__(self, other: HostStore) -> None:
-        self.layers, self.pinned, self._parts, self._views = other.layers, other.pinned, other._parts, other._views
-
-    def close(self) -> None:
-        pass
-
-
 class _OnDevice(_Run):
     """Experts in host memory: page-locked once, with an engine of its own for each setting; they never come back."""
 
     def send_away(self, device: torch.device) -> None:
-        self.found, _ = _survey(self.model)
+        self.found, _ = survey(self.model)
         groups = groups_of(self.found, {})
         layers = [
             Layer.of(name, (range(len(form.weights(module)["w_down"])), form.weights(module)))
@@ -272,16 +263,13 @@ class _OnDevice(_Run):
 
     @contextmanager
     def _offload(self, policy: str, prefetch: str | Predictor | None) -> Iterator[Offload]:
-        engine = Engine(_Kept(self.store), BUDGET, policy=policy, trace=self.fit, device=self.device)
-        foresight = _foresight(prefetch, self.model, self.found, self.fit)
+        engine = Engine(self.store.lend(), BUDGET, policy=policy, trace=self.fit, device=self.device)
+        foresight = foresight_of(prefetch, self.model, self.found, self.fit)
         offloaded = Offload(self.model, self.found, {}, engine, engine.store, foresight, self.device)
         try:
             yield offloaded
         finally:
-            offloaded._hook.remove()
-            for _, module, _ in self.found:
-                send_elsewhere(module, None)
-            engine.close()
+            offloaded.close(restore=False)
 
     def offloaded(self, format: str | None = None, **options: Any) -> Speed:
         assert format is None
@@ -307,7 +295,7 @@ class _OnDevice(_Run):
         return replace(speed, overlap=seen.overlap, GBps=copied / seen.copy_s / 1e9 if seen.copy_s else None)
 
     def _lower(self) -> HostStore:
-        return _Kept(self.store)
+        return self.store.lend()
 
     def _same(self, got: Tensor) -> None:
         self._agree(got)

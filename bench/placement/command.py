@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from html import escape
 from pathlib import Path
 
-from ...cli import html
-from ...cli.demo.report import CSS
-from .. import machine
+from .. import html, machine
 from . import table
 from .case import Case, case_of
 from .rows import ROWS, Row
@@ -61,12 +60,7 @@ def _compile(case: Case, names: list[str]) -> None:
 
 def _draw(path: Path, case: Case, found: dict[str, Row]) -> None:
     parts = "".join(
-        f"<section><h2>{row.title}</h2>{html.table([list(row.head), *map(list, row.lines)])}</section>"
-        for row in found.values()
+        f"<section><h2>{escape(row.title)}</h2>{html.table([row.head, *row.lines])}</section>" for row in found.values()
     )
-    head = f"<title>headgate bench placement</title><style>{CSS}</style>"
-    about = f'<p class="lead">{case.name}; {machine.processor()}</p>'
-    path.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{head}</head><body><main>'
-        f"<h1>Placements, side by side</h1>{about}{parts}</main></body></html>\n"
-    )
+    about = f"{escape(case.name)}; {escape(machine.processor())}"
+    path.write_text(html.page("headgate bench placement", "Placements, side by side", about, parts), encoding="utf-8")

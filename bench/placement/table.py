@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ...cli.screen import Screen
 from .. import machine
+from ..screen import Screen
 from .case import Case
 from .rows import Row
 

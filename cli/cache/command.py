@@ -9,23 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...bench.screen import Screen
 from ...placement.caching.policies import POLICIES
 from ...placement.caching.simulate import SCOPES
 from ...placement.caching.tiers import Times
-from ..screen import Screen
 from .compare import AHEAD, Case, Plan, case_of, compare, curves
 
-EXAMPLE = """examples:
-  headgate cache trace.npz --budget 25%
-  headgate cache trace.npz --slots 16 --batch 8 --scope shared --policies lru lfru layer
-  headgate cache trace.npz --budget 8GiB --expert-bytes 17.3MB --host-budget 50% --prefetch path --plot cache.png
-"""
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate cache`."""
-    parser.epilog = EXAMPLE
     add = parser.add_argument
     add("trace", type=Path, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
     add("--budget", metavar="X", help="device memory for experts: a share of them all, 25%%, or bytes, 8GiB")

@@ -150,13 +150,18 @@ def locality(trace: Trace, top_k: int) -> dict[str, Any]:
 def curves(case: Case, plan: Plan) -> tuple[list[int], dict[str, list[float]]]:
     """(slots a layer, hit rates of each policy and Belady at them), without prefetch."""
     steps = steps_of(case.judge, plan.batch)
-    experts, top_k = steps.experts, case.judge.shape[2]
-    sizes = sorted({max(top_k, round(share * experts)) for share in (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)})
+    slots = sizes(steps.experts, case.judge.shape[2])
     found: dict[str, list[float]] = {}
     for name in (*plan.policies, "belady"):
         try:
-            found[name] = [simulate(steps, name, m, scope=plan.scope, fit=case.fit).hit_rate for m in sizes]
+            found[name] = [simulate(steps, name, m, scope=plan.scope, fit=case.fit).hit_rate for m in slots]
         except ValueError:
             if name not in NEED_TRACE:
                 raise
-    return sizes, found
+    return slots, found
+
+
+def sizes(experts: int, top_k: int) -> list[int]:
+    """The numbers of slots that a picture of hit rates shows: from a sixteenth of the experts to three quarters."""
+    shares = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
+    return sorted({max(top_k, round(share * experts)) for share in shares})

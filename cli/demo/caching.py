@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import time
+from functools import partial
 
+from ...bench import draw, html
 from ...moe.offload.offload import offload
 from ...placement.caching.simulate import simulate
 from ...placement.caching.steps import steps_of
-from .. import charts, html
+from ..cache.compare import sizes
 from .model import generate
 from .tour import Tour
 
@@ -22,7 +24,9 @@ def run(tour: Tour) -> None:
     """Policies on the recorded trace, then the model itself beside what it was with everything in memory."""
     assert tour.trace is not None
     steps = steps_of(tour.trace)
-    rates = {name: simulate(steps, name, BUDGET).hit_rate for name in POLICIES}
+    shown = sizes(steps.experts, tour.trace.shape[2])
+    curves = {name: [simulate(steps, name, size).hit_rate for size in shown] for name in POLICIES}
+    at_hand = {name: simulate(steps, name, BUDGET).hit_rate for name in POLICIES}
     prompt = PROMPT if tour.options.text is None else bytes(tour.corpus.held_out[:32])
     length, seed = min(LENGTH, tour.options.shape.length), tour.options.seed
     start = time.perf_counter()
@@ -39,7 +43,9 @@ def run(tour: Tour) -> None:
         slots, experts = offloaded.engine.arena.nbytes, sum(layer.nbytes for layer in offloaded.engine.layers)
     tour.metrics["cache"] = {
         "budget": BUDGET,
-        "hit_rates": rates,
+        "hit_rates": at_hand,
+        "experts": steps.experts,
+        "curves": {"slots": shown, "hit_rates": curves},
         "same": got == want,
         "slots_bytes": slots,
         "experts_bytes": experts,
@@ -69,14 +75,17 @@ def _say(tour: Tour) -> None:
 
 def section(tour: Tour) -> str:
     found = tour.metrics["cache"]
-    rates = {name: 100 * rate for name, rate in found["hit_rates"].items()}
     words = (
         f"The experts were written to a file and only {found['slots_bytes'] / 1e6:.0f} of their "
         f"{found['experts_bytes'] / 1e6:.0f} MB kept in memory. The model then wrote "
         f"{'the same bytes as before' if found['same'] else '<b>other bytes than before</b>'}: what a layer needed was "
-        f"there in {found['hits']:.1%} of all cases, the rest was read. Left, on the recorded "
-        "trace, how often a policy has the expert that is asked for; nobody can do better than Belady, who knows "
-        "the future, without reading ahead."
+        f"there in {found['hits']:.1%} of all cases, the rest was read. The picture shows, on the recorded trace, "
+        "how often a policy has the expert that is asked for. Without reading ahead nobody can do better than Belady, "
+        "who knows the future."
     )
-    chart = charts.bars("experts at hand", rates, "adaptive", "%")
-    return html.prose(words) + html.grid([chart])
+    return html.prose(words) + draw.inline(partial(rates, found=found), "hit rate over slots", 860, 300)
+
+
+def rates(axis: draw.Axes, found: dict) -> None:
+    """Picture: hit rates over slots."""
+    draw.hit_rates(axis, found["curves"]["slots"], found["curves"]["hit_rates"], found["experts"])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 MARK = "metrics.json"  # written last: a folder that has it was written by a demo
-PARTS = ("model", "trace.npz", "report.html", MARK)
+PARTS = ("model", "trace.npz", "report.html", "report.png", MARK)
 
 
 def prepare(folder: Path, need_bytes: int) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...bench import draw, html
 from ...moe.record import record
 from ...placement.traces.affinity import Affinity, affinity, expert_load, imbalance, transition_counts
 from ...placement.traces.trace import Trace
-from .. import charts, html
 from .text import VOCABULARY
 from .tour import Tour
 
@@ -115,12 +116,25 @@ def section(tour: Tour) -> str:
             "expert; full colour is twice its fair share of tokens or more. "
             f"The busiest expert of a layer carries {max(found['busiest_over_mean']):.1f} times the mean at worst."
         ),
-        charts.heat_map(load / load.mean(1, keepdims=True).clip(1e-9), "layer", "expert", top=2.0, unit="× mean load"),
+        draw.inline(
+            partial(load_map, load=load), "load of every expert, full colour: twice the mean or more", 860, 250
+        ),
     ]
     if pairs:
         parts.append(_affinity_section(tour.trace, pairs))
     parts.append(_specialist_section(found["specialists"]))
     return "".join(parts)
+
+
+def load_map(axis: draw.Axes, load: NDArray) -> None:
+    """Picture: the load of every expert over the mean of its layer."""
+    draw.heat(axis, load / load.mean(1, keepdims=True).clip(1e-9), "layer", "expert", top=2.0, unit="× mean load")
+
+
+def foretold(axis: draw.Axes, pairs: list[dict]) -> None:
+    """Picture: how well an expert foretells the next one, layer by layer."""
+    rows = [(f"{p['layer']} → {p['layer'] + 1}", p["shuffled"], p["predicted"]) for p in pairs]
+    draw.dumbbells(axis, rows, "unrelated", "measured")
 
 
 def _affinity_section(trace: Trace, pairs: list[dict]) -> str:
@@ -136,12 +150,14 @@ def _affinity_section(trace: Trace, pairs: list[dict]) -> str:
         "foretold can be placed together and fetched ahead of time. The matrix shows those two layers: how many times "
         "more often than by chance each pair of experts occurs."
     )
-    order = np.argsort(lift.argmax(1), kind="stable")
-    matrix = charts.matrix(
-        lift, order.tolist(), f"expert in layer {layer}, sorted", f"expert in layer {layer + 1}", top=4.0
-    )
-    shares = charts.dumbbells(
-        [(f"{p['layer']} → {p['layer'] + 1}", p["shuffled"], p["predicted"]) for p in pairs], "unrelated", "measured"
+    order = np.argsort(lift.argmax(1), kind="stable").tolist()
+    ends = (f"expert in layer {layer}, sorted", f"expert in layer {layer + 1}")
+    matrix = draw.inline(
+        lambda axis: draw.matrix(axis, lift, order, *ends, top=4.0, unit="× chance"),
+        "transitions, full colour: four times chance or more", 420, 420,
+    )  # fmt: skip
+    shares = draw.inline(
+        partial(foretold, pairs=pairs), "share of transitions to the favourite successors", 420, 60 + 34 * len(pairs)
     )
     return html.subtitle("Affinity between layers") + words + html.grid([shares, matrix])
 

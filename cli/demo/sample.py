@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import html
+from ...bench import html
 from .model import generate
 from .tour import Tour
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import charts, html
+from ...bench import draw, html
 from .model import RIVALS, generate, implementation, losses
 from .tour import Model, Tour
 from .train import Optimizer
@@ -152,8 +153,7 @@ def _table(found: dict) -> list[tuple[str, ...]]:
     for work, rates in found["tokens_per_second"].items():
         rows.append((WORK[work], *(f"{rates[who]:,.0f}" for who in CONTENDERS), f"{ratio(rates):.2f}x"))
     kept = found["kept_by_experts_bytes"]
-    best = min(kept[who] for who in RIVALS) / max(kept["headgate"], 1)
-    rows.append(("MB kept by experts", *(f"{kept[who] / 1e6:,.0f}" for who in CONTENDERS), f"{best:.2f}x less"))
+    rows.append(("MB kept by experts", *(f"{kept[who] / 1e6:,.0f}" for who in CONTENDERS), f"{fewer(kept):.2f}x less"))
     return rows
 
 
@@ -162,15 +162,31 @@ def ratio(rates: dict[str, float]) -> float:
     return rates["headgate"] / max(rates[who] for who in RIVALS)
 
 
+def fewer(kept: dict[str, int]) -> float:
+    """The best rival's bytes over Headgate's."""
+    return min(kept[who] for who in RIVALS) / max(kept["headgate"], 1)
+
+
+def rate_bars(axis: draw.Axes, rates: dict[str, float]) -> None:
+    """Picture: tokens per second."""
+    draw.bars(axis, {who: rates[who] for who in CONTENDERS}, "headgate", "tokens/s")
+
+
+def kept_bars(axis: draw.Axes, kept: dict[str, int]) -> None:
+    """Picture: megabytes kept for the backward pass."""
+    draw.bars(axis, {who: kept[who] / 1e6 for who in CONTENDERS}, "headgate", "MB")
+
+
 def section(tour: Tour) -> str:
     found = tour.metrics["speed"]
     rounds = len(next(iter(found["seconds"]["training_step"].values())))
     pictures = [
-        charts.bars(WORK[work], {who: rates[who] for who in CONTENDERS}, "headgate", "tokens/s")
+        draw.inline(partial(rate_bars, rates=rates), f"{WORK[work]}, tokens/s: {ratio(rates):.2f}× the best other")
         for work, rates in found["tokens_per_second"].items()
     ]
-    kept = {who: found["kept_by_experts_bytes"][who] / 1e6 for who in CONTENDERS}
-    pictures.append(charts.bars("kept for backward by the experts", kept, "headgate", "MB", less_is_better=True))
+    kept = found["kept_by_experts_bytes"]
+    less = f"kept for backward by the experts, MB: {fewer(kept):.2f}× less than the best other"
+    pictures.append(draw.inline(partial(kept_bars, kept=kept), less))
     note = html.prose(f"<b>{WARNING}</b>") if not reliable(found) else ""
     return (
         note

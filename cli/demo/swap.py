@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from ...bench import html
 from ...moe.hf import replace, restore
-from .. import html
 from .model import RIVALS, build, implementation, parameters
 from .tour import Model, Tour
 

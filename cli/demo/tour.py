@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...bench.screen import Screen
 from ...placement.placement import Placement
 from ...placement.traces.trace import Trace
-from ..screen import Screen
 from .text import Corpus
 
 Model = Any  # a transformers model, whose attributes are its own

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from functools import partial
 
 import torch
 from torch import nn
 
+from ...bench import draw, html
 from ...moe.hf import replace
-from .. import charts, html
 from .model import cross_entropy, losses
 from .text import baselines
 from .tour import Model, Tour
@@ -140,5 +141,11 @@ def section(tour: Tour) -> str:
         f"{found['bits_per_byte_of']['unigram']:.2f}, knowing the byte before it "
         f"{found['bits_per_byte_of']['bigram']:.2f}."
     )
-    shown = done if "final_bits_per_byte" in found else found["steps"]
-    return html.prose(words) + charts.loss(found["train"], found["held_out"], found["bits_per_byte_of"], shown)
+    title = "bits per byte: training text (line), held-out text (dots)"
+    return html.prose(words) + draw.inline(partial(curve, found=found), title, 860, 340)
+
+
+def curve(axis: draw.Axes, found: dict) -> None:
+    """Picture: bits per byte over steps."""
+    steps = len(found["train"]) if "final_bits_per_byte" in found else found["steps"]
+    draw.loss(axis, found["train"], found["held_out"], found["bits_per_byte_of"], steps)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ...bench.screen import Screen
 from ...placement.cluster.topology import Topology
 from ...placement.files import write_whole
 from ...placement.formats import EXPORTS, export, import_map
@@ -23,23 +24,14 @@ from ...placement.search.methods import METHODS
 from ...placement.traces.file import TraceFile
 from ...placement.traces.trace import Trace
 from ...placement.walk import walk
-from ..screen import Screen
 from . import explain, page
 
-EXAMPLE = """examples:
-  headgate place trace.npz --nodes 2 --gpus-per-node 4 --output placement.json
-  headgate place trace.npz --nodes 1 --gpus-per-node 8 --slots-per-gpu 9 --objective transitions --max-load 1.06 \\
-      --compare --explain --plot placement.html --output placement.json
-  headgate place newer.npz --nodes 2 --gpus-per-node 4 --migrate-from placement.json --output new.json
-  headgate place trace.npz --nodes 1 --gpus-per-node 8 --output placement.json --export sglang experts.json
-"""
 OTHERS = ("linear", "eplb", "balance")
 OBJECTIVES = ("time", "transitions", "copies", "load")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate place`."""
-    parser.epilog = EXAMPLE
     add = parser.add_argument
     add("trace", type=Path, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
     add("--nodes", type=int, required=True, metavar="N")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...bench import draw, html
 from ...placement.cost import Cost
 from ...placement.files import write_whole
 from ...placement.placement import Placement
@@ -16,8 +16,6 @@ from ...placement.search.simple import linear
 from ...placement.traces.statistics import statistics
 from ...placement.traces.trace import Trace
 from ...placement.walk import walk
-from .. import charts, html
-from ..demo.report import CSS
 
 
 def write(path: Path, placement: Placement, trace: Trace, rows: dict[str, dict[str, Any]]) -> None:
@@ -28,12 +26,8 @@ def write(path: Path, placement: Placement, trace: Trace, rows: dict[str, dict[s
         f"{layers} layers, {top_k} of {placement.num_experts} experts for each token, "
         f"{placement.expert_of_slot.shape[1]} slots on {topology.gpus} GPUs, {topology.nodes} node(s)."
     )
-    text = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>headgate place</title><style>{CSS}</style></head><body><main>
-<h1>Where the experts live</h1><p class="lead">{escape(about)}</p>
-<section>{pictures(placement, trace, rows)}</section></main></body></html>
-"""
+    body = f"<section>{pictures(placement, trace, rows)}</section>"
+    text = html.page("headgate place", "Where the experts live", about, body)
     write_whole(path, lambda file: file.write(text.encode()))
 
 
@@ -89,7 +83,10 @@ def comparison(rows: dict[str, dict[str, Any]]) -> str:
 def _load(cost: Cost, title: str) -> str:
     time = cost.load / cost.topology.speed_of_gpu
     values = time / np.maximum(time.mean(1, keepdims=True), 1e-9)
-    return charts.heat_map(values, "layer", "GPU", top=2.0, unit="× mean", title=f"load of every GPU, {title}")
+    return draw.inline(
+        lambda axis: draw.heat(axis, values, "layer", "GPU", top=2.0, unit="× mean"),
+        f"load of every GPU {title}, full colour: twice the mean or more", 860, 60 + 22 * min(len(values), 24),
+    )  # fmt: skip
 
 
 def _affinity(placement: Placement, trace: Trace) -> str:
@@ -101,15 +98,13 @@ def _affinity(placement: Placement, trace: Trace) -> str:
     order = [_order(placement, n) for n in (layer, layer + 1)]
     ends = [np.cumsum(np.bincount(gpu, minlength=placement.topology.gpus)) for _, gpu in order]
     values = lifts[layer][:, order[1][0]]
-    return charts.matrix(
-        values,
-        order[0][0].tolist(),
-        f"expert in layer {layer}, GPU by GPU",
-        f"expert in layer {layer + 1}, GPU by GPU",
-        top=4.0,
-        lines=(ends[0][:-1].tolist(), ends[1][:-1].tolist()),
-        names=order[1][0].tolist(),
-    )
+
+    def picture(axis: draw.Axes) -> None:
+        names, lines = order[1][0].tolist(), (ends[0][:-1].tolist(), ends[1][:-1].tolist())
+        sides = (f"expert in layer {layer}, GPU by GPU", f"expert in layer {layer + 1}, GPU by GPU")
+        draw.matrix(axis, values, order[0][0].tolist(), *sides, 4.0, "× chance", names, lines)
+
+    return draw.inline(picture, "transitions, full colour: four times chance or more", 420, 420)
 
 
 def _order(placement: Placement, layer: int) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
@@ -128,12 +123,8 @@ def _lift(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 def _traffic(cost: Cost) -> str:
     rows = cost.rows.sum(0).astype(float)
     even = rows.sum() / rows.size
-    return charts.matrix(
-        rows / max(even, 1e-9),
-        list(range(len(rows))),
-        "a token's home GPU",
-        "the GPU of its experts",
-        top=2.0,
-        title="rows, over an even share",
-        unit="× even share",
-    )
+    values, sides = rows / max(even, 1e-9), ("a token's home GPU", "the GPU of its experts")
+    return draw.inline(
+        lambda axis: draw.matrix(axis, values, range(len(rows)), *sides, 2.0, "× an even share"),
+        "rows, full colour: twice an even share or more", 420, 420,
+    )  # fmt: skip

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ...bench.machine import need
+from ...bench.screen import Screen
 from ...placement.traces.file import TraceFile
 from ...placement.traces.generate import like_deepseek_v2_lite
 from ...placement.traces.readers import READERS, convert, read
 from ...placement.traces.statistics import Statistics
-from .summary import lines, loads, summary
+from .summary import loads, show, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 0; raises ValueError on bad usage, OSError and RuntimeError where it cannot be done."""
     found = _found(args)
-    print("\n".join(lines(found)), file=sys.stderr if args.json else sys.stdout)
+    show(found, Screen(out=sys.stderr if args.json else sys.stdout))
     if args.json:
         print(json.dumps(found))
     return 0
@@ -67,6 +69,7 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
         like_deepseek_v2_lite(args.tokens or 20_000, args.seed).save(output)
         made = TraceFile(output)
     else:
+        need("trace", "transformers", "hf")
         from .recording import recorded
 
         made = recorded(args)

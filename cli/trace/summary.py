@@ -1,4 +1,4 @@
-"""What a trace says, as figures and as lines. Traces are streamed: their size does not matter."""
+"""What a trace says, as figures and on the screen. Traces are streamed: their size does not matter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...bench.screen import Screen
 from ...placement.traces.affinity import affinity, imbalance
 from ...placement.traces.drift import drift
 from ...placement.traces.file import TraceFile
@@ -15,7 +16,7 @@ GPUS = 8
 
 
 def summary(trace: TraceFile, seed: int = 0, against: TraceFile | None = None) -> dict[str, Any]:
-    """Everything that `lines` tells, for JSON."""
+    """Everything that `show` tells, for JSON."""
     layers, tokens, top_k = trace.shape
     found = statistics(trace, co_activation=True)
     pairs = affinity(trace, seed=seed)
@@ -53,36 +54,34 @@ def loads(found: Statistics, source: str) -> dict[str, Any]:
     return {"trace": source, "layers": layers, "experts": experts, "load": _load(found)}
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def show(found: dict[str, Any], screen: Screen) -> None:
     """The figures in words."""
     size = f"{found['layers']} layers of {found['experts']} experts"
     if "tokens" in found:
         parts = f" in {found['sequences']:,} sequences" if found["sequences"] is not None else ""
         size = f"{found['tokens']:,} tokens{parts}, {size}, {found['top_k']} to a token"
-    out = [f"{found['trace']}: {size}", *_table(found)]
-    out.append(f"load, max / mean, mean of the layers: {_mean(found['load'], 'max_over_mean'):.2f}")
+    screen.say(f"{found['trace']}: {size}")
+    screen.table(_table(found))
+    screen.say(f"load, max / mean, mean of the layers: {_mean(found['load'], 'max_over_mean'):.2f}")
     if found.get("affinity"):
         predicted, shuffled, gain = (_mean(found["affinity"], k) for k in ("predicted", "shuffled", "lift"))
-        out.append(
+        screen.say(
             f"{found['top_k']} best successors: {100 * predicted:.1f}% of the transitions, "
             f"{100 * shuffled:.1f}% with tokens shuffled, lift {gain:.2f}"
         )
     if found.get("companions") is not None:
-        out.append(f"{found['top_k']} best companions: {100 * found['companions']:.1f}% of the pairs inside a layer")
+        screen.say(f"{found['top_k']} best companions: {100 * found['companions']:.1f}% of the pairs inside a layer")
     if found.get("gpus_of_a_token") is not None:
-        out.append(f"GPUs of a token and layer, experts dealt out over {GPUS}: {found['gpus_of_a_token']:.2f}")
+        screen.say(f"GPUs of a token and layer, experts dealt out over {GPUS}: {found['gpus_of_a_token']:.2f}")
     if "drift" in found:
-        out.append(f"drift to {found['drift']['against']}: {found['drift']['report']}")
-    return out
+        screen.say(f"drift to {found['drift']['against']}: {found['drift']['report']}")
 
 
-def _table(found: dict[str, Any]) -> list[str]:
+def _table(found: dict[str, Any]) -> list[tuple[str, ...]]:
     lift = {a["layer"]: f"{a['lift']:.2f}" for a in found.get("affinity", ())}
-    width = max(5, *(len(load["name"]) for load in found["load"]))
-    head = f"  {'layer':<{width}}  {'max / mean':>10}  {'busiest':>7}  {'unused':>6}  {'lift to the next':>16}"
+    head = ("layer", "max / mean", "busiest", "unused", "lift to the next")
     rows = [
-        f"  {load['name']:<{width}}  {load['max_over_mean']:>10.2f}  {load['busiest']:>7}  {load['unused']:>6}  "
-        f"{lift.get(number, ''):>16}".rstrip()
+        (load["name"], f"{load['max_over_mean']:.2f}", str(load["busiest"]), str(load["unused"]), lift.get(number, ""))
         for number, load in enumerate(found["load"])
     ]
     return [head, *rows]

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ...bench.machine import need
+from ...bench.screen import Screen
 from ...dispatch import Fold
 from ...dispatch.fold import Sizes
 from ...dispatch.rollcall import hold
 from ..demo.model import quiet
 from ..demo.text import Corpus, read_corpus
-from ..screen import Screen
 from .loop import Trainer
 from .model import build_stage
 from .options import Options, choose, options_of
@@ -27,6 +28,7 @@ from .ranks import device, process_group, together
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, or 2 on every rank where one of them found something amiss before the first step."""
+    need("train", "transformers", "hf")
     with open(os.devnull, "w") as nowhere, quiet(), process_group(max(args.timeout, 1)):
         first = dist.get_rank() == 0
         screen = Screen(out=(sys.stderr if args.json else sys.stdout) if first else nowhere)

@@ -12,9 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...placement.caching.predict import Predictor
+from ...placement.caching.predict import Predictor, fit
+from ...placement.traces.trace import Trace
+from .forms import Found
 
 Guess = tuple[int, NDArray[np.float32]]  # a layer to come, and the chance [E] that each of its experts is needed
+PREFETCH = ("gate", "path")
 _RANKS = 2  # places of a token's ranking that are followed, times K
 _FADE = 0.98  # of what was counted, with each guess
 
@@ -167,3 +170,31 @@ class Path:
         if me not in self._twins:
             self._twins[me] = self._predictor.twin()
         return self._twins[me]
+
+
+def foresight_of(prefetch: object, model: nn.Module, found: Found, trace: Trace | None) -> Foresight | None:
+    """What `headgate.offload` calls `prefetch`, for the experts modules `found` in `model`; None: nothing is foreseen.
+
+    Raises ValueError where there is no such way, where it needs a `trace` and gets none, or where a Predictor is of
+    another [L, E].
+    """
+    if prefetch is None:
+        return None
+    if prefetch == "gate":
+        routers = [
+            router_of(model, name, len(form.weights(module)["w_down"]), form.width(module)) if name else None
+            for name, module, form in found
+        ]
+        return Gate(routers)
+    if prefetch == "path":
+        if trace is None:
+            raise ValueError("offload: trace must be given for prefetch='path', which learns from it, got None")
+        prefetch = fit(trace)
+    if not isinstance(prefetch, Predictor):
+        raise ValueError(
+            f"offload: prefetch must be one of {', '.join(PREFETCH)}, a Predictor or None, got {prefetch!r}"
+        )
+    shape = len(found), max(len(form.weights(module)["w_down"]) for _, module, form in found)
+    if prefetch.shape != shape:
+        raise ValueError(f"offload: prefetch must be of [L, E] = {shape}, got a predictor of {prefetch.shape}")
+    return Path(prefetch)

@@ -16,6 +16,8 @@ from ...kernels.quantized import Quantized
 from ...kernels.routing import Routing
 from ...placement.caching.costs import FREE, Costs
 from ...placement.cluster.links import Link, fit
+from .forms import Form
+from .host import Store
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 COLD_BYTES = 256 << 20  # what is larger than caches comes from memory each time
@@ -76,6 +78,17 @@ def measure_costs(
     sent = torch.ones(max(rows), _width(experts[0], form), dtype=dtype, device=device)
     start_s = timed(lambda: sent.copy_(sent.cpu()), share, clock)
     return Costs(tuple(rows), computed, host, copy, read, size, start_s)
+
+
+def costs_of(hybrid: bool | Costs, store: Store, form: Form, device: torch.device) -> Costs | None:
+    """What hybrid execution goes by; measured on the first layer, whose experts have this `form`."""
+    if not hybrid or isinstance(hybrid, Costs):
+        return hybrid or None
+    weights = store.whole(0)
+    return measure_costs(
+        weights, device=device, dtype=weights["w_down"].dtype, activation=form.activation, gated=form.activation.gated,
+        transposed=form.transposed, interleaved=form.interleaved,
+    )  # fmt: skip
 
 
 def timed(work: Callable[[], object], budget_s: float, clock: Clock) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...kernels.activation import Activation
+from ..elsewhere import elsewhere_of
 from ..experts import WEIGHTS, Experts
 from ..hf import experts as boundary
 from ..hf.gate import activation_of
@@ -64,3 +65,32 @@ def form_of(module: nn.Module) -> Form | str:
         if not isinstance(getattr(m, name), nn.Parameter):
             return f"{name} is computed, not a parameter ({type(getattr(m, name)).__name__})"
     return Form(names, activation, transposed, interleaved)
+
+
+Found = list[tuple[str, nn.Module, Form]]  # of a model, the experts modules that can be moved, by name
+
+
+def survey(model: nn.Module) -> tuple[Found, dict[str, str]]:
+    """The experts modules of a model that can be moved, and why each of the others cannot: name -> reason.
+
+    Raises ValueError where there is none to move, where one is elsewhere already, and where two share a parameter.
+    """
+    found: Found = []
+    skipped: dict[str, str] = {}
+    taken: dict[nn.Parameter, str] = {}
+    for name, module in experts_in(model):
+        if elsewhere_of(module) is not None:
+            raise ValueError(f"offload: model must not be offloaded already, got one whose {name} is")
+        form = form_of(module)
+        if isinstance(form, str):
+            skipped[name] = form
+            continue
+        found.append((name, module, form))
+        for parameter in form.weights(module).values():
+            if parameter in taken:
+                raise ValueError(f"offload: experts must have their own weights, got {name} with {taken[parameter]}'s")
+            taken[parameter] = name
+    if not found:
+        why = next(iter(skipped.values()), "run headgate.replace on a transformers model first")
+        raise ValueError(f"offload: model must have experts that run through Headgate, got none to move: {why}")
+    return found, skipped

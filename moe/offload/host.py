@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -64,6 +65,13 @@ class HostStore:
 
     def whole(self, layer: int) -> dict[str, Tensor]:
         return dict(self._parts[layer][0]) if plain(self.layers[layer]) else {}
+
+    def lend(self) -> HostStore:
+        """The same experts, without a copy, for one more user: closing it leaves this store open. Of the memory, who
+        closes last lets go."""
+        lent = copy.copy(self)
+        lent._parts, lent._views = list(self._parts), dict(self._views)
+        return lent
 
     def close(self) -> None:
         self._parts.clear()

@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels.quantized import quantize
 from .file import FileStore
-from .forms import Form
+from .forms import Found
 from .host import HostStore, Store
 from .kinds import Weights
 
 FILE = "experts.safetensors"
 Formats = Mapping[str, Sequence[str | None]]  # module name -> the format of each expert
-Found = list[tuple[str, nn.Module, Form]]
 
 
 def groups_of(found: Found, formats: Formats) -> list[list[tuple[list[int], str | None]]]:

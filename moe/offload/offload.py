@@ -15,22 +15,20 @@ from ...kernels.routing import Routing
 from ...placement.caching.costs import Costs
 from ...placement.caching.policies import Setting
 from ...placement.caching.policies import policy as start_policy
-from ...placement.caching.predict import Predictor, fit
+from ...placement.caching.predict import Predictor
 from ...placement.traces.trace import Trace
-from ..elsewhere import elsewhere_of, send_elsewhere
+from ..elsewhere import send_elsewhere
 from . import ahead
 from .arena import plan_slots
-from .costs import measure_costs
+from .costs import costs_of
 from .engine import Engine
-from .forms import Form, experts_in, form_of
+from .forms import Found, survey
 from .host import Store
 from .kinds import Layer
-from .lower import Formats, Found, groups_of, like, store_of
+from .lower import Formats, groups_of, like, store_of
 from .moved import Moved, move_others
 from .pace import Pace
 from .stats import Stats
-
-PREFETCH = ("gate", "path")
 
 
 def offload(
@@ -93,7 +91,7 @@ def offload(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"offload: model must be a torch.nn.Module, got {type(model).__name__}")
-    found, skipped = _survey(model)
+    found, skipped = survey(model)
     where = torch.device(device) if device is not None else _device_of(model, found)
     if where.type == "cpu" and disk is None:
         raise ValueError(
@@ -107,7 +105,7 @@ def offload(
         raise ValueError(f"offload: readers must be at least 1, or 0 without a disk, got {readers}")
     _check_hybrid(hybrid, disk, formats)
     groups = groups_of(found, formats or {})
-    foresight = _foresight(prefetch, model, found, trace)
+    foresight = ahead.foresight_of(prefetch, model, found, trace)
     layers = [
         Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
         for (name, module, form), parts in zip(found, groups, strict=True)
@@ -118,35 +116,12 @@ def offload(
     state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
     store = store_of(found, layers, groups, disk, where, page_cache=page_cache, verify=verify)
     try:
-        costs = _costs(hybrid, store, found[0][2], where)
+        costs = costs_of(hybrid, store, found[0][2], where)
         engine = Engine(store, budget, policy=state, scope=scope, device=where, readers=readers, log=log, costs=costs)
     except BaseException:
         store.close()
         raise
     return Offload(model, found, skipped, engine, store, foresight, where)
-
-
-def _survey(model: nn.Module) -> tuple[Found, dict[str, str]]:
-    """The experts modules that can be moved, and why the others cannot."""
-    found: Found = []
-    skipped: dict[str, str] = {}
-    taken: dict[nn.Parameter, str] = {}
-    for name, module in experts_in(model):
-        if elsewhere_of(module) is not None:
-            raise ValueError(f"offload: model must not be offloaded already, got one whose {name} is")
-        form = form_of(module)
-        if isinstance(form, str):
-            skipped[name] = form
-            continue
-        found.append((name, module, form))
-        for parameter in form.weights(module).values():
-            if parameter in taken:
-                raise ValueError(f"offload: experts must have their own weights, got {name} with {taken[parameter]}'s")
-            taken[parameter] = name
-    if not found:
-        why = next(iter(skipped.values()), "run headgate.replace on a transformers model first")
-        raise ValueError(f"offload: model must have experts that run through Headgate, got none to move: {why}")
-    return found, skipped
 
 
 def _device_of(model: nn.Module, found: Found) -> torch.device:
@@ -170,40 +145,6 @@ def _check_hybrid(hybrid: bool | Costs, disk: object, formats: Formats | None) -
                 f"offload: {name} must be None with hybrid, for which the host needs whole experts in its memory, got "
                 f"{value!r}"
             )
-
-
-def _costs(hybrid: bool | Costs, store: Store, form: Form, device: torch.device) -> Costs | None:
-    """What hybrid execution goes by; measured on the first layer, whose experts have this `form`."""
-    if not hybrid or isinstance(hybrid, Costs):
-        return hybrid or None
-    weights = store.whole(0)
-    return measure_costs(
-        weights, device=device, dtype=weights["w_down"].dtype, activation=form.activation, gated=form.activation.gated,
-        transposed=form.transposed, interleaved=form.interleaved,
-    )  # fmt: skip
-
-
-def _foresight(prefetch: object, model: nn.Module, found: Found, trace: Trace | None) -> ahead.Foresight | None:
-    if prefetch is None:
-        return None
-    if prefetch == "gate":
-        routers = [
-            ahead.router_of(model, name, len(form.weights(module)["w_down"]), form.width(module)) if name else None
-            for name, module, form in found
-        ]
-        return ahead.Gate(routers)
-    if prefetch == "path":
-        if trace is None:
-            raise ValueError("offload: trace must be given for prefetch='path', which learns from it, got None")
-        prefetch = fit(trace)
-    if not isinstance(prefetch, Predictor):
-        raise ValueError(
-            f"offload: prefetch must be one of {', '.join(PREFETCH)}, a Predictor or None, got {prefetch!r}"
-        )
-    shape = len(found), max(len(form.weights(module)["w_down"]) for _, module, form in found)
-    if prefetch.shape != shape:
-        raise ValueError(f"offload: prefetch must be of [L, E] = {shape}, got a predictor of {prefetch.shape}")
-    return ahead.Path(prefetch)
 
 
 class Offload:
@@ -251,16 +192,20 @@ class Offload:
         if self._foresight is not None:
             self._foresight.start()
 
-    def close(self, discard: bool = False) -> None:
+    def close(self, discard: bool = False, *, restore: bool = True) -> None:
         """Brings the experts back to where they were, layer by layer, and ends the threads. The file stays.
 
         Experts in few bits come back rounded. Raises RuntimeError, before anything is done, where weights were changed
         meanwhile, which would be lost: `discard` says that they may. After an error it can be called again.
+        With `restore=False` nothing is brought back: parameters keep what they hold now, the lower tier's own bytes.
+        That is for a model which is offloaded again from the same store (`HostStore.lend`), with other settings.
         """
         with self._lock:
             if not discard:
                 for one in self._moved:
                     one.check()
+            while self._moved and not restore:
+                send_elsewhere(self._moved.pop().module, None)
             while self._moved:
                 last = len(self._moved) - 1
                 self._moved[last].restore(self._store, last, self.engine.arena.device)

@@ -10,6 +10,15 @@ part has slots. Each is bounded for itself, and the two are added, by the best o
 | sdp | the semidefinite relaxation of the whole chain, with triangle inequalities: better until the time is up |
 
 Any point at which a method stops proves its bound: dual.py says why, and takes the margins of all roundings off.
+
+| file | holds |
+|---|---|
+| simple.py | matching and singular values, pair by pair |
+| chain.py, triangles.py | multipliers of the whole chain, by ADMM; its cuts |
+| dual.py | what multipliers prove: the only file that may say it |
+| load.py, copies.py | bounds on load; on rows copied |
+| _checks.py | what goes in, checked |
+| certify.py | the bound and the gap of an answer, for `place` |
 """
 
 from __future__ import annotations

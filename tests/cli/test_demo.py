@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import threading
 from html.parser import HTMLParser
 
@@ -12,14 +11,14 @@ import torch
 
 pytest.importorskip("transformers")
 
-from headgate.cli import charts, demo
+from headgate.bench.screen import Screen
+from headgate.cli.demo import chapters as demo
 from headgate.cli.demo import files, speed, swap, text, train
-from headgate.cli.screen import Bar, Screen
 from headgate.placement.traces.trace import Trace
 
 TINY = demo.Shape(layers=2, hidden=16, ffn=8, experts=4, top_k=2, heads=2, length=32)
 LINE = b"def add(a, b):\n    return a + b\n\n\n"
-PARTS = ["metrics.json", "model", "placement.json", "report.html", "trace.npz"]
+PARTS = ["metrics.json", "model", "placement.json", "report.html", "report.png", "trace.npz"]
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_the_whole_tour(options, screen):
     assert found.open == []
     assert found.loads == []
     assert page.count("<section") == len(demo.CHAPTERS)
-    assert "12/12" in screen.progress.getvalue()
+    assert "12/12" in screen.progress.file.getvalue()
     assert tour.metrics == metrics
 
 
@@ -128,7 +127,7 @@ def test_ctrl_c_in_training_keeps_what_there_is(options, screen, monkeypatch):
     tour = demo.run(options(), screen, chapters=[c for c in demo.CHAPTERS if c.name != "speed"])
     assert tour.interrupted == "train"
     out = options().output
-    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "model", "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "model", "report.html", "report.png"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["train"]["train"]) == 3
     assert metrics["about"]["interrupted"] == "train"
@@ -153,7 +152,7 @@ def test_a_shorter_run_leaves_nothing_of_the_longer_one_before_it(options, scree
     demo.run(options(), screen, chapters)
     assert (options().output / "trace.npz").exists()
     demo.run(options(), screen, [_interrupting(demo.CHAPTERS[0])])
-    assert sorted(p.name for p in options().output.iterdir()) == ["metrics.json", "model", "report.html"]
+    assert sorted(p.name for p in options().output.iterdir()) == ["metrics.json", "model", "report.html", "report.png"]
 
 
 def test_an_error_in_a_chapter_keeps_the_others_work(options, screen):
@@ -242,43 +241,6 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[0] < 0.2
     assert rates[100] == pytest.approx(0.05)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def test_pictures_of_little_data_are_well_formed():
-    pictures = [
-        charts.bars("speed", {"a": 0.5, "headgate": 3.0}, "headgate", "tokens/s"),
-        charts.loss([], [[0, 8.1]], {"uniform": 8.0}, 100),
-        charts.heat_map(np.zeros((1, 1)), "layer", "expert", 2.0, "x"),
-        charts.matrix(np.eye(3), [2, 0, 1], "<rows>", "columns", 4.0),
-        charts.dumbbells([("0", 0.0, 0.0)], "before", "after"),
-    ]
-    for picture in pictures:
-        assert Page(picture).open == []
-        assert not re.search("nan|inf", picture)
-
-
-def test_the_bar_redraws_on_a_terminal_and_writes_ten_lines_in_a_log():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    log, terminal = io.StringIO(), Terminal()
-    for stream in (log, terminal):
-        bar = Bar(100, stream)
-        for i in range(100):
-            bar.update(i + 1, "note")
-        bar.close()
-    assert log.getvalue().count("\n") == 11
-    assert "\r" not in log.getvalue()
-    assert terminal.getvalue().count("\n") == 0
-    assert terminal.getvalue().count("\r") == 101
-
-
-def test_a_terminal_that_knows_no_blocks_gets_question_marks():
-    raw = io.BytesIO()
-    screen = Screen(io.TextIOWrapper(raw, encoding="latin-1"))
-    screen.say("load ▁█")
-    assert raw.getvalue() == b"load ??\n"
 
 
 @pytest.mark.parametrize(("spread", "cores", "fine"), [(1.1, 1.9, True), (1.6, 1.9, False), (1.1, 0.7, False)])

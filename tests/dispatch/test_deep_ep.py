@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks_runner import Rank, checks_of, passed_on_every_rank, run_ranks
+from ranks_runner import cases_of, passed_on_every_rank, ranks_fixture
 
 from headgate.dispatch import ENGINES, DeepEP, Dispatcher
 
 RANKS = Path(__file__).with_name("deep_ep_ranks.py")
+results = ranks_fixture(RANKS)
 SIZES = {"max_tokens": 8, "hidden_size": 256, "top_k": 2}
 
 
@@ -22,12 +23,7 @@ def group():
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> list[Rank]:
-    return run_ranks(RANKS, 4, tmp_path_factory.mktemp("deep_ep"))
-
-
-@pytest.mark.parametrize("check", checks_of(RANKS))
+@pytest.mark.parametrize(("results", "check"), cases_of(RANKS, [4]), indirect=["results"])
 def test_on_a_model_of_its_kernels(results, check):
     passed_on_every_rank(results, check)
 

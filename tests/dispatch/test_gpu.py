@@ -21,9 +21,9 @@ RANKS = Path(__file__).with_name("ranks.py")
 
 def run(folder: Path, script: Path, size: int, backend: str, only: str, **environment: str) -> None:
     """The checks of a script whose names begin with `only`, all in one test."""
-    results = run_ranks(script, size, folder, 540, backend, only, **environment)
     checks = [check for check in checks_of(script) if check.startswith(only)]
     assert checks
+    results = run_ranks(script, size, folder, checks, 540, backend, **environment)
     for check in checks:
         passed_on_every_rank(results, check)
 

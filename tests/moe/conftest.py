@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hybrid_cases import host_threads
 from offload_cases import offload_threads, soon
 from torch import Tensor
 
@@ -52,9 +53,10 @@ def captured():
 
 
 @pytest.fixture
-def no_reader_is_left() -> Iterator[None]:
-    """The test leaves no thread of an offload."""
+def no_thread_is_left() -> Iterator[None]:
+    """The test leaves no thread of an offload: none that reads, none that computes on the host."""
     yield
-    if offload_threads():
+    left = lambda: offload_threads() + host_threads()  # noqa: E731
+    if left():
         gc.collect()
-    assert soon(lambda: not offload_threads()), "reader threads are left"
+    assert soon(lambda: not left()), f"threads are left: {left()}"

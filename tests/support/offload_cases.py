@@ -7,7 +7,10 @@ import time
 from collections import Counter
 
 import torch
+from torch import nn
 
+import headgate
+from headgate.kernels import quantize
 from headgate.kernels.grouped_ffn import grouped_ffn
 from headgate.kernels.routing import Routing
 from headgate.moe.offload import Engine, FileStore, HostStore, Layer
@@ -35,6 +38,15 @@ def layers_of(made: list[dict]) -> list[Layer]:
     return [Layer.of(f"model.{i}.experts", (range(len(w["w_down"])), w)) for i, w in enumerate(made)]
 
 
+def mixed() -> tuple[list[Layer], list[list[dict]]]:
+    """Two layers and their weights: bf16 with biases; experts 1 and 4 in mxfp4 and the others in fp32."""
+    first = {"w_gate_up": torch.randn(3, 8, 6).bfloat16(), "b_down": torch.randn(3, 6)}
+    few = {"w_down": quantize(torch.randn(2, 5, 64), "mxfp4"), "w_gate_up": torch.randn(2, 3, 7)}
+    many = {"w_down": torch.randn(3, 5, 64), "w_gate_up": torch.randn(3, 3, 7)}
+    layers = [Layer.of("a.b", (range(3), first)), Layer.of("c", ((1, 4), few), ((0, 2, 3), many))]
+    return layers, [[first], [few, many]]
+
+
 def host_store(made: list[dict]) -> HostStore:
     return HostStore(layers_of(made), lambda i: [made[i]])
 
@@ -55,6 +67,23 @@ def resident(x, routing, w: dict, **form) -> torch.Tensor:
     first = (w["w_gate"], w["w_up"]) if "w_gate" in w else w["w_gate_up"]
     biases = {name: w[name] for name in ("b_gate_up", "b_down") if name in w}
     return grouped_ffn(x, routing, first, w["w_down"], **biases, **form)
+
+
+class Stack(nn.Module):
+    """Three MoE layers in a residual stream."""
+
+    def __init__(self, dtype=torch.float32, **options):
+        super().__init__()
+        sizes = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 8, "top_k": 2, **options}
+        self.blocks = nn.ModuleList(headgate.MoE(**sizes, dtype=dtype) for _ in range(3))
+
+    def forward(self, input_ids=None, x=None):
+        if x is None:
+            table = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
+            x = table[input_ids].to(self.blocks[0].experts.w_down.dtype)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
 
 
 class Watched:

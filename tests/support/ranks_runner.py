@@ -1,130 +1,160 @@
-"""Checks on many ranks: a script's CHECKS, all run by one start of the processes. Both ends of it are in this file.
+"""Checks on many ranks: a script's CHECKS, all run by one start of the processes. The ranks' end is ranks_process.py.
 
 The script, usually `ranks.py` beside its test, has a dict CHECKS of functions without arguments, which every rank calls
-in order with a process group (gloo) over all ranks. The test has a fixture that starts the ranks and a case per check:
+in order with a process group (gloo) over all ranks. The test has a fixture that starts the ranks, and a case for each
+check and number of ranks; `slow` says on how many ranks a check is for `make test-all` alone:
 
-    @pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
-    def results(request, tmp_path_factory):
-        return run_ranks(RANKS, request.param, tmp_path_factory.mktemp("ranks"))
+    RANKS = Path(__file__).with_name("ranks.py")
+    results = ranks_fixture(RANKS)
 
-    @pytest.mark.parametrize("check", checks_of(RANKS))
+    @pytest.mark.parametrize(("results", "check"), cases_of(RANKS, [2, 4], {"a_check": (4,)}), indirect=["results"])
     def test_on_every_rank(results, check):
         passed_on_every_rank(results, check)
 
-One rank is `python ranks_runner.py SCRIPT RANK SIZE FOLDER BACKEND ONLY`. It writes to FOLDER/RANK.json a line for each
-check: its name and "" or what went wrong. After a failure the ranks are out of step: it stops there.
+The ranks run the checks that are asked for: `-k`, `-m` and the name of one test leave out the others.
+
+To import torch takes a process longer than most checks. So one process, the nursery, imports it once and forks the
+ranks of every script and every world size; it lives as long as pytest. Each run has ranks of its own: what fails or
+hangs in one script leaves the results of the others alone.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import json
 import os
-import re
+import select
+import signal
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
+import processor_time
 import pytest
-import torch
 import torch.distributed as dist
+from ranks_process import load_checks
+
+Slow = dict[str, tuple[int, ...]]  # check -> the numbers of ranks on which it is for `make test-all` alone
+PROCESS = Path(__file__).with_name("ranks_process.py")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank did: check -> what went wrong ("" for nothing), and what the process printed."""
+    """What one rank did: check -> what went wrong ("" for nothing, None: it did not end), and what was printed."""
 
-    checks: dict[str, str]
+    checks: dict[str, str | None]
     log: str
 
 
 def checks_of(script: Path) -> dict[str, Callable[[], None]]:
     """The CHECKS of a script. Skips the test module where torch has no gloo."""
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch has no gloo", allow_module_level=True)
-    name = "headgate_test_" + "_".join(script.with_suffix("").parts[-2:])
-    spec = importlib.util.spec_from_file_location(name, script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.CHECKS
+    if not (dist.is_available() and dist.is_gloo_available() and hasattr(os, "fork")):
+        pytest.skip("this torch has no gloo, or this system no fork", allow_module_level=True)
+    return load_checks(script)
+
+
+def cases_of(script: Path, sizes: list[int], slow: Slow | None = None, only: list[str] | None = None) -> list:
+    """The cases (number of ranks, check) of a script, or of the checks in `only`, by number of ranks.
+
+    ValueError: `slow` names no check.
+    """
+    checks, slow = list(checks_of(script)), slow or {}
+    if strangers := slow.keys() - set(checks):
+        raise ValueError(f"cases_of: slow must name checks of {script.name}, got {sorted(strangers)}")
+
+    def case(size: int, check: str):
+        marks = [pytest.mark.slow] if size in slow.get(check, ()) else []
+        return pytest.param(size, check, id=f"{size}-ranks-{check}", marks=marks)
+
+    return [case(size, check) for size in sizes for check in only or checks]
+
+
+def ranks_fixture(script: Path, seconds: float = 180):
+    """A fixture, to be parametrized with the number of ranks: what came of the checks that this session selects."""
+
+    @pytest.fixture(scope="module")
+    def results(request, tmp_path_factory) -> list[Rank]:
+        chosen = [
+            item.callspec.params["check"]
+            for item in request.session.items
+            if item.path == request.path and "check" in item.fixturenames
+            if item.callspec.params.get("results") == request.param
+        ]
+        return run_ranks(script, request.param, tmp_path_factory.mktemp(script.stem), chosen, seconds)
+
+    return results
 
 
 def run_ranks(
     script: Path,
     size: int,
     folder: Path,
+    checks: list[str],
     seconds: float = 180,
     backend: str = "gloo",
-    only: str = "",
     **environment: str,
 ) -> list[Rank]:
-    """Runs the checks of `script` on `size` ranks, in the empty folder `folder`; what came of it, rank by rank.
+    """Runs `checks` of `script`, in its order, on `size` ranks, in the empty `folder`; what came of it, rank by rank.
 
-    `backend`: "gloo"; "cuda:gloo" (all ranks on one GPU, new tensors there) or "nccl" (each on its own). `only`: a
-    pattern that the names of the checks to run begin with.
+    `backend`: "gloo"; "cuda:gloo" (all ranks on one GPU, new tensors there) or "nccl" (each on its own). After
+    `seconds` the ranks are ended.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HEADGATE_CPU": "plain", **environment}
-    processes = []
-    for rank in range(size):
-        command = [sys.executable, __file__, script, str(rank), str(size), folder, backend, only]
-        with open(folder / f"{rank}.log", "w") as log:
-            processes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log))
-    deadline = time.monotonic() + seconds
-    try:
-        for process in processes:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        pass  # the checks that are missing say it
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    environment = {"OMP_NUM_THREADS": "1", "HEADGATE_CPU": "plain", **environment}
+    run = {"script": str(script), "size": size, "folder": str(folder), "seconds": seconds}
+    run |= {"backend": backend, "checks": checks, "environment": environment}
+    if backend == "gloo":
+        nursery().run(run)
+    else:  # a nursery of its own: what its ranks do to the device ends with it
+        alone = Nursery()
+        alone.run(run)
+        alone.end()
     found = []
     for rank in range(size):
-        lines = folder / f"{rank}.json"
+        lines, log = folder / f"{rank}.json", folder / f"{rank}.log"
         done = dict(map(json.loads, lines.read_text().splitlines())) if lines.exists() else {}
-        found.append(Rank(done, (folder / f"{rank}.log").read_text()))
+        found.append(Rank(done, log.read_text(errors="replace") if log.exists() else "it was not started"))
     return found
 
 
 def passed_on_every_rank(results: list[Rank], check: str) -> None:
     for rank, (done, log) in enumerate((r.checks, r.log) for r in results):
-        assert check in done, f"rank {rank} did not come to it; its last check: {list(done)[-1:]}\n{log[-2000:]}"
+        log = log[-4000:]
+        assert check in done, f"rank {rank} did not come to it; its last check: {list(done)[-1:]}\n{log}"
+        assert done[check] is not None, f"rank {rank} began it, and died or was ended in it\n{log}"
         assert not done[check], f"rank {rank}:\n{done[check]}"
 
 
-def main(script: Path, rank: int, size: int, folder: Path, backend: str, only: str) -> None:
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=30)
-    if backend != "gloo":
-        device = rank if backend == "nccl" else 0
-        torch.cuda.set_device(device)
-        torch.set_default_device(f"cuda:{device}")
-        timeout *= 4  # the first calls compile kernels
-    files = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group(backend.removeprefix("cuda:"), store=files, rank=rank, world_size=size, timeout=timeout)
-    with open(folder / f"{rank}.json", "w") as lines:
-        for name, function in checks_of(script).items():
-            if not re.match(only, name):
-                continue
-            torch.manual_seed(0)
-            try:
-                function()
-                wrong = ""
-            except Exception:
-                wrong = traceback.format_exc()
-            print(json.dumps([name, wrong]), file=lines, flush=True)
-            if wrong:
-                return
-    dist.destroy_process_group()
+class Nursery:
+    """The process that forks ranks: one run of a script at a time."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, run: dict) -> None:
+        """Returns when the ranks have ended, whatever became of them. RuntimeError: the nursery itself has."""
+        self.process.stdin.write(json.dumps(run).encode() + b"\n")
+        self.process.stdin.flush()
+        # it ends the ranks by itself, so this is for a machine on which even that takes long
+        ready, _, _ = select.select([self.process.stdout], [], [], run["seconds"] + 120)
+        answer = self.process.stdout.readline() if ready else b""
+        if not answer:
+            self.end()
+            nursery.cache_clear()  # the next script gets a new one
+            raise RuntimeError(f"ranks_runner: the nursery ended or hangs in {run['script']} on {run['size']} ranks")
+        processor_time.elsewhere.append(json.loads(answer)["processor_s"])
+
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), *sys.argv[5:])
+@functools.cache
+def nursery() -> Nursery:
+    """One for all of this process's tests; it ends when pytest, by ending, closes its standard input."""
+    return Nursery()

@@ -3,6 +3,15 @@
 A policy keeps `value` [L, E] up to date, the worth of keeping each expert; the cache gives up the resident with the
 lowest. It is arrays (State) and one compiled function, `advance` (step.py), which sees every step before victims are
 chosen, so that the simulator and a live model run the same code.
+
+| file | holds |
+|---|---|
+| state.py, step.py | what a policy is made of; `advance`, with a branch for each |
+| recency.py | policies that look back: how long ago, how often |
+| layers.py | policies that know the order of layers |
+| foresight.py | values that foretell the next use, learning as they go |
+| learned.py | the same with what a trace has taught them, kept in files |
+| taught.py | policies that look up what a trace has taught |
 """
 
 from __future__ import annotations

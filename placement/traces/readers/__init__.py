@@ -1,4 +1,11 @@
-"""What other programs record, read into a Trace, or into Statistics where there are counts only."""
+"""What other programs record, read into a Trace, or into Statistics where there are counts only.
+
+| file | holds |
+|---|---|
+| common.py | a recording opened by its kind, and a Trace or Statistics made of what was found |
+| torch_file.py | tensors out of torch.save's files, without torch |
+| sglang.py, vllm.py, router_logits.py, llama_cpp.py, flame_moe.py, esft.py, eplb.py | one format each |
+"""
 
 from __future__ import annotations
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from small_configs import small_values, smaller
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -23,68 +25,18 @@ transformers.logging.set_verbosity_error()
 
 from headgate.moe.hf.table import ADAPTERS, adapter_of  # noqa: E402
 
-# What a configuration is shrunk to, wherever it has a field of that name.
-_SIZES = {
-    64: "vocab_size vocab_size_per_layer_input max_position_embeddings",
-    32: "hidden_size d_model embed_dim",
-    16: """intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim moe_intermediate_size q_lora_rank
-           expert_ffn_hidden_size ffn_hidden_size shared_expert_intermediate_size moe_hidden_size index_head_dim
-           moe_shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size
-           intermediate_size_mlp router_hidden_size dense_intermediate_size qk_head_dim""",
-    8: """head_dim d_kv kv_channels kv_lora_rank o_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim hc_lowrank
-          linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head mamba_n_heads chunk_size
-          mamba_num_heads mamba_head_dim mamba_chunk_size ssm_state_size sliding_window indexer_head_dim indexer_budget
-          hidden_size_per_layer_input num_experts num_local_experts n_routed_experts moe_num_experts moe_experts""",
-    4: """num_attention_heads n_heads num_heads encoder_attention_heads decoder_attention_heads linear_num_heads
-          linear_num_value_heads index_n_heads index_topk indexer_n_heads index_kpool""",
-    2: """num_hidden_layers num_layers n_layers encoder_layers decoder_layers num_decoder_layers num_key_value_heads
-          linear_num_key_heads num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts n_group
-          num_expert_group n_groups mamba_expand indexer_compress_ratio""",
-    1: """topk_group mamba_n_groups n_shared_experts expert_layer_period indexer_kv_heads eos_token_id bos_token_id""",
-    0: "pad_token_id expert_layer_offset num_dense_layers first_k_dense_replace",
-}
-_OFF = """dropout attention_dropout dropout_rate encoder_layerdrop decoder_layerdrop moe_token_dropout
-          router_jitter_noise hidden_dropout_prob attention_probs_dropout_prob"""
-SMALL = {name: size for size, names in _SIZES.items() for name in names.split()}
-SMALL |= {**dict.fromkeys(_OFF.split(), 0.0), "mlp_layer_types": ["sparse", "sparse"]}
-_MIXED = ["linear_attention", "full_attention"]
-# What the names do not say: which layers are sparse or of which kind, and switches that are off by default.
+# What no configuration class says: kinds of layers without a default, and where a test wants more than the default.
 SPECIAL = {
-    "bailing_hybrid": {"layer_types": _MIXED},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 8, "moe_top_k": 2},
     },
-    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
-    "diffusion_gemma": {"global_head_dim": 8},
-    "doge": {"is_moe": True, "num_experts": 16},
-    "ernie4_5_vl_moe": {
-        "moe_intermediate_size": [16, 16],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-    },
-    "flint": {"mlp_only_layers": []},
-    "gemma4": {"enable_moe_block": True, "global_head_dim": 8},
-    "glm4v_moe": {
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0
-        }
-    },
-    "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "layer_types": _MIXED},
-    "granitemoehybrid": {"layer_types": _MIXED},
-    "hy_v4": {"indexer_types": ["full", "full"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
-    "kimi_linear": {"layer_types": _MIXED},
+    "doge": {"num_experts": 16},  # product keys: a square number
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
     "llama4": {"num_experts_per_tok": 2},
-    "nemotron_h": {"layers_block_type": ["moe", "full_attention"]},
-    "nllb_moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
-    "qwen3_5_moe": {"layer_types": _MIXED},
-    "qwen3_next": {"layer_types": _MIXED},
-    "qwen4_exp": {"layer_types": ["linear_attention", "indexed_attention"]},
-    "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 2},
-    "vitpose_backbone": {"part_features": 8, "num_experts": 3, "image_size": (32, 32)},
-    "zaya": {"num_experts_per_tok": 1},
-}  # fmt: skip
+}
+_LIMIT = 4e6  # parameters of a small model
 # The model to build: text before towers, with a head before without.
 _ENDINGS = ("ForCausalLM", "TextModel", "ForTokenClassification", "ForConditionalGeneration", "Backbone", "Model")
 
@@ -150,24 +102,26 @@ def _model_classes(path: Path) -> list[type]:
     return sorted(all_of, key=rank)
 
 
-def small_config(config_class: type, family: str, **changes):
-    aliases = getattr(config_class, "attribute_map", {})
-    fields = {*config_class.__dataclass_fields__, *aliases}
-    # an alias would overwrite what its field is changed to
-    values = {name: value for name, value in SMALL.items() if name in fields and aliases.get(name) not in changes}
-    if "kv_lora_rank" in fields:  # latent attention has as many keys as queries
-        values["num_key_value_heads"] = 4
-    return config_class(**{**values, **SPECIAL.get(family, {}), **changes})
+def small_config(model_class: type, family: str, path: Path, **changes):
+    """A configuration with which the model has few parameters. Raises ValueError where no rule leads there."""
+    changes = {"sections": "mrope_section" in path.read_text(encoding="utf-8"), **SPECIAL.get(family, {}), **changes}
+    while True:
+        config = model_class.config_class(**small_values(model_class.config_class, **changes))
+        with torch.device("meta"):
+            shapes = [tuple(p.shape) for p in model_class(copy.deepcopy(config)).parameters()]
+        size, largest = sum(map(math.prod, shapes)), max(shapes, key=math.prod)
+        if size < _LIMIT:
+            return config
+        fields = {name: to for name, to in smaller(config, largest).items() if name not in changes}
+        if not fields:
+            raise ValueError(f"{model_class.__name__} still has {size} parameters, one of {largest}: see small_configs.py")
+        changes |= fields
 
 
 def build_family(family: str, path: Path, **changes) -> Family:
     """The first of the family's model classes that holds experts. Weights are drawn so large that experts matter."""
     for cls in _model_classes(path):
-        config = small_config(cls.config_class, family, **changes)
-        with torch.device("meta"):
-            size = sum(p.numel() for p in cls(config).parameters())
-        assert size < 4e6, f"{cls.__name__} still has {size} parameters: shrink its configuration in SMALL or SPECIAL"
-        model = cls(config)
+        model = cls(small_config(cls, family, path, **changes))
         if any(adapter_of(m) for m in model.modules()):
             for p in model.parameters():
                 if p.dim() > 1:

@@ -3,16 +3,12 @@
 from pathlib import Path
 
 import pytest
-from ranks_runner import Rank, checks_of, passed_on_every_rank, run_ranks
+from ranks_runner import cases_of, passed_on_every_rank, ranks_fixture
 
 MODELS = Path(__file__).with_name("models.py")
+results = ranks_fixture(MODELS)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
-def results(request, tmp_path_factory) -> list[Rank]:
-    return run_ranks(MODELS, request.param, tmp_path_factory.mktemp("models"))
-
-
-@pytest.mark.parametrize("check", checks_of(MODELS))
+@pytest.mark.parametrize(("results", "check"), cases_of(MODELS, [2, 4]), indirect=["results"])
 def test_on_every_rank(results, check):
     passed_on_every_rank(results, check)

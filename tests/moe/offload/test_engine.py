@@ -38,7 +38,7 @@ from headgate.moe.offload.stats import Stats, Timing
 from headgate.placement.caching.cache import Cache
 from headgate.placement.caching.policies import POLICIES, Setting, policy
 
-pytestmark = pytest.mark.usefixtures("no_reader_is_left")
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def needs_no_trace(name: str) -> bool:

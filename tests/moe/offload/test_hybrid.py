@@ -1,17 +1,14 @@
-"""Hybrid execution: what the host computes where the weights are gives the same, to the bit, whatever goes wrong."""
+"""Hybrid execution: what the host computes where the weights are gives the same, to the bit."""
 
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
-import random
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
+from hybrid_cases import ALL, MIXED, NBYTES, NONE, Slow, costs, host_threads
 from offload_cases import (
     D,
     E,
@@ -34,49 +31,16 @@ from headgate.kernels import quantize
 from headgate.kernels.grouped_ffn import grouped_ffn
 from headgate.kernels.routing import Routing
 from headgate.moe.offload import Engine, HostCache, HostStore, Layer, hybrid
-from headgate.moe.offload.offload import Offload, _costs, _survey
+from headgate.moe.offload.costs import costs_of
+from headgate.moe.offload.forms import survey
+from headgate.moe.offload.offload import Offload
 from headgate.placement.caching.cache import Cache
 from headgate.placement.caching.costs import FREE, Costs
 from headgate.placement.caching.policies import Setting, policy
 from headgate.placement.caching.split import DEVICE, HOST, split
 from headgate.placement.cluster.links import Link
 
-NBYTES = 3 * 24 * 16 * 4  # of an expert
-
-
-def costs(host_s: float, copy_s: float = 1e-3, device_s: float = 1e-4, start_s: float = 0.0) -> Costs:
-    """Tables that grow from one row to 64 by as much again."""
-    rows = (1, 64)
-    return Costs(
-        rows, (device_s, 2 * device_s), (host_s, 2 * host_s), Link(1e6 * copy_s, np.inf), FREE, NBYTES, start_s
-    )
-
-
-ALL, NONE, MIXED = costs(1e-9), costs(10.0), costs(1e-3)
-
-
-class Slow(HostStore):
-    """Reads take a moment, `trouble(layer, expert)` says how; the host needs none."""
-
-    def __init__(self, made, trouble=lambda layer, expert: time.sleep(random.random() / 500)) -> None:
-        super().__init__(layers_of(made), lambda i: [made[i]])
-        self.trouble = trouble
-
-    def read(self, layer, expert, into) -> None:
-        self.trouble(layer, expert)
-        super().read(layer, expert, into)
-
-
-def host_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "headgate-offload-host"]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left():
-    """Every test leaves no thread."""
-    yield
-    gc.collect()
-    assert soon(lambda: not offload_threads() and not host_threads()), "threads are left"
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 # --- right, to the bit -----------------------------------------------------------------------------------------------
@@ -234,147 +198,6 @@ def test_the_host_computes_while_the_rest_is_on_its_way():
         assert engine.stats().loads == 1
 
 
-# --- when something goes wrong ---------------------------------------------------------------------------------------
-
-
-def test_what_the_host_cannot_do_its_step_says():
-    made = weights()
-    x, routing = batch(3)
-    with Engine(Slow(made), "40%", top_k=K, costs=ALL) as engine:
-        for _ in range(3):
-            with pytest.raises(TypeError, match="dtype of rows"):
-                engine.compute(0, x.double(), routing)
-            assert torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
-        assert len(host_threads()) == 1
-
-
-@pytest.mark.parametrize("how", [MemoryError("no room"), SystemExit(3)], ids=["error", "exit"])
-def test_an_error_goes_to_its_own_step_alone(how, monkeypatch):
-    made, gate, write = weights(), threading.Event(), hybrid.write_outputs
-
-    def cough(group, rows, *rest):
-        gate.wait(30)
-        if len(rows) == 7:
-            raise how
-        write(group, rows, *rest)
-
-    monkeypatch.setattr(hybrid, "write_outputs", cough)
-    heard: dict[int, object] = {}
-    with Engine(Slow(made), "40%", top_k=K, costs=ALL) as engine:
-
-        def ask(tokens: int) -> None:
-            x, routing = batch(tokens)
-            try:
-                heard[tokens] = torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
-            except (MemoryError, RuntimeError) as error:
-                heard[tokens] = str(error)
-
-        threads = [threading.Thread(target=ask, args=(n,)) for n in (3, 7, 5)]
-        for t in threads:
-            t.start()
-        assert soon(lambda: len(engine._host._jobs) == 3)
-        gate.set()
-        for t in threads:
-            t.join(30)
-    assert heard.pop(7) in ("no room", "offload: experts could not be computed by the host: SystemExit(3)")
-    assert heard == {3: True, 5: True}
-
-
-@pytest.mark.parametrize("when", ["while it waits", "while it computes"])
-def test_a_killed_thread_is_replaced(when, monkeypatch):
-    made, write, killed = weights(), hybrid.write_outputs, []
-    x, routing = batch(3)
-    with Engine(Slow(made), "40%", top_k=K, costs=ALL) as engine:
-        assert torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
-        (thread,) = host_threads()
-        if when == "while it waits":
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-            assert soon(lambda: not thread.is_alive())
-        else:
-            end = engine._timing.end_computing
-
-            def vanish() -> None:
-                end()
-                if not killed:
-                    killed.append(threading.current_thread())
-                    raise SystemExit
-
-            monkeypatch.setattr(engine._timing, "end_computing", vanish)
-            with pytest.raises(RuntimeError, match="the thread that computes on the host has died"):
-                engine.compute(0, x, routing)
-            assert killed == [thread]
-        assert torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
-        assert host_threads() != [thread]
-    assert hybrid.write_outputs is write
-
-
-def test_an_expert_that_cannot_be_read_beside_the_host():
-    made = weights()
-
-    def sick(layer, expert):
-        raise OSError(5, "bad sector")
-
-    x, chosen = torch.randn(1, D), Routing.from_topk(torch.tensor([[2, 3]]), torch.ones(1, 2), E)
-    with Engine(Slow(made, sick), "40%", top_k=K, costs=MIXED) as engine:
-        for _ in range(3):
-            with pytest.raises(OSError, match=r"expert \d of model\.0\.experts .* could not be read: .*bad sector"):
-                engine.compute(0, x, chosen)
-        assert engine.stats().host == 3
-        assert not engine.cache.table.busy.any()
-
-
-def test_patience_ends(monkeypatch):
-    made, gate, write = weights(), threading.Event(), hybrid.write_outputs
-    monkeypatch.setattr(hybrid, "write_outputs", lambda *a: (gate.wait(30), write(*a)))
-    x, routing = batch(1)
-    with Engine(Slow(made), "40%", top_k=K, costs=ALL, patience_s=0.3) as engine:
-        with pytest.raises(TimeoutError, match=r"waited 0\.3 s for experts that the host computes"):
-            engine.compute(0, x, routing)
-        gate.set()
-        assert torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
-
-
-def test_close_while_the_host_computes(monkeypatch):
-    """What is at work ends, what waits is told, and nothing can be asked any more."""
-    made, gate, write, heard = weights(), threading.Event(), hybrid.write_outputs, []
-    monkeypatch.setattr(hybrid, "write_outputs", lambda *a: (gate.wait(30), write(*a)))
-    engine = Engine(Slow(made), "40%", top_k=K, costs=ALL)
-    x, routing = batch(2)
-
-    def ask() -> None:
-        with pytest.raises(RuntimeError, match="must be open, got one that is closed"):
-            engine.compute(0, x, routing)
-        heard.append(1)
-
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for t in threads:
-        t.start()
-    assert soon(lambda: len(engine._host._jobs) == 3)
-    threading.Timer(0.3, gate.set).start()
-    engine.close()
-    for t in threads:
-        t.join(30)
-    assert len(heard) == 3
-    assert not host_threads()
-    assert not engine._host._jobs, "they keep rows and outputs"
-    engine.close()
-    with pytest.raises(RuntimeError, match="must be open"):
-        engine.compute(0, x, routing)
-
-
-def test_a_thread_only_where_there_is_work_for_it():
-    made = weights()
-    with Engine(Slow(made), "40%", top_k=K, costs=NONE) as engine:
-        run(engine, made, steps=3)
-        assert not host_threads()
-    engine = Engine(Slow(made), "40%", top_k=K, costs=ALL)
-    run(engine, made, steps=3)
-    (thread,) = host_threads()
-    del engine
-    gc.collect()
-    assert soon(lambda: not thread.is_alive())
-
-
 # --- where it is allowed ---------------------------------------------------------------------------------------------
 
 
@@ -410,7 +233,7 @@ def test_a_model_whose_experts_are_in_host_memory():
     model, calls = Stack().eval(), [torch.randn(n, D) for n in (20, 1, 1, 3, 1, 0, 1)]
     with torch.no_grad():
         want = [model(x) for x in calls]
-        found, skipped = _survey(model)
+        found, skipped = survey(model)
         made = [{n: p.detach() for n, p in form.weights(module).items()} for _, module, form in found]
         store = HostStore(layers_of(made), lambda i: [made[i]])
         engine = Engine(store, "40%", top_k=K, costs=MIXED)
@@ -420,11 +243,11 @@ def test_a_model_whose_experts_are_in_host_memory():
             assert 0 < offloaded.stats().host < offloaded.stats().accesses
         for x, y in zip(calls, want, strict=True):
             assert torch.equal(model(x), y)
-        measured = _costs(True, HostStore(layers_of(made), lambda i: [made[i]]), found[0][2], torch.device("cpu"))
+        measured = costs_of(True, HostStore(layers_of(made), lambda i: [made[i]]), found[0][2], torch.device("cpu"))
     assert measured.expert_bytes == NBYTES
     assert measured.host_s is None  # the host is the device
-    assert _costs(MIXED, store, found[0][2], torch.device("cpu")) is MIXED
-    assert _costs(False, store, found[0][2], torch.device("cpu")) is None
+    assert costs_of(MIXED, store, found[0][2], torch.device("cpu")) is MIXED
+    assert costs_of(False, store, found[0][2], torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(

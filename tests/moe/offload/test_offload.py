@@ -6,43 +6,20 @@ import copy
 import gc
 import pickle
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
+from offload_cases import Stack
 from torch import nn
 
 import headgate
-from headgate.moe.offload import FileStore
-from headgate.moe.offload.ahead import Gate, Router, ranks, router_of
-from headgate.moe.offload.pace import Pace
+from headgate.moe.offload import Engine, FileStore, HostStore, Layer
+from headgate.moe.offload.forms import survey
+from headgate.moe.offload.offload import Offload
 from headgate.placement.caching.cache import Cache
 from headgate.placement.caching.policies import POLICIES, Setting, policy
 from headgate.placement.caching.prefetch import prefetch as fetch_likely
-
-
-class Stack(nn.Module):
-    """Three MoE layers in a residual stream."""
-
-    def __init__(self, dtype=torch.float32, **options):
-        super().__init__()
-        sizes = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 8, "top_k": 2, **options}
-        self.blocks = nn.ModuleList(headgate.MoE(**sizes, dtype=dtype) for _ in range(3))
-
-    def forward(self, input_ids=None, x=None):
-        if x is None:
-            table = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
-            x = table[input_ids].to(self.blocks[0].experts.w_down.dtype)
-        for block in self.blocks:
-            x = x + block(x)
-        return x
-
-
-@pytest.fixture
-def stack():
-    torch.manual_seed(3)
-    return Stack().eval()
 
 
 def calls(dtype=torch.float32):
@@ -312,6 +289,39 @@ def test_close_twice_and_use_after(stack, tmp_path):
         answers(stack, calls()[:1])
 
 
+def test_one_store_serves_one_setting_after_another(stack):
+    """Closed with restore=False, parameters hold the store's own bytes, from which the next Offload takes them."""
+    inputs = calls()
+    want = answers(stack, inputs)
+    found, skipped = survey(stack)
+    made = [{ours: p.detach().clone() for ours, p in form.weights(module).items()} for _, module, form in found]
+    layers = [Layer.of(name, (range(8), w)) for (name, _, _), w in zip(found, made, strict=True)]
+    store = HostStore(layers, lambda i: [made[i]])
+    for name in ("lru", "lfu"):
+        lent = store.lend()
+        engine = Engine(lent, "30%", policy=name)
+        offloaded = Offload(stack, found, skipped, engine, lent, None, torch.device("cpu"))
+        same(answers(stack, inputs), want)
+        assert offloaded.stats().loads > 0
+        offloaded.close(restore=False)
+        offloaded.close()
+        with pytest.raises(OSError, match="closed"):
+            lent.parts(0, 0)
+        assert not stack._forward_pre_hooks
+    for i, (_, module, form) in enumerate(found):
+        assert all(p.data_ptr() == made[i][ours].data_ptr() for ours, p in form.weights(module).items())
+    same(answers(stack, inputs), want)  # nobody serves them now
+
+
+def test_weights_that_would_be_lost_are_named_without_restoring_too(stack, tmp_path):
+    offloaded = headgate.offload(stack, "25%", "lru", None, tmp_path)
+    with torch.no_grad():
+        stack.blocks[1].experts.w_down.mul_(2)
+    with pytest.raises(RuntimeError, match="must stay as it was when it was offloaded"):
+        offloaded.close(restore=False)
+    offloaded.close(discard=True)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
@@ -355,59 +365,3 @@ def test_twice(stack, tmp_path):
         pytest.raises(ValueError, match="must not be offloaded already"),
     ):
         headgate.offload(stack, "25%", "lru", None, tmp_path)
-
-
-# --- what is foreseen ------------------------------------------------------------------------------------------------
-
-
-def test_ranks():
-    scores = torch.tensor([[0.1, 0.5, 0.3, 0.0], [0.9, 0.0, 0.2, 0.1]])
-    assert ranks(scores[:1], 3).tolist() == [2, 0, 1, 3]
-    assert ranks(scores, 2).tolist() == [0, 0, 1, 2]
-    assert ranks(scores, 9).tolist() == [0, 0, 1, 2]
-
-
-def test_the_router_beside_the_experts(stack):
-    router = router_of(stack, "blocks.1.experts", 8, 32)
-    x = torch.randn(5, 32)
-    torch.testing.assert_close(router.scores(x), stack.blocks[1].router.logits(x))
-    assert router_of(stack, "blocks.1.experts", 9, 32) is None
-    assert router_of(stack, "blocks.1.experts", 8, 31) is None
-
-
-def test_the_gate_counts_how_often_its_places_are_right():
-    """Of two choices foreseen, the first comes true each time, the second never."""
-    rows, ids = torch.ones(1, 2), torch.tensor([[0, 1]])
-    linear = nn.Linear(2, 4, bias=False)
-    linear.weight.data = torch.tensor([[3.0, 0], [2.0, 0], [1.0, 0], [0.0, 0]])
-    gate = Gate([None, Router((linear, "weight"))])
-    first = gate.guess(0, rows, ids)[1]
-    np.testing.assert_array_equal(first, [0.5, 0.5, 0.5, 0.5])
-    for _ in range(60):
-        gate.guess(0, rows, ids)
-        gate.came(1, np.array([0, 3]))
-    to, chance = gate.guess(0, rows, ids)
-    assert to == 1
-    assert (chance > [0.95, 0, 0, 0.95]).all()
-    assert (chance[1:3] < 0.05).all()
-    np.testing.assert_array_equal(gate.guess(0, torch.ones(2, 2), ids)[1], 0.5)  # several tokens are counted apart
-    assert gate.guess(1, rows, ids) is None
-
-
-def test_pace():
-    pace = Pace(2)
-    assert pace.order(1, 0, 0.0, 0.0) == (0.0, np.inf)
-    pace.asked(1)
-    time.sleep(0.02)
-    for n in range(60):
-        pace.order(1, 0, 1e-3, n * 1e9)
-        time.sleep(0.003)
-        pace.asked(1)
-    price, room = pace.order(1, 1, 1e-3, 1e12)
-    assert price > 0.95  # something is always on the way
-    assert room > 2  # three loads, at least
-    pace.new_sequence()
-    time.sleep(0.1)
-    pace.asked(1)
-    assert pace.order(1, 1, 1e-3, 1e12)[1] == room
-    pace.asked(0)  # never ordered for

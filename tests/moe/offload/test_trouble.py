@@ -36,7 +36,7 @@ from offload_cases import (
 from headgate.kernels.routing import Routing
 from headgate.moe.offload import Engine, HostCache
 
-pytestmark = pytest.mark.usefixtures("no_reader_is_left")
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def test_a_read_that_fails_once_is_tried_again():

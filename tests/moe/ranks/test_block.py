@@ -3,16 +3,12 @@
 from pathlib import Path
 
 import pytest
-from ranks_runner import Rank, checks_of, passed_on_every_rank, run_ranks
+from ranks_runner import cases_of, passed_on_every_rank, ranks_fixture
 
 BLOCK = Path(__file__).with_name("block.py")
+results = ranks_fixture(BLOCK, seconds=400)
 
 
-@pytest.fixture(scope="module", params=[4, 8], ids="{}-ranks".format)
-def results(request, tmp_path_factory) -> list[Rank]:
-    return run_ranks(BLOCK, request.param, tmp_path_factory.mktemp("block"), seconds=400)
-
-
-@pytest.mark.parametrize("check", checks_of(BLOCK))
+@pytest.mark.parametrize(("results", "check"), cases_of(BLOCK, [4, 8]), indirect=["results"])
 def test_on_every_rank(results, check):
     passed_on_every_rank(results, check)

@@ -3,22 +3,14 @@
 from pathlib import Path
 
 import pytest
-from ranks_runner import Rank, checks_of, passed_on_every_rank, run_ranks
+from ranks_runner import cases_of, passed_on_every_rank, ranks_fixture
 
 FOLDS = Path(__file__).with_name("folds.py")
+results = ranks_fixture(FOLDS, seconds=400)
 ON_EIGHT = "the_layer_under_every_fold"
+CASES = [*cases_of(FOLDS, [2, 4]), *cases_of(FOLDS, [8], {ON_EIGHT: (8,)}, only=[ON_EIGHT])]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
-def results(request, tmp_path_factory) -> list[Rank]:
-    return run_ranks(FOLDS, request.param, tmp_path_factory.mktemp("folds"), seconds=400)
-
-
-@pytest.mark.parametrize("check", checks_of(FOLDS))
+@pytest.mark.parametrize(("results", "check"), CASES, indirect=["results"])
 def test_on_every_rank(results, check):
     passed_on_every_rank(results, check)
-
-
-@pytest.mark.slow
-def test_every_fold_of_eight_ranks(tmp_path):
-    passed_on_every_rank(run_ranks(FOLDS, 8, tmp_path, seconds=400, only=ON_EIGHT), ON_EIGHT)

@@ -3,16 +3,12 @@
 from pathlib import Path
 
 import pytest
-from ranks_runner import Rank, checks_of, passed_on_every_rank, run_ranks
+from ranks_runner import cases_of, passed_on_every_rank, ranks_fixture
 
 PLACED = Path(__file__).with_name("placed.py")
+results = ranks_fixture(PLACED, seconds=400)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
-def results(request, tmp_path_factory) -> list[Rank]:
-    return run_ranks(PLACED, request.param, tmp_path_factory.mktemp("placed"), seconds=400)
-
-
-@pytest.mark.parametrize("check", checks_of(PLACED))
+@pytest.mark.parametrize(("results", "check"), cases_of(PLACED, [2, 4]), indirect=["results"])
 def test_on_every_rank(results, check):
     passed_on_every_rank(results, check)
