@@ -1,4 +1,4 @@
-"""Models that accelerate has placed (`device_map`, `cpu_offload`, `disk_offload`): where they compute, and weights of theirs.
+"""Models that accelerate has placed (`device_map`, `cpu_offload`, `disk_offload`): where they compute, their weights.
 
 Such a model's parameters may be on the meta device between calls: accelerate's hook on each module brings them for the
 time of a forward pass, and moves what the module is called with.

@@ -45,6 +45,6 @@ def test_a_model_placed_by_accelerate(where, plain, tmp_path):
     np.testing.assert_array_equal(measured.tokens, expected.tokens)
     np.testing.assert_allclose(measured.error, expected.error)
     assert next(model.parameters()).is_meta  # as it was
-    with pytest.raises(ValueError, match="offload: model must have its weights in memory, got .* accelerate keeps"):
+    with pytest.raises(ValueError, match=r"offload: model must have its weights in memory, got .* accelerate keeps"):
         headgate.offload(model, "50%", disk=tmp_path)
     assert not (tmp_path / "experts.safetensors").exists()
