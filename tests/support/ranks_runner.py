@@ -20,6 +20,7 @@ hangs in one script leaves the results of the others alone.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -28,6 +29,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,11 +153,14 @@ class Nursery:
         processor_time.elsewhere.append(json.loads(answer)["processor_s"])
 
     def end(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
 
 @functools.cache
 def nursery() -> Nursery:
-    """One for all of this process's tests; it ends when pytest, by ending, closes its standard input."""
-    return Nursery()
+    """One for all of this process's tests; it ends with pytest, and so do its ranks."""
+    made = Nursery()
+    atexit.register(made.end)
+    return made

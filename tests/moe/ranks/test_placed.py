@@ -7,8 +7,9 @@ from ranks_runner import cases_of, passed_on_every_rank, ranks_fixture
 
 PLACED = Path(__file__).with_name("placed.py")
 results = ranks_fixture(PLACED, seconds=400)
+SLOW = {"weights_and_optimizer_state_move_in_mid_training": (4,)}
 
 
-@pytest.mark.parametrize(("size", "check"), cases_of(PLACED, [2, 4]))
+@pytest.mark.parametrize(("size", "check"), cases_of(PLACED, [2, 4], SLOW))
 def test_on_every_rank(results, size, check):
     passed_on_every_rank(results(size), check)

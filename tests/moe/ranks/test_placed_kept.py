@@ -7,7 +7,7 @@ from ranks_runner import cases_of, passed_on_every_rank, ranks_fixture
 
 KEPT = Path(__file__).with_name("placed_kept.py")
 results = ranks_fixture(KEPT, seconds=400)
-SLOW = {}
+SLOW = {"a_checkpoint_moves_between_placements_and_folds": (4,)}
 
 
 @pytest.mark.parametrize(("size", "check"), cases_of(KEPT, [2, 4], SLOW))
