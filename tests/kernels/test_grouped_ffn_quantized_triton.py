@@ -30,6 +30,7 @@ FORMATS = {
 }
 # Several tiles each way, the last of 64 cut, and several scales along each contraction: those of 128 need more columns.
 WIDE = {"fp8": 160, "int4, wide groups": 160}
+AGAIN = ("fp8, a scale per row", "int4", "mxfp4")  # `make test` has them in another form below
 SILU = Activation("silu")
 FORMS = {"halves": (SILU, False, False), "gpt-oss": (GPT_OSS, True, False), "pair": (SILU, False, True)}
 
@@ -67,7 +68,10 @@ def truth(tensors, act, interleaved, dtype, grad):
 @pytest.mark.parametrize(
     ("format", "form", "dtype", "chip"),
     [
-        *((f, "halves", torch.float32, A100) for f in FORMATS),
+        *(
+            pytest.param(f, "halves", torch.float32, A100, marks=pytest.mark.slow if f in AGAIN else ())
+            for f in FORMATS
+        ),
         *((f, "gpt-oss", torch.float32, H200) for f in ("mxfp4", "fp8")),
         *((f, "pair", torch.float32, H200) for f in ("int4", "fp8, a scale per row")),
         ("mxfp4", "gpt-oss", torch.float16, A100),
