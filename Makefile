@@ -1,20 +1,23 @@
 # `make demo` and `make test` set everything up by themselves: a virtual environment in VENV, at the versions of
 # constraints.txt. Nothing is installed again until pyproject.toml or constraints.txt changes.
 #
-#   make demo       the tour on real text (under 4 minutes on 2 cores)     make lint    ruff: rules and format
-#   make test       the tests but the slow ones (10 minutes on 2 cores)    make types   mypy
-#   make test-all   all tests (25 minutes on 2 cores)                      make wheel   the wheel, in DIST
-#   make durations  make test, and which modules are above their budget    make docs    the pages, in build/docs
-#   make bench      speed beside whatever rivals are installed
+#   make demo         the tour on real text (under 4 minutes on 2 cores)
+#   make test         the tests but the slow ones (10 minutes on 2 cores)     make lint    ruff: rules and format
+#   make test-all     all tests (25 minutes on 2 cores)                       make types   mypy
+#   make test-newest  the tests with the newest torch, transformers, peft     make wheel   the wheel, in DIST
+#                     and triton, in an environment of their own              make docs    the pages, in build/docs
+#   make durations    make test, and which modules are above their budget     make bench   speed beside rivals
 #
 # PYTHON      a Python >= 3.11 to build the environment from (found by itself)
-# VENV        where the environment lives                   DIST        where the wheel goes
+# VENV        where the environment lives; NEWEST: that of `make test-newest`
+# DIST        where the wheel goes
 # TORCH_ARGS  more arguments for installing torch, such as an --index-url with builds without CUDA
 # ARGS        more arguments for pytest, `headgate demo` or `headgate bench`
 # JOBS        how many processes run tests (all cores); 0: one, in which a debugger works
 
 VENV ?= .venv
 DIST ?= dist
+NEWEST ?= $(VENV)-newest
 TORCH_ARGS ?=
 ARGS ?=
 JOBS ?= logical
@@ -26,9 +29,10 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # A module stays in one process, so that what its tests share is made once; tests/conftest.py says which come first.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
+SPREAD = -n $(JOBS) --dist loadscope --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 
-.PHONY: setup demo test test-all durations bench lint types docs wheel clean
+.PHONY: setup demo test test-all test-newest durations bench lint types docs wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -52,6 +56,17 @@ test-all: $(STAMP)
 
 durations: $(STAMP)
 	$(PYTEST) -m "not slow" --durations=30 --module-budget=30 $(ARGS)
+
+# The pins of constraints.txt without those of the four packages. torch first: it decides which triton may be installed.
+test-newest:
+	@test -n "$(PYTHON)" || { echo "make: needs a Python >= 3.11 with venv and ensurepip (on Debian: python3-venv)"; exit 1; }
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	grep -vE '^(torch|transformers|peft|triton|tokenizers|huggingface_hub|setuptools)==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install -U $(TORCH_ARGS) torch
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install -U -c $(NEWEST)/constraints.txt transformers peft
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install -c $(NEWEST)/constraints.txt -e '.[test]'
+	$(NEWEST)/bin/headgate doctor
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest $(SPREAD) -m "not slow" $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/headgate bench moe $(ARGS)

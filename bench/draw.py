@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .machine import need
+from . import machine
 
 # A page knows these by name (html.py); `accent` is for what is ours, `quiet` for what it is compared with.
 PALETTE = {
@@ -25,7 +25,7 @@ PALETTE = {
     "card": "#fffffe",
 }  # fmt: skip
 INK, SOFT, RULE, ACCENT, QUIET, WARM, CARD = PALETTE.values()
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif", "font.size": 12, "svg.fonttype": "none", "svg.hashsalt": "headgate",
     "text.color": INK, "axes.edgecolor": RULE, "axes.labelcolor": SOFT, "axes.titlesize": 13, "axes.titlecolor": SOFT,
     "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
@@ -48,7 +48,7 @@ def check(path: Path, who: str) -> None:
         raise ValueError(f"{who}: --plot must end in .png or .svg, got {path}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{who}: the folder of {path} must exist, got none")
-    need(f"{who}: --plot", "matplotlib", "plot")
+    machine.need(f"{who}: --plot", "matplotlib", "plot")
 
 
 def write(path: Path, width: float, height: float, fill: Callable[[Any], None]) -> None:
@@ -68,6 +68,7 @@ def inline(picture: Picture, caption: str, width: float = 420, height: float = 1
         figure = _figure(width, height)
         picture(figure.subplots())
         svg = _svg(figure)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # a page has them by itself
     for name, colour in PALETTE.items():
         svg = svg.replace(colour, f"var(--{name})")
     svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
@@ -76,7 +77,7 @@ def inline(picture: Picture, caption: str, width: float = 420, height: float = 1
 
 
 def _style() -> Any:
-    need("plot", "matplotlib", "plot")
+    machine.need("plot", "matplotlib", "plot")
     import matplotlib
 
     return matplotlib.rc_context(STYLE)

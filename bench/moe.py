@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from .case import Bench, GiB, Settings
-from .figures import PEAKS, run_figures
+from .figures import FIGURES, PEAKS, run_figures
 from .hardware import describe
 from .report import case_lines, figure_lines, legend, machine_lines
 from .rivals import ABOUT, IMPLEMENTATIONS
+from .screen import Screen
 from .shapes import DTYPES, PASSES, SHAPES, UNSCALED, Case
 
 TOKENS = (1, 16, 256, 2048, 8192)
@@ -87,17 +88,17 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if args.threads:
         torch.set_num_threads(args.threads)
-    text = sys.stderr if args.json == "-" else sys.stdout
+    screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
 
     def show(lines: list[str]) -> None:
-        print("\n".join(lines), "\n", sep="", file=text, flush=True)
+        screen.say("\n".join([*lines, ""]))
 
     report: dict[str, Any] = {"version": 1, "machine": describe(args.device), "settings": _plain(args), "cases": []}
     show([*machine_lines(report["machine"]), "", *legend()])
     began = time.monotonic()
     interrupted = False
     try:
-        _measure(args, report, show)
+        _measure(args, report, show, screen)
     except KeyboardInterrupt:
         interrupted = True
         print("\ninterrupted; what was measured is kept", file=sys.stderr)
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong or interrupted else 0
 
 
-def _measure(args: argparse.Namespace, report: dict[str, Any], show) -> None:
+def _measure(args: argparse.Namespace, report: dict[str, Any], show, screen: Screen) -> None:
     budget = args.budget or (2.0 if args.quick else 6.0 if args.figures else 10.0)
     settings = Settings(
         rivals=RIVALS if args.rivals is None else tuple(args.rivals),
@@ -122,25 +123,18 @@ def _measure(args: argparse.Namespace, report: dict[str, Any], show) -> None:
         clock=args.clock,
         peaks=() if args.no_peak or args.quick else PEAKS,
     )
-    bench = Bench(settings, _progress)
-    if args.figures:
-        report["figures"] = run_figures(bench, lambda result: show(case_lines(result)), report["cases"])
-        return
+    done = report["cases"]
     todo = cases(args)
-    scaling = {c.shape.name: c.shape.scaling for c in todo}
-    show([f"  {name:<11} {said}" for name, said in scaling.items()])
-    for n, case in enumerate(todo):
-        bench.say = lambda what, n=n: _progress(f"[{n + 1}/{len(todo)}] {what}")  # type: ignore[misc]
-        result = bench.run(case)
-        report["cases"].append(result)
-        _progress("")
-        show(case_lines(result))
-
-
-def _progress(what: str) -> None:
-    """One line that overwrites itself; nothing where nobody watches."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what[:110]}", end="", file=sys.stderr, flush=True)
+    total = len({figure.case for figure in FIGURES}) if args.figures else len(todo)
+    with screen.bar(total) as bar:
+        bench = Bench(settings, lambda what: bar.update(len(done), what))
+        if args.figures:
+            report["figures"] = run_figures(bench, lambda result: show(case_lines(result)), done)
+            return
+        show([f"  {name:<11} {said}" for name, said in {c.shape.name: c.shape.scaling for c in todo}.items()])
+        for case in todo:
+            done.append(bench.run(case))
+            show(case_lines(done[-1]))
 
 
 def _refuse(args: argparse.Namespace) -> str | None:

@@ -14,6 +14,7 @@ from ..kernels import Quantized, Routing, grouped_ffn, quantize
 from .hardware import headgate_form
 from .machine import processor
 from .measure import CLOCKS, Contestant, interleave
+from .screen import Screen
 
 FORMATS = ("int8", "int4", "mxfp4")
 EXAMPLE = """example:
@@ -52,9 +53,8 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads or before)
     if args.clock == "cpu" and torch.get_num_threads() > 1:
         raise ValueError("bench quantized: --clock cpu must go with --threads 1")
-    say = sys.stderr if args.json == "-" else sys.stdout
     try:
-        found = measure(args, say)
+        found = measure(args, Screen(out=sys.stderr if args.json == "-" else sys.stdout))
     finally:
         torch.set_num_threads(before)
     if args.json:
@@ -63,22 +63,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace, say) -> dict[str, dict[str, dict[str, float]]]:
+def measure(args: argparse.Namespace, screen: Screen) -> dict[str, dict[str, dict[str, float]]]:
     """rows -> form -> median and least time in ms, GB/s of weights read, and how many times as fast as bf16."""
     sizes = f"D={args.hidden}, F={args.intermediate}, {args.top_k} of {args.experts} experts, drawn for each call"
-    print(f"{processor()}; {torch.get_num_threads()} threads; {headgate_form()}", file=say)
-    print(f"grouped_ffn, {sizes}; rows in bf16 (fp32: fp32); {args.clock} time, the least of the samples", file=say)
-    print(f"{'rows':>5}  {'weights':<7} {'ms':>8} {'median':>8} {'GB/s':>6} {'x bf16':>7} {'x fp32':>7}", file=say)
+    screen.say(f"{processor()}; {torch.get_num_threads()} threads; {headgate_form()}")
+    screen.say(f"grouped_ffn, {sizes}; rows in bf16 (fp32: fp32); {args.clock} time, the least of the samples")
+    table = [("rows", "weights", "ms", "median", "GB/s", "x bf16", "x fp32")]
     forms = _forms(args)
     found = {}
-    for rows in args.rows:
-        found[str(rows)] = _row(args, rows, forms)
-        for name, f in found[str(rows)].items():
-            print(
-                f"{rows:>5}  {name:<7} {f['ms']:8.2f} {f['median_ms']:8.2f} {f['GBps']:6.1f} {f['over_bf16']:7.2f} "
-                f"{f['over_fp32']:7.2f}",
-                file=say,
-            )
+    with screen.bar(len(args.rows)) as bar:
+        for rows in args.rows:
+            found[str(rows)] = _row(args, rows, forms)
+            bar.update(len(found), f"{rows} rows")
+            for name, f in found[str(rows)].items():
+                times = (f"{f['ms']:.2f}", f"{f['median_ms']:.2f}", f"{f['GBps']:.1f}")
+                table.append((str(rows), name, *times, f"{f['over_bf16']:.2f}", f"{f['over_fp32']:.2f}"))
+    screen.table(table, left=(1,))
     return found
 
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .rivals import ABOUT
+from .screen import lines as table
+
+BOUNDS = ("matmuls", "dense", "read")
 
 
 def seconds(s: float) -> str:
@@ -53,21 +56,29 @@ def case_lines(result: Mapping[str, Any]) -> list[str]:
     lines = [f"{head}; {result['pairs']:,} pairs on {result['experts_hit']} experts"]
     ratios = result["ratios"]
     times = ratios.get("times_headgate", {})
+    rows = [("", "median", "beside headgate", "range")]
     for name, i in result["implementations"].items():
         if "median_s" not in i:
             kind = "refused" if "refused" in i else "skipped"
-            lines.append(f"  {name:<11} {kind}: {i[kind]}")
+            rows.append((name, kind, "", i[kind]))
             continue
-        ratio = f"{times[name]:7.2f}x headgate" if name in times else " " * 17
-        if name == "read":
-            ratio = f"{ratios['read_GBps']:7.1f} GB/s     "
         note = f"  ({i['note']})" if "note" in i else ""
-        span = f"[{seconds(i['min_s']).strip()} .. {seconds(i['max_s']).strip()}]"
-        lines.append(f"  {name:<11} {seconds(i['median_s'])} {ratio}  {span}{note}")
+        span = f"{seconds(i['min_s']).strip()} .. {seconds(i['max_s']).strip()}{note}"
+        rows.append((name, seconds(i["median_s"]), _beside(name, ratios, times), span))
+    lines += table(rows, left=(0, 3))
     lines += _bounds(result, ratios)
     if result["memory"]:
         lines += _memory(result["memory"])
     return lines
+
+
+def _beside(name: str, ratios: Mapping[str, Any], times: Mapping[str, float]) -> str:
+    """A rival's time over Headgate's; of a bound, the share of it that Headgate reaches."""
+    if name == "read":
+        return f"{ratios['read_GBps']:.1f} GB/s"
+    if name not in times:
+        return ""
+    return f"bound, {times[name]:.2f} of it reached" if name in BOUNDS else f"{times[name]:.2f}x its time"
 
 
 def _bounds(result: Mapping[str, Any], ratios: Mapping[str, Any]) -> list[str]:
@@ -105,13 +116,11 @@ def _memory(memory: Mapping[str, Any]) -> list[str]:
 
 def figure_lines(figures: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of figures to reach."""
-    wide = max(len(f["case"]) for f in figures)
-    lines = [f"{'case':<{wide}} | {'measured':>9} | {'reach':>6} | {'stretch':>7} | "]
-    lines.append("-" * len(lines[0]))
+    rows = [("case", "measured", "reach", "stretch", "verdict")]
     for f in figures:
-        cells = (_cell(f["value"], f["unit"]), _cell(f["reach"], f["unit"]), _cell(f["stretch"], f["unit"]))
-        lines.append(f"{f['case']:<{wide}} | {cells[0]:>9} | {cells[1]:>6} | {cells[2]:>7} | {f['verdict']}{_aside(f)}")
-    return lines
+        cells = (_cell(f[name], f["unit"]) for name in ("value", "reach", "stretch"))
+        rows.append((f["case"], *cells, f"{f['verdict']}{_aside(f)}"))
+    return table(rows, left=(0, 4), rule=True)
 
 
 def _aside(figure: Mapping[str, Any]) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from datetime import timedelta
 from typing import Any, TextIO, cast
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,16 +36,18 @@ class Screen:
         self.out.print()
         self.out.print(Text(title, style="bold cyan"), soft_wrap=True)
 
-    def table(self, rows: Sequence[Sequence[str]]) -> None:
-        """The first row is the head, the first column flush left, the others flush right."""
-        self.out.print(_table(rows))
+    def table(self, rows: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: bool = False) -> None:
+        """The first row is the head, with a `rule` below it if wished; the columns `left` are flush left, the others
+        flush right."""
+        self.out.print(_table(rows, left, rule))
 
     def bar(self, total: int) -> Bar:
         return Bar(total, self.progress)
 
 
 class Bar:
-    """A bar in place on a terminal, a line every tenth of the way elsewhere. Lines said meanwhile stand above it."""
+    """In a `with`: a bar in place on a terminal, a line every tenth of the way elsewhere. What is said meanwhile stands
+    above it."""
 
     def __init__(self, total: int, console: Console) -> None:
         self.total, self.console, self.shown = total, console, -1
@@ -55,8 +59,11 @@ class Bar:
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self.task = self.moving.add_task("", total=total, note="")
-        if _live(console):
+
+    def __enter__(self) -> Bar:
+        if _live(self.console):
             self.moving.start()
+        return self
 
     def update(self, done: int, note: str) -> None:
         if _live(self.console):
@@ -66,34 +73,25 @@ class Bar:
         if tenth != self.shown:
             self.shown = tenth
             left = (time.perf_counter() - self.started) / max(done, 1) * (self.total - done)
-            self.console.print(f"  {done}/{self.total}  {note}  {clock(left)} left", soft_wrap=True)
+            self.console.print(f"  {done}/{self.total}  {note}  {timedelta(seconds=int(left))} left", soft_wrap=True)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if _live(self.console):
             self.moving.stop()
 
 
-def lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table as text without colours: as `Screen.table` shows it in a log."""
+def lines(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: bool = False) -> list[str]:
+    """A table as text: what `Screen.table` writes into a log."""
     text = io.StringIO()
-    _console(text).print(_table(rows))
+    _console(text).print(_table(rows, left, rule))
     return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def spoken(seconds: float) -> str:
-    """2 min 31 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+def _table(rows: Sequence[Sequence[str]], left: Collection[int], rule: bool) -> Table:
+    frame = SIMPLE_HEAD if rule else None
+    table = Table(box=frame, show_edge=False, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for at, name in enumerate(rows[0]):
-        table.add_column(f"  {name}" if not at else name, justify="right" if at else "left", overflow="fold")
+        table.add_column(f"  {name}" if not at else name, justify="left" if at in left else "right", overflow="fold")
     for first, *others in rows[1:]:
         table.add_row(f"  {first}", *others)
     return table

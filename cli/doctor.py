@@ -14,14 +14,16 @@ from typing import Any
 
 from ..bench import machine
 from ..bench.gpu import doctor as gpu
+from .versions import known_ranges, outside
 
-# distribution -> the extra that brings it; None: comes with headgate itself
+# distribution -> the extra that brings it; None: comes with headgate itself, or is the user's own choice
 PACKAGES = {
     "headgate": None,
     "torch": None,
     "numpy": None,
     "transformers": "hf",
     "safetensors": "hf",
+    "peft": None,
     "triton": "gpu",
     "matplotlib": "plot",
 }
@@ -65,6 +67,8 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "gpu": gpu.examine(),
         "versions": versions,
+        "known_versions": known_ranges(),
+        "warnings": outside(versions),
         "compiler": _compiler(),
         "missing_extras": {extra: EXTRAS[extra] for extra in sorted(lacking)},
     }
@@ -103,6 +107,7 @@ def _machine_lines(found: dict[str, Any]) -> list[str]:
         *gpu.rows(found["gpu"]),
     ]
     lines = [f"{name:<20}{value}" for name, value in rows]
+    lines += [f"{'warning':<20}{sentence}" for sentence in found["warnings"]]
     lines += [f"{'missing':<20}{use}: pip install 'headgate[{e}]'" for e, use in found["missing_extras"].items()]
     return lines
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -44,7 +45,8 @@ class DeadRanks(RuntimeError):
     """Ranks that did not answer a roll call: `ranks`, their global numbers, rising. The failure itself is its cause.
 
     A rank that lives but is stopped, or busy elsewhere for longer than the grace period, did not answer either. If it
-    comes later it gets the same error, with its own number in it.
+    comes later it gets the same error, with its own number in it. The message says of a rank on this host whether its
+    process is alive: one that has merely finished earlier than the others is.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
@@ -222,4 +224,18 @@ def _write(store: dist.Store, rank: int, page: Page) -> None:
 
 def _name(store: dist.Store, rank: int) -> str:
     key = _NAME.format(rank)
-    return store.get(key).decode() if store.check([key]) else "host unknown"
+    name = store.get(key).decode() if store.check([key]) else "host unknown"
+    return f"{name}: alive, but finished, stopped or busy elsewhere" if _alive(name) else name
+
+
+def _alive(name: str) -> bool:
+    """Whether the process of a signature runs; it must be one of this host. A zombie does not."""
+    host, _, pid = name.partition(", pid ")
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1]
+    except OSError:  # it is gone; or its number is another user's by now
+        return False
+    return state != ["Z"]

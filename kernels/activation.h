@@ -1,16 +1,24 @@
 // The activations of activation.py, a vector at a time, with their derivatives.
 #pragma once
+#include <cmath>
+
 #include "simd.h"
 
 namespace hg {
 
 enum Kind { SILU, GELU, GELU_TANH, RELU, RELU2, IDENTITY };
 
+// Up to where the gradient passes a clamp, whose slope exactly at the limit is 0 or 1; no clamp, no edge.
+inline float edge_of(float limit, float slope_at_limit) {
+  return slope_at_limit != 0 || std::isinf(limit) ? limit : std::nextafter(limit, 0.0f);
+}
+
 struct Activation {
   int kind;
   bool gated;
   float alpha, limit, up_shift;
   bool clamp_after;
+  float edge;  // a gradient passes a clamp up to here: the limit, or the number below it
 
   // phi(g), and its derivative where D
   template <bool D>
@@ -58,7 +66,7 @@ struct Activation {
     return a * (u + up_shift);
   }
 
-  // a and d loss / d (g, u) for d loss / d a = da; a clamp passes the gradient at its bounds, as torch.clamp does
+  // a and d loss / d (g, u) for d loss / d a = da; slopes of a clamp are 1 up to `edge`
   HG_INLINE vf backward(vf g, vf u, vf da, vf& dg, vf& du) const {
     vf d;
     if (!gated) {
@@ -66,20 +74,20 @@ struct Activation {
       dg = da * d;
       return a;
     }
-    const vf top = splat(limit), zero{};
+    const vf top = splat(limit), last = splat(edge), zero{};
     vf gc = clamp_after ? g : vmin(g, top);
     vf uc = vmax(vmin(u, top), -top);
     vf a = phi<true>(gc, d);
     if (clamp_after) {
-      d = a > top ? zero : d;
+      d = a > last ? zero : d;
       a = vmin(a, top);
     } else {
-      d = g > top ? zero : d;
+      d = g > last ? zero : d;
     }
     vf us = uc + up_shift;
     dg = da * us * d;
     du = da * a;
-    du = ((u > top) | (u < -top)) ? zero : du;
+    du = ((u > last) | (u < -last)) ? zero : du;
     return a * us;
   }
 };

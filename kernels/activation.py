@@ -4,7 +4,9 @@
     ungated  a = phi(h)
 
 with phi one of KINDS. `limit` clamps the gate from above and the up projection from both sides (gpt-oss, DeepSeek-V4);
-`clamp_after` clamps phi(g) in place of g (Step-3). Everything is computed in fp32 (fp64 for fp64 input).
+`clamp_after` clamps phi(g) in place of g (Step-3). Exactly at a limit the slope of a clamp is a convention, which torch
+changed in 2.14; ours is that of the torch installed, so that a swapped model learns as the original. Everything
+is computed in fp32 (fp64 for fp64 input).
 """
 
 from __future__ import annotations
@@ -15,13 +17,34 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 
 
+def clamp_slope_at_limit() -> float:
+    """The slope that the installed torch gives a clamp exactly at its limit: 1 up to torch 2.13, 0 from 2.14 on.
+
+    It is the same on both sides and for clamps with one limit or two. Asks the clamp's node of the graph, without the
+    autograd engine, whose threads must not start when a module is imported.
+    """
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        one = torch.ones((), device="cpu")
+        node = one.detach().requires_grad_().clamp(max=1.0).grad_fn
+        assert node is not None
+        return float(node(one))
+
+
+SLOPE_AT_LIMIT = clamp_slope_at_limit()
+
+
 @dataclass(frozen=True)
 class Activation:
-    """phi and its surroundings. `alpha` is the sigmoid's slope in silu: g * sigmoid(alpha * g); 1.702 in gpt-oss."""
+    """phi and its surroundings. `alpha` is the sigmoid's slope in silu: g * sigmoid(alpha * g); 1.702 in gpt-oss.
+
+    `slope_at_limit`: 1.0 where the gradient passes a clamp whose input is exactly at the limit, 0.0 where not; it is
+    for the gradients of the operators. A plain call of the object is differentiated by torch, always as torch does.
+    """
 
     kind: str = "silu"
     gated: bool = True
@@ -29,23 +52,26 @@ class Activation:
     limit: float = math.inf
     up_shift: float = 0.0
     clamp_after: bool = False
+    slope_at_limit: float = SLOPE_AT_LIMIT
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"activation: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if not self.limit > 0:
             raise ValueError(f"activation: limit must be positive, got {self.limit}")
+        if self.slope_at_limit not in (0.0, 1.0):
+            raise ValueError(f"activation: slope_at_limit must be 0 or 1, got {self.slope_at_limit}")
         if not self.gated and (self.limit != math.inf or self.up_shift != 0.0):
             raise ValueError("activation: limit and up_shift belong to gated experts, got them with gated=False")
 
     @property
     def params(self) -> list[float]:
-        """The numbers that travel through an operator's schema: [alpha, limit, up_shift, clamp_after]."""
-        return [self.alpha, self.limit, self.up_shift, float(self.clamp_after)]
+        """What travels through an operator's schema: [alpha, limit, up_shift, clamp_after, slope_at_limit]."""
+        return [self.alpha, self.limit, self.up_shift, float(self.clamp_after), self.slope_at_limit]
 
     @classmethod
     def from_params(cls, kind: str, gated: bool, params: list[float]) -> Activation:
-        return cls(kind, gated, params[0], params[1], params[2], bool(params[3]))
+        return cls(kind, gated, params[0], params[1], params[2], bool(params[3]), params[4])
 
     def phi(self, g: Tensor) -> Tensor:
         """phi(g), elementwise, differentiable."""
@@ -75,6 +101,10 @@ class Activation:
             return 2 * F.relu(g)
         return torch.ones_like(g)
 
+    def _passes(self, size: Tensor) -> Tensor:
+        """Where the gradient passes a clamp from above."""
+        return size <= self.limit if self.slope_at_limit else size < self.limit
+
     def backward(self, grad: Tensor, gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, ...]:
         """The gradients of gate (and up) for `grad`, that of the result; all [..., F]. What autograd would say."""
         if not self.gated:
@@ -82,12 +112,12 @@ class Activation:
         assert up is not None
         if self.limit == math.inf:
             return grad * (up + self.up_shift) * self.phi_slope(gate), grad * self.phi(gate)
-        inside, up = (up.abs() <= self.limit), up.clamp(-self.limit, self.limit) + self.up_shift
+        inside, up = self._passes(up.abs()), up.clamp(-self.limit, self.limit) + self.up_shift
         if self.clamp_after:
             a = self.phi(gate)
-            return grad * up * self.phi_slope(gate) * (a <= self.limit), grad * a.clamp(max=self.limit) * inside
+            return grad * up * self.phi_slope(gate) * self._passes(a), grad * a.clamp(max=self.limit) * inside
         held = gate.clamp(max=self.limit)
-        return grad * up * self.phi_slope(held) * (gate <= self.limit), grad * self.phi(held) * inside
+        return grad * up * self.phi_slope(held) * self._passes(gate), grad * self.phi(held) * inside
 
     def __call__(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
         """gate [..., F] and up [..., F] (None when ungated) -> [..., F], in the dtype given; plain torch, the truth."""

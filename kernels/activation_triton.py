@@ -1,7 +1,8 @@
 """The activations of activation.py for Triton kernels: functions of fp32 tiles.
 
-FORM is an Activation as a compile-time tuple, (kind, gated, alpha, limit or 0 for none, up_shift, clamp_after);
-`form_of` makes it. Comparisons are written so that a NaN stays one, as torch's clamp and relu do.
+FORM is an Activation as a compile-time tuple, (kind, gated, alpha, limit or 0 for none, up_shift, clamp_after, edge);
+`form_of` makes it. A gradient passes a clamp up to `edge`: the limit, or the number below it. Comparisons are
+written so that a NaN stays one, as torch's clamp and relu do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import triton
 import triton.language as tl
 
@@ -16,7 +18,7 @@ from .activation import Activation
 
 # places in FORM
 KIND, GATED, SLOPE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-LIMIT, SHIFT, AFTER = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+LIMIT, SHIFT, AFTER, EDGE = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2 / math.pi))
@@ -26,7 +28,8 @@ _SQRT_1_OVER_2PI = tl.constexpr(math.sqrt(0.5 / math.pi))
 def form_of(act: Activation) -> tuple[Any, ...]:
     """The compile-time argument by which a kernel knows the activation."""
     limit = 0.0 if act.limit == math.inf else act.limit
-    return act.kind, act.gated, act.alpha, limit, act.up_shift, act.clamp_after
+    edge = limit if act.slope_at_limit else float(np.nextafter(np.float32(limit), np.float32(0)))
+    return act.kind, act.gated, act.alpha, limit, act.up_shift, act.clamp_after, edge
 
 
 @triton.jit
@@ -95,15 +98,15 @@ def activate_backward(grad, g, u, FORM: tl.constexpr):
     """(gradient of g, gradient of u) for `grad`, that of a; the second is meaningless where not gated."""
     if FORM[GATED]:
         if FORM[LIMIT] != 0:
-            inside = (u >= -FORM[LIMIT]) & (u <= FORM[LIMIT])
+            inside = (u >= -FORM[EDGE]) & (u <= FORM[EDGE])
             up = tl.where(u < -FORM[LIMIT], -FORM[LIMIT], _below(u, FORM[LIMIT])) + FORM[SHIFT]
             if FORM[AFTER]:
                 a = phi(g, FORM)
-                dg = grad * up * phi_slope(g, FORM) * tl.where(a <= FORM[LIMIT], 1.0, 0.0)
+                dg = grad * up * phi_slope(g, FORM) * tl.where(a <= FORM[EDGE], 1.0, 0.0)
                 return dg, grad * _below(a, FORM[LIMIT]) * tl.where(inside, 1.0, 0.0)
             else:
                 held = _below(g, FORM[LIMIT])
-                dg = grad * up * phi_slope(held, FORM) * tl.where(g <= FORM[LIMIT], 1.0, 0.0)
+                dg = grad * up * phi_slope(held, FORM) * tl.where(g <= FORM[EDGE], 1.0, 0.0)
                 return dg, grad * phi(held, FORM) * tl.where(inside, 1.0, 0.0)
         else:
             return grad * (u + FORM[SHIFT]) * phi_slope(g, FORM), grad * phi(g, FORM)

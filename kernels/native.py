@@ -7,6 +7,7 @@ found, or the build fails, `library()` is None, the plain torch forms serve, and
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -84,7 +85,9 @@ def _build() -> tuple[ctypes.CDLL | None, Status]:
         key = _key(command, flags)
         target = _cache_dir() / f"headgate-{key}.so"
         if not target.exists():
-            _compile(command, flags, target)
+            with _alone(target.with_suffix(".lock")):
+                if not target.exists():
+                    _compile(command, flags, target)
         lib = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
@@ -122,6 +125,20 @@ def _cache_dir() -> Path:
         if os.access(candidate, os.W_OK) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
             return candidate
     raise OSError(f"no directory that only this user may write to keep the build in (tried {root}); set HEADGATE_CACHE")
+
+
+@contextlib.contextmanager
+def _alone(lock: Path):
+    """Ranks that start together on one machine: one compiles, the others wait for what it makes."""
+    import fcntl  # Linux has it, as the compiled form needs
+
+    with open(lock, "w") as held:
+        with contextlib.suppress(OSError):  # a file system without locks: then several compile the same
+            fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            yield  # closing the file, or the death of the process, lets the next one in
+        finally:
+            lock.unlink(missing_ok=True)  # who waits has it open, and finds the library built
 
 
 def _compile(command: list[str], flags: list[str], target: Path) -> None:

@@ -18,3 +18,13 @@ __all__ = [
     "SoftmaxRouter",
     "TokenRanks",
 ]
+
+
+def __getattr__(name: str):
+    """A room or file of this folder by its name, without an import of its own: `headgate.moe.offload`."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..placement.traces.file import TraceFile, TraceWriter
 from ..placement.traces.trace import Trace, id_type
+from .hf.accelerated import device_of
 from .hf.table import choice_of
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -91,7 +92,7 @@ def record(
     if isinstance(batches, Tensor | Mapping):
         batches = [batches]
     tape = _Tape(layers, weights, path)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     draw, left = np.random.default_rng(seed), max_tokens
     with evaluating(model), tape.listening(), torch.no_grad():
         for batch in batches:

@@ -107,6 +107,7 @@ def place(
         found = certify(problem, parts, score, proof, run) if bound else {}
     how = {"method": method, "seed": seed, "effort": effort, "search_s": round(searched, 3)}
     how |= {"seconds": round(time.perf_counter() - began, 3), "interrupted": interrupted.is_set()}
+    how |= run.notes
     return replace(placement, cost={**cost.summary(workload), "score": score}, bound=found, method=how)
 
 

@@ -315,9 +315,9 @@ SCRIPT, IN_ROOT = "console script", "python -c in the repository"
     ("start", "where", "first"),
     [
         pytest.param(SCRIPT, "absent", OURS, marks=pytest.mark.slow),
-        (SCRIPT, "earlier", THEIRS),
+        pytest.param(SCRIPT, "earlier", THEIRS, marks=pytest.mark.slow),
         pytest.param(SCRIPT, "later", OURS, marks=pytest.mark.slow),
-        (IN_ROOT, "absent", THEIRS),
+        pytest.param(IN_ROOT, "absent", THEIRS, marks=pytest.mark.slow),
         (IN_ROOT, "later", OURS),
         pytest.param(IN_ROOT, "later", THEIRS, marks=pytest.mark.slow),
     ],

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from ...dispatch.wire import FORMATS
 from .. import report as plain
 from ..hardware import describe
-from ..moe import _positive, _progress, _unwritable, _write
+from ..moe import _positive, _unwritable, _write
+from ..screen import Bar, Screen
 from ..shapes import DTYPES, PASSES, Case
 from .contestants import CONTESTANTS, TRANSFORMERS, with_wires
 from .launch import RANK, launch
@@ -94,10 +96,10 @@ def run(args: argparse.Namespace, command: Sequence[str] = RANK) -> int:
     if problem:
         print(f"headgate bench dispatch: {problem}", file=sys.stderr)
         return 2
-    text = sys.stderr if args.json == "-" else sys.stdout
+    screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
 
     def show(lines: list[str]) -> None:
-        print("\n".join(lines), "\n", sep="", file=text, flush=True)
+        screen.say("\n".join([*lines, ""]))
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -110,7 +112,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = RANK) -> int:
             failed = "; ".join(_overhead(args, report, show))
         else:
             show([f"ranks     {args.ranks}, {args.ranks_per_node} a node, one thread each", *CAUTION, "", *legend()])
-            _ranks(args, report, show, command)
+            _ranks(args, report, show, screen, command)
     except (KeyboardInterrupt, RuntimeError) as error:
         failed = "bench dispatch: interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         print(f"\nheadgate {failed}; what was measured is kept", file=sys.stderr)
@@ -120,18 +122,20 @@ def run(args: argparse.Namespace, command: Sequence[str] = RANK) -> int:
     return 1 if failed or (not args.overhead and any_refused(report["cases"])) else 0
 
 
-def _ranks(args: argparse.Namespace, report: dict[str, Any], show, command: Sequence[str]) -> None:
-    def tell(news: dict[str, Any]) -> None:
+def _ranks(args: argparse.Namespace, report: dict[str, Any], show, screen: Screen, command: Sequence[str]) -> None:
+    asked = job(args)
+
+    def tell(news: dict[str, Any], bar: Bar) -> None:
         if "progress" in news:
-            _progress(news["progress"])
+            bar.update(len(report["cases"]), news["progress"])
             return
         case = news["case"]
         case["ratios"] = ratios(case)
         report["cases"].append(case)
-        _progress("")
         show(case_lines(case))
 
-    launch(job(args), tell, command)
+    with screen.bar(len(asked["worlds"]) * len(asked["passes"])) as bar:
+        launch(asked, partial(tell, bar=bar), command)
 
 
 def job(args: argparse.Namespace) -> dict[str, Any]:

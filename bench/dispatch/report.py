@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..report import seconds
+from ..screen import lines as table
 from .contestants import CONTESTANTS, find
 
 ALL, SHARED = "all_to_all", "slice_all_reduce"  # whose time the others' is divided by
@@ -47,23 +48,23 @@ def case_lines(case: Mapping[str, Any]) -> list[str]:
         f"{s['name']}  T {case['tokens_per_rank']} on each of {case['ranks']} ranks, {nodes} nodes  {case['dtype']}  "
         f"{case['pass']}   D {s['hidden']}, F {s['intermediate']}, E {s['experts']}, K {s['top_k']}; "
         f"{case['rounds']} rounds{', processor time' if case['clock'] == 'cpu' else ''}",
-        f"  {'':<21} {'step':>10} {'ratio':>7}   {'bytes/token that leave a rank':>29} {'(even)':>9}"
-        f"  {'its node':>9} {'(even)':>9}   {'counts':>6}  by",
     ]
+    rows = [("", "step", "ratio", "bytes/token that leave a rank", "(even)", "its node", "(even)", "counts", "by")]
     for name, i in case["implementations"].items():
         if "refused" in i:
-            lines.append(f"  {name:<21} refused: {i['refused']}")
+            rows.append((name, "refused", *[""] * 6, i["refused"]))
             continue
         b, times = i["bytes"], case["ratios"].get("times_all_to_all", {}).get(name)
         beside = case["ratios"].get("times_slice_all_reduce", {}).get(name)
-        lines.append(
-            f"  {name:<21} {seconds(i['median_s'])} {'' if times is None else f'{times:.2f}x':>7}   "
-            f"{b['leave_rank_bytes_per_token']:>29,.0f} {b['even_leave_rank_bytes_per_token']:>9,.0f}  "
-            f"{b['leave_node_bytes_per_token']:>9,.0f} {b['even_leave_node_bytes_per_token']:>9,.0f}   "
-            f"{b['counts_bytes_per_rank']:>6,.0f}  {', '.join(b['by_collective_bytes'])}"
-            + ("" if beside is None or name == SHARED else f"  ({beside:.2f}x {SHARED})")
-        )
-    return lines
+        sent = [
+            f"{b[f'{even}leave_{what}_bytes_per_token']:,.0f}" for what in ("rank", "node") for even in ("", "even_")
+        ]
+        said = "" if beside is None or name == SHARED else f"  ({beside:.2f}x {SHARED})"
+        rows.append(
+            (name, seconds(i["median_s"]), "" if times is None else f"{times:.2f}x", *sent,
+             f"{b['counts_bytes_per_rank']:,.0f}", f"{', '.join(b['by_collective_bytes'])}{said}")
+        )  # fmt: skip
+    return lines + table(rows, left=(0, 8))
 
 
 def any_refused(cases: list[dict[str, Any]]) -> bool:

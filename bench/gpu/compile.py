@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.chip import CHIPS, Chip
-from .. import machine
+from .. import machine, screen
 from ..shapes import DTYPES
 from .build import Job, build_all, cuobjdump, job_of
 from .record import PASSES, record
@@ -95,19 +95,19 @@ def run(args: argparse.Namespace) -> int:
         os.environ["TRITON_CACHE_DIR"] = args.cache or temporary
         chips = args.chips or [CHIPS[c] for c in DEFAULT_CHIPS]
         jobs = jobs_of(args.shapes or STANDARD, chips, args.tokens, args.passes or PASSES, args.limit, args.dtypes)
-        out = sys.stderr if args.json == "-" else sys.stdout
-        print(_heading(jobs), file=out, flush=True)
+        seen = screen.Screen(out=sys.stderr if args.json == "-" else sys.stdout)
+        seen.say(_heading(jobs))
         results = []
-        for result in build_all(jobs, args.processes):
-            results.append(result)
-            if sys.stderr.isatty():
-                print(f"\r\033[K{len(results)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
+        with seen.bar(len(jobs)) as bar:
+            for result in build_all(jobs, args.processes):
+                results.append(result)
+                bar.update(len(results), result["kernel"])
     results.sort(key=lambda r: (r["kernel"], r["sm"], r["what"]))
     bad = [r for r in results if fault(r)]
-    print("\n".join(table(results, every=args.all)), file=out)
+    seen.say("\n".join(table(results, every=args.all)))
     for r in bad:
-        print(f"{r['chip']}: {r['what']}: {fault(r)}", file=out)
-    print(f"{len(results)} builds, {len(bad)} at fault, {time.monotonic() - begin:.0f} s", file=out)
+        seen.say(f"{r['chip']}: {r['what']}: {fault(r)}")
+    seen.say(f"{len(results)} builds, {len(bad)} at fault, {time.monotonic() - begin:.0f} s")
     _write(args.json, {"version": 1, "triton": _triton_version(), "builds": results})
     return 1 if bad or not results else 0
 
@@ -125,22 +125,19 @@ def fault(result: dict[str, Any]) -> str | None:
 
 def table(results: Sequence[dict[str, Any]], every: bool) -> list[str]:
     """One line per kernel and chip with the largest of its configurations, or one per configuration."""
-    head = f"{'kernel':<22} {'chip':<8} {'builds':>6} {'regs':>5} {'spill':>6} {'shared':>7} {'of':>7}"
-    lines = [f"{head} {'wgmma':>7} {'mma':>7} {'tcgen05':>7} {'tma':>5} {'cp.async':>8}"]
+    counts = ("wgmma", "mma", "tcgen05", "tma", "cp_async")
+    lines: list[tuple[str, ...]] = [("kernel", "chip", "builds", "regs", "spill", "shared", "of", *counts, "")]
     groups: dict[Any, list[dict[str, Any]]] = {}
     for r in results:
         groups.setdefault((r["kernel"], r["chip"], r["what"] if every else ""), []).append(r)
     for (kernel, chip, what), group in groups.items():
         fine = [r for r in group if "error" not in r]
-        line = f"{kernel:<22} {chip:<8} {len(group):>6} "
-        if not fine:
-            lines.append(f"{line} does not compile")
-            continue
-        line += f"{_most(fine, 'registers'):>5} {_most(fine, 'spill_bytes'):>6} {_most(fine, 'shared_bytes'):>7} "
-        line += f"{fine[0]['shared_limit']:>7} {_span(fine, 'wgmma'):>7} {_span(fine, 'mma'):>7} "
-        line += f"{_span(fine, 'tcgen05'):>7} {_span(fine, 'tma'):>5} {_span(fine, 'cp_async'):>8}"
-        lines.append(f"{line}  {what}".rstrip())
-    return lines
+        cells = [""] * 9
+        if fine:
+            cells = [_most(fine, name) for name in ("registers", "spill_bytes", "shared_bytes")]
+            cells += [str(fine[0]["shared_limit"]), *(_span(fine, name) for name in counts)]
+        lines.append((kernel, chip, str(len(group)), *cells, what if fine else "does not compile"))
+    return screen.lines(lines, left=(0, 1, len(lines[0]) - 1))
 
 
 def _most(results: Sequence[dict[str, Any]], field: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .. import screen
 from .shapes import SONIC, STANDARD
 
 Result = Mapping[str, Any]
@@ -147,18 +148,12 @@ def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def lines(table: Iterable[Mapping[str, Any]]) -> list[str]:
-    table = list(table)
-    wide = max(len(r["figure"]) for r in table)
-    found = [f"{'figure':<{wide}} | {'worst':>9} | {'best':>9} | {'reach':>6} | {'stretch':>7} | "]
-    found.append("-" * len(found[0]))
+    found = [("figure", "worst", "best", "reach", "stretch", "unit", "verdict")]
     for r in table:
-        cells = [_cell(r[k]) for k in ("value", "best", "reach", "stretch")]
+        cells = (_cell(r[k]) for k in ("value", "best", "reach", "stretch"))
         where = f" in {r['reached_in']} of {r['cases']}; worst at {r['worst_case']}" if r["cases"] else ""
-        found.append(
-            f"{r['figure']:<{wide}} | {cells[0]:>9} | {cells[1]:>9} | {cells[2]:>6} | {cells[3]:>7} | "
-            f"{r['unit']} {r['verdict']}{where}"
-        )
-    return found
+        found.append((r["figure"], *cells, r["unit"], f"{r['verdict']}{where}"))
+    return screen.lines(found, left=(0, 5, 6), rule=True)
 
 
 def _cell(value: float | None) -> str:

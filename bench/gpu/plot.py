@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import draw as pictures
 from .figures import flops, median
 
 _COLOURS = {
@@ -15,43 +16,35 @@ _COLOURS = {
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG. Raises ImportError without matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Writes a .png or .svg."""
     train = [c for c in found["cases"] if c["pass"] == "train" and median(c, "headgate", "forward")]
     decode = [c for c in found["cases"] if c["pass"] == "decode" and median(c, "headgate", "forward")]
-    figure, axes = pyplot.subplots(3, 1, figsize=(max(9, 0.75 * max(len(train), len(decode), 1) + 3), 13))
+    wide = max(900, 60 * max(len(train), len(decode)) + 240)
+    pictures.write(path, wide, 1200, lambda figure: _fill(figure, found, train, decode))
+
+
+def _fill(
+    figure: Any, found: Mapping[str, Any], train: Sequence[Mapping[str, Any]], decode: Sequence[Mapping[str, Any]]
+) -> None:
+    axes = figure.subplots(3, 1)
     for axis, step in zip(axes, ("forward", "backward"), strict=False):
         _bars(axis, train, step, lambda c, us, step=step: flops(c, step) / us / 1e6)
-        axis.axhline(found["ceilings"]["matmul_TFLOPs"], color="black", linewidth=0.8, linestyle="--")
+        pictures.ceiling(axis, found["ceilings"]["matmul_TFLOPs"])
         axis.set_ylabel("TFLOP/s")
         axis.set_title(f"training, {step} (dashed: cuBLAS 8192 x 8192 x 8192)")
     _bars(axes[2], decode, "forward", lambda c, us: c["weight_bytes"] / us / 1e3)
-    axes[2].axhline(found["ceilings"]["copy_GBps"], color="black", linewidth=0.8, linestyle="--")
+    pictures.ceiling(axes[2], found["ceilings"]["copy_GBps"])
     axes[2].set_ylabel("GB/s of weights")
     axes[2].set_title("decoding (dashed: the rate of a device copy)")
     device = found["device"].get("name", "cpu")
     figure.suptitle(f"{device}, {found['date'][:10]}, commit {found['commit'][:12]}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _bars(axis: Any, cases: Sequence[Mapping[str, Any]], step: str, rate: Any) -> None:
-    names = [
-        n for n in dict.fromkeys(n for c in cases for n in c["contestants"]) if any(median(c, n, step) for c in cases)
-    ]
-    width = 0.85 / max(1, len(names))
-    for i, name in enumerate(names):
-        at = [j + i * width for j, c in enumerate(cases) if median(c, name, step)]
-        high = [rate(c, median(c, name, step)) for c in cases if median(c, name, step)]
-        axis.bar(at, high, width, label=name, color=_COLOURS.get(name))
-    axis.set_xticks([j + 0.4 for j in range(len(cases))])
-    labels = [f"{c['shape']}\nT {c['tokens']}" for c in cases]
-    axis.set_xticklabels(labels, rotation=45, ha="right", fontsize=7)
-    if names:
-        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    axis.margins(x=0.01)
+    names = dict.fromkeys(n for c in cases for n in c["contestants"])
+    series = {}
+    for name in names:
+        times = [median(c, name, step) for c in cases]
+        if any(times):
+            series[name] = [rate(c, us) if us else None for c, us in zip(cases, times, strict=True)]
+    pictures.columns(axis, [f"{c['shape']}\nT {c['tokens']}" for c in cases], series, _COLOURS)

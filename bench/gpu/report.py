@@ -25,6 +25,7 @@ from typing import Any
 
 from ...kernels.chip import Chip
 from .. import machine
+from ..screen import Screen
 from . import figures, measure
 from .measure import Case
 from .rivals import RIVALS
@@ -111,7 +112,7 @@ class Report:
     def __init__(self, cases: list[Case], out: Path, device: str, seconds: float, build: bool = True) -> None:
         self.cases, self.device, self.seconds = cases, device, seconds
         self.build = build and device.startswith("cuda")
-        self.began = time.monotonic()
+        self.began, self.screen = time.monotonic(), Screen()
         now = datetime.datetime.now(datetime.UTC)
         self.found: dict[str, Any] = {
             "version": 1, "kind": "gpu-report", "date": now.isoformat(timespec="seconds"), "commit": _commit(),
@@ -142,7 +143,7 @@ class Report:
         self.found["device"] = self.child.call(measure.about, self.device)
         self.found["ceilings"] = self.child.call(measure.ceilings, self.device)
         chip = self.child.call(measure.chip_here, self.device)
-        print("\n".join(heading(self.found)), flush=True)
+        self.screen.say("\n".join(heading(self.found)))
         if self.build and chip is not None:
             self._build(chip)
         roof = Roof(self.found["ceilings"]["copy_GBps"], self.found["ceilings"]["matmul_TFLOPs"])
@@ -150,13 +151,13 @@ class Report:
             left = self.seconds - (time.monotonic() - self.began)
             if left < 3:
                 self.found["left_out"] = [c.key for c in self.cases[number:]]
-                print(f"out of time; left out: {', '.join(self.found['left_out'])}")
+                self.screen.say(f"out of time; left out: {', '.join(self.found['left_out'])}")
                 return
             result = self._one(case, min(PATIENCE_S, left + 30))
             result["copy_GBps"] = roof.bandwidth_GBps
             result["roofline"] = {k: summary(case.shape, case.tokens, k, roof) for k in _passes(case)}
             self.found["cases"].append(result)
-            print("\n".join(case_lines(result)), flush=True)
+            self.screen.say("\n".join(case_lines(result)))
             self._write()
         self.found["complete"] = True
 
@@ -218,10 +219,8 @@ class Report:
             "faults": bad,
             "seconds": time.monotonic() - begin,
         }
-        print(
-            f"{len(kept)} of {len(jobs)} kernels built in {time.monotonic() - begin:.0f} s, {len(bad)} at fault",
-            flush=True,
-        )
+        took = time.monotonic() - begin
+        self.screen.say(f"{len(kept)} of {len(jobs)} kernels built in {took:.0f} s, {len(bad)} at fault")
 
     def _write(self) -> None:
         self.found["seconds"] = time.monotonic() - self.began
@@ -233,18 +232,16 @@ class Report:
         os.replace(file.name, self.path)
 
     def _finish(self) -> None:
-        print("\n".join(["", *figures.lines(self.found["figures"])]))
+        self.screen.say("\n".join(["", *figures.lines(self.found["figures"])]))
         picture = self.path.with_suffix(".png")
         try:
             from .plot import draw
 
             draw(self.found, picture)
-            print(f"\n{self.path}\n{picture}")
-        except ImportError as error:
-            print(f"\n{self.path}\nno plot: {error} (pip install 'headgate[plot]')")
+            self.screen.say(f"\n{self.path}\n{picture}")
         except Exception as error:  # a picture must not cost the run
             print(f"\n{self.path}\nno plot: {error}", file=sys.stderr)
-        print(f"{self.found['seconds']:.0f} s", flush=True)
+        self.screen.say(f"{self.found['seconds']:.0f} s")
 
 
 class Child:

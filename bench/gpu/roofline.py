@@ -17,6 +17,7 @@ from typing import Any
 
 from ...kernels.chip import CHIPS, H200, Chip
 from ...kernels.grouped_ffn.thin_tiles import MAX_ROWS
+from ..screen import Screen
 from ..shapes import Shape
 from .shapes import STANDARD, choice_of, experts_hit, tokens_of
 
@@ -228,9 +229,10 @@ def run(args: argparse.Namespace) -> int:
     if min(args.tokens or [1]) < 1:
         raise ValueError(f"roofline: --tokens must be at least 1, got {min(args.tokens)}")
     found = [summary(*case, roof) for case in cases(args.shapes, args.tokens, args.passes)]
-    out = sys.stderr if args.json == "-" else sys.stdout
-    print(f"{chip.name}: {roof.bandwidth_GBps:.0f} GB/s, {roof.tflops:.0f} TFLOP/s, bf16", file=out)
-    print("\n".join(line for case in found for line in lines(case, args.sums)), file=out)
+    screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
+    screen.say(f"{chip.name}: {roof.bandwidth_GBps:.0f} GB/s, {roof.tflops:.0f} TFLOP/s, bf16")
+    for case in found:
+        screen.say("\n".join(lines(case, args.sums)))
     report = {"version": 1, "chip": chip.name, "bandwidth_GBps": roof.bandwidth_GBps, "tflops": roof.tflops}
     text = json.dumps(report | {"passes": found}, indent=1) + "\n"
     if args.json == "-":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...kernels.chip import H200, Chip, chip_of
 from ...kernels.quantized import FORMATS
-from .. import machine
+from .. import machine, screen
 from ..check import TOLERANCE
 from ..shapes import DTYPES
 from .build import Builder
@@ -186,14 +186,14 @@ def run(args: argparse.Namespace) -> int:
         raise RuntimeError("sweep: needs a GPU, and torch sees none; headgate bench compile looks at tiles without one")
     chip = chip_of(0) if cuda else H200
     cases = cases_of(args, chip)
-    out = sys.stderr if args.json == "-" else sys.stdout
+    seen = screen.Screen(out=sys.stderr if args.json == "-" else sys.stdout)
     builder = Builder(max(1, machine.cores() - 1)) if cuda else None
     try:
-        results = _sweep(args, cases, builder, out)
+        results = _sweep(args, cases, builder, seen)
     finally:
         if builder is not None:
             builder.close()
-    print("\n".join(table(results)), file=out)
+    seen.say("\n".join(table(results)))
     report = {"version": 2, "chip": chip.name, "torch": torch.__version__, "triton": machine.version("triton")}
     text = json.dumps(report | {"sweeps": results}, indent=1) + "\n"
     if args.json == "-":
@@ -218,7 +218,7 @@ def cases_of(args: argparse.Namespace, chip: Chip) -> list[tuple[Problem, list[s
 
 
 def _sweep(
-    args: argparse.Namespace, cases: list[tuple[Problem, list[str]]], builder: Builder | None, out: Any
+    args: argparse.Namespace, cases: list[tuple[Problem, list[str]]], builder: Builder | None, seen: screen.Screen
 ) -> list[dict[str, Any]]:
     """Every product of every case. While one case is timed, the next one's kernels are built; what time is left is
     shared evenly among the products that are left."""
@@ -237,7 +237,7 @@ def _sweep(
             now = time.monotonic()
             until = None if end is None else now + max(0.0, end - now) / left
             results.append(sweep.measure(gemm, args.limit, args.samples, builder, until))
-            print("\n".join(lines(results[-1])), file=out, flush=True)
+            seen.say("\n".join(lines(results[-1])))
             left -= 1
         del sweep
         gc.collect()
@@ -281,17 +281,12 @@ def _head(result: dict[str, Any]) -> str:
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
     """One line for each product: the chosen tile, and the best of those tried."""
-    width = len(_head(results[0]))
-    found = [
-        f"{'':<{width}} {'chosen us':>10} {'best us':>10} {'ratio':>6} {'noise':>6} {'tried':>9} {'rate':>13}  best"
-    ]
+    found = [("", "chosen us", "best us", "ratio", "noise", "tried", "rate", "best")]
     for r in results:
         if r["rank"] is None:
-            found.append(f"{_head(r)} failed: {r['failed']}")
+            found.append((_head(r), "failed", *[""] * 5, r["failed"]))
             continue
-        tried = f"{r['timed']} of {r['of']}"
-        found.append(
-            f"{_head(r)} {r['chosen_us']:>10.1f} {r['best_us']:>10.1f} {r['ratio']:>6.3f} {r['noise']:>6.3f} "
-            f"{tried:>9} {r['rate']:>13}  {'the chosen' if r['best'] == r['chosen'] else r['best']}"
-        )
-    return found
+        times = (f"{r['chosen_us']:.1f}", f"{r['best_us']:.1f}", f"{r['ratio']:.3f}", f"{r['noise']:.3f}")
+        best = "the chosen" if r["best"] == r["chosen"] else str(r["best"])
+        found.append((_head(r), *times, f"{r['timed']} of {r['of']}", r["rate"], best))
+    return screen.lines(found, left=(0, 7))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..screen import lines as table
 from .figures import flops, median
 
 _STEPS = ("forward", "backward", "step")
+_HEAD = ("", "", "us", "quartiles", "TFLOP/s", "GB/s", "of the floor", "of cublas", "beside headgate", "")
 
 
 def heading(found: Mapping[str, Any]) -> list[str]:
@@ -34,33 +36,30 @@ def case_lines(result: Mapping[str, Any]) -> list[str]:
     ]
     if "failed" in result:
         lines.append(f"  failed: {result['failed']}")
+    rows = [_HEAD]
     for name, c in result["contestants"].items():
+        rows += [_row(result, name, step) for step in _STEPS if step in c]
         kind = next((k for k in ("refused", "failed", "skipped") if k in c), None)
         if kind:
-            lines.append(f"  {name:<14} {kind}: {c[kind]}")
-        for step in _STEPS:
-            if step in c:
-                lines.append(_line(result, name, step))
-    return lines + _memory(result)
+            rows.append((name, kind, *[""] * (len(_HEAD) - 3), c[kind]))
+    return lines + table(rows, left=(0, 1, len(_HEAD) - 1)) + _memory(result)
 
 
-def _line(result: Mapping[str, Any], name: str, step: str) -> str:
+def _row(result: Mapping[str, Any], name: str, step: str) -> tuple[str, ...]:
+    """One line of the table. cuBLAS is a bound: beside it stands the share that Headgate reaches, no factor."""
     c = result["contestants"][name][step]
     us = c["median_us"]
-    spread = f"[{c['lower_quartile_us']:.1f} .. {c['upper_quartile_us']:.1f}]"
-    line = f"  {name:<14} {step:<8} {us:>10.1f} us {spread:<24}"
-    line += f" {flops(result, step) / us / 1e6:>6.0f} TFLOP/s"
-    if result["pass"] == "decode":
-        line += f" {result['weight_bytes'] / us / 1e3:>6.0f} GB/s"
-    floor = floor_us(result, step)
-    if floor is not None:
-        line += f"  {floor / us:>5.2f} of the floor"
-    dense, ours = median(result, "cublas", step), median(result, "headgate", step)
-    if dense and name != "cublas":
-        line += f"  {dense / us:>5.2f} of cublas"
-    if ours and name != "headgate":
-        line += f"  {us / ours:>5.2f}x headgate"
-    return f"{line}  {result['contestants'][name].get('note', '')}".rstrip()
+    spread = f"{c['lower_quartile_us']:.1f} .. {c['upper_quartile_us']:.1f}"
+    rate = f"{result['weight_bytes'] / us / 1e3:.0f}" if result["pass"] == "decode" else ""
+    floor, dense, ours = floor_us(result, step), median(result, "cublas", step), median(result, "headgate", step)
+    of_floor = "" if floor is None else f"{floor / us:.2f}"
+    of_cublas = f"{dense / us:.2f}" if dense and name != "cublas" else ""
+    beside = "" if not ours or name == "headgate" else f"{us / ours:.2f}x its time"
+    if beside and name == "cublas":
+        beside = f"bound, {us / ours:.2f} of it reached"
+    tflops = f"{flops(result, step) / us / 1e6:.0f}"
+    note = result["contestants"][name].get("note", "")
+    return (name, step, f"{us:.1f}", spread, tflops, rate, of_floor, of_cublas, beside, note)
 
 
 def floor_us(result: Mapping[str, Any], step: str) -> float | None:

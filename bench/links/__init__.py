@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...placement.cluster.links import Link, Links
+from .. import draw as pictures
+from ..screen import Screen
 from .published import fitted, points
 from .variants import variant_lines
 from .winners import Sizes, check_lines, fit_lines, link_lines, row, winner_lines
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, what in (("inside", "inside a node"), ("across", "between nodes")):
         link = f"the links {what}, both ways (default: the fit)"
         add(f"--{name}", nargs=2, type=float, metavar=("US", "GB/s"), help=link)
-    add("--plot", metavar="FILE", help="draw it into a PNG; needs matplotlib")
+    add("--plot", metavar="FILE", help="draw it: .png or .svg")
     add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
 
 
@@ -60,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         given = getattr(args, name)
         if min(given if isinstance(given, list | tuple) else [given]) <= 0:
             raise ValueError(f"links: --{name.replace('_', '-')} must be positive, got {given}")
+    if args.plot:
+        pictures.check(Path(args.plot), "links")
     there, back = args.bytes
     limit = args.at_most_nodes or None
     sizes = Sizes(args.hidden_size, args.experts, args.top_k, there, back, args.ranks_per_node, limit)
@@ -67,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     found = points(*published)
     used = [_changed(links, args.inside, args.across) for links in published]
     rows = [row(sizes, ranks, tokens, *used) for tokens in args.tokens for ranks in args.ranks]
-    out = sys.stderr if args.json == "-" else sys.stdout
+    screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
     lines = [
         FIRST,
         *link_lines(*published),
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     if used != list(published):
         lines += link_lines(*used)
-    print("\n".join([*lines, *winner_lines(rows)]), file=out)
+    screen.say("\n".join([*lines, *winner_lines(rows)]))
     if args.plot:
         from .plot import draw
 

@@ -11,6 +11,7 @@ from math import sqrt
 from statistics import NormalDist
 
 from ...placement.cluster.links import Link, fit
+from ..screen import lines as table
 from .published import DIRECTIONS, EXPERTS, FITTED, HELD_OUT, PER_NODE, TOP_K, fitted, low_latency, low_latency_s
 
 
@@ -61,8 +62,9 @@ def _held_out(
 
 def variant_lines() -> list[str]:
     """One line each."""
-    lines = [f"errors on {', '.join(map(str, HELD_OUT))} ranks, held out, of this model and of others"]
+    rows = [("", "errors", "link")]
     for name, (errors, link) in variants().items():
         said = " ".join(f"{100 * e:>+5.1f}%" for e in errors)
-        lines.append(f"{name:<29} {said}   {link.latency_us:.1f} us + bytes / {link.bandwidth_GBps:.1f} GB/s")
-    return lines
+        rows.append((name, said, f"{link.latency_us:.1f} us + bytes / {link.bandwidth_GBps:.1f} GB/s"))
+    title = f"errors on {', '.join(map(str, HELD_OUT))} ranks, held out, of this model and of others"
+    return [title, *table(rows, left=(0, 1, 2))]

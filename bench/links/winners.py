@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...placement.cluster.links import Case, Link, Links, message_bytes, predict
+from ..screen import lines as table
 from .published import DIRECTIONS, LOW_LATENCY, Point, at_the_card, low_latency_GBps
 
 OURS = ("all_to_all", "hierarchical", "all_gather")
@@ -61,44 +62,47 @@ def link_lines(dispatch: Links, combine: Links) -> list[str]:
     def said(link: Link) -> str:
         return f"{link.latency_us:5.1f} us + bytes / {link.bandwidth_GBps:5.1f} GB/s"
 
-    head = f"{'':<9} {'inside a node':<32} between nodes"
     both = zip(DIRECTIONS, (dispatch, combine), strict=True)
-    return [head, *(f"{name:<9} {said(links.inside):<32} {said(links.across)}" for name, links in both)]
+    rows = [(name, said(links.inside), said(links.across)) for name, links in both]
+    return table([("", "inside a node", "between nodes"), *rows], left=(0, 1, 2))
 
 
 def fit_lines(points: Iterable[Point]) -> list[str]:
     """Published beside modelled times."""
-    lines = [f"{'kernels':<12} {'ranks':>5}  {'':<8} {'published':>10} {'modelled':>10} {'error':>7}"]
+    rows = [("kernels", "ranks", "", "published", "modelled", "error", "")]
     for p in points:
-        lines.append(
-            f"{p.kernels:<12} {p.ranks:>5}  {p.direction:<8} {1e6 * p.published_s:>7,.0f} us "
-            f"{1e6 * p.modelled_s:>7,.0f} us {100 * round(p.error, 4) + 0.0:>+6.1f}%  {p.use}"
-        )
-    return lines
+        times = (f"{1e6 * p.published_s:,.0f} us", f"{1e6 * p.modelled_s:,.0f} us")
+        rows.append((p.kernels, str(p.ranks), p.direction, *times, f"{100 * round(p.error, 4) + 0.0:+.1f}%", p.use))
+    return table(rows, left=(0, 2, 6))
 
 
 def check_lines() -> list[str]:
     """What the tables say apart from times: our bytes against theirs, and the rate at the card."""
-    lines = ["bytes over time of the low-latency kernels, GB/s: published, from our bytes"]
+    rows = [("ranks", *(f"{name}, {what}" for name in DIRECTIONS for what in ("published", "from our bytes")))]
     for ranks, row in LOW_LATENCY.items():
-        ours = [low_latency_GBps(ranks, i) for i in range(2)]
-        lines.append(f"{ranks:>5} ranks  {row[1]:>4} {ours[0]:>6.1f}   {row[3]:>4} {ours[1]:>6.1f}")
-    lines += ["", "GB/s through the card of 50: published (own node's rows included), what leaves the node"]
-    lines += [
-        f"{kernels:<10} {ranks:>3} ranks  {name:<8} {logical:>4} {leaves:>6.1f}"
-        for kernels, ranks, name, logical, leaves in at_the_card()
+        ours = [f"{low_latency_GBps(ranks, i):.1f}" for i in range(2)]
+        rows.append((str(ranks), str(row[1]), ours[0], str(row[3]), ours[1]))
+    card = [("kernels", "ranks", "", "published", "leaves the node")]
+    for kernels, ranks, name, logical, leaves in at_the_card():
+        card.append((kernels, str(ranks), name, f"{logical:g}", f"{leaves:.1f}"))
+    return [
+        "bytes over time of the low-latency kernels, GB/s",
+        *table(rows, left=()),
+        "",
+        "GB/s through the card of 50: published (own node's rows included), and what of it leaves the node",
+        *table(card, left=(0, 2)),
     ]
-    return lines
 
 
 def winner_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of who wins; times in us, dispatch and combine together."""
     lines = []
     for tokens in dict.fromkeys(r["tokens"] for r in rows):
-        heads = "".join(f"{name:>14}" for name in (*OURS, *BESIDE))
-        lines += ["", f"{tokens} tokens per rank, modelled us of dispatch + combine", f"{'ranks':>6}{heads}  wins"]
+        lines += ["", f"{tokens} tokens per rank, modelled us of dispatch + combine"]
+        shown: list[tuple[str, ...]] = [("ranks", *OURS, *BESIDE, "wins")]
         for r in (r for r in rows if r["tokens"] == tokens):
-            times = "".join(f"{r['modelled_us'][name]:>14,.0f}" for name in (*OURS, *BESIDE))
+            times = (f"{r['modelled_us'][name]:,.0f}" for name in (*OURS, *BESIDE))
             rest = min(us for name in OURS if (us := r["modelled_us"][name]) > r["modelled_us"][r["wins"]])
-            lines.append(f"{r['ranks']:>6}{times}  {r['wins']}, {rest / r['modelled_us'][r['wins']]:.2f}x")
+            shown.append((str(r["ranks"]), *times, f"{r['wins']}, {rest / r['modelled_us'][r['wins']]:.2f}x"))
+        lines += table(shown, left=(len(shown[0]) - 1,))
     return lines

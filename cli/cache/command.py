@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...bench import draw
 from ...bench.screen import Screen
 from ...placement.caching.policies import POLICIES
 from ...placement.caching.simulate import SCOPES
@@ -57,14 +57,11 @@ def run(args: argparse.Namespace) -> int:
     case = case_of(args.trace, args.fit_share)
     plan = _plan(args, case)
     found = compare(case, plan)
-    for line in lines(found, plan):
-        screen.say(line)
+    show(found, plan, screen)
     if args.plot is not None:
-        from .plot import draw
-
         sizes, rates = curves(case, plan)
         found["curves"] = {"slots": sizes, "hit_rates": rates}
-        draw(sizes, rates, found["experts"], args.plot, f"{args.trace.stem}: {found['tokens']:,} tokens held out")
+        _draw(found, args.plot, f"{args.trace.stem}: {found['tokens']:,} tokens held out")
         screen.say(f"picture: {args.plot}")
     if args.json:
         print(json.dumps(found))
@@ -78,10 +75,7 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.fit_share < 1:
         raise ValueError(f"cache: --fit-share must be 0 or more and below 1, got {args.fit_share}")
     if args.plot is not None:
-        if args.plot.suffix not in (".png", ".svg"):
-            raise ValueError(f"cache: --plot must end in .png or .svg, got {args.plot}")
-        if not args.plot.absolute().parent.is_dir():
-            raise ValueError(f"cache: the folder of {args.plot} must exist, got none")
+        draw.check(args.plot, "cache")
 
 
 def _plan(args: argparse.Namespace, case: Case) -> Plan:
@@ -118,14 +112,24 @@ def _slots(text: str, option: str, layers: int, experts: int, expert_bytes: floa
     return min(int(found + 1e-9), experts)
 
 
-def lines(found: dict[str, Any], plan: Plan) -> Iterator[str]:
+def _draw(found: dict[str, Any], path: Path, title: str) -> None:
+    def fill(figure: Any) -> None:
+        axis = figure.subplots()
+        axis.set_title(title)
+        draw.hit_rates(axis, found["curves"]["slots"], found["curves"]["hit_rates"], found["experts"])
+
+    draw.write(path, 900, 560, fill)
+
+
+def show(found: dict[str, Any], plan: Plan, screen: Screen) -> None:
     """The table and what it says of the trace."""
+    say = screen.say
     share = found["slots"] / found["experts"]
-    yield (
+    say(
         f"{found['layers']} layers of {found['experts']} experts, top-{found['top_k']}; {found['slots']} slots a layer"
         f" ({share:.0%}), {'one pool of all' if plan.scope == 'shared' else 'each its own'}; passes of {plan.batch}"
     )
-    yield f"learned from {found['learned_from']:,} tokens, judged on {found['tokens']:,} others"
+    say(f"learned from {found['learned_from']:,} tokens, judged on {found['tokens']:,} others")
     ahead, tiers = plan.prefetch is not None, plan.host_slots is not None
     head = ["", "hits", "of the gap", "loads"] + ["ahead", "used", "copies"] * ahead + ["reads"] * tiers + ["wait ms"]
     table = [head]
@@ -136,36 +140,30 @@ def lines(found: dict[str, Any], plan: Plan) -> Iterator[str]:
         if tiers:
             cells += [f"{row['reads_per_token']:.2f}"]
         table.append([*cells, f"{row['stall_ms']:.2f}"])
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    for row in table:
-        yield (
-            "  "
-            + row[0].ljust(widths[0])
-            + "".join(f"  {c.rjust(w)}" for c, w in zip(row[1:], widths[1:], strict=True))
-        )
+    screen.table(table)
     for name, why in found["left_out"].items():
-        yield f"  {name} left out: {why}"
-    yield "of the gap: from lru to belady without prefetch; loads: on demand, a token, all layers"
+        say(f"  {name} left out: {why}")
+    say("of the gap: from lru to belady without prefetch; loads: on demand, a token, all layers")
     if ahead:
-        yield f"ahead: fetched ahead ({plan.prefetch}), a token; used: of those; copies: all, over those of lru alone"
+        say(f"ahead: fetched ahead ({plan.prefetch}), a token; used: of those; copies: all, over those of lru alone")
     if tiers:
-        yield f"reads: from disk, a token, below a host cache of {plan.host_slots} slots a layer by lru"
+        say(f"reads: from disk, a token, below a host cache of {plan.host_slots} slots a layer by lru")
     best = found["policies"]["belady"]
-    yield (
+    say(
         f"wait: a token, beside {best['compute_ms']:.2f} ms of computing; no choice and no prefetch waits less than"
         f" {best['bound_ms']:.2f} ms"
     )
-    yield from _locality(found["locality"])
+    _locality(found["locality"], screen)
 
 
-def _locality(found: dict[str, Any]) -> Iterator[str]:
-    yield "locality, tokens in a segment:         " + "".join(f"{s:>8}" for s in found["srp"])
-    yield "  SRP: one set of experts a segment    " + "".join(f"{x['value']:8.3f}" for x in found["srp"].values())
-    if all(x["low"] == x["low"] for x in found["srp"].values()):
-        halves = (f"+-{(x['high'] - x['low']) / 2:.3f}" for x in found["srp"].values())
-        yield "    95% interval                       " + "".join(f"{half:>8}" for half in halves)
-    yield "    its best size, times K             " + "".join(f"{x['rho']:8.2f}" for x in found["srp"].values())
-    sizes = next(iter(found["sch"].values()))
-    for m in sizes:
-        cells = "".join(f"{x[m]:8.3f}" for s, x in found["sch"].items() if s)
-        yield f"  SCH: {m:>3} slots that see it ahead    {cells}   (lru {found['sch'][0][m]:.3f})"
+def _locality(found: dict[str, Any], screen: Screen) -> None:
+    srp, sch = found["srp"], found["sch"]
+    rows = [["locality, tokens in a segment", *map(str, srp)]]
+    rows.append(["SRP: one set of experts a segment", *(f"{x['value']:.3f}" for x in srp.values())])
+    if all(x["low"] == x["low"] for x in srp.values()):
+        rows.append(["  95% interval", *(f"+-{(x['high'] - x['low']) / 2:.3f}" for x in srp.values())])
+    rows.append(["  its best size, times K", *(f"{x['rho']:.2f}" for x in srp.values())])
+    for m in next(iter(sch.values())):
+        cells = [f"{x[m]:.3f}" for s, x in sch.items() if s]
+        rows.append([f"SCH: {m} slots that see it ahead (lru {sch[0][m]:.3f})", *cells])
+    screen.table(rows)

@@ -6,10 +6,10 @@ import json
 import time
 from pathlib import Path
 
-from ...bench.screen import Screen, spoken
+from ...bench.screen import Screen
 from . import caching, files, placement, report, routing, sample, speed, swap, text, train
 from .model import parameters, quiet, tokenizer
-from .tour import Chapter, Options, Shape, Tour
+from .tour import Chapter, Options, Shape, Tour, spoken
 
 __all__ = ["CHAPTERS", "Chapter", "Options", "Shape", "Tour", "run"]
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from ...bench import draw, html
-from ...bench.screen import spoken
 from . import caching, placement, routing, speed, train
-from .tour import Chapter, Tour
+from .tour import Chapter, Tour, spoken
 
 
 def page(tour: Tour, chapters: list[Chapter]) -> str:

@@ -76,21 +76,21 @@ def _measure(tour: Tour, model: Model, batch: Tensor) -> dict[str, dict[str, lis
 
     work: dict[str, Callable[[], None]] = {"training_step": step, "forward": forward, "generate": write}
     seconds: dict[str, dict[str, list[float]]] = {name: {who: [] for who in CONTENDERS} for name in work}
-    bar = tour.screen.bar(max(1, round(tour.options.speed_seconds)))  # in seconds: rounds are as long as they are
     began = time.perf_counter()
-    for turn in range(MAX_ROUNDS + 1):
-        order = CONTENDERS if turn % 2 else CONTENDERS[::-1]  # so that none always follows the same one
-        for who in order:
-            with implementation(model, who):
-                for name, do in work.items():
-                    took = _time(do)
-                    if turn:
-                        seconds[name][who].append(took)
-        spent = time.perf_counter() - began
-        bar.update(min(int(spent), bar.total), f"seconds of measuring, {turn + 1} rounds")
-        if spent > tour.options.speed_seconds * (1 if turn >= MIN_ROUNDS else PATIENCE) and turn:
-            break
-    bar.close()
+    total = max(1, round(tour.options.speed_seconds))  # in seconds: rounds are as long as they are
+    with tour.screen.bar(total) as bar:
+        for turn in range(MAX_ROUNDS + 1):
+            order = CONTENDERS if turn % 2 else CONTENDERS[::-1]  # so that none always follows the same one
+            for who in order:
+                with implementation(model, who):
+                    for name, do in work.items():
+                        took = _time(do)
+                        if turn:
+                            seconds[name][who].append(took)
+            spent = time.perf_counter() - began
+            bar.update(min(int(spent), total), f"seconds of measuring, {turn + 1} rounds")
+            if spent > tour.options.speed_seconds * (1 if turn >= MIN_ROUNDS else PATIENCE) and turn:
+                break
     model.zero_grad()
     return seconds
 

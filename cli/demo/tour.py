@@ -75,3 +75,9 @@ class Chapter:
     title: str
     run: Callable[[Tour], None]
     section: Callable[[Tour], str]
+
+
+def spoken(seconds: float) -> str:
+    """2 min 31 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -81,12 +81,11 @@ def _loop(tour: Tour, model: Model, held_out: list, found: dict) -> None:
     options, steps = tour.options, found["steps"]
     optimizer = Optimizer(model, rate=0.0)
     batches = tour.corpus.batches(options.rows, options.shape.length, options.seed)
-    bar = tour.screen.bar(steps)
     due = list(CHECKS)
     limit = math.inf if options.steps is not None else PATIENCE * options.train_seconds
     began = time.perf_counter()
     model.train()
-    try:
+    with tour.screen.bar(steps) as bar:
         for step in range(steps):
             start = time.perf_counter()
             done = max(step / steps, (start - began) / limit)  # so that the rate is down when the time is up
@@ -106,8 +105,6 @@ def _loop(tour: Tour, model: Model, held_out: list, found: dict) -> None:
             rate = found["tokens_per_step"] / statistics.median(found["seconds"][-9:])
             seen = f"loss {value * math.log(2):.2f}  {value:.2f} bits/byte  held-out {found['held_out'][-1][1]:.2f}"
             bar.update(step + 1, f"{seen}  {rate:,.0f} tokens/s")
-    finally:
-        bar.close()
 
 
 def bits(nats: float) -> float:

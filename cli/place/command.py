@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...bench.machine import need
 from ...bench.screen import Screen
 from ...placement.cluster.topology import Topology
 from ...placement.files import write_whole
@@ -78,14 +79,12 @@ def run(args: argparse.Namespace) -> int:
     rows = compared(placement, fit, shown, args) if args.compare or args.plot else {}
     found: dict[str, Any] = {"output": str(args.output), "cost": dict(placement.cost), "bound": dict(placement.bound)}
     found |= {"method": dict(placement.method), "compare": rows}
-    for line in _lines(placement, rows if args.compare else {}, judge is not None):
-        screen.say(line)
+    _show(placement, rows if args.compare else {}, judge is not None, screen)
     if migration is not None:
         found["migration"] = _migration(migration, args)
         screen.say(_migration_line(found["migration"]))
     if args.explain:
-        for line in explain.lines(placement, shown):
-            screen.say(line)
+        explain.show(placement, shown, screen)
     if args.plot:
         page.write(args.plot, placement, shown, rows)
         screen.say(f"pictures: {args.plot}")
@@ -118,6 +117,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"place: --slots must be alike on every GPU for {args.export[0]}, got {args.slots}")
     if args.migrate_from is not None and args.migrate_from.absolute() == args.output.absolute():
         raise ValueError(f"place: --output must be another file than --migrate-from, got {args.output}")
+    if args.plot is not None:
+        need("place: --plot", "matplotlib", "plot")
     for path in (args.output, args.plot, args.export and Path(args.export[1])):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"place: the folder of {path} must exist, got none")
@@ -216,10 +217,10 @@ def compared(
     return rows
 
 
-def _lines(placement: Placement, rows: dict[str, dict[str, Any]], held_out: bool) -> Iterator[str]:
+def _show(placement: Placement, rows: dict[str, dict[str, Any]], held_out: bool, screen: Screen) -> None:
     cost, bound = placement.cost, placement.bound
     gap = f", the best possible is at most {bound['gap']:.1%} lower" if bound else ""
-    yield f"score {cost['score']:.6g}{' (proved optimal)' if bound.get('proved') else gap}"
+    screen.say(f"score {cost['score']:.6g}{' (proved optimal)' if bound.get('proved') else gap}")
     head = ["", "load", "GPUs", "copies", "node copies", "cross GPU", "cross node", "ms"]
     table = [head] + [
         [
@@ -234,12 +235,12 @@ def _lines(placement: Placement, rows: dict[str, dict[str, Any]], held_out: bool
         ]
         for name, found in (rows or {"this": dict(cost)}).items()
     ]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    yield "on tokens held out:" if rows and held_out else "on the trace:"
-    for row in table:
-        yield "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-    yield "load: busiest GPU / mean; GPUs a token reaches; copies: rows that leave a GPU or node, a token and layer;"
-    yield "cross: share of transitions; ms: predicted for a step of the workload"
+    screen.say("on tokens held out:" if rows and held_out else "on the trace:")
+    screen.table(table)
+    screen.say(
+        "load: busiest GPU / mean; GPUs a token reaches; copies: rows that leave a GPU or node, a token and layer;"
+    )
+    screen.say("cross: share of transitions; ms: predicted for a step of the workload")
 
 
 def _migration(migration: Migration, args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...bench.screen import Screen
+from ...bench.screen import Bar, Screen
 from ...moe.record import record
 from ...placement.traces.file import TraceFile
 from ..demo.model import quiet
@@ -28,27 +28,24 @@ def recorded(args: argparse.Namespace) -> TraceFile:
     tokens, passes = args.tokens or 20_000, Passes(args.text, tokenizer, args.length, args.batch)
     how = "its tokenizer" if tokenizer is not None else "bytes, as the folder has no tokenizer"
     screen.say(f"{type(model).__name__} from {args.model}, {tokens:,} tokens of {passes.source} ({how})")
-    bar = screen.bar(tokens)
 
-    def batches() -> Iterator[Tensor]:
+    def batches(bar: Bar) -> Iterator[Tensor]:
         seen = 0
         for batch in passes:
             yield batch
             seen += batch.numel()
             bar.update(min(seen, tokens), "tokens")
 
-    with quiet():
-        trace = record(
+    with quiet(), screen.bar(tokens) as bar:
+        return record(
             model,
-            batches(),
+            batches(bar),
             weights=args.weights,
             max_tokens=tokens,
             sample=args.sample,
             seed=args.seed,
             path=args.output or Path("trace.npz"),
         )
-    bar.close()
-    return trace
 
 
 def _load(folder: str) -> tuple[nn.Module, Any]:

@@ -92,7 +92,7 @@ class Call:
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
         if w_up is not None and w_up.stride()[1:] != w1.stride()[1:]:  # a tile reads rows of both
             w1, w_up = w1.contiguous(), w_up.contiguous()
-        numbers = (ctypes.c_float * 4)(*params)
+        numbers = (ctypes.c_float * 5)(*params)
         self.held = (rows, ids, weights, w1, w_up, b1, b2, numbers)
         self.op, self.slots = op, slots
         f, o = _sizes(w2, transposed)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.quantized import quantize
+from ..hf.accelerated import keeps_weights
 from .file import FileStore
 from .forms import Found
 from .host import HostStore, Store
@@ -56,6 +57,13 @@ def like(weights: Mapping[str, Tensor], n: int, format: str | None) -> Weights:
 def store_of(found: Found, layers, groups, disk, device: torch.device, *, page_cache: bool, verify: bool) -> Store:
     """The lower tier with everything in it; a file that is there already where experts are on the meta device."""
     absent = [name for name, module, form in found if form.weights(module)["w_down"].is_meta]
+    kept = [name for name, module, _ in found if keeps_weights(module)]
+    if kept:
+        raise ValueError(
+            f"offload: model must have its weights in memory, got {kept[0]}, whose weights accelerate keeps elsewhere "
+            "(device_map, cpu_offload or disk_offload): load the model without it, or call "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first where they are on the host"
+        )
 
     def weights(i: int) -> list[Weights]:
         _, module, form = found[i]

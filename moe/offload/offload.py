@@ -227,6 +227,7 @@ class Offload:
 
     # --- inside a forward pass ---------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # decisions, reads and waiting are not for a graph; what is around it is compiled
     def compute(self, index: int, rows: Tensor, routing: Routing) -> Tensor:
         """What grouped_ffn would give for the experts of layer `index`."""
         one = self._moved[index] if index < len(self._moved) else None
@@ -256,6 +257,7 @@ class Offload:
             price, room = self._pace.order(layer, *self.engine.pace())
             self.engine.prefetch_likely(layer, chance, price, room)
 
+    @torch.compiler.disable
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
         past: Any = kwargs.get("past_key_values")
         if past is None or (hasattr(past, "get_seq_length") and not past.get_seq_length()):

@@ -18,6 +18,7 @@ from ...kernels.routing import Routing
 from ...placement.caching.precision import Precision, assign
 from ..elsewhere import elsewhere_of
 from ..experts import Experts
+from ..hf.accelerated import device_of, weights_there
 from ..hf.table import choice_of
 from ..record import Batch, evaluating, inputs_of
 from ..shards import shards_of
@@ -87,7 +88,7 @@ def sensitivity(
     if max_rows < 1:
         raise ValueError(f"sensitivity: max_rows must be at least 1, got {max_rows}")
     meter = _Meter(_measurable(model), tuple(formats), max_rows)
-    device = next(p.device for p in model.parameters())
+    device = device_of(model)
     with evaluating(model), meter.listening(), torch.no_grad():
         for batch in [batches] if isinstance(batches, Tensor | Mapping) else batches:
             inputs = inputs_of(batch, device)
@@ -176,12 +177,14 @@ class _Meter:
                 raise ValueError(
                     f"sensitivity: attention_mask must have a place for each of {len(ids)} tokens, got {len(live)}"
                 )
-            for e in range(self.experts[layer]):
-                token, k = torch.nonzero((ids == e) & live[:, None], as_tuple=True)
-                if len(token):
-                    some = torch.linspace(0, len(token) - 1, min(len(token), self.max_rows), device=token.device).long()
-                    token, k = token[some], k[some]
-                    self._measure(layer, e, form.weights(module), form, x[token], weights[token, k][:, None])
+            with weights_there(module):
+                for e in range(self.experts[layer]):
+                    token, k = torch.nonzero((ids == e) & live[:, None], as_tuple=True)
+                    if len(token):
+                        kept = min(len(token), self.max_rows)
+                        some = torch.linspace(0, len(token) - 1, kept, device=token.device).long()
+                        token, k = token[some], k[some]
+                        self._measure(layer, e, form.weights(module), form, x[token], weights[token, k][:, None])
 
         return before
 

@@ -42,7 +42,8 @@ def save_checkpoint(
     stands at `path` is replaced only when the new checkpoint is whole: an interrupted save loses nothing.
 
     The format is torch.distributed.checkpoint's. Keys are "model/NAME" and "optimizer/FIELD/NAME" with the names and
-    the shapes that one process would have; a weight with gate and up rows is kept as NAME.0 and NAME.1.
+    the shapes that one process would have, without torch.compile's `_orig_mod`; a weight with gate and up rows is kept
+    as NAME.0 and NAME.1.
 
     Raises, on every rank, ValueError where the optimizer holds parameters that the module has not or keeps state of
     another shape for experts (Adafactor), or experts were given a dispatcher by hand; OSError and torch's
@@ -140,7 +141,8 @@ def _end(module: nn.Module, state: Mapping[str, Any]) -> Any:
     """Gives the module what is no tensor; the checkpoint's extra."""
     other = pickle.loads(state[_OTHER])
     if other:
-        module.load_state_dict(other, strict=False)
+        own = {_plain(name): name for name in module.state_dict()}
+        module.load_state_dict({own.get(name, name): value for name, value in other.items()}, strict=False)
     return pickle.loads(state[_EXTRA])
 
 
@@ -166,6 +168,11 @@ def _quietly(ranks: dist.ProcessGroup | None) -> Iterator[None]:
 # --- what is kept under which key ---------------------------------------------------------------------------------
 
 
+def _plain(name: str) -> str:
+    """The name that a parameter has without torch.compile, which puts `_orig_mod` before what it has wrapped."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def _cuts(module: nn.Module) -> Mapping[str, tuple[Cut, Shards | None]]:
     """The parameters with a dimension of experts, by their full names: cut in this process or not."""
     shared = {id(part) for m in module.modules() if isinstance(m, SharedExpert) for part in m.modules()}
@@ -185,7 +192,8 @@ def _cuts(module: nn.Module) -> Mapping[str, tuple[Cut, Shards | None]]:
             cuts = cuts_of_experts(name, m, 1)[1]
         else:
             continue
-        found |= {f"{name}.{parameter}" if name else parameter: (cut, shards) for parameter, cut in cuts.items()}
+        whole = _plain(name)
+        found |= {f"{whole}.{parameter}" if whole else parameter: (cut, shards) for parameter, cut in cuts.items()}
     return found
 
 
@@ -215,7 +223,8 @@ def _pieces(name: str, t: Tensor, cut: Cut, shards: Shards | None) -> Iterator[t
 
 def _module_entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
     cuts = _cuts(module)
-    for name, value in module.state_dict().items():
+    for own, value in module.state_dict().items():
+        name = _plain(own)
         if name in cuts:
             yield from _pieces(name, value.detach(), *cuts[name])
         elif isinstance(value, Tensor):
@@ -240,7 +249,7 @@ def _optimizer_entries(
 
 def _state_of(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     state: dict[str, Any] = {f"{_MODEL}/{key}": t for key, t in _module_entries(module)}
-    state[_OTHER] = pickle.dumps({k: v for k, v in module.state_dict().items() if not isinstance(v, Tensor)})
+    state[_OTHER] = pickle.dumps({_plain(k): v for k, v in module.state_dict().items() if not isinstance(v, Tensor)})
     if optimizer is None:
         return state
     cuts = _cuts(module)
@@ -251,7 +260,7 @@ def _state_of(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
 
 
 def _named(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, str]]:
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names = {parameter: _plain(name) for name, parameter in module.named_parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in held:
         if parameter not in names:

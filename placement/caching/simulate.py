@@ -255,7 +255,8 @@ def _run(table, policy, steps, future, ahead, counts, log, keep):
     fresh = np.zeros((layers, experts), np.bool_)  # fetched ahead and not used yet
     waves, n = 0, 0
     for step in range(len(steps.layer)):
-        layer, begin, end = steps.layer[step], steps.offsets[step], steps.offsets[step + 1]
+        layer = np.int64(steps.layer[step])  # what the live model says: with int32 every policy is compiled once more
+        begin, end = steps.offsets[step], steps.offsets[step + 1]
         ids, size = steps.ids[begin:end], end - begin
         if steps.begins[step]:
             new_sequence(policy)
@@ -279,7 +280,7 @@ def _run(table, policy, steps, future, ahead, counts, log, keep):
             to = step + ahead.horizon[h]
             if to >= len(steps.layer):
                 continue
-            layer, size = steps.layer[to], 0
+            layer, size = np.int64(steps.layer[to]), 0
             while size < ahead.ids.shape[2] and ahead.ids[h, to, size] >= 0:
                 size += 1
             ids = ahead.ids[h, to, :size]

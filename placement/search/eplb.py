@@ -77,26 +77,36 @@ def _replicate(weight: NDArray[np.float32], slots: int) -> tuple[NDArray[np.int6
     return item, copies
 
 
-def apart(expert_of_slot: NDArray[np.integer], load: ArrayLike, slots_of_gpu: ArrayLike) -> NDArray[np.int64]:
-    """The plan [L, S] with no expert twice on one GPU: a second copy changes places with the slot of another GPU that
-    leaves the busier of the two least busy. Raises ValueError where there is no such slot."""
-    plan, weight, owner = np.array(expert_of_slot, np.int64), np.asarray(load, np.float64), gpu_of_slot(slots_of_gpu)
+def apart(
+    expert_of_slot: NDArray[np.integer], load: ArrayLike, slots_of_gpu: ArrayLike
+) -> tuple[NDArray[np.int64], int]:
+    """The plan [L, S] with no expert twice on one GPU, and how many slots hold another expert than EPLB says.
+
+    A second copy changes places with the slot of another GPU that leaves the busier of the two least busy. Where no
+    slot will do, as where EPLB wants more copies of an expert than there are GPUs, the copy gives way to the expert
+    with most load per copy that its GPU does not hold: the GPU's load is then lower, or the same. Raises ValueError
+    where a GPU has more slots than there are experts.
+    """
+    plan, weight = np.array(expert_of_slot, np.int64), np.asarray(load, np.float64)
+    experts, owner, replaced = weight.shape[1], gpu_of_slot(slots_of_gpu), 0
+    checked_slots("apart", slots_of_gpu, experts)
     for layer, row in enumerate(plan):
-        share = weight[layer] / np.maximum(np.bincount(row, minlength=weight.shape[1]), 1)
         while True:
-            held = owner * weight.shape[1] + row
-            _, first = np.unique(held, return_index=True)
+            _, first = np.unique(owner * experts + row, return_index=True)
             double = np.setdiff1d(np.arange(len(row)), first)
             if not double.size:
                 break
             slot = int(double[0])
+            share = weight[layer] / np.maximum(np.bincount(row, minlength=experts), 1)
             time = np.bincount(owner, share[row], len(np.asarray(slots_of_gpu)))
             mine = owner == owner[slot]
             takes = np.isin(owner, owner[row == row[slot]], invert=True) & ~np.isin(row, row[mine])
-            if not takes.any():
-                raise ValueError(f"apart: replicas must fit on distinct GPUs, got no place for expert {row[slot]}")
-            more = share[row[slot]] - share[row]
-            worse = np.where(takes, np.maximum(time[owner] + more, time[owner[slot]] - more), np.inf)
-            other = int(worse.argmin())
-            row[slot], row[other] = row[other], row[slot]
-    return plan
+            if takes.any():
+                more = share[row[slot]] - share[row]
+                worse = np.where(takes, np.maximum(time[owner] + more, time[owner[slot]] - more), np.inf)
+                other = int(worse.argmin())
+                row[slot], row[other] = row[other], row[slot]
+            else:
+                row[slot] = np.where(np.isin(np.arange(experts), row[mine]), -1.0, share).argmax()
+                replaced += 1
+    return plan, replaced

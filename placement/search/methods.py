@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ EXACT = 130  # binaries up to which HiGHS, too, is asked: beyond, it proves noth
 
 @dataclass
 class Run:
-    """What a method may spend, and whom it tells. `interrupted`: an event that Ctrl-C sets."""
+    """What a method may spend, and whom it tells. `interrupted`: an event that Ctrl-C sets. `notes`: what the answer's
+    `method` is to say beside its name."""
 
     deadline: float
     interrupted: Any
@@ -36,6 +37,7 @@ class Run:
     effort: float
     start: Placement | None
     say: Callable[[str], None]
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def stop(self) -> bool:
         """Whether it is time to hand over what there is."""
@@ -108,7 +110,11 @@ def _balance(problem: Problem, run: Run) -> Found:
 def _eplb(problem: Problem, run: Run) -> Found:
     _free("eplb", problem)
     load, slots = problem.loads[0], problem.slots_of_gpu
-    return apart(eplb(load, slots, problem.topology.nodes, problem.groups), load, slots), None
+    plan, replaced = apart(eplb(load, slots, problem.topology.nodes, problem.groups), load, slots)
+    if replaced:
+        run.notes["copies_replaced"] = replaced
+        run.say(f"eplb wants {replaced} copies beside another of the same expert: their slots hold other experts")
+    return plan, None
 
 
 def _linear(problem: Problem, run: Run) -> Found:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,27 +22,37 @@ from headgate.kernels.chip import H200
 
 GEMMS = ("up_kernel", "rows_kernel", "back_kernel", "dw_kernel")
 CODE = "import sys; from headgate.cli import main; sys.exit(main(sys.argv[1:]))"
+RUNS = {
+    "some": "--chips sm_90 --shapes gpt-oss-tp8 --tokens 4096 --passes forward backward --limit 1 --processes 1",
+    "widths": "--chips sm_90 --shapes gpt-oss-tp8 --tokens 4096 --passes forward backward",
+    "many": "--chips sm_80 sm_90 --shapes qwen3 gpt-oss --tokens 1 4096 --limit 2",
+}
 
 
-def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-P", "-c", CODE, "bench", "compile", *arguments]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """built(name of a run) -> (its builds, what it printed); a run is made once."""
+
+    @cache
+    def run(name: str) -> tuple[list[dict], str]:
+        file = tmp_path_factory.mktemp("builds") / "builds.json"
+        command = [sys.executable, "-P", "-c", CODE, "bench", "compile", *RUNS[name].split(), "--json", str(file)]
+        # the interpreter is asked for: the command must leave it by itself
+        env = os.environ | {"TRITON_INTERPRET": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
+        print(done.stdout)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(file.read_text())["builds"], done.stdout
+
+    return run
 
 
-def test_every_kernel_fits_its_chip_and_spills_nothing(tmp_path):
-    file = tmp_path / "builds.json"
-    # the interpreter is asked for: the command must leave it by itself
-    done = run(
-        "--chips", "sm_80", "sm_90", "--shapes", "qwen3", "gpt-oss", "--tokens", "1", "4096", "--limit", "2",
-        "--json", str(file), TRITON_INTERPRET="1",
-    )  # fmt: skip
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(file.read_text())["builds"]
+@pytest.mark.parametrize(("name", "chips"), [("some", {90}), pytest.param("many", {80, 90}, marks=pytest.mark.slow)])
+def test_every_kernel_fits_its_chip_and_spills_nothing(built, name, chips):
+    found, said = built(name)
     both = {(r["kernel"], r["sm"]) for r in found}
-    assert {sm for _, sm in both} == {80, 90}
-    assert {k for k, sm in both if sm == 80} == {k for k, sm in both if sm == 90}
+    assert {sm for _, sm in both} == chips
+    assert all({k for k, sm in both if sm == chip} == {k for k, _ in both} for chip in chips)
     assert {*GEMMS, "combine_kernel", "router_grad_kernel", "column_sum_kernel"} <= {k for k, _ in both}
     for r in found:
         assert r["spill_bytes"] == 0, r["what"]
@@ -52,18 +63,13 @@ def test_every_kernel_fits_its_chip_and_spills_nothing(tmp_path):
         assert large, kernel
         assert all(r["wgmma"] > 0 for r in large), kernel
         assert all(r["mma"] > 0 for r in found if r["kernel"] == kernel and r["sm"] == 80), kernel
-    assert f"{len(found)} builds, 0 at fault" in done.stdout
+    assert f"{len(found)} builds, 0 at fault" in said
 
 
-def test_widths_that_are_no_multiple_of_16_keep_their_wide_loads(tmp_path):
+@pytest.mark.parametrize("name", ["some", pytest.param("widths", marks=pytest.mark.slow)])
+def test_widths_that_are_no_multiple_of_16_keep_their_wide_loads(built, name):
     """8 elements are 16 bytes: a compiler that knows only of multiples of 16 would load narrowly, and spill."""
-    file = tmp_path / "builds.json"
-    done = run(
-        "--chips", "sm_90", "--shapes", "gpt-oss-tp8", "--tokens", "4096", "--passes", "forward", "backward",
-        "--json", str(file),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = [r for r in json.loads(file.read_text())["builds"] if r["kernel"] in GEMMS]
+    found = [r for r in built(name)[0] if r["kernel"] in GEMMS]
     assert {r["kernel"] for r in found} == {*GEMMS}
     assert all(r["tma"] + r["cp_async"] > 0 for r in found)
 
@@ -90,6 +96,7 @@ def test_what_is_wrong_is_said():
     assert table[1].split() == ["k", "c", "2", "100", "?", "10", "20", "0", "1-3", "0", "0", "2"]
 
 
+@pytest.mark.slow  # three starts of a compiler's process
 def test_a_compiler_that_dies_costs_its_own_job_alone(monkeypatch, tmp_path):
     """One job's process ends at once, the other's result comes all the same."""
     script = tmp_path / "deadly.py"

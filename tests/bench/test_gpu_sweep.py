@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,34 +21,54 @@ from headgate.bench.gpu.products import Problem, Real, gemms_of, serves, weights
 from headgate.bench.gpu.shapes import STANDARD
 from headgate.kernels.chip import H200
 
-SWEEP = """
+SWEEPS = """
+from contextlib import redirect_stdout
 from dataclasses import replace
-import sys
-from headgate.bench.gpu import sweep
+import json, sys
+from headgate.bench.gpu import products, sweep
 from headgate.cli import main
 small = {"hidden": 16, "intermediate": 16, "experts": 4, "top_k": 1}
 sweep.STANDARD = {n: replace(sweep.STANDARD[n], **small) for n in ("qwen3", "gpt-oss")}
 sweep.H200 = replace(sweep.H200, processors=1)  # few programs: the interpreter pays by the program
-sys.exit(main(sys.argv[1:]))
+products.Problem.calls = 1  # several, one after the other, are for a chip's caches
+for name, options in json.loads(sys.argv[1]).items():
+    always = ["--samples", "1", "--dtype", "fp32", "--device", "cpu", "--json", f"{name}.json"]
+    with open(f"{name}.txt", "w") as said, redirect_stdout(said):
+        assert main(["bench", "sweep", *options.split(), *always]) == 0, name
 """
+RUNS = {
+    "training": "--shapes gpt-oss --tokens 6 --gemms up down back dx dw --limit 2",
+    "no time": "--tokens 5 6 --limit 5 --minutes 1e-9",
+}
+FEW_ROWS = {
+    "formats": "--tokens 1 --formats none int4 --limit 2",
+    "no time": "--tokens 1 5 --limit 5 --minutes 1e-9",
+}
 
 
-def swept(tmp_path, *options: str) -> tuple[list[dict], str]:
-    file = tmp_path / "sweep.json"
-    always = ["--samples", "1", "--dtype", "fp32", "--device", "cpu", "--json", str(file)]
-    command = [sys.executable, "-P", "-c", SWEEP, "bench", "sweep", *options, *always]
+def sweeps(runs: dict[str, str], folder: Path) -> dict[str, tuple[list[dict], str]]:
+    """name of a run -> (its sweeps, what it printed), one after the other in one process with the interpreter."""
+    command = [sys.executable, "-P", "-c", SWEEPS, json.dumps(runs)]
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(file.read_text())["sweeps"]
-    assert all(f["rank"] <= f["timed"] <= f["of"] and f["ratio"] >= 1 for f in found)
-    assert not [c for f in found for c in f["candidates"] if "failed" in c], done.stdout
-    return found, done.stdout
+    found = {}
+    for name in runs:
+        each = json.loads((folder / f"{name}.json").read_text())["sweeps"]
+        said = (folder / f"{name}.txt").read_text()
+        assert all(f["rank"] <= f["timed"] <= f["of"] and f["ratio"] >= 1 for f in each)
+        assert not [c for f in each for c in f["candidates"] if "failed" in c], said
+        found[name] = each, said
+    return found
 
 
-def test_every_product_of_training_computes_the_same_numbers_with_every_tile(tmp_path):
-    options = ["--shapes", "gpt-oss", "--tokens", "6", "--gemms", "up", "down", "back", "dx", "dw", "--limit", "2"]
-    found, said = swept(tmp_path, *options)
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> dict[str, tuple[list[dict], str]]:
+    return sweeps(RUNS, tmp_path_factory.mktemp("sweeps"))
+
+
+def test_every_product_of_training_computes_the_same_numbers_with_every_tile(swept):
+    found, said = swept["training"]
     assert [f["gemm"] for f in found] == ["up", "down", "back", "dx", "dw"]
     assert all(f["timed"] == 2 for f in found)
     table = said.splitlines()[-6:]
@@ -55,16 +76,22 @@ def test_every_product_of_training_computes_the_same_numbers_with_every_tile(tmp
     assert [line.split()[4] for line in table[1:]] == ["up", "down", "back", "dx", "dw"]
 
 
+@pytest.mark.slow
 def test_few_rows_in_every_format(tmp_path):
+    runs = sweeps(FEW_ROWS, tmp_path)
+    found, said = runs["formats"]
     formats = ["none", "int4"]
-    found, said = swept(tmp_path, "--tokens", "1", "--formats", *formats, "--limit", "2")
     assert [(f["format"], f["gemm"]) for f in found] == [(f, g) for f in formats for g in ("thin_up", "thin_down")]
     assert "GB/s" in said
+    only_the_chosen_tile(runs["no time"][0], ["thin_up", "thin_down", "up", "down"])
 
 
-def test_a_time_that_is_over_leaves_the_chosen_tile(tmp_path):
-    found, _ = swept(tmp_path, "--tokens", "1", "5", "--limit", "5", "--minutes", "1e-9")
-    assert [(f["gemm"], f["timed"]) for f in found] == [(g, 1) for g in ("thin_up", "thin_down", "up", "down")]
+def test_a_time_that_is_over_leaves_the_chosen_tile(swept):
+    only_the_chosen_tile(swept["no time"][0], ["up", "down"] * 2)
+
+
+def only_the_chosen_tile(found: list[dict], gemms: list[str]) -> None:
+    assert [(f["gemm"], f["timed"]) for f in found] == [(g, 1) for g in gemms]
     assert all(f["untried"] == f["of"] - 1 for f in found)
     assert any(f["untried"] for f in found)
 
@@ -184,8 +211,8 @@ from headgate.bench.gpu.shapes import STANDARD
 from headgate.kernels.chip import H100
 
 if __name__ == "__main__":
-    builder, found = Builder(2), []
-    for tokens, format in ((1, "none"), (1, "int4"), (32, "none"), (4096, "none")):
+    builder, found = Builder(1), []  # a process more would be an import of torch more
+    for tokens, format in json.loads(sys.argv[1]):
         problem = Problem(STANDARD["qwen3"], tokens, format=format, chip=H100)
         for gemm in gemms_of(tokens, format):
             for tile in problem.candidates(gemm, 2):
@@ -198,22 +225,31 @@ if __name__ == "__main__":
 """
 
 
-def test_the_first_candidates_are_built_for_an_h100(tmp_path):
+@pytest.mark.parametrize(
+    ("cases", "products"),
+    [
+        ([(1, "none")], 2),
+        pytest.param([(1, "none"), (1, "int4"), (32, "none"), (4096, "none")], 2 + 2 + 2 + 5, marks=pytest.mark.slow),
+    ],
+    ids=["few", "all"],
+)
+def test_the_first_candidates_are_built_for_an_h100(tmp_path, cases, products):
     """In a process without the interpreter, as the sweep builds them ahead: none spills, none needs too much memory."""
     script = tmp_path / "builds.py"
     script.write_text(BUILDS)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-P", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    command = [sys.executable, "-P", str(script), json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 2 * (2 + 2 + 2 + 5)
+    assert len(found) == 2 * products
     for *what, launched, faults in found:
         assert launched, what
         assert not any(faults), (what, faults)
 
 
+@pytest.mark.slow  # four starts of a compiler's process
 def test_builds_are_asked_for_ahead_and_survive_a_compiler_that_dies(tmp_path, monkeypatch):
     (tmp_path / "deadly.py").write_text("import os\nos._exit(9)\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,5 +1,7 @@
 """The command: help with examples, exit status, one line for an error, and what doctor finds."""
 
+import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,11 +15,7 @@ from headgate.bench.gpu import doctor as gpu
 from headgate.cli import doctor
 from headgate.kernels.chip import H200, Chip
 
-KINDS = ("moe", "dispatch", "compile", "roofline", "sweep", "placement", "offload", "links")
-SUBCOMMANDS = (
-    *([name] for name in ("demo", "train", "trace", "place", "cache", "doctor", "bench")),
-    *(["bench", kind] for kind in KINDS),
-)
+SUBCOMMANDS = (*([name] for name in cli.COMMANDS), *(["bench", kind] for kind in cli.BENCHMARKS))
 
 
 @pytest.mark.parametrize("command", SUBCOMMANDS, ids=" ".join)
@@ -30,7 +28,8 @@ def test_every_subcommand_has_help_with_an_example(command, capsys):
 
 def test_help_loads_nothing_heavy(tmp_path):
     code = "import sys\nfrom headgate import cli\ntry:\n  cli.main(['--help'])\nexcept SystemExit:\n  pass\n"
-    code += "sys.exit(','.join({'torch', 'numpy', 'transformers'} & set(sys.modules)) or 0)"
+    code += "heavy = {'torch', 'numpy', 'transformers', 'rich', 'matplotlib'}\n"
+    code += "sys.exit(','.join(heavy & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
 
 
@@ -56,7 +55,7 @@ def test_status_of_failure_and_of_ctrl_c(monkeypatch, capsys):
         def raising(args):
             raise error
 
-        monkeypatch.setattr(cli, "_doctor", raising)
+        monkeypatch.setattr(doctor, "run", raising)
         return cli.main(["doctor"])
 
     assert stop(RuntimeError("broken\nin two")) == 1
@@ -66,9 +65,33 @@ def test_status_of_failure_and_of_ctrl_c(monkeypatch, capsys):
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["demo"]) == 1
-    assert "pip install 'headgate[hf]'" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for command, extra in ((["demo"], "hf,plot"), (["train"], "hf"), (["trace", "folder"], "hf")):
+        assert cli.main(command) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"headgate: {command[0]}: needs transformers, which is not installed: ")
+        assert f"pip install 'headgate[{extra}]'" in said
+
+
+def options(parser, path=()):
+    """path -> the options and arguments of every command below a parser."""
+    found = {path: [a.dest for a in parser._actions if not isinstance(a, argparse._SubParsersAction)]}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                found |= options(sub, (*path, name))
+    return found
+
+
+def test_the_whole_parser_has_the_options_of_every_command():
+    found = options(cli.parser())
+    assert set(found) == {(), *map(tuple, SUBCOMMANDS)}
+    for path, names in found.items():
+        assert len(names) > 3 or path in ((), ("doctor",)), path
+    assert {"fold", "layers", "json"} <= set(found[("train",)])
+    assert {"gpu_report", "minutes"} <= set(found[("bench",)])
+    for path in (("place",), ("bench", "links")):  # the same that a command line of its own gets
+        assert options(cli.parser(path))[path] == found[path]
 
 
 def test_doctor_says_what_runs_here(capsys):

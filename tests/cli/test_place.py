@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
@@ -108,6 +109,13 @@ def test_the_page_stands_alone_and_shows_every_picture(folder):
     assert "src=" not in text
     trace = Trace.load(folder / "t.npz").select(slice(40))
     assert "<svg" in page.pictures(Placement.load(folder / "p.json"), trace, {})
+
+
+def test_a_page_needs_matplotlib_and_says_so_before_the_work(folder, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert place(folder, "--plot", folder / "p.html") == 1
+    assert "place: --plot: needs matplotlib, which is not installed: pip install " in capsys.readouterr().err
+    assert not (folder / "p.json").exists()
 
 
 @pytest.mark.parametrize(

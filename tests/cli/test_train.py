@@ -71,6 +71,15 @@ def test_one_loss_under_every_fold_and_across_a_checkpoint(text, tmp_path, capsy
     assert one[0]["loss"][0] > one[2]["loss"][0]
 
 
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_two_ranks_train_as_one_process_does(text, tmp_path, capsys):
+    expected = alone(capsys, text, steps=2)
+    found = many(2, tmp_path, text, steps=2, fold="tp=2,ep=2")
+    assert (found["ranks"], found["last_step"]) == (2, 2)
+    for figure in ("loss", "grad_norm"):
+        assert found[figure] == pytest.approx(expected[figure], rel=CLOSE), figure
+
+
 @pytest.mark.slow
 def test_ranks_are_refused_together(text, tmp_path):
     done = ranks(2, arguments(text, fold="dp=2,ep=4"), tmp_path)

@@ -6,41 +6,34 @@ import copy
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from dispatch_cases import (
-    A2A,
-    AG,
-    AR,
     CHECKS,
     MANY,
-    RS,
     WIRED,
     Case,
     D,
     F,
-    bytes_between_ranks,
     cases,
     check,
     close,
-    counted,
     make,
     summed,
 )
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
 
 from headgate.dispatch import AllGather, AllToAll, Auto, Hierarchical, Local, SliceAllReduce, Symmetric
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts, MoE
-from headgate.placement.cluster.volume import distinct_parts
 
 sys.path.append(str(Path(__file__).parent))
 import ranks_auto  # noqa: F401  # these add checks of their own
 import ranks_compose  # noqa: F401
 import ranks_padded  # noqa: F401
 import ranks_window  # noqa: F401
+from ranks_amiss import disagreement
+from ranks_travel import the_expected_collectives_and_no_others
 from ranks_wire import wires_keep_their_bounds, wires_of_the_backward_pass
 
 
@@ -224,192 +217,7 @@ def a_nan_stays_with_its_token(name):
     assert torch.equal(y.isnan().any(1), case.mine(broken))
 
 
-# --- what travels ------------------------------------------------------------------------------------------------
-
-# (dispatch, combine, backward of combine, backward of dispatch), by short names of collectives
-EXPECTED = {
-    "all_gather": ([AG, AG], [RS], [AG], [RS]),
-    "all_to_all": ([A2A, A2A], [A2A], [A2A], [A2A]),
-    "hierarchical": ([A2A] * 4, [A2A] * 2, [A2A] * 2, [A2A] * 2),
-    "slice_all_reduce": ([AG], [AR], [], [AR]),
-    "symmetric": ([AG], [], [], []),
-    "auto": ([AR, A2A, A2A], [A2A], [A2A], [A2A]),
-}
-
-
-def the_expected_collectives_and_no_others(name):
-    case = cases(name)["uneven"]
-    dispatcher = make(name)
-    routing = case.routing()
-    weights = routing.weights.clone().requires_grad_()
-    x = case.mine(case.x).clone().requires_grad_()
-
-    def seen(step):
-        with CommDebugMode() as mode:
-            result = step()
-        return result, counted(mode)
-
-    routing = Routing(routing.expert_ids, weights, routing.num_experts)
-    if name == "symmetric":  # its first call opens a window, once
-        dispatcher.dispatch(x, routing)
-    (rows, local, ticket), first = seen(lambda: dispatcher.dispatch(x, routing))
-    r = (rows.detach() * local.weights.sum(1, keepdim=True).detach()).requires_grad_()
-    y, second = seen(lambda: dispatcher.combine(r, ticket))
-    _, third = seen(lambda: y.sum().backward())
-    _, fourth = seen(lambda: (rows.sum() + local.weights.sum()).backward())
-    for found, expected in zip((first, second, third, fourth), EXPECTED[name], strict=True):
-        assert found == {c: expected.count(c) for c in expected}, f"{found}, expected {expected}"
-    assert x.grad is not None
-    assert weights.grad is not None
-
-
-@check
-def bytes_of_all_to_all_follow_the_formula():
-    size, rank = dist.get_world_size(), dist.get_rank()
-    for what, case in cases("all_to_all").items():
-        dispatcher, ids = AllToAll(), case.mine(case.ids)
-        each = case.experts // size
-        wanted = [
-            sum(any(0 <= e < case.experts and e // each == to for e in row) for row in ids.tolist())
-            for to in range(size)
-        ]
-        k = ids.shape[1]
-        with bytes_between_ranks() as seen:
-            rows, _, ticket = dispatcher.dispatch(case.mine(case.x), case.routing())
-            dispatcher.combine(rows, ticket)
-        _, message, home = (moved for _, moved in seen)
-        assert message == [n * (D * 8 + k * (4 + 8)) for n in wanted], what
-        assert home == [n * D * 8 for n in ticket.routes[0].received], what
-        assert ticket.routes[0].sent == wanted, what
-        everybody = [torch.zeros(size, dtype=torch.int64) for _ in range(size)]
-        dist.all_gather(everybody, torch.tensor(wanted))
-        assert ticket.routes[0].received == [int(n[rank]) for n in everybody], what
-
-
-@check
-def bytes_of_two_levels_follow_the_formula():
-    size, rank = dist.get_world_size(), dist.get_rank()
-    per_node = 2 if size > 2 else 1
-    for what, case in cases("hierarchical").items():
-        dispatcher = make("hierarchical")
-        each, nodes = case.experts // size, size // per_node
-
-        def distinct(ids, experts_each, numbers, experts=case.experts):
-            return [sum(any(0 <= e < experts and e // experts_each == n for e in row) for row in ids) for n in numbers]
-
-        to_nodes = distinct(case.mine(case.ids).tolist(), each * per_node, range(nodes))
-        # what this rank passes on: the tokens of the ranks with its own number, for the ranks of its node
-        peers = [r for r in range(size) if r % per_node == rank % per_node]
-        passed = torch.cat([case.ids.split(case.tokens)[r] for r in peers]).tolist()
-        node = rank // per_node
-        to_ranks = distinct(passed, each, range(node * per_node, (node + 1) * per_node))
-        _, _, ticket = dispatcher.dispatch(case.mine(case.x), case.routing())
-        assert ticket.routes[0].sent == to_nodes, what
-        assert ticket.routes[1].sent == to_ranks, what
-
-
-@check
-def an_even_router_sends_what_the_volume_formula_says():
-    size = dist.get_world_size()
-    torch.manual_seed(dist.get_rank())
-    tokens, experts, k = 4000, 16, 3
-    ids = torch.rand(tokens, experts).topk(k).indices
-    routing = Routing.from_topk(ids, torch.ones(tokens, k), experts)
-    _, _, ticket = AllToAll().dispatch(torch.zeros(tokens, 1), routing)
-    copies = sum(ticket.routes[0].sent) / tokens
-    assert abs(copies - distinct_parts(experts, k, size)) < 0.05, copies
-
-
-# --- disagreement ------------------------------------------------------------------------------------------------
-
-
-def disagreement(name):
-    """The last rank differs in one thing: everybody hears of it, by rank and field, and can go on."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    odd = rank == size - 1
-
-    def dispatch(
-        experts=8, k=2, d=D, dtype=torch.float32, weights_dtype=torch.float32, grad=False, tokens=3, **options
-    ):
-        x = torch.randn(tokens, d, dtype=dtype, requires_grad=grad)
-        ids = torch.arange(tokens * k).view(tokens, k) % experts
-        options.setdefault("name", "same")
-        make(name, **options).dispatch(x, Routing.from_topk(ids, torch.ones(tokens, k, dtype=weights_dtype), experts))
-
-    trials = [
-        ("num_experts", {"experts": 16}, "got 16 on rank {r} and 8 on rank"),
-        ("top_k", {"k": 1}, "got 1 on rank {r} and 2 on rank"),
-        ("hidden_size", {"d": 7}, "got 7 on rank {r} and 5 on rank"),
-        ("dtype", {"dtype": torch.float64}, "got torch.float64 on rank {r} and torch.float32 on rank"),
-        ("weights_dtype", {"weights_dtype": torch.bfloat16}, "got torch.bfloat16 on rank {r}"),
-        ("name", {"name": "layer 2"}, "on rank {r}"),
-        ("gradients", {"grad": True}, "got x on rank {r} and none on rank"),
-    ]
-    if name in WIRED:
-        trials.append(("wire", {"wire": ("fp8", "bf16")}, "got (fp8, bf16) on rank {r} and (exact, exact) on rank"))
-        trials.append(("backward_wire", {"backward_wire": "bf16"}, "on rank {r}"))
-    else:
-        trials.append(("tokens", {"tokens": 4}, "got 4 on rank {r} and 3 on rank 0"))
-    for field, change, words in trials:
-        with pytest.raises(ValueError, match=f": {field} must be the same on every rank") as caught:
-            dispatch(**(change if odd else {}))
-        assert words.format(r=size - 1) in str(caught.value), caught.value
-    dispatch()
-
-
-@check
-def ranks_of_one_node_that_disagree_all_hear_of_it():
-    """Ranks of one number agree with each other, across nodes; inside the nodes it comes out."""
-    odd = dist.get_rank() % 2
-    dispatcher = make("hierarchical")
-    routing = Routing.from_topk(torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), 16 if odd else 8)
-    with pytest.raises(ValueError, match=r"num_experts must be .*, got 16 on rank [1357] and 8 on rank [0246]"):
-        dispatcher.dispatch(torch.zeros(3, D), routing)
-
-
-@check
-def a_call_too_few_is_noticed():
-    dispatcher = AllToAll()
-    routing = Routing.from_topk(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), 8)
-    dispatcher.dispatch(torch.zeros(1, 2), routing)
-    if dist.get_rank() == 1:
-        dispatcher.agreement.calls += 1  # as after a call that only this rank made
-    with pytest.raises(ValueError, match="call must be the same on every rank, got 3 on rank 1 and 2 on rank 0"):
-        dispatcher.dispatch(torch.zeros(1, 2), routing)
-
-
-@check
-def slice_all_reduce_can_check_the_first_call_only():
-    dispatcher = SliceAllReduce(check="first")
-    routing = Routing.from_topk(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), 8)
-    for expected in ({AG: 1}, {}, {}):
-        with CommDebugMode() as mode:
-            dispatcher.dispatch(torch.zeros(1, 2), routing)
-        assert counted(mode) == expected
-
-
 # --- use ----------------------------------------------------------------------------------------------------------
-
-
-@check
-def a_number_of_experts_that_cannot_be_shared_is_refused():
-    size = dist.get_world_size()
-    for name in MANY:
-        d = make(name)
-        words = f"^{type(d).__name__}: num_experts must be a multiple of the group's {size} ranks, got {size + 1}$"
-        with pytest.raises(ValueError, match=words):
-            MoE(D, F, size + 1, 1, dispatcher=d)
-
-
-@check
-def rows_that_do_not_fit_the_dispatch_are_refused():
-    case = cases("all_to_all")["even"]
-    for name in MANY:
-        d = make(name)
-        rows, _, ticket = d.dispatch(case.mine(case.x), case.routing())
-        for wrong in (torch.cat([rows, torch.zeros(1, D)]), rows[:, 1:], rows[None]):
-            with pytest.raises(ValueError, match=r"rows must be \[R, D\] as this dispatch gave them, \(\d+, 5\), got"):
-                d.combine(wrong, ticket)
 
 
 @check

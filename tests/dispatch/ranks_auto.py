@@ -141,7 +141,8 @@ def links_are_measured_and_the_same_on_every_rank():
     assert len(set(everywhere(links))) == 1
     assert links == auto.found.links
     assert (links.inside == Link(0, float("inf"))) == (size == 2), "a node of one rank has no link inside"
-    assert links.across.latency_us > 0
+    # a busy machine may leave nothing of a latency or of a bandwidth, but not of both
+    assert links.across != Link(0, float("inf")), "a link between nodes takes time"
     again = copy.deepcopy(auto)
     again.dispatch(case.mine(case.x), case.routing())
     assert (again.choice, again.found.rows) == (auto.choice, auto.found.rows)

@@ -23,9 +23,9 @@ def group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("results", "check"), cases_of(RANKS, [4]), indirect=["results"])
-def test_on_a_model_of_its_kernels(results, check):
-    passed_on_every_rank(results, check)
+@pytest.mark.parametrize(("size", "check"), cases_of(RANKS, [4]))
+def test_on_a_model_of_its_kernels(results, size, check):
+    passed_on_every_rank(results(size), check)
 
 
 def test_every_engine_is_a_dispatcher_and_says_whether_it_can_run():

@@ -2,7 +2,7 @@
 
 torch's LocalTensor holds a tensor for each rank; an operation runs on each of them, a collective moves rows between
 them, and an int that is not the same on every rank is a SymInt. So one run of the library's code is one of all ranks,
-each with tokens, splits and shapes of its own. `many_ranks` says what that mode of torch 2.13 does not say itself.
+each with tokens, splits and shapes of its own. `many_ranks` says what that mode does not say itself.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def many_ranks(size: int) -> Iterator[Callable[[Callable[[int], Tensor]], Tensor
 
     dist.init_process_group("fake", rank=0, world_size=size)
     try:
-        with pytest.MonkeyPatch.context() as patch, local_tensor.LocalTensorMode(size) as mode:
+        # The mode goes first and ours is undone first: since torch 2.14 it too sets dist.get_rank, and puts it back.
+        with local_tensor.LocalTensorMode(size) as mode, pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "get_rank", get_rank)
             patch.setattr(torch, "tensor", by_rank(torch.tensor))
             for module in [m for name, m in sys.modules.items() if name.startswith("headgate.dispatch.")]:

@@ -1,11 +1,14 @@
-"""A grouped_ffn problem as one object, so that every test states only what is special about it."""
+"""A grouped_ffn problem as one object, so that every test states only what is special about it; a quick interpreter."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 import pytest
 import torch
+from interpreter import language_patched_once
 
 from headgate.kernels import Routing, grouped_ffn
 from headgate.kernels.activation import as_activation
@@ -81,6 +84,15 @@ def make(
         if not pair:
             tensors["b_gate_up"] = torch.randn(E, wide, dtype=torch.float64)
     return Problem(tensors, ids, E, form).to(dtype)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    if find_spec("triton") is None:
+        yield
+        return
+    with language_patched_once():
+        yield
 
 
 @pytest.fixture

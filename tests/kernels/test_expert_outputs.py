@@ -119,7 +119,7 @@ def test_every_form(problem, form, rows, dtype):
     assert torch.equal(answer(p, cut(p, 3)), p.call(p.tensors))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(16), *(pytest.param(s, marks=pytest.mark.slow) for s in range(16, 40))])
 def test_random_problems_with_any_number_of_threads(problem, cpu_form, seed):
     r, before = random.Random(seed), torch.get_num_threads()
     torch.manual_seed(seed)

@@ -36,24 +36,31 @@ def op_args(p, keep=True):
     """The operator's own arguments, in its order."""
     t = p.leaves()
     act = p.form.get("activation", "silu")
-    kind, params = (act, [1.0, float("inf"), 0.0, 0.0]) if isinstance(act, str) else (act.kind, act.params)
+    kind, params = (act, [1.0, float("inf"), 0.0, 0.0, 1.0]) if isinstance(act, str) else (act.kind, act.params)
     names = ("rows", "ids", "weights", "w_gate_up", "w_up", "w_down", "b_gate_up", "b_down")
     tensors = [p.ids.int() if n == "ids" else t.get(n) for n in names]
     flags = [p.form.get("gated", True), p.form.get("transposed", False), p.form.get("interleaved", False)]
     return [*tensors, kind, params, *flags, keep]
 
 
+@pytest.mark.parametrize("cpu_form", ["plain", pytest.param("native", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(problem, form):
-    p = problem(R=5, D=6, F=3, E=4, ids=IDS, dtype=torch.float64, **FORMS[form])
+def test_gradcheck(problem, form, cpu_form):
+    """In float64, which is the plain form's either way."""
+    p = problem(R=5, D=4, F=2, E=4, ids=IDS, dtype=torch.float64, **FORMS[form])
     leaves = p.leaves()
     names = list(leaves)
     function = lambda *values: p.call(dict(zip(names, values, strict=True)))  # noqa: E731
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        *((form, torch.float32) for form in FORMS),
+        *(pytest.param(form, torch.bfloat16, marks=() if form == "gpt-oss" else pytest.mark.slow) for form in FORMS),
+    ],
+)
 def test_opcheck(problem, form, dtype):
     """With live pairs only: the places of h that belong to no pair are never written, and two runs may differ there."""
     p = problem(R=5, D=16, F=8, E=4, ids=IDS.clamp(0, 3), dtype=dtype, **FORMS[form])
@@ -103,14 +110,19 @@ def test_compiles_with_inductor_and_any_number_of_rows(problem, assert_close):
         assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (got, want)), name="rows")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name)
+SIZES = [
+    {},
+    dict(R=300, D=128, F=96, E=3),
+    dict(R=2, D=128, F=256, E=16, K=8),
+    dict(R=1, D=64, F=96, E=5, K=4, transposed=True),
+]
+
+
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "dtype"),
     [
-        {},
-        dict(R=300, D=128, F=96, E=3),
-        dict(R=2, D=128, F=256, E=16, K=8),
-        dict(R=1, D=64, F=96, E=5, K=4, transposed=True),
+        *((size, dtype) for size in SIZES for dtype in (torch.float32, torch.bfloat16)),
+        *(pytest.param(size, torch.float16, marks=() if "K" in size else pytest.mark.slow) for size in SIZES),
     ],
 )
 def test_two_runs_agree_to_the_bit(problem, cpu_form, dtype, shape):

@@ -28,12 +28,15 @@ FORMATS = {
     "int4, wide groups": ("int4", (1, 128)),
     "mxfp4": ("mxfp4", None),
 }
+# Several tiles each way, the last of 64 cut, and several scales along each contraction: those of 128 need more columns.
+WIDE = {"fp8": 160, "int4, wide groups": 160}
 SILU = Activation("silu")
 FORMS = {"halves": (SILU, False, False), "gpt-oss": (GPT_OSS, True, False), "pair": (SILU, False, True)}
 
 
-def case(form, format, dtype, rows=21, d=96, f=160, experts=3, k=2):
+def case(form, format, dtype, rows=21, d=64, f=None, experts=3, k=2):
     act, interleaved, pair = FORMS[form]
+    f = WIDE.get(format, 96) if f is None else f
     kind, block = FORMATS[format]
 
     def weight(outputs, inputs):

@@ -31,6 +31,26 @@ FORMATS = {
 }
 
 
+WHOLE = [
+    {},
+    {"interleaved": True, "bias": True, "activation": GPT_OSS},
+    {"pair": True},
+    {"gated": False, "bias": True},
+    {"transposed": True, "bias": True},
+    {"transposed": True, "interleaved": True},
+    {"transposed": True, "pair": True},
+    {"D": 64, "F": 32},
+    {"transposed": True, "D": 64, "F": 32},
+]
+FEW_BITS = [{}, {"interleaved": True, "bias": True}, {"pair": True}]
+EVEN, CUT = (64, 32), (96, 34)
+# `make test` has every format in every size and every form once; the rest of the product is slow
+QUICK = [
+    *((format, CUT, 0) for format in FORMATS),
+    *((format, EVEN, 1) for format in FORMATS),
+    ("int4", CUT, 2),
+    ("fp8 by row", EVEN, 2),
+]
 # few programs, several steps, a cut last one: the interpreter pays by the program
 COARSE = ThinTile(outputs=32, chunks=2, unroll=2, warps=1)
 
@@ -97,19 +117,14 @@ def read(words, numbers, bad, FORMAT: tl.constexpr, P: tl.constexpr, N: tl.const
 
 @interpreted
 class TestThinKernels:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize(
-        "form",
+        ("dtype", "form"),
         [
-            {},
-            {"interleaved": True, "bias": True, "activation": GPT_OSS},
-            {"pair": True},
-            {"gated": False, "bias": True},
-            {"transposed": True, "bias": True},
-            {"transposed": True, "interleaved": True},
-            {"transposed": True, "pair": True},
-            {"D": 64, "F": 32},
-            {"transposed": True, "D": 64, "F": 32},
+            *((torch.float32, form) for form in WHOLE),
+            *(
+                pytest.param(torch.float16, form, marks=() if i in (1, 4, 7) else pytest.mark.slow)
+                for i, form in enumerate(WHOLE)
+            ),
         ],
         ids=str,
     )
@@ -119,9 +134,16 @@ class TestThinKernels:
         assert y.dtype == dtype
         assert_close(y, case.truth(), dtype=dtype)
 
-    @pytest.mark.parametrize("form", [{}, {"interleaved": True, "bias": True}, {"pair": True}], ids=str)
-    @pytest.mark.parametrize("size", [(64, 32), (96, 34)], ids=str)
-    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize(
+        ("format", "size", "form"),
+        [
+            pytest.param(format, size, form, marks=() if (format, size, i) in QUICK else pytest.mark.slow)
+            for format in FORMATS
+            for size in (EVEN, CUT)
+            for i, form in enumerate(FEW_BITS)
+        ],
+        ids=str,
+    )
     def test_quantized_equals_the_reference_on_dequantized_weights(self, format, size, form, assert_close):
         name, block = FORMATS[format]
         case = Case(R=2, E=3, K=2, D=size[0], F=size[1], format=name, block=block, **form)

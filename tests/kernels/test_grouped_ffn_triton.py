@@ -77,9 +77,27 @@ def test_every_form(problem, check, form):
     check(problem(33, 70, 33, 5, 2, **FORMS[form]))
 
 
+EVEN, CUT = (17, 64, 32), (9, 24, 34)
+# `make test` has every form by maps at whole tiles; by pointers it has them above
+QUICK = [
+    *(("maps", form, EVEN) for form in FORMS),
+    *(("maps", form, CUT) for form in ("gate first", "gpt-oss", "ungated")),
+    *(("pointers", form, CUT) for form in ("interleaved", "pair")),
+]
+
+
 @pytest.mark.usefixtures("on_triton")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", [(17, 64, 32), (9, 24, 34)], ids=str)
+@pytest.mark.parametrize(
+    ("on_triton", "form", "size"),
+    [
+        pytest.param(chip, form, size, marks=() if (chip, form, size) in QUICK else pytest.mark.slow)
+        for chip in CHIPS
+        for form in FORMS
+        for size in (EVEN, CUT)
+    ],
+    indirect=["on_triton"],
+    ids=str,
+)
 def test_every_form_at_sizes_that_tensor_maps_take(problem, check, form, size):
     check(problem(*size, 4, 2, **FORMS[form]))
 
@@ -124,10 +142,18 @@ SHAPES = {
     "other output size": dict(R=12, D=24, D_out=40, bias=True),
     "K past a tile": dict(R=3, D=8, F=8, E=40, K=33),
 }
+BY_MAPS = ("no rows", "every expert", "all on one", "sentinels", "other output size")  # in `make test`
 
 
 @pytest.mark.usefixtures("on_triton")
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("on_triton", "shape"),
+    [
+        *(("pointers", shape) for shape in SHAPES),
+        *(pytest.param("maps", shape, marks=() if shape in BY_MAPS else pytest.mark.slow) for shape in SHAPES),
+    ],
+    indirect=["on_triton"],
+)
 def test_odd_shapes(problem, check, shape):
     check(problem(**{"D": 20, "F": 12, **SHAPES[shape]}))
 

@@ -9,6 +9,6 @@ RANKS = Path(__file__).with_name("ranks_losses.py")
 results = ranks_fixture(RANKS)
 
 
-@pytest.mark.parametrize(("results", "check"), cases_of(RANKS, [2, 4]), indirect=["results"])
-def test_on_every_rank(results, check):
-    passed_on_every_rank(results, check)
+@pytest.mark.parametrize(("size", "check"), cases_of(RANKS, [2, 4]))
+def test_on_every_rank(results, size, check):
+    passed_on_every_rank(results(size), check)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from itertools import permutations, product
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headgate
+from headgate.placement.bounds import certify, crossing_bound
 from headgate.placement.cluster.topology import Topology
 from headgate.placement.place import open_source, place, problem_of, sampled, walked
 from headgate.placement.placement import Placement
@@ -35,10 +37,18 @@ def trace() -> Trace:
     return generate(layers=3, experts=8, top_k=2, tokens=600, seed=1)
 
 
+@pytest.fixture(params=[40, pytest.param(None, marks=pytest.mark.slow)], ids=["bounded soon", "bounded long"])
+def length_of_the_bound(request, monkeypatch) -> None:
+    """After so many iterations the dearest bound ends; None: when its time is up, or it gets no better."""
+    if request.param is not None:
+        monkeypatch.setattr(certify, "crossing_bound", partial(crossing_bound, iterations=request.param))
+
+
 def rebuilt(source: Trace, topology: Topology, objective, per_gpu=None, **more):
     return problem_of(source, topology, per_gpu, objective, **more)
 
 
+@pytest.mark.usefixtures("length_of_the_bound")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("topology", "per_gpu"), [(TWO, None), (ONE, 3)], ids=["single", "spare"])

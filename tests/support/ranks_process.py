@@ -11,6 +11,7 @@ its name and "" or what went wrong when it ends. After a failure the ranks are o
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import importlib.util
 import json
 import os
@@ -26,6 +27,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# What most scripts import, and takes longest: once for all of them.
+COMMON = (
+    "headgate.moe",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "transformers.modeling_utils",
+)
+
 
 def load_checks(script: Path) -> dict[str, Callable[[], None]]:
     name = "headgate_test_" + "_".join(script.with_suffix("").parts[-2:])
@@ -38,6 +47,9 @@ def load_checks(script: Path) -> dict[str, Callable[[], None]]:
 
 
 def nursery(runs, answers) -> None:
+    for module in COMMON:
+        with suppress(ImportError):  # the script that wants it will say so
+            importlib.import_module(module)
     for line in runs:
         run, before = json.loads(line), sum(os.times()[2:4])
         os.waitpid(fork(lambda: keep(run), Path(run["folder"]) / "keeper.log"), 0)  # noqa: B023  # called at once

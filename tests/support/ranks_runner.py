@@ -7,9 +7,9 @@ check and number of ranks; `slow` says on how many ranks a check is for `make te
     RANKS = Path(__file__).with_name("ranks.py")
     results = ranks_fixture(RANKS)
 
-    @pytest.mark.parametrize(("results", "check"), cases_of(RANKS, [2, 4], {"a_check": (4,)}), indirect=["results"])
-    def test_on_every_rank(results, check):
-        passed_on_every_rank(results, check)
+    @pytest.mark.parametrize(("size", "check"), cases_of(RANKS, [2, 4], {"a_check": (4,)}))
+    def test_on_every_rank(results, size, check):
+        passed_on_every_rank(results(size), check)
 
 The ranks run the checks that are asked for: `-k`, `-m` and the name of one test leave out the others.
 
@@ -72,17 +72,18 @@ def cases_of(script: Path, sizes: list[int], slow: Slow | None = None, only: lis
 
 
 def ranks_fixture(script: Path, seconds: float = 180):
-    """A fixture, to be parametrized with the number of ranks: what came of the checks that this session selects."""
+    """A fixture: size -> what came of the checks that this session asks for on so many ranks, started once."""
 
     @pytest.fixture(scope="module")
-    def results(request, tmp_path_factory) -> list[Rank]:
-        chosen = [
-            item.callspec.params["check"]
-            for item in request.session.items
-            if item.path == request.path and "check" in item.fixturenames
-            if item.callspec.params.get("results") == request.param
-        ]
-        return run_ranks(script, request.param, tmp_path_factory.mktemp(script.stem), chosen, seconds)
+    def results(request, tmp_path_factory) -> Callable[[int], list[Rank]]:
+        @functools.cache
+        def of(size: int) -> list[Rank]:
+            cases = [item.callspec.params for item in request.session.items if item.path == request.path
+                     and "results" in item.fixturenames]  # fmt: skip
+            chosen = [case["check"] for case in cases if case["size"] == size]
+            return run_ranks(script, size, tmp_path_factory.mktemp(script.stem), chosen, seconds)
+
+        return of
 
     return results
 

@@ -18,8 +18,8 @@ CHUNK = 4096  # tokens at a time
 
 
 def ids_of(trace: Trace) -> NDArray[np.int32]:
-    """int32 [L, T, K], -1: no expert."""
-    return np.where(trace.live, trace.expert_ids.astype(np.int32), np.int32(-1))
+    """int32 [L, T, K], -1: no expert. In C order, also of selected tokens: what reads it is compiled for one order."""
+    return np.ascontiguousarray(np.where(trace.live, trace.expert_ids.astype(np.int32), np.int32(-1)))
 
 
 def experts_of(trace: Trace) -> NDArray[np.int32]:

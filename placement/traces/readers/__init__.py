@@ -17,7 +17,7 @@ from pathlib import Path
 from ..file import TraceFile
 from ..statistics import Statistics
 from ..trace import Trace
-from . import eplb, esft, flame_moe, llama_cpp, router_logits, sglang, vllm
+from . import counts, eplb, esft, flame_moe, llama_cpp, router_logits, sglang, vllm
 from .common import Found, Options, open_recording
 
 
@@ -34,6 +34,7 @@ READERS = {
     "sglang": Reader("SGLang's expert distribution recorder, .pt", sglang.fits, sglang.read),
     "vllm": Reader("routed_experts as vLLM returns them, .npy, .npz, .json, .jsonl", vllm.fits, vllm.read),
     "router-logits": Reader("transformers' router_logits, .pt, .npz", router_logits.fits, router_logits.read),
+    "counts": Reader("choices of each layer and expert counted, layer,expert,count, .csv", counts.fits, counts.read),
     "llama.cpp": Reader("llama-moe-trace's CSV", llama_cpp.fits, llama_cpp.read),
     "flame-moe": Reader("FLAME-MoE's routing traces, a folder of .parquet", flame_moe.fits, flame_moe.read),
     "esft": Reader("ESFT's expert scores, a folder of .txt", esft.fits, esft.read),
@@ -49,12 +50,13 @@ def convert(
     top_k: int | None = None,
     num_experts: int | None = None,
     max_tokens: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> TraceFile:
     """`read`, written to the trace file `output`, whole or not at all. FLAME-MoE's traces are streamed.
 
     Raises what `read` raises, and ValueError where the recording holds loads only.
     """
-    options = Options(top_k, num_experts, max_tokens)
+    options = Options(top_k, num_experts, max_tokens, tell or (lambda line: None))
     found = open_recording(Path(path))
     name = _format(found, format)
     if name == "flame-moe":
@@ -73,6 +75,7 @@ def read(
     top_k: int | None = None,
     num_experts: int | None = None,
     max_tokens: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Trace | Statistics:
     """What another program recorded, whole in memory.
 
@@ -80,6 +83,7 @@ def read(
     top_k        K, where the recording does not say it (router logits; llama.cpp without decoding)
     num_experts  E, where it does not (None: one more than the largest id)
     max_tokens   read no more than the first so many
+    tell         called with a line where something is worth knowing, such as how many tokens came from where
 
     Raises FileNotFoundError; ValueError naming file, field, rule and value, where the format cannot be told, the
     content is not what it should be, an id is out of range, or an option is missing; RuntimeError where a package is
@@ -87,7 +91,7 @@ def read(
 
     >>> trace = read("expert_distribution_recorder_1764088000.5_0.pt")
     """
-    options = Options(top_k, num_experts, max_tokens)
+    options = Options(top_k, num_experts, max_tokens, tell or (lambda line: None))
     found = open_recording(Path(path))
     return READERS[_format(found, format)].read(found, options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from .torch_file import load_torch
 
 @dataclass(frozen=True)
 class Options:
-    """What a recording may not say itself: K (`top_k`), E (`num_experts`); and `max_tokens` to read at most."""
+    """What a recording may not say itself: K (`top_k`), E (`num_experts`); and `max_tokens` to read at most. `tell` is
+    called with a line where a reader found something worth knowing."""
 
     top_k: int | None = None
     num_experts: int | None = None
     max_tokens: int | None = None
+    tell: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
         for name in ("top_k", "num_experts", "max_tokens"):

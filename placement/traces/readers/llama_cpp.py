@@ -75,6 +75,10 @@ def _named(found: Found, options: Options) -> Trace:
 
 def _numbers(found: Found, skip: int, columns: tuple[int, ...], width: int) -> NDArray[np.int64]:
     found.rule(found.path.stat().st_size > 0, "rows", "at least one", 0)
+    with open(found.path, encoding="utf-8", errors="replace") as file:
+        first = file.readline().strip()
+    rule = f"rows of {width} columns, {'layer,expert' if width == 2 else HEADER} (or layer,expert,count: counts)"
+    found.rule(first.count(",") == width - 1, "content", rule, repr(first[:80]))
     try:
         rows = np.loadtxt(
             found.path, np.int64, delimiter=",", skiprows=skip, usecols=columns, ndmin=2, encoding="utf-8"

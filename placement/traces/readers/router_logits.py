@@ -19,6 +19,8 @@ from .common import Found, Options, trace_of
 
 
 def fits(found: Found) -> bool:
+    if isinstance(found.content, dict) and "logical_count" in found.content:
+        return False  # a recorder's counts, which may be fractions too
     passes = _passes(found.content)
     return bool(passes) and all(_is_layer(x) for one in passes for x in one) and any(x is not None for x in passes[0])
 

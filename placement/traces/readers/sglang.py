@@ -6,7 +6,7 @@ per_token           one file a rank: {records: [...], last_physical_to_logical_m
                     pass: topk_ids_of_layer int32 [L, T, 8], *physical* ids, -1 where nothing was chosen (fewer than 8
                     choices; a layer without experts), input_ids, positions, extend_seq_lens (None when decoding)
 per_pass            the same with global_physical_count [L, P] in place of the ids: loads only
-stat, stat_approx   one file: {rank, logical_count int32 [steps, L, E], ...}: loads only
+stat, stat_approx   one file: {rank, logical_count int32 or float [steps, L, E], ...}: loads only
 
 Physical ids become logical ones by the recorded map, which is the last one: a recording over a rebalancing is not to be
 trusted.
@@ -35,8 +35,9 @@ def read(found: Found, options: Options) -> Trace | Statistics:
     content = found.content
     found.rule(fits(found), "content", "a dict with records or logical_count", type(content).__name__)
     if "logical_count" in content:
-        counts = found.array(content["logical_count"], "logical_count", dims=3)
-        return statistics_of(found, counts.sum(axis=0, dtype=np.int64), "logical_count", options)
+        counts = found.array(content["logical_count"], "logical_count", dims=3, kinds="iuf")
+        total = counts.sum(axis=0, dtype=np.float64 if counts.dtype.kind == "f" else np.int64)
+        return statistics_of(found, total, "logical_count", options)
     logical = found.array(content["last_physical_to_logical_map"], "last_physical_to_logical_map", dims=2)
     found.rule(logical.size > 0, "last_physical_to_logical_map", "[L, P], not empty", list(logical.shape))
     found.rule(logical.min() >= 0, "last_physical_to_logical_map", "not negative", logical.min())

@@ -13,6 +13,7 @@ import inspect
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def small_config(model_class: type, family: str, path: Path, **changes):
             return config
         fields = {name: to for name, to in smaller(config, largest).items() if name not in changes}
         if not fields:
-            raise ValueError(f"{model_class.__name__} still has {size} parameters, one of {largest}: see small_configs.py")
+            raise ValueError(f"{model_class.__name__} has {size} parameters, one of {largest}: see small_configs.py")
         changes |= fields
 
 
@@ -150,15 +151,54 @@ def _inputs(model: nn.Module) -> dict:
 FAMILIES = families()
 
 
+def kinds(path: Path) -> set[str]:
+    """What tells a modeling file's experts from others': the adapters' classes, or the flags of the decorator."""
+    text = path.read_text(encoding="utf-8")
+    flags = re.findall(r"^@use_experts_implementation(.*)\n", text, re.M)
+    return {*flags, *(c for c in experts_classes(path) if c in ADAPTERS)}
+
+
+def one_of_each_kind() -> set[str]:
+    """The first family of each kind: these run in every role in `make test`, the others in `make test-all`."""
+    chosen, seen = set(), set()
+    for name, path in FAMILIES.items():
+        if new := kinds(path) - seen:
+            chosen.add(name)
+            seen |= new
+    return chosen
+
+
 def pytest_generate_tests(metafunc):
-    if "family_name" in metafunc.fixturenames:
+    """`family`: the first family of each kind, the others marked slow; `each_family`: all of them, none marked."""
+    if "each_family" in metafunc.fixturenames:
         metafunc.parametrize("family_name", list(FAMILIES))
+    elif "family_name" in metafunc.fixturenames:
+        quick = one_of_each_kind()
+        marked = [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in FAMILIES]
+        metafunc.parametrize("family_name", marked)
+
+
+@cache
+def _built(name: str) -> Family:
+    torch.manual_seed(0)
+    return build_family(name, FAMILIES[name])
+
+
+def _own(name: str) -> Family:
+    """The family with a model of the test's own, copied from the one that was built once."""
+    kept = _built(name)
+    torch.manual_seed(0)
+    return Family(name, kept.path, kept.clone(), {n: t.clone() for n, t in kept.inputs.items()})
 
 
 @pytest.fixture
 def family(family_name) -> Family:
-    torch.manual_seed(0)
-    return build_family(family_name, FAMILIES[family_name])
+    return _own(family_name)
+
+
+@pytest.fixture
+def each_family(family_name) -> Family:
+    return _own(family_name)
 
 
 @pytest.fixture
@@ -166,6 +206,8 @@ def build():
     """build(family name, **configuration) -> Family."""
 
     def make(name: str, **changes) -> Family:
+        if not changes:
+            return _own(name)
         torch.manual_seed(0)
         return build_family(name, FAMILIES[name], **changes)
 

@@ -43,14 +43,14 @@ def run(model, inputs):
 
 
 @pytest.mark.filterwarnings("ignore:headgate")
-def test_swapped_model_equals_the_original(family, assert_close, assert_same_gradients):
-    ours = family.clone()
-    want, want_grads = run(family.model, family.inputs)
+def test_swapped_model_equals_the_original(each_family, assert_close, assert_same_gradients):
+    ours = each_family.clone()
+    want, want_grads = run(each_family.model, each_family.inputs)
     state = {k: v.clone() for k, v in ours.state_dict().items()}
     report = headgate.replace(ours)
     assert report.replaced
     assert not report.skipped
-    got, got_grads = run(ours, family.inputs)
+    got, got_grads = run(ours, each_family.inputs)
     print(report)
     idle = [n for n, calls in report.calls.items() if not calls]
     assert not idle
@@ -62,7 +62,7 @@ def test_swapped_model_equals_the_original(family, assert_close, assert_same_gra
     assert all(torch.equal(v, state[k]) for k, v in ours.state_dict().items())
     assert headgate.restore(ours) == report.replaced
     assert not [m for m in ours.modules() if any(name.startswith("_headgate") for name in vars(m))]
-    again, _ = run(ours, family.inputs)
+    again, _ = run(ours, each_family.inputs)
     assert all(torch.equal(again[name], t) for name, t in want.items())
 
 

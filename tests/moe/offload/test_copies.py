@@ -34,6 +34,7 @@ from headgate.placement.caching.policies import POLICIES, Setting, policy
 from headgate.placement.traces.trace import Trace
 
 MANY = dict(layers=2, experts=40, d=16, f=8)  # slots enough for some of them to be spare
+COMPILED = ("lru", "adaptive")  # with the compiled CPU form in `make test`: what a policy decides does not depend on it
 
 
 def a_trace(layers: int, experts: int) -> Trace:
@@ -52,8 +53,15 @@ def many_steps(engine: Engine, made: list[dict], steps: int = 60, k: int = 6) ->
     assert not engine.cache.table.busy.any()
 
 
+@pytest.mark.parametrize(
+    ("cpu_form", "name"),
+    [
+        *(("plain", name) for name in POLICIES),
+        *(pytest.param("native", name, marks=() if name in COMPILED else pytest.mark.slow) for name in POLICIES),
+    ],
+    indirect=["cpu_form"],
+)
 @pytest.mark.parametrize("scope", ["layer", "shared"])
-@pytest.mark.parametrize("name", POLICIES)
 def test_equals_all_weights_at_hand(name, scope, cpu_form):
     made = weights(**MANY)
     with Engine(

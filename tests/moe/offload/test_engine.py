@@ -50,13 +50,21 @@ def needs_no_trace(name: str) -> bool:
 
 
 FREE = [name for name in POLICIES if needs_no_trace(name)]
+COMPILED = ("lru", "adaptive")  # with the compiled CPU form in `make test`: what a policy decides does not depend on it
 
 
 # --- right, to the bit -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("cpu_form", "name"),
+    [
+        *(("plain", name) for name in FREE),
+        *(pytest.param("native", name, marks=() if name in COMPILED else pytest.mark.slow) for name in FREE),
+    ],
+    indirect=["cpu_form"],
+)
 @pytest.mark.parametrize("scope", ["layer", "shared"])
-@pytest.mark.parametrize("name", FREE)
 def test_equals_all_weights_at_hand(name, scope, cpu_form, tmp_path):
     made = weights()
     for budget in ("30%", 0.9):
@@ -319,11 +327,10 @@ L, E, D, F, K, BUDGET = 4, 32, 512, 256, 4, 48 << 20
 def rss(what):
     return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 
-def made(i):
-    g = torch.Generator().manual_seed(i)
-    return [{"w_gate_up": torch.randn(E, 2 * F, D, generator=g), "w_down": torch.randn(E, D, F, generator=g)}]
+def made(i, **how):
+    return [{"w_gate_up": torch.full((E, 2 * F, D), i + 0.5, **how), "w_down": torch.full((E, D, F), i - 0.5, **how)}]
 
-layers = [Layer.of(f"m{i}", (range(E), {k: t.to("meta") for k, t in made(0)[0].items()})) for i in range(L)]
+layers = [Layer.of(f"m{i}", (range(E), made(i, device="meta")[0])) for i in range(L)]
 if not os.path.exists(sys.argv[1]):
     FileStore.write(sys.argv[1], layers, made)
 store = FileStore(sys.argv[1], layers, page_cache=sys.argv[2] == "cached")

@@ -134,6 +134,14 @@ def the_block_alone():
 
 
 @check
+def the_model_under_some_folds():
+    """Of 4 ranks: 6 ways of attention times 6 of experts, in steps of 5 that meet each of them."""
+    every = list(Fold.possible(dist.get_world_size()))
+    for sizes in every[::5]:
+        once(make_fold(sizes))
+
+
+@check
 def the_model_under_every_fold():
     """Of 8 ranks some: 10 ways of attention times 10 of experts, in steps of 3 that meet each of them."""
     world = dist.get_world_size()

@@ -20,8 +20,7 @@ from headgate.moe.capacity import Capacity
 from headgate.moe.ranks.sync import local
 
 sys.path.append(str(Path(__file__).parent))
-import folds_amiss  # noqa: F401  # these add checks of their own
-import folds_kept  # noqa: F401
+import folds_amiss  # noqa: F401  # it adds checks of its own
 
 __all__ = ["CHECKS"]
 

@@ -1,15 +1,22 @@
-"""Checks on many ranks: checkpoints that move between folds. See folds.py."""
+"""The checks of checkpoints that move between folds, and of experts on disk, run by test_folds_kept.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.distributed as dist
-from folds_cases import D, E, F, K, check, compare, folder, layer, optimizer_of, some_folds, train, trained
+from folds_cases import D, E, F, K, compare, folder, layer, optimizer_of, some_folds, train, trained
 
 import headgate
 from headgate.dispatch import AllToAll
 from headgate.moe import MoE
+
+CHECKS = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
 
 
 @check

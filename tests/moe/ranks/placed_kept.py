@@ -1,4 +1,4 @@
-"""Checks on many ranks: migrations step by step, checkpoints, models of transformers. See placed.py."""
+"""The checks of migrations step by step, checkpoints and models of transformers, run by test_placed_kept.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from folds_cases import D, E, compare, folder, layer, make_fold, optimizer_of, some_folds, train
-from placed_cases import check, messages, placement, random_migration, replicas_are_equal
+from placed_cases import messages, placement, random_migration, replicas_are_equal
 from ranks_compare import close, same_parameters
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -21,10 +21,16 @@ from headgate.placement.live.migrate import migrate as plan_of
 from headgate.placement.traces.trace import Trace
 from headgate.placement.walk import walk
 
+CHECKS = {}
 SIZES = dict(
     vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
     num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=32,
 )  # fmt: skip
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
 
 
 def olmoe() -> nn.Module:

@@ -9,6 +9,6 @@ PLACED = Path(__file__).with_name("placed.py")
 results = ranks_fixture(PLACED, seconds=400)
 
 
-@pytest.mark.parametrize(("results", "check"), cases_of(PLACED, [2, 4]), indirect=["results"])
-def test_on_every_rank(results, check):
-    passed_on_every_rank(results, check)
+@pytest.mark.parametrize(("size", "check"), cases_of(PLACED, [2, 4]))
+def test_on_every_rank(results, size, check):
+    passed_on_every_rank(results(size), check)

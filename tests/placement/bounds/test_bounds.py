@@ -6,6 +6,7 @@ from itertools import combinations, pairwise, permutations, product
 import numpy as np
 import pytest
 import scipy.sparse
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -60,7 +61,9 @@ def test_examples():
 SHAPES = [[2, 2], [1, 3], [1, 1, 2], [2, 2, 2], [1, 1, 1], [4], [1], [3, 3], [2, 1]]
 
 
-@pytest.mark.parametrize("methods", [*([m] for m in METHODS), list(METHODS)], ids="+".join)
+@pytest.mark.parametrize(
+    "methods", [*([m] for m in METHODS), pytest.param(list(METHODS), marks=pytest.mark.slow)], ids="+".join
+)
 @pytest.mark.parametrize("slots", SHAPES, ids=str)
 def test_never_above_the_best_of_all_placements(slots, methods):
     rng, node = np.random.default_rng(sum(slots)), np.arange(len(slots)) // 2
@@ -84,10 +87,9 @@ def test_small_cases_are_proved_optimal(slots, enough):
     assert proved >= enough
 
 
-@settings(max_examples=1000, deadline=None)
-@given(st.data())
+@examples(60, 1000, st.data())
 def test_ten_thousand_random_placements(data):
-    """1,000 cases with 10 placements each."""
+    """10 placements of each case; ten thousand where the slow tests run too."""
     slots = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     layers, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 2**32 - 1))
     methods = data.draw(st.sampled_from([["matching", "spectral"], ["matching", "spectral"], ["sdp"]]))

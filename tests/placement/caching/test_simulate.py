@@ -289,9 +289,37 @@ def test_chances_that_do_not_fit_are_refused():
         foreseen(steps, np.zeros((2, 20, 8)), 9)
 
 
-CHANGED = """
-import sys
-sys.path.insert(0, {root!r})
+def prints(code: str, folder: Path) -> str:
+    """What a new process prints, to which `folder` holds the package."""
+    code = f"import sys\nsys.path.insert(0, {str(folder)!r})\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def change(file: Path, before: str, after: str) -> None:
+    text = file.read_text()
+    assert text.count(before) == 1
+    file.write_text(text.replace(before, after))
+
+
+def test_a_changed_file_is_not_run_as_it_was_compiled_before(tmp_path):
+    """numba looks at a function's own file alone, and what `high` calls stands in another."""
+    room = tmp_path / "headgate" / "placement" / "caching"
+    room.mkdir(parents=True)
+    shutil.copy(Path(cache_file).parents[1] / "compiled.py", room.parent)
+    for folder in (room, room.parent, room.parent.parent):
+        (folder / "__init__.py").touch()
+    own = "from ..compiled import njit\n\n@njit\ndef "
+    (room / "low.py").write_text(f"{own}low(x):\n    return x + 1\n")
+    (room / "high.py").write_text(f"from .low import low\n{own}high(x):\n    return low(x)\n")
+    code = "from headgate.placement.caching.high import high\nprint(high(1), sum(high.stats.cache_hits.values()))"
+    assert [prints(code, tmp_path) for _ in range(2)] == ["2 0", "2 1"]
+    change(room / "low.py", "x + 1", "x + 41")
+    assert prints(code, tmp_path) == "42 0"
+
+
+ADVANCE = """
 import numpy as np
 from headgate.placement.caching.policies import Setting, policy
 from headgate.placement.caching.policies.step import advance
@@ -301,20 +329,14 @@ print(state.value.tolist(), sum(advance.stats.cache_hits.values()))
 """
 
 
+@pytest.mark.slow  # compiles every policy, twice
 def test_a_changed_policy_is_not_run_as_it_was_compiled_before(tmp_path):
-    """numba looks at a function's own file alone, and `advance` stands in another."""
+    """`advance` stands in another file than the policies."""
     here = Path(cache_file).parents[2]
     package = tmp_path / "headgate"
     shutil.copytree(here / "placement", package / "placement", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(here / "__init__.py", package / "__init__.py")
-
-    def run():
-        code = CHANGED.format(root=str(tmp_path))
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
-
-    assert [run().stdout.split() for _ in range(2)] == [["[[0.0,", "7.0]]", "0"], ["[[0.0,", "7.0]]", "1"]]
+    assert [prints(ADVANCE, tmp_path) for _ in range(2)] == ["[[0.0, 7.0]] 0", "[[0.0, 7.0]] 1"]
     recency = package / "placement" / "caching" / "policies" / "recency.py"
-    text = recency.read_text()
-    assert text.count("value[layer, e] = now\n") == 1
-    recency.write_text(text.replace("value[layer, e] = now\n", "value[layer, e] = -now\n"))
-    assert run().stdout.split() == ["[[0.0,", "-7.0]]", "0"]
+    change(recency, "value[layer, e] = now\n", "value[layer, e] = -now\n")
+    assert prints(ADVANCE, tmp_path) == "[[0.0, -7.0]] 0"

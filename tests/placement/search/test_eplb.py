@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headgate.placement.cluster.topology import Topology
+from headgate.placement.place import place
 from headgate.placement.search.eplb import apart, eplb
+from headgate.placement.slots import gpu_load
+from headgate.placement.traces.trace import Trace
 
 # The worked example of github.com/deepseek-ai/EPLB: 2 layers, 12 experts in 4 groups, 16 replicas, 2 nodes, 8 GPUs
 LOAD = [
@@ -111,10 +115,40 @@ def test_replicas_are_parted_and_nothing_else_is_lost(seed, gpus, each, hot):
         experts = gpus * each
     load = rng.integers(1, 50, (3, experts)) * np.where(rng.random((3, experts)) < 0.2, hot, 1)
     plan = eplb(load, [each] * gpus)
-    parted = apart(plan, load, [each] * gpus)
+    parted, replaced = apart(plan, load, [each] * gpus)
+    most = max(np.bincount(layer).max() for layer in plan)
+    assert replaced == 0 or most > 1
     for before, after in zip(plan, parted, strict=True):
-        np.testing.assert_array_equal(np.sort(before), np.sort(after))
+        if not replaced:
+            np.testing.assert_array_equal(np.sort(before), np.sort(after))
+        assert set(after.tolist()) == set(range(experts))
         for held in after.reshape(gpus, each):
             assert len(set(held.tolist())) == each
         if all(len(set(held.tolist())) == each for held in before.reshape(gpus, each)):
             np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [[90, 1, 2, 3], [0, 0, 0, 0], [1, 0, 0, 0]],
+    ids=["one dominant", "no load", "one alone"],
+)
+def test_more_copies_than_gpus_give_way_to_other_experts(load):
+    """EPLB wants expert 0 five times on two GPUs. Two copies of it beside each other do not lower anybody's load."""
+    slots = [4, 4]
+    plan = eplb([load], slots)
+    assert np.bincount(plan[0])[0] == 5
+    parted, replaced = apart(plan, [load], slots)
+    assert replaced == 3
+    for held in parted.reshape(2, 4):
+        assert sorted(held.tolist()) == [0, 1, 2, 3]
+    owner = np.repeat([0, 1], 4)
+    assert gpu_load([load], parted, owner, 2).max() <= gpu_load([load], plan, owner, 2).max()
+
+
+def test_place_takes_such_a_plan_and_says_so():
+    ids = np.zeros((2, 40, 1), np.uint8)
+    ids[1, :, 0] = np.arange(40) % 4
+    found = place(Trace(ids, 4), Topology(nodes=1, gpus_per_node=2), 4, "eplb", bound=False)
+    assert found.method["copies_replaced"] == 3
+    assert "copies_replaced" not in place(Trace(ids[1:], 4), Topology(1, 2), 2, "eplb", bound=False).method

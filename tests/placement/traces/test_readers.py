@@ -153,6 +153,61 @@ def test_vllm_in_all_its_files(tmp_path):
     assert read(tmp_path / "one.npy", num_experts=300).num_experts == 300
 
 
+def vllm_response(prompt, answers, usage=True, name="prompt_routed_experts"):
+    """As vLLM 0.21 answers: the prompt's part beside the choices, which hold what was generated."""
+    counts = {"prompt_tokens": len(prompt), "completion_tokens": len(answers[0]) + 1}
+    coded = [base64.b64encode(npy(a)).decode() for a in [prompt, *answers]]
+    choices = [{"index": i, "routed_experts": text} for i, text in enumerate(coded[1:])]
+    return {"choices": choices, name: coded[0], **({"usage": counts} if usage else {})}
+
+
+@pytest.mark.parametrize("usage", [True, False], ids=["counted", "uncounted"])
+def test_vllm_prompts_beside_the_choices(usage, tmp_path):
+    ids = choices(3, 12, 2, 9)
+    rows = ids.transpose(1, 0, 2).astype(np.int16)
+
+    def told(response):
+        (tmp_path / "a.json").write_text(json.dumps(response))
+        lines = []
+        return read(tmp_path / "a.json", tell=lines.append), lines
+
+    trace, lines = told(vllm_response(rows[:10], [rows[10:]], usage))
+    same(trace, ids, 9)
+    assert trace.sequence.tolist() == [0] * 12
+    assert lines == ["tokens: 10 in prompt_routed_experts, 2 generated"]
+    trace, lines = told(vllm_response(rows[:8], [rows[8:10], rows[10:]], usage))  # the second choice ran no prompt
+    same(trace, ids, 9)
+    assert trace.sequence.tolist() == [0] * 10 + [1] * 2
+    assert lines == ["tokens: 8 in prompt_routed_experts, 4 generated"]
+    trace, lines = told([{"choices": [], "prompt_routed_experts": rows.tolist()}])  # one token was asked for
+    same(trace, ids, 9)
+    with pytest.raises(
+        ValueError, match=r"choice 0, routed_experts of .*as its prompt's \[10, 3, 2\], got \[2, 1, 2\]"
+    ):
+        told(vllm_response(rows[:10], [rows[10:, :1]], usage))
+
+
+def test_vllm_whole_sequences_and_lost_prompts_are_told(tmp_path):
+    """By the response's own count: an array longer than the answer holds the prompt too, whatever stands beside it."""
+    ids = choices(3, 12, 2, 9)
+    rows = ids.transpose(1, 0, 2).astype(np.int16)
+    whole = vllm_response(rows[:10], [rows])
+    whole["usage"]["completion_tokens"] = 3
+    bare = vllm_response(rows[:10], [rows[10:]], name="other")
+    for response, expected, said in (
+        (whole, ids, ["tokens: 12 of prompts and answers in one array"]),
+        (
+            bare,
+            ids[:, 10:],
+            ["tokens: 2 generated", "1 choices have generated tokens alone: their prompts were not recorded"],
+        ),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(response))
+        lines = []
+        same(read(tmp_path / "a.json", tell=lines.append), expected)
+        assert lines == said
+
+
 def test_vllm_files_that_are_wrong(tmp_path):
     ids = choices(3, 5, 2, 9).transpose(1, 0, 2).astype(np.int16)
     np.save(tmp_path / "a.npy", ids)
@@ -257,6 +312,58 @@ def test_llama_cpp(tmp_path, header):
     shown[2, [0, 1, 2, 3, 4, 6, 7, 8]] = -1
     same(read(path), shown, int(shown.max()) + 1)
     same(read(path, max_tokens=7), shown[:, :7])
+
+
+COUNTED = "0,0,5\n0,2,1\n2,1,4\n2,2,2\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        COUNTED,
+        "layer_id,expert_id,count\n" + COUNTED,
+        "rank,count,layer,expert\n7,5,0,0\n7,1,0,2\n7,4,2,1\n7,2,2,2\n",
+        "layer,expert,count\n" + COUNTED.replace("0,0,5", "0,0,3\n0,0,2"),
+    ],
+    ids=["bare", "sglang", "named", "added"],
+)
+def test_counts_are_loads_not_choices(text, tmp_path):
+    path = tmp_path / "expert_distribution_rank0.csv"
+    path.write_text(text)
+    found = read(path)
+    assert isinstance(found, Statistics)
+    assert (found.load.tolist(), found.layer_names) == ([[5, 0, 1], [0, 4, 2]], ("layers.0", "layers.2"))
+    assert read(path, num_experts=4).num_experts == 4
+    with pytest.raises(ValueError, match="to become a trace, got loads only"):
+        convert(path, tmp_path / "out.npz")
+
+
+def test_counts_that_are_wrong(tmp_path):
+    path = tmp_path / "c.csv"
+    for text, message in {
+        "0,1,x\n": "must be rows of 2 columns",
+        "0,1,2\n0,1\n": "rows of .* must be whole numbers",
+        "0,1,2\n0,-1,2\n": "expert of .* must be not negative, got -1",
+        "0,1,2\n999999999,1,2\n": "layer and expert of .* must be dense",
+        "0,1,0\n": "count of .* must be more than zeros",
+        "layer,expert,count\n": "rows of .* must be at least one",
+        "a,b,c\n0,1,2\n": r"content of .* must be rows of 2 columns, layer,expert \(or .*\), got 'a,b,c'",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read(path)
+    path.write_text(COUNTED)
+    with pytest.raises(ValueError, match=r"expert of .* must be below num_experts=2, got 2"):
+        read(path, num_experts=2)
+
+
+def test_a_recorders_fractions_are_no_router_logits(tmp_path):
+    counts = torch.tensor([[[0.5, 1.5], [2.0, 0.0]]])
+    for content in ({"rank": 0, "logical_count": counts}, {"logical_count": counts}):
+        torch.save(content, tmp_path / "stat.pt")
+        found = read(tmp_path / "stat.pt", top_k=1)
+        assert isinstance(found, Statistics)
+        np.testing.assert_allclose(found.load / found.load.sum(1, keepdims=True), [[0.25, 0.75], [1, 0]])
 
 
 def test_llama_cpp_files_that_are_wrong(tmp_path):
