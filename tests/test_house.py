@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
-NOT_OURS = {"tests", "build", "dist", "headgate-demo", "__pycache__"}
+NOT_OURS = {"tests", "docs", "build", "dist", "headgate-demo", "__pycache__"}
 
 # floor -> the floors below it, and the packages of others, beside the standard library, that it may import
 FLOORS = {
