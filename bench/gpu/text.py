@@ -36,7 +36,7 @@ def case_lines(result: Mapping[str, Any]) -> list[str]:
     ]
     if "failed" in result:
         lines.append(f"  failed: {result['failed']}")
-    rows = [_HEAD]
+    rows: list[tuple[str, ...]] = [_HEAD]
     for name, c in result["contestants"].items():
         rows += [_row(result, name, step) for step in _STEPS if step in c]
         kind = next((k for k in ("refused", "failed", "skipped") if k in c), None)

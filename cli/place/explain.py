@@ -56,7 +56,8 @@ def _layers(cost: Cost, workload: Workload | None, screen: Screen) -> None:
         "Layers: busiest GPU / mean; rows sent to a GPU and to a node, per token; transitions from the layer before;"
     )
     screen.say("predicted microseconds of dispatch, experts, combine (a model, not a measurement):")
-    rows = [("layer", "load", "GPUs", "nodes", "cross GPU", "cross node", "dispatch", "experts", "combine")]
+    head = ("layer", "load", "GPUs", "nodes", "cross GPU", "cross node", "dispatch", "experts", "combine")
+    rows: list[tuple[str, ...]] = [head]
     tokens = max(cost.tokens, 1)
     for layer, load in enumerate(cost.load):
         even = load.sum() / speed.sum()
