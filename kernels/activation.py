@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,7 @@ def clamp_slope_at_limit() -> float:
     """
     with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
         one = torch.ones((), device="cpu")
-        node = one.detach().requires_grad_().clamp(max=1.0).grad_fn
-        assert node is not None
+        node: Any = one.detach().requires_grad_().clamp(max=1.0).grad_fn
         return float(node(one))
 
 
