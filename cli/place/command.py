@@ -56,7 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--migrate-from", type=Path, metavar="FILE", help="a placement, ours or another system's: what has to move")
     add("--relabel", action="store_true", help="GPUs may change names to move less")
     add("--expert-bytes", type=float, default=6.0 * 7168 * 2048, metavar="B", help="of one expert, for the migration")
-    add("--output", type=Path, required=True, metavar="FILE", help="the placement, as JSON")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the placement, as JSON; may be left out with --compare or --explain",
+    )
     add("--export", nargs=2, metavar=("SYSTEM", "FILE"), help=f"also for one of {', '.join(EXPORTS)}")
     add("--json", action="store_true", help="print the figures as JSON on standard output")
 
@@ -72,14 +77,18 @@ def run(args: argparse.Namespace) -> int:
         _same_model(before, source, topology, args)
     fit, judge = _split(source, args.hold_out, args.seed)
     placement, migration = _placed(fit, topology, before, args, lambda line: screen.say(f"  {line}"))
-    placement.save(args.output)
+    if args.output is not None:
+        placement.save(args.output)
     if args.export:
         export(placement, args.export[1], args.export[0])
     shown = judge or sampled(fit)
-    rows = compared(placement, fit, shown, args) if args.compare or args.plot else {}
-    found: dict[str, Any] = {"output": str(args.output), "cost": dict(placement.cost), "bound": dict(placement.bound)}
-    found |= {"method": dict(placement.method), "compare": rows}
+    rows, notes = compared(placement, fit, shown, args) if args.compare or args.plot else ({}, {})
+    output = None if args.output is None else str(args.output)
+    found: dict[str, Any] = {"output": output, "cost": dict(placement.cost), "bound": dict(placement.bound)}
+    found |= {"method": dict(placement.method), "compare": rows, "notes": notes}
     _show(placement, rows if args.compare else {}, judge is not None, screen)
+    for name, note in notes.items() if args.compare else ():
+        screen.say(f"{name}: {note}")
     if migration is not None:
         found["migration"] = _migration(migration, args)
         screen.say(_migration_line(found["migration"]))
@@ -88,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         page.write(args.plot, placement, shown, rows)
         screen.say(f"pictures: {args.plot}")
-    screen.say(f"placement: {args.output}")
+    if args.output is not None:
+        screen.say(f"placement: {args.output}")
     if args.json:
         print(json.dumps(found))
     return 130 if placement.method["interrupted"] else 0
@@ -105,6 +115,13 @@ def topology_of(args: argparse.Namespace) -> Topology:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be refused before the work is done."""
+    if args.output is None:
+        if not (args.compare or args.explain or args.plot):
+            raise ValueError(
+                "place: --output must be given, or one of --compare, --explain and --plot, got none of them"
+            )
+        if args.migrate_from is not None:
+            raise ValueError("place: --output must be given with --migrate-from, got none")
     if args.export and args.export[0] not in EXPORTS:
         raise ValueError(f"place: --export must name one of {', '.join(EXPORTS)}, got {args.export[0]}")
     if not 0 <= args.hold_out < 1:
@@ -115,7 +132,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("place: --relabel must be left out with --pin, --slots and --speed, got both")
     if args.export and args.slots and len(set(args.slots)) > 1:
         raise ValueError(f"place: --slots must be alike on every GPU for {args.export[0]}, got {args.slots}")
-    if args.migrate_from is not None and args.migrate_from.absolute() == args.output.absolute():
+    if (
+        args.migrate_from is not None
+        and args.output is not None
+        and args.migrate_from.absolute() == args.output.absolute()
+    ):
         raise ValueError(f"place: --output must be another file than --migrate-from, got {args.output}")
     if args.plot is not None:
         need("place: --plot", "matplotlib", "plot")
@@ -202,19 +223,24 @@ def _placed(
 
 def compared(
     placement: Placement, fit: Trace | TraceFile, judge: Trace, args: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
-    """Figures on `judge` of this placement and of the others at the same slots; without those that cannot be made."""
-    rows = {}
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """(figures on `judge` of this placement and of the others at the same slots, what is to be said of some). Those
+    that cannot be made have no figures, and a note that says why."""
+    rows, notes = {}, {}
     for name in OTHERS:
         try:
             other, _ = _placed(fit, placement.topology, None, args, lambda line: None, name)
             rows[name] = walk(judge, other).summary()
-        except ValueError:  # EPLB wants slots alike on all GPUs
+        except ValueError as error:  # such as EPLB, which wants slots alike on all GPUs
+            notes[name] = f"not compared: {error}"
             continue
+        if other.method.get("copies_replaced"):
+            count = other.method["copies_replaced"]
+            notes[name] = f"{count} copies, which it wants beside another of the same expert, gave way to other experts"
         if other.method["interrupted"]:
             raise KeyboardInterrupt
     rows["this"] = walk(judge, placement).summary()
-    return rows
+    return rows, notes
 
 
 def _show(placement: Placement, rows: dict[str, dict[str, Any]], held_out: bool, screen: Screen) -> None:

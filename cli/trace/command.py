@@ -60,10 +60,11 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
         if args.output is not None:
             raise ValueError(f"trace: --output must not come with --show, got {args.output}")
         return _shown(args)
+    told: list[str] = []
     if args.source:
-        made = _converted(args)
+        made = _converted(args, told)
         if isinstance(made, Statistics):
-            return loads(made, str(args.source))
+            return loads(made, str(args.source)) | {"told": told}
     elif args.generate:
         output = args.output or Path("trace.npz")
         like_deepseek_v2_lite(args.tokens or 20_000, args.seed).save(output)
@@ -74,7 +75,7 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
 
         made = recorded(args)
     with made:
-        return summary(made, args.seed)
+        return summary(made, args.seed) | {"told": told}
 
 
 def _shown(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,8 +86,9 @@ def _shown(args: argparse.Namespace) -> dict[str, Any]:
             return summary(trace, args.seed, other)
 
 
-def _converted(args: argparse.Namespace) -> TraceFile | Statistics:
-    options = {"top_k": args.top_k, "num_experts": args.experts, "max_tokens": args.tokens}
+def _converted(args: argparse.Namespace, told: list[str]) -> TraceFile | Statistics:
+    """The recording that the options name; `told` receives what its reader has to say."""
+    options = {"top_k": args.top_k, "num_experts": args.experts, "max_tokens": args.tokens, "tell": told.append}
     if args.output is None:
         found = read(args.source, args.format, **options)
         if isinstance(found, Statistics):

@@ -61,6 +61,8 @@ def show(found: dict[str, Any], screen: Screen) -> None:
         parts = f" in {found['sequences']:,} sequences" if found["sequences"] is not None else ""
         size = f"{found['tokens']:,} tokens{parts}, {size}, {found['top_k']} to a token"
     screen.say(f"{found['trace']}: {size}")
+    for line in found.get("told", ()):
+        screen.say(f"  {line}")
     screen.table(_table(found))
     screen.say(f"load, max / mean, mean of the layers: {_mean(found['load'], 'max_over_mean'):.2f}")
     if found.get("affinity"):

@@ -51,6 +51,29 @@ def test_json_is_all_that_standard_output_gets(folder, capsys):
     assert found["bound"]["gap"] >= 0
 
 
+def test_a_comparison_needs_no_file_and_says_what_it_leaves_out(folder, capsys):
+    """A dominant expert: EPLB wants more copies of it than there are GPUs. Uneven slots: EPLB refuses."""
+    ids = np.zeros((1, 200, 1), np.uint8)
+    ids[0, ::10, 0] = np.arange(20) % 4
+    Trace(ids, 4).save(folder / "one.npz")
+    common = [
+        *("place", str(folder / "one.npz"), "--nodes", "1", "--gpus-per-node", "2"),
+        *("--time-limit", "1", "--method", "linear"),
+    ]
+    assert cli.main([*common, "--slots-per-gpu", "4", "--compare", "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["output"] is None
+    assert set(found["compare"]) == {"linear", "eplb", "balance", "this"}
+    assert found["notes"]["eplb"].startswith("3 copies, which it wants beside another of the same expert")
+    assert "eplb: 3 copies" in said.err
+    assert cli.main([*common, "--slots", "3", "2", "--compare"]) == 0
+    assert "eplb: not compared: eplb: slots_of_gpu must be the same on every GPU" in capsys.readouterr().out
+    assert sorted(p.name for p in folder.iterdir()) == ["one.npz", "t.npz"]
+    assert cli.main(common) == 2
+    assert "--output must be given, or one of --compare, --explain and --plot" in capsys.readouterr().err
+
+
 def test_held_out_sequences_judge(folder, capsys):
     assert place(folder, "--hold-out", 0.5, "--compare", "--json") == 0
     said = capsys.readouterr()

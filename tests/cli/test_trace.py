@@ -80,7 +80,12 @@ def test_it_converts_and_shows_loads_where_there_is_no_more(tmp_path, capsys):
     found = Trace.load(tmp_path / "t.npz")
     np.testing.assert_array_equal(found.expert_ids, ids[:, :30])
     assert found.num_experts == 12
-    capsys.readouterr()
+    rows = ids.transpose(1, 0, 2).tolist()
+    answer = {"prompt_routed_experts": rows[:30], "choices": [{"routed_experts": rows[30:]}]}
+    (tmp_path / "v.json").write_text(json.dumps(answer))
+    assert cli.main(["trace", "--from", str(tmp_path / "v.json"), "--output", str(tmp_path / "t.npz")]) == 0
+    np.testing.assert_array_equal(Trace.load(tmp_path / "t.npz").expert_ids, ids)
+    assert "tokens: 30 in prompt_routed_experts, 10 generated" in capsys.readouterr().out
     np.save(tmp_path / "w.npy", np.array([[3, 1], [2, 2]]))
     assert cli.main(["trace", "--from", str(tmp_path / "w.npy"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
