@@ -117,9 +117,11 @@ def hold(what: str, group: dist.ProcessGroup, error: RuntimeError) -> None:
     dead, errors = outcome[0]
     if dead:
         names = ", ".join(f"{rank} ({name})" for rank, name in sorted(dead.items()))
+        alive = ", ".join(str(rank) for rank, name in sorted(dead.items()) if _alive(name))
+        still = f"; the process of {alive} is alive: it has finished, or is stopped or busy elsewhere" if alive else ""
         raise DeadRanks(
             f"{what}: rank{'s' * (len(dead) > 1)} {names} did not answer a roll call within {grace:.3g} s after a "
-            f"collective failed: {said}",
+            f"collective failed: {said}{still}",
             tuple(sorted(dead)),
         ) from error
     others = "; ".join(f"rank {rank}: {said}" for rank, said in sorted(errors.items()))
@@ -224,8 +226,7 @@ def _write(store: dist.Store, rank: int, page: Page) -> None:
 
 def _name(store: dist.Store, rank: int) -> str:
     key = _NAME.format(rank)
-    name = store.get(key).decode() if store.check([key]) else "host unknown"
-    return f"{name}: alive, but finished, stopped or busy elsewhere" if _alive(name) else name
+    return store.get(key).decode() if store.check([key]) else "host unknown"
 
 
 def _alive(name: str) -> bool:

@@ -153,8 +153,9 @@ def test_a_room_of_placement_says_what_each_of_its_files_holds(package):
     doc = ast.get_docstring(ast.parse((folder(package) / "__init__.py").read_text()))
     table = doc.partition("file | holds |\n")[2].partition("\n\n")[0]
     named = [name for row in table.splitlines() if row for name in row.split("|")[1].strip().split(", ")]
-    there = [f.name + "/" * f.is_dir() for f in folder(package).iterdir() if f.is_dir() or f.suffix == ".py"]
-    assert sorted(n for n in named if n != "---") == sorted(set(there) - {"__init__.py", "__pycache__/"})
+    rooms = [f"{f.parent.name}/" for f in folder(package).glob("*/__init__.py")]
+    there = {f.name for f in folder(package).glob("*.py")} | set(rooms)
+    assert sorted(n for n in named if n != "---") == sorted(there - {"__init__.py"})
 
 
 def test_every_folder_with_python_is_a_listed_package():

@@ -68,6 +68,8 @@ def test_those_who_are_left_name_the_dead(folder, name):
         for dead in what.dead:
             if what.store == "file" or 0 not in what.dead:  # then the store can still be read
                 assert f" {dead} ({os.uname().nodename}, pid {played['pids'][dead]})" in report["message"]
+                # a process that is stopped, or has merely finished, is told from one that is gone
+                assert ("is alive" in report["message"]) == (name == "stopped_and_late")
             else:
                 assert f"rank {dead} " in report["message"]
     if name == "in_half_of_the_ranks":

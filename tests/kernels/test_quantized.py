@@ -191,7 +191,7 @@ class TestGroupedFfn:
     def test_the_operator_keeps_its_promises(self):
         w1, w2, leaves, ids = self.problem("mxfp4")
         args = (leaves["rows"], ids.int(), leaves["weights"], [w1.data, w1.scale], [], [w2.data, w2.scale], None, None)
-        form = (["mxfp4", "mxfp4"], [1, 32, 1, 32], "silu", [1.0, float("inf"), 0.0, 0.0], True, False, True)
+        form = (["mxfp4", "mxfp4"], [1, 32, 1, 32], "silu", [1.0, float("inf"), 0.0, 0.0, 1.0], True, False, True)
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(torch.ops.headgate.grouped_ffn_quantized.default, (*args, *form), test_utils=tests)
 

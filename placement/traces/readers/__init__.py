@@ -4,7 +4,7 @@
 |---|---|
 | common.py | a recording opened by its kind, and a Trace or Statistics made of what was found |
 | torch_file.py | tensors out of torch.save's files, without torch |
-| sglang.py, vllm.py, router_logits.py, llama_cpp.py, flame_moe.py, esft.py, eplb.py | one format each |
+| sglang.py, vllm.py, router_logits.py, llama_cpp.py, flame_moe.py, esft.py, eplb.py, counts.py | one format each |
 """
 
 from __future__ import annotations
