@@ -43,6 +43,7 @@ ELSEWHERE = ("local", "symmetric", "auto")
 PLAIN = [name for name in DISPATCHERS if name not in ELSEWHERE]
 KINDS = [*PLAIN, "compose"]
 SIZES = [16, 32, 64]
+MOST_SLOW = [*SIZES[:-1], pytest.param(SIZES[-1], marks=pytest.mark.slow)]  # of tests with many cases
 
 
 # --- all ranks at once ----------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def dispatched(case: Case, kind: str, size: int, each):
 # --- the contract ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", MOST_SLOW)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", CASES)
 def test_combine_is_the_adjoint_of_dispatch(kind, size, what):
@@ -236,7 +237,7 @@ def spread(whole: Experts, kind: str, size: int, each) -> Experts:
     return layer
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", MOST_SLOW)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", CASES)
 def test_the_layer_is_that_of_one_rank(kind, size, what):
@@ -320,7 +321,7 @@ def expected_rows(kind: str, case: Case, size: int) -> list[tuple[str, list[list
     return [("all_to_all", rows) for rows in (first, there, second, inside, back_inside, back)]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", MOST_SLOW)
 @pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("what", CASES)
 def test_a_row_travels_once_to_each_rank_or_node_that_needs_it(kind, size, what):

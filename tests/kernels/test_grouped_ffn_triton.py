@@ -71,30 +71,29 @@ FORMS = {
 }
 
 
+def quick(cases, chosen):
+    """The cases as parameters: those chosen run in `make test`, the others are slow."""
+    return [pytest.param(*case, marks=() if case in chosen else pytest.mark.slow) for case in cases]
+
+
 @pytest.mark.usefixtures("by_pointers")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", quick([(form,) for form in FORMS], [("gpt-oss",), ("pair",), ("ungated",)]))
 def test_every_form(problem, check, form):
     check(problem(21, 38, 35, 3, 2, **FORMS[form]))  # several tiles each way, the last one cut
 
 
 EVEN, CUT = (17, 64, 32), (9, 24, 34)
-# `make test` has every form by maps at whole tiles; by pointers it has them above
-QUICK = [
-    *(("maps", form, EVEN) for form in FORMS),
-    *(("maps", form, CUT) for form in ("gate first", "gpt-oss", "ungated")),
-    *(("pointers", form, CUT) for form in ("interleaved", "pair")),
+# in `make test`: by maps what each form is made of
+BY_MAPS = [
+    *(("maps", form, EVEN) for form in ("gate first", "interleaved", "pair", "bias, transposed")),
+    *(("maps", form, CUT) for form in ("gpt-oss", "ungated")),
 ]
 
 
 @pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize(
     ("on_triton", "form", "size"),
-    [
-        pytest.param(chip, form, size, marks=() if (chip, form, size) in QUICK else pytest.mark.slow)
-        for chip in CHIPS
-        for form in FORMS
-        for size in (EVEN, CUT)
-    ],
+    quick([(chip, form, size) for chip in CHIPS for form in FORMS for size in (EVEN, CUT)], BY_MAPS),
     indirect=["on_triton"],
     ids=str,
 )
@@ -102,15 +101,27 @@ def test_every_form_at_sizes_that_tensor_maps_take(problem, check, form, size):
     check(problem(*size, 4, 2, **FORMS[form]))
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("form", ["gate first", "gpt-oss", "ungated"])
+@pytest.mark.parametrize(
+    ("form", "chip"),
+    quick(
+        [(form, chip) for form in ("gate first", "gpt-oss", "ungated") for chip in CHIPS],
+        [("gate first", "pointers"), ("gpt-oss", "maps")],
+    ),
+)
 def test_epilogues_in_pieces_and_ragged_groups(use, problem, check, form, chip):
     use(CHIPS[chip], WIDE)
     check(problem(40, 24, 72, 3, 2, **FORMS[form]))
 
 
 @pytest.mark.usefixtures("on_triton")
-@pytest.mark.parametrize("form", ["gate first", "gpt-oss"])
+@pytest.mark.parametrize(
+    ("on_triton", "form"),
+    quick(
+        [(chip, form) for chip in CHIPS for form in ("gate first", "gpt-oss")],
+        [("pointers", "gpt-oss"), ("maps", "gate first")],
+    ),
+    indirect=["on_triton"],
+)
 def test_fp16(problem, check, form):
     check(problem(40, 72, 48, 5, 2, dtype=torch.float16, **FORMS[form]))
 
@@ -119,7 +130,8 @@ def test_fp16(problem, check, form):
 @pytest.mark.parametrize(
     "activation",
     [
-        *("gelu", "gelu_tanh", "relu", Activation("identity"), Activation("silu", alpha=1.7)),
+        *("gelu", Activation("identity"), Activation("silu", alpha=1.7)),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gelu_tanh", "relu")),
         Activation("silu", limit=0.5),
         Activation("gelu", limit=0.3, clamp_after=True),
         Activation("silu", limit=0.4, clamp_after=True, up_shift=1.0),
@@ -142,16 +154,17 @@ SHAPES = {
     "other output size": dict(R=12, D=24, D_out=40, bias=True),
     "K past a tile": dict(R=3, D=8, F=8, E=40, K=33),
 }
-BY_MAPS = ("no rows", "every expert", "all on one", "sentinels", "other output size")  # in `make test`
+# in `make test`: each shape by one of the two at least
+SHAPES_QUICK = [
+    *(("pointers", shape) for shape in SHAPES if shape not in ("all on one", "other output size")),
+    *(("maps", shape) for shape in ("no rows", "every expert", "all on one", "sentinels", "other output size")),
+]
 
 
 @pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize(
     ("on_triton", "shape"),
-    [
-        *(("pointers", shape) for shape in SHAPES),
-        *(pytest.param("maps", shape, marks=() if shape in BY_MAPS else pytest.mark.slow) for shape in SHAPES),
-    ],
+    quick([(chip, shape) for chip in CHIPS for shape in SHAPES], SHAPES_QUICK),
     indirect=["on_triton"],
 )
 def test_odd_shapes(problem, check, shape):
@@ -193,7 +206,14 @@ def test_router_weights_of_another_type(problem, check, router):
 
 
 @pytest.mark.usefixtures("on_triton")
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("on_triton", "value"),
+    quick(
+        [(chip, value) for chip in CHIPS for value in (math.nan, math.inf)],
+        [("pointers", math.nan), ("maps", math.inf)],
+    ),
+    indirect=["on_triton"],
+)
 def test_what_is_bad_stays_where_it_is(problem, assert_close, value):
     """A bad row, an idle expert's bad weights, a dead pair's bad router weight: nobody else sees them."""
     ids = torch.tensor([[0, 2], [-1, 2], [2, 0], [-1, -1], [0, 5]])
