@@ -45,6 +45,8 @@ SHOWN = {
     "CHANGELOG.md": "/changelog.md",
     "bench/README.md": "/bench.md",
 }
+for page in Path(__file__).parent.glob("results/*.md"):
+    SHOWN[re.findall(r"{include} ../../(\S+)", page.read_text())[0]] = f"/results/{page.name}"
 
 
 def linked(text: str, folder: Path) -> str:
