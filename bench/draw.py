@@ -271,7 +271,7 @@ def dumbbells(axis: Axes, rows: Sequence[tuple[str, float, float]], before: str,
     axis.set_yticks(range(len(rows)), [name for name, *_ in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlim(-0.02, most + 0.02)
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=11)
+    beside(axis)
 
 
 def hit_rates(axis: Axes, sizes: Sequence[int], rates: Mapping[str, Sequence[float]], experts: int) -> None:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 from dispatch_cases import MANY, WIRED
-from ranks_runner import cases_of, passed_on_every_rank, ranks_fixture
+from ranks_runner import cases_of, checks_of, passed_on_every_rank, ranks_fixture
 
 RANKS = Path(__file__).with_name("ranks.py")
 results = ranks_fixture(RANKS)
-# what two ranks prove as well as four, and what four prove as well as two
-ON_FOUR = ("recomputed_in_the_backward_pass", "second_derivative", "a_nan_stays_with_its_token", "same_bits")
-SLOW = {f"{name}: {check}": (2,) for name in MANY for check in ON_FOUR}
+# in `make test` each check runs once: on four ranks, and on two what these prove as well
+ON_TWO = ("recomputed_in_the_backward_pass", "second_derivative", "same_bits")
+SLOW = dict.fromkeys(checks_of(RANKS), (2,))
+SLOW |= {f"{name}: {check}": (4,) for name in MANY for check in ON_TWO}
 SLOW |= {f"{name}: wires_of_the_backward_pass": (4,) for name in WIRED}
 
 
