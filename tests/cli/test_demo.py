@@ -3,11 +3,11 @@
 import io
 import json
 import threading
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from html_page import Page
 
 pytest.importorskip("transformers")
 
@@ -38,26 +38,6 @@ def options(tmp_path):
 @pytest.fixture
 def screen():
     return Screen(io.StringIO(), io.StringIO())
-
-
-class Page(HTMLParser):
-    """Collects what a page loads, and whether every tag is closed."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.loads = [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.loads += [value for name, value in attrs if name in ("src", "href")]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def test_the_whole_tour(options, screen):

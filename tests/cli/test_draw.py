@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import re
 from functools import partial
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import Page
 
 pytest.importorskip("matplotlib")
 
@@ -27,30 +27,6 @@ PICTURES = {
     "dumbbells": partial(draw.dumbbells, rows=[("0", 0.0, 0.0)], before="before", after="after"),
     "hit_rates": partial(draw.hit_rates, sizes=[2, 4], rates=RATES, experts=8),
 }
-
-
-class Page(HTMLParser):
-    """Whether every tag is closed, what a page loads, the titles and the words in it."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.loads, self.titles, self.words = [], [], [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.loads += [value for name, value in attrs if name in ("src", "href")]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("title", "text"):
-            (self.titles if self.open[-1] == "title" else self.words).append(data)
 
 
 @pytest.mark.parametrize("name", PICTURES)
