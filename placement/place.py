@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from .bounds.certify import certify
 from .cluster.topology import Topology, Workload
-from .cost import Cost
 from .placement import Placement
 from .problem import Objective, Problem
 from .search.methods import METHODS, Run
@@ -25,7 +24,7 @@ from .traces.file import TraceFile
 from .traces.scenarios import scenario_loads
 from .traces.statistics import statistics
 from .traces.trace import Trace
-from .walk import Foretold, walk
+from .walk import homes_of
 
 TOKENS = 200_000  # of a longer trace file are looked at
 RUN = 256  # of which so many stand together
@@ -99,7 +98,7 @@ def place(
         slots, proof = METHODS[method](problem, run)
         placement = Placement(slots.astype(np.int32), problem.num_experts, topology, problem.slots_of_gpu)
         searched = time.perf_counter() - began
-        cost = walked(problem, trace, placement)
+        cost = problem.walked(placement)
         parts = problem.parts(cost, placement)
         score = problem.score(parts)
         say(f"score {score:.6g} after {searched:.1f} s")
@@ -109,13 +108,6 @@ def place(
     how |= {"seconds": round(time.perf_counter() - began, 3), "interrupted": interrupted.is_set()}
     how |= run.notes
     return replace(placement, cost={**cost.summary(workload), "score": score}, bound=found, method=how)
-
-
-def walked(problem: Problem, trace: Trace, placement: Placement) -> Cost:
-    """The walk of `trace` by the rules that the problem's objective counts by."""
-    objective = problem.objective
-    tell = Foretold.of(problem.transitions, placement) if "foretold" in (objective.replica, objective.home) else None
-    return walk(trace, placement, replica=objective.replica, home=objective.home, foretold=tell)
 
 
 def problem_of(
@@ -161,6 +153,7 @@ def problem_of(
         _pins(pins, layers, experts, topology.gpus, slots),
         groups,
         load is None,
+        homes_of(trace, topology.gpus),
     )
 
 

@@ -14,6 +14,8 @@ from .cluster.topology import Topology, Workload
 from .cost import Cost
 from .placement import Placement
 from .slots import gpu_load
+from .traces.trace import Trace
+from .walk import Foretold, equal_runs, walk
 
 MOVES = ("fixed", "most", "foretold")
 
@@ -98,6 +100,7 @@ class Problem:
     loads         float64 [Q, L, E]: expert loads of Q scenarios, each layer's adding up to 1; the first are the trace's
                   own where `counted`, and else those that are expected
     ids           int16 [L, T, K]: tokens (a sample, where the trace is long) that copies are counted by, -1 for none
+    homes         int32 [T]: each token's home, the first where it moves; None: equal runs of tokens
     slots_of_gpu  int32 [G];  pins  int32 [L, E]: the GPU that an expert must be on, -1 where it is free
     groups        experts 0 .. E/groups - 1 and so on are to stay on one node each; 1: no groups
     """
@@ -112,6 +115,12 @@ class Problem:
     pins: NDArray[np.int32]
     groups: int = 1
     counted: bool = True
+    homes: NDArray[np.int32] | None = None
+
+    @property
+    def home(self) -> NDArray[np.int32]:
+        """int32 [T]: `homes`, whatever they were given as."""
+        return equal_runs(self.ids.shape[1], self.topology.gpus) if self.homes is None else self.homes
 
     @property
     def layers(self) -> int:
@@ -122,22 +131,29 @@ class Problem:
         """int32 [S]."""
         return np.repeat(np.arange(self.topology.gpus, dtype=np.int32), self.slots_of_gpu)
 
+    def walked(self, placement: Placement) -> Cost:
+        """The walk of the tokens from their homes, by the rules that the objective counts by."""
+        rules = {"replica": self.objective.replica, "home": self.objective.home}
+        told = Foretold.of(self.transitions, placement) if "foretold" in rules.values() else None
+        trace = Trace(self.ids.astype(np.uint16), self.num_experts)  # -1 is the largest number, which means none
+        return walk(trace, placement, homes=self.home, foretold=told, **rules)
+
     def parts(self, cost: Cost, placement: Placement) -> dict[str, float]:
-        """What the objective weighs, of a placement that was walked by the objective's rules: gpu, node, copies,
-        node_copies and load. With fixed homes copies are those of homes spread evenly, whatever the walk's were."""
-        topology = self.topology
-        copies, node_copies = cost.copies, cost.node_copies
-        if self.objective.home == "fixed":
-            per_token = cost.tokens * max(len(cost.load), 1)
-            copies = 2 * (1 - 1 / topology.gpus) * float(cost.rows.sum()) / per_token
-            node_copies = 2 * (1 - 1 / topology.nodes) * float(cost.node_rows.sum()) / per_token
+        """What the objective weighs, of a placement and what `walked` counted: gpu, node, copies, node_copies, load."""
         return {
             "gpu": cost.cross_gpu_share,
             "node": cost.cross_node_share,
-            "copies": copies,
-            "node_copies": node_copies,
+            "copies": cost.copies,
+            "node_copies": cost.node_copies,
             "load": self._load(cost, placement),
         }
+
+    def rank(self, expert_of_slot: NDArray[np.integer]) -> tuple[float, float]:
+        """To be minimised: the load beyond what is wished for, then the score, of [L, S] walked."""
+        slots, most = expert_of_slot.astype(np.int32), self.objective.max_load
+        placement = Placement(slots, self.num_experts, self.topology, self.slots_of_gpu)
+        parts = self.parts(self.walked(placement), placement)
+        return 0.0 if most is None else round(max(0.0, parts["load"] - most), 9), self.score(parts)
 
     def _load(self, cost: Cost, placement: Placement) -> float:
         if self.counted and len(self.loads) == 1:

@@ -39,9 +39,14 @@ def homes_of(trace: Trace, gpus: int) -> NDArray[np.int32]:
     """int32 [T]: whole sequences to GPUs in turn; without sequences, equal runs of tokens."""
     tokens = trace.expert_ids.shape[1]
     if trace.sequence is None:
-        return (np.arange(tokens) * gpus // max(tokens, 1)).astype(np.int32)
+        return equal_runs(tokens, gpus)
     starts = np.concatenate([[0], np.cumsum(trace.sequence[1:] != trace.sequence[:-1])]) if tokens else np.zeros(0)
     return (starts % gpus).astype(np.int32)
+
+
+def equal_runs(tokens: int, gpus: int) -> NDArray[np.int32]:
+    """int32 [T]: the first T / G tokens to GPU 0, and so on."""
+    return (np.arange(tokens) * gpus // max(tokens, 1)).astype(np.int32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,7 @@ PLACEMENT: dict[str, set[str]] = {
     "formats": {"placement", "cluster", "files"},
     "caching": {"traces", "cluster", "compiled", "files"},
     "walk": {"cost", "placement", "traces"},
-    "problem": {"cost", "placement", "cluster", "slots"},
+    "problem": {"walk", "cost", "placement", "traces", "cluster", "slots"},
     "live": {"walk", "placement", "traces", "cluster", "slots"},
     "search": {"problem", "walk", "placement", "slots"},
     "bounds": {"search", "problem"},

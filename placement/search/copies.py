@@ -3,8 +3,9 @@
 Transitions count pairs of choices; what travels are rows, one for each GPU that a token's experts lie on. Those are no
 sum over pairs, so this search keeps the tokens (`Problem.ids`) and counts them anew for each swap.
 
-A row stays where the token's home is. A fixed home is hit by chance. A home that moves is hit more often the more
-transitions stay on their GPU: of K choices that each lie at home with probability p, none does with (1 - p)^K, so that
+A row stays where the token's home is. A fixed home counts as one more choice of the token, in each layer the same. A
+home that moves is hit more often the more transitions stay on their GPU: of K choices that each lie at home with
+probability p, none does with (1 - p)^K, so that
 at v visits per token and layer one more per cent of transitions that stay is worth K (1 - v)^(1 - 1/K) per cent of
 visits. The search takes transitions at that price, and v from walking the homes now and then.
 """
@@ -133,7 +134,7 @@ def _tuned(
 def score(problem: Problem, gpu_of_expert: NDArray[np.integer]) -> dict[str, float]:
     """What the objective weighs, on the problem's tokens, transitions and loads, and its `score`: their sum.
 
-    Fixed homes are taken as equally likely everywhere; those that move start in turn, token t on GPU t mod G.
+    It is what a walk counts, from the problem's homes.
     """
     state = state_of(problem, np.array(gpu_of_expert, np.int32))
     return _parts(problem, state, _visits(problem, state))
@@ -163,7 +164,7 @@ def _parts(problem: Problem, state: State, visits: tuple[float, float]) -> dict[
     for name, any_, visited in (("copies", state.any, visits[0]), ("node_copies", state.node_any, visits[1])):
         rows = token_loops.ones(any_) / every
         if objective.home == "fixed":
-            parts[name] = 2 * rows * (1 - 1 / any_.shape[1])
+            parts[name] = 2 * max(0.0, rows - 1)  # but for the home itself
         else:
             parts[name] = 2 * rows - visited - served / every
     parts["load"] = mean_load(state)
@@ -175,7 +176,7 @@ def _visits(problem: Problem, state: State) -> tuple[float, float]:
     (layers, tokens, _), gpus = problem.ids.shape, problem.topology.gpus
     if problem.objective.home == "fixed" or not tokens:
         return 0.0, 0.0
-    home, found = (np.arange(tokens) % gpus).astype(np.int32), np.zeros(2)
+    home, found = problem.home.copy(), np.zeros(2)
     for layer, ids in enumerate(problem.ids):
         on = np.where(ids < 0, -1, state.gpu[layer][ids]).astype(np.int32)
         node = np.where(ids < 0, -1, state.node_of_gpu[on])
@@ -249,6 +250,7 @@ def state_of(problem: Problem, gpu_of_expert: NDArray[np.int32], seed: int = 0) 
     after = np.zeros((max(0, layers - 1), experts, experts))
     for layer, counts in enumerate(problem.transitions):
         after[layer] = counts.toarray() if hasattr(counts, "toarray") else counts
+    home, node_home = _homes(problem, words)
     state = State(
         gpu=gpu_of_expert.copy(),
         slot=slot,
@@ -259,6 +261,8 @@ def state_of(problem: Problem, gpu_of_expert: NDArray[np.int32], seed: int = 0) 
         movable=free.sum(1),
         grouped=problem.groups > 1,
         member=_members(ids, experts, words),
+        home=home,
+        node_home=node_home,
         one=np.zeros((layers, gpus, words), np.uint64),
         any=np.zeros((layers, gpus, words), np.uint64),
         node_one=np.zeros((layers, nodes, words), np.uint64),
@@ -283,8 +287,21 @@ def _members(ids: NDArray[np.integer], experts: int, words: int) -> NDArray[np.u
         uses = np.zeros((experts, words * 64), bool)
         token, k = np.nonzero(chosen >= 0)
         uses[chosen[token, k], token] = True
-        member[layer] = np.packbits(uses, axis=1, bitorder="little").view("<u8")
+        member[layer] = _packed(uses)
     return member
+
+
+def _homes(problem: Problem, words: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """uint64 [G, W] and [N, W]: bit t is set where token t's fixed home is; no bit where homes move."""
+    home, topology = problem.home, problem.topology
+    at = np.zeros((topology.gpus, words * 64), bool)
+    if problem.objective.home == "fixed":
+        at[home, np.arange(len(home))] = True
+    return _packed(at), _packed(at.reshape(topology.nodes, -1, words * 64).any(1))
+
+
+def _packed(bits: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    return np.packbits(bits, axis=1, bitorder="little").view("<u8")
 
 
 def _transitions(problem: Problem) -> float:
@@ -293,11 +310,9 @@ def _transitions(problem: Problem) -> float:
 
 def _weights(problem: Problem) -> NDArray[np.float64]:
     """`weight` of `State`: the objective's, for one transition, token or layer."""
-    objective, topology = problem.objective, problem.topology
+    objective = problem.objective
     row = 2 / max(1, problem.ids.shape[0] * problem.ids.shape[1])
     rows = np.array([objective.copies, objective.node_copies]) * row
-    if objective.home == "fixed":
-        rows *= 1 - 1 / topology.gpus, 1 - 1 / topology.nodes
     return np.array([*_transition_weights(problem, (0.0, 0.0)), *rows, objective.load / problem.layers])
 
 

@@ -21,7 +21,7 @@ class Replicas(NamedTuple):
     slot       int32 [L, S]: the expert of each slot; gpu_of_slot  int32 [S]; node_of_gpu  int32 [G]
     fixed      bool [L, S]: slots that keep their expert; grouped: experts stay on their node
     held       bool [L, E, G]: where experts stand; copies  int32 [L, E]: how often
-    ids        int16 [L, T, K]; home  int32 [T]; on  int16 [L, T, K]: the GPU of each choice, -1 for none
+    ids        int16 [L, T, K]; home  int32 [T]; turn  int32 [T]: which of its home's tokens it is, plus the home; on  int16 [L, T, K]: the GPU of each choice, -1 for none
     begin      int32 [L, E+1], choice  int32 [L, T*K]: the choices t * K + k of each expert
     gpu_count  uint8 [L, T, G], node_count  uint8 [L, T, N]: choices of a token on each GPU, and node
     load       float64 [L, G]: expert time of each GPU over the mean; pair  float64 [L, G]: what one choice adds to it
@@ -43,6 +43,7 @@ class Replicas(NamedTuple):
     copies: NDArray
     ids: NDArray
     home: NDArray
+    turn: NDArray
     on: NDArray
     begin: NDArray
     choice: NDArray
@@ -72,8 +73,8 @@ def _rank(count, node_count, node_of_gpu, rule, ahead, top_k, layer, t, g):
 
 
 @njit(cache=True, inline="always")
-def _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, home, layer, t, e):
-    """The GPU where token t takes expert e: the rules of `walk`, with the token's number for the turn."""
+def _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, home, turns, layer, t, e):
+    """The GPU where token t takes expert e: the rules of `walk`, with `turns` of the token for the turn."""
     gpus = held.shape[2]
     best, among, near = -1.0, 0, 0
     for g in range(gpus):
@@ -84,7 +85,7 @@ def _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, home, layer,
             if rank == best:
                 among += 1
                 near += node_of_gpu[g] == node_of_gpu[home]
-    turn = (t // gpus + home) % (near if near > 0 else among)
+    turn = turns[t] % (near if near > 0 else among)
     found = -1
     for g in range(gpus):
         if held[layer, e, g]:
@@ -127,13 +128,13 @@ def _again(s, layer, e):
     """All choices of an expert, after it has come to stand elsewhere."""
     on, count, node_count, node_of_gpu, held = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held
     load, pair, weight, homes, note, chosen = s.load, s.pair, s.weight, s.home, s.note, s.choice
-    rule, ahead, found, top_k, i, only = s.rule, s.ahead, 0.0, on.shape[2], s.noted[0], -1
+    rule, ahead, turns, found, top_k, i, only = s.rule, s.ahead, s.turn, 0.0, on.shape[2], s.noted[0], -1
     if s.copies[layer, e] == 1:
         only = int(np.argmax(held[layer, e]))
     for j in range(s.begin[layer, e], s.begin[layer, e + 1]):
         t, k, h = chosen[layer, j] // top_k, chosen[layer, j] % top_k, only
         if only < 0:
-            h = _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, homes[t], layer, t, e)
+            h = _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, homes[t], turns, layer, t, e)
         if h != on[layer, t, k]:
             note[i, 0], note[i, 1], note[i, 2], note[i, 3] = layer, t, k, on[layer, t, k]
             i += 1
@@ -147,7 +148,7 @@ def _follow(s):
     """Choices of later layers that go elsewhere because of the changes noted."""
     on, count, node_count, node_of_gpu, held = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held
     load, pair, weight, homes, note, ids = s.load, s.pair, s.weight, s.home, s.note, s.ids
-    rule, ahead, copies, found, top_k, i, end = s.rule, s.ahead, s.copies, 0.0, on.shape[2], 0, s.noted[0]
+    rule, ahead, turns, copies, found, top_k, i, end = s.rule, s.ahead, s.turn, s.copies, 0.0, on.shape[2], 0, s.noted[0]
     while i < end:
         layer, t = note[i, 0] + 1, note[i, 1]
         i += 1
@@ -157,7 +158,7 @@ def _follow(s):
             e = ids[layer, t, k]
             if e < 0 or copies[layer, e] == 1:
                 continue
-            h = _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, homes[t], layer, t, e)
+            h = _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, homes[t], turns, layer, t, e)
             if h != on[layer, t, k]:
                 note[end, 0], note[end, 1], note[end, 2], note[end, 3] = layer, t, k, on[layer, t, k]
                 end += 1
@@ -202,7 +203,7 @@ def guess(s, layer, a, b, e, f):
         _stand(s, layer, b, e)
     on, count, node_count, node_of_gpu, held = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held
     weight, homes, chosen, top_k, found = s.weight, s.home, s.choice, s.on.shape[2], 0.0
-    rule, ahead = s.rule, s.ahead
+    rule, ahead, turns = s.rule, s.ahead, s.turn
     moved = np.zeros(held.shape[2], np.int64)
     for x in (e, f):
         only, stay, near = -1, np.int64(0), np.int64(0)
@@ -212,7 +213,7 @@ def guess(s, layer, a, b, e, f):
             t, k, h = chosen[layer, j] // top_k, chosen[layer, j] % top_k, only
             g = on[layer, t, k]
             if only < 0:
-                h = _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, homes[t], layer, t, x)
+                h = _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, homes[t], turns, layer, t, x)
             if g == h:
                 continue
             moved[g] -= 1
@@ -314,7 +315,7 @@ def anneal(s, temperature, slack, proposals):
 def fill(s):
     """What follows from `slot` and `ahead`."""
     on, count, node_count, node_of_gpu, held, homes = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held, s.home
-    (layers, tokens, top_k), rule, ahead = s.ids.shape, s.rule, s.ahead
+    (layers, tokens, top_k), rule, ahead, turns = s.ids.shape, s.rule, s.ahead, s.turn
     held[:] = False
     s.copies[:] = 0
     count[:] = 0
@@ -329,7 +330,7 @@ def fill(s):
             for k in range(top_k):
                 e = s.ids[layer, t, k]
                 if e >= 0:
-                    g = _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, homes[t], layer, t, e)
+                    g = _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, homes[t], turns, layer, t, e)
                     on[layer, t, k] = g
                     count[layer, t, g] += 1
                     node_count[layer, t, node_of_gpu[g]] += 1

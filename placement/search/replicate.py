@@ -94,7 +94,7 @@ def _rule(problem: Problem, replica: str | None) -> str:
 
 
 def score(problem: Problem, expert_of_slot: NDArray[np.integer], replica: str | None = None) -> dict[str, float]:
-    """What the objective weighs, on the problem's tokens, and its `score`: their sum. Homes stay, token t's at t mod G;
+    """What the objective weighs, on the problem's tokens, and its `score`: their sum. Homes stay;
     among equal replicas the token's number takes its turn. `replica`: as in `replicate`."""
     return _parts(problem, state_of(problem, expert_of_slot, _rule(problem, replica)))
 
@@ -195,7 +195,8 @@ def state_of(problem: Problem, expert_of_slot: NDArray[np.integer], replica: str
         held=np.zeros((layers, experts, gpus), bool),
         copies=np.zeros((layers, experts), np.int32),
         ids=ids,
-        home=(np.arange(tokens) % gpus).astype(np.int32),
+        home=problem.home,
+        turn=_turns(problem.home),
         on=np.full(ids.shape, -1, np.int16),
         begin=begin,
         choice=choice,
@@ -221,6 +222,14 @@ def foretell(problem: Problem, state: Replicas) -> None:
         placement = Placement(state.slot, problem.num_experts, problem.topology, problem.slots_of_gpu)
         replica_loops.look_ahead(state, Foretold.of(problem.transitions, placement).on_gpu)
     replica_loops.fill(state)
+
+
+def _turns(home: NDArray[np.int32]) -> NDArray[np.int32]:
+    """int32 [T]: which of its home's tokens each is, plus the home."""
+    order = np.argsort(home, kind="stable")
+    turn = np.empty(len(home), np.int32)
+    turn[order] = np.arange(len(home)) - np.searchsorted(home[order], home[order])
+    return turn + home
 
 
 def _choices_of(ids: NDArray[np.int16], experts: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -22,6 +22,7 @@ class State(NamedTuple):
     gpu        int32 [L, E]; slot  int32 [L, E]: the experts by GPU, GPU g's from start[g]; place  int32 [L, E]: where
     free       int32 [L, E]: the experts that may be swapped, `movable` [L] of them; `grouped`: swaps stay on the node
     member     uint64 [L, E, W]: the tokens of each expert
+    home       uint64 [G, W]: those whose fixed home a GPU is, which counts as one more choice on it; node_home  [N, W]
     one, any   uint64 [L, G, W]: those with exactly one choice, or any, on a GPU; node_one, node_any  [L, N, W]
     share      float64 [Q, L, E]: expert loads;  load  float64 [Q, L, G]: the GPUs', over their share of the speed
     scale      float64 [G]: one over that share
@@ -41,6 +42,8 @@ class State(NamedTuple):
     movable: NDArray
     grouped: bool
     member: NDArray
+    home: NDArray
+    node_home: NDArray
     one: NDArray
     any: NDArray
     node_one: NDArray
@@ -152,18 +155,19 @@ def swap(s, layer, e, f):
     s.place[layer, e], s.place[layer, f] = b, a
     s.gpu[layer, e], s.gpu[layer, f] = h, g
     for i in (g, h):
-        occupy(s.member[layer], s.slot[layer, s.start[i] : s.start[i + 1]], s.one[layer, i], s.any[layer, i])
+        held = s.slot[layer, s.start[i] : s.start[i + 1]]
+        occupy(s.member[layer], held, s.home[i], s.one[layer, i], s.any[layer, i])
     if m != n:
         per = len(s.node_of_gpu) // s.node_any.shape[1]
         for i in (m, n):
             held = s.slot[layer, s.start[i * per] : s.start[(i + 1) * per]]
-            occupy(s.member[layer], held, s.node_one[layer, i], s.node_any[layer, i])
+            occupy(s.member[layer], held, s.node_home[i], s.node_one[layer, i], s.node_any[layer, i])
 
 
 @njit(cache=True)
-def occupy(member, held, one, any_):
+def occupy(member, held, home, one, any_):
     """one, any [W] of a place with the experts `held`."""
-    any_[:] = 0
+    any_[:] = home
     one[:] = 0
     for e in held:  # `one` takes those that have two or more, until the end
         for w in range(len(any_)):
@@ -230,13 +234,13 @@ def fill(s):
     for layer in range(layers):
         for g in range(s.any.shape[1]):
             held = s.slot[layer, s.start[g] : s.start[g + 1]]
-            occupy(s.member[layer], held, s.one[layer, g], s.any[layer, g])
+            occupy(s.member[layer], held, s.home[g], s.one[layer, g], s.any[layer, g])
             for e in held:
                 for q in range(len(s.load)):
                     s.load[q, layer, g] += s.share[q, layer, e] * s.scale[g]
         for n in range(s.node_any.shape[1]):
             held = s.slot[layer, s.start[n * per] : s.start[(n + 1) * per]]
-            occupy(s.member[layer], held, s.node_one[layer, n], s.node_any[layer, n])
+            occupy(s.member[layer], held, s.node_home[n], s.node_one[layer, n], s.node_any[layer, n])
     for layer in range(layers - 1):
         for e in range(experts):
             g = s.gpu[layer, e]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import headgate
 from headgate.placement.bounds import certify, crossing_bound
 from headgate.placement.cluster.topology import Topology
-from headgate.placement.place import open_source, place, problem_of, sampled, walked
+from headgate.placement.place import open_source, place, problem_of, sampled
 from headgate.placement.placement import Placement
 from headgate.placement.problem import Objective
 from headgate.placement.search.methods import METHODS
@@ -62,7 +62,7 @@ def test_every_method_reports_what_the_walk_counts_and_stays_above_its_bound(
     found = place(trace, topology, per_gpu, method, objective=objective, **QUICK)
     assert isinstance(found, Placement)  # checked as it was made
     problem = rebuilt(trace, topology, objective, per_gpu)
-    cost = walked(problem, trace, found)
+    cost = problem.walked(found)
     assert found.cost == {**cost.summary(), "score": problem.score(problem.parts(cost, found))}
     assert found.bound["score"] <= found.cost["score"]
     assert 0 <= found.bound["gap"] < 1
@@ -92,7 +92,7 @@ def test_small_cases_are_proved_and_are_the_best_of_all(seed, load):
     scores = []
     for layers in product(layouts, repeat=2):
         other = Placement(np.array(layers), 4, topology)
-        scores.append(problem.score(problem.parts(walked(problem, source, other), other)))
+        scores.append(problem.score(problem.parts(problem.walked(other), other)))
     assert found.cost["score"] == pytest.approx(min(scores), rel=1e-9)
     assert found.bound["proved"]
     assert found.bound["gap"] == 0
@@ -197,7 +197,7 @@ def test_an_expected_load_takes_the_place_of_the_traces(trace, per_gpu):
     beside = found.expert_of_slot.reshape(3, 4, -1)[(found.expert_of_slot.reshape(3, 4, -1) == 0).any(2)]
     assert beside.shape[0] >= 3
     problem = rebuilt(trace, ONE, "load", per_gpu, load=load)
-    assert problem.parts(walked(problem, trace, found), found)["load"] == pytest.approx(found.cost["score"])
+    assert problem.parts(problem.walked(found), found)["load"] == pytest.approx(found.cost["score"])
     assert found.bound["load"] <= found.cost["score"]
     if per_gpu is None:
         assert found.cost["score"] == pytest.approx(4 * 8 / 14)  # two slots a GPU: one other has to

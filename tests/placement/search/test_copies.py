@@ -40,20 +40,16 @@ def placed(problem: Problem, gpu: np.ndarray) -> Placement:
 
 
 def walked(problem: Problem, trace: Trace, gpu: np.ndarray) -> dict[str, float]:
-    """The parts of the score by walking every token; fixed homes are averaged over all that there are."""
-    placement, tokens = placed(problem, gpu), trace.expert_ids.shape[1]
-    gpus, home = problem.topology.gpus, problem.objective.home
-    if home == "fixed":
-        costs = [walk(trace, placement, homes=np.full(tokens, g)) for g in range(gpus)]
-    else:
-        told = Foretold.of(problem.transitions, placement) if home == "foretold" else None
-        costs = [walk(trace, placement, homes=np.arange(tokens) % gpus, home=home, foretold=told)]
+    """The parts of the score by walking every token."""
+    placement, home = placed(problem, gpu), problem.objective.home
+    told = Foretold.of(problem.transitions, placement) if home == "foretold" else None
+    cost = walk(trace, placement, homes=problem.homes, home=home, foretold=told)
     return {
-        "gpu": costs[0].cross_gpu_share,
-        "node": costs[0].cross_node_share,
-        "copies": np.mean([c.copies for c in costs]),
-        "node_copies": np.mean([c.node_copies for c in costs]),
-        "load": costs[0].imbalance,
+        "gpu": cost.cross_gpu_share,
+        "node": cost.cross_node_share,
+        "copies": cost.copies,
+        "node_copies": cost.node_copies,
+        "load": cost.imbalance,
     }
 
 

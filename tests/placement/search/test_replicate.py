@@ -44,9 +44,9 @@ def placed(problem: Problem, slot: np.ndarray) -> Placement:
 
 
 def walked(problem: Problem, trace: Trace, slot: np.ndarray, replica: str, chosen=None):
-    placement, homes = placed(problem, slot), np.arange(trace.expert_ids.shape[1]) % problem.topology.gpus
+    placement = placed(problem, slot)
     told = Foretold.of(problem.transitions, placement) if replica == "foretold" else None
-    return walk(trace, placement, homes=homes, replica=replica, foretold=told, chosen=chosen)
+    return walk(trace, placement, homes=problem.homes, replica=replica, foretold=told, chosen=chosen)
 
 
 def anew(problem: Problem, state, replica: str):
