@@ -47,7 +47,7 @@ def certify(
     bound = sum(getattr(weights, name) * value for name, value in found.items())
     if proof is not None and proof.score > bound:
         bound = proof.score
-        how.append("score: integer program")
+        how.append(f"score: {proof.method}")
     bound = min(bound, score) if bound <= score * (1 + SLACK) else bound
     proved = settled or abs(score - bound) <= SLACK * abs(score)
     return {

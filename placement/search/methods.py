@@ -15,6 +15,7 @@ from ..problem import Problem
 from .balance import balance
 from .copies import improve_copies
 from .eplb import apart, eplb
+from .exact import CHOICES, best_of_all, improve
 from .ilp import ilp
 from .replicate import replicate
 from .search import search
@@ -49,16 +50,36 @@ class Run:
 
 @dataclass(frozen=True)
 class Proof:
-    """A score that no placement of the problem is below, and whether the answer is the best there is."""
+    """A score that no placement of the problem is below, whether the answer is the best there is, and how it was
+    found out."""
 
     score: float
     proved: bool
+    method: str
 
 
 Found = tuple[NDArray[np.integer], Proof | None]
 
 
 def _auto(problem: Problem, run: Run) -> Found:
+    """Small cases exactly; else the best of a search and of the methods that know load alone or nothing, by what a walk
+    counts, made better by that where it is affordable."""
+    exact = best_of_all(problem, run.stop)
+    if exact is not None and exact.proved:
+        (excess, score), slots = problem.rank(exact.expert_of_slot), exact.expert_of_slot
+        return slots, Proof(score, True, "every placement tried") if problem.objective.max_load is None else None
+    others = [] if exact is None else [exact.expert_of_slot]
+    others += [METHODS[name](problem, run)[0] for name in ("balance", "eplb", "linear") if _serves(name, problem)]
+    if run.start is not None:
+        others.append(run.start.expert_of_slot)
+    best = min([(problem.rank(slots), n) for n, slots in enumerate(others)], default=None)
+    found, proof = _searched(problem, run)
+    if best is not None and best[0] < problem.rank(found):
+        found = others[best[1]]
+    return improve(problem, found, choices=run.proposals(CHOICES), seed=run.seed, stop=run.stop), proof
+
+
+def _searched(problem: Problem, run: Run) -> Found:
     """Search; small cases by the integer program too; replicas once every expert has a place."""
     affinity = problem.objective.counts_copies or problem.objective.gpu or problem.objective.node
     if not affinity and (problem.spare or len(problem.loads) == 1):
@@ -89,7 +110,7 @@ def _ilp(problem: Problem, run: Run) -> Found:
     found = ilp(problem, max(run.deadline - time.perf_counter(), 0.1), seed=run.seed)
     if problem.objective.max_load is not None:  # what it proves, it proves of placements that keep to that alone
         return found.expert_of_slot, None
-    return found.expert_of_slot, Proof(found.bound, found.proved)
+    return found.expert_of_slot, Proof(found.bound, found.proved, "integer program")
 
 
 def _balance(problem: Problem, run: Run) -> Found:
@@ -135,6 +156,15 @@ METHODS: dict[str, Callable[[Problem, Run], Found]] = {
     "linear": _linear,
     "random": _random,
 }
+
+
+def _serves(method: str, problem: Problem) -> bool:
+    """Whether a simple method keeps what the problem asks for."""
+    nodes, slots = problem.topology.nodes, problem.slots_of_gpu
+    if method == "balance":
+        return problem.groups % nodes == 0 or problem.groups == 1
+    free = not (problem.pins >= 0).any() and (problem.groups == 1 or (method == "eplb" and problem.groups % nodes == 0))
+    return free and (method != "eplb" or bool((slots == slots[0]).all()))
 
 
 def _free(method: str, problem: Problem) -> None:

@@ -101,7 +101,7 @@ def test_tiny_cases_come_out_as_the_best_of_all():
         trace = trace_of(1, 60, 3, experts=6, seed=seed)
         problem = problem_of(trace, Topology(1, 3), Objective(copies=1.0, load=0.2))
         best = min(score(problem, split[None])["score"] for split in splits)
-        gpu = improve_copies(problem, seed=seed, proposals=6000)
+        gpu = improve_copies(problem, seed=seed, proposals=20_000)
         assert score(problem, gpu)["score"] == pytest.approx(best), seed
 
 
