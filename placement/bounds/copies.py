@@ -1,4 +1,4 @@
-"""How few rows any placement without replicas can copy: certified from below, layer by layer.
+"""How few rows any placement can copy: certified from below, layer by layer.
 
 Of K choices spread over d places, m pairs share one. Few places need many such pairs: d is at least phi(m), the lower
 convex hull over all ways to write K as a sum. Over tokens (Jensen), the mean of d is at least phi at the mean of m; and
@@ -9,12 +9,17 @@ matching   an expert on a place of C slots has at most C - 1 partners; the dual 
 spectral   the eigenvalues of the co-activation, its diagonal shifted at will (Donath and Hoffman, 1973); where places
            have equal slots, the vector of ones is known to be in the span of the parts, and is taken out first
 
+A fixed home is one more choice of its tokens, which is always on its place: what is counted are the places but for it.
+
+With replicas pairs say nothing. A home has no more experts than slots, so that at best those that its tokens choose
+most are there; and of a token's other choices no more share a place than that has slots.
+
 Loads are left out, so that a placement that has to balance them may be farther away than the bound says.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,21 +31,53 @@ STEPS = 20  # of the search for a shift of the diagonal; any shift is valid
 
 
 def copies_bound(problem: Problem) -> dict[str, float]:
-    """What `copies` and `node_copies` of the objective cannot be below, by the problem's tokens; 0 where slots are left
-    for replicas. Fixed homes are equally likely everywhere; a home that moves saves at most one row there and one back.
-    """
-    if problem.spare:
-        return {"copies": 0.0, "node_copies": 0.0}
-    found, nodes = {}, problem.topology.nodes
-    served = float((problem.ids >= 0).any(2).mean()) if problem.ids.size else 0.0
-    for name, slots in (
-        ("copies", problem.slots_of_gpu),
-        ("node_copies", problem.slots_of_gpu.reshape(nodes, -1).sum(1)),
+    """What `copies` and `node_copies` of the objective cannot be below, by the problem's tokens and homes. A home that
+    moves saves at most one row there and one back, and with replicas all."""
+    fixed, topology, slots = problem.objective.home == "fixed", problem.topology, problem.slots_of_gpu
+    found, served = {}, float((problem.ids >= 0).any(2).mean()) if problem.ids.size else 0.0
+    for name, home, room in (
+        ("copies", problem.home, slots),
+        ("node_copies", topology.node_of_gpu[problem.home], slots.reshape(topology.nodes, -1).sum(1)),
     ):
-        distinct = float(np.mean([least_places(ids, problem.num_experts, slots) for ids in problem.ids]))
-        fixed = problem.objective.home == "fixed"
-        found[name] = max(0.0, 2 * distinct * (1 - 1 / len(slots)) if fixed else 2 * (distinct - served))
+        if problem.spare:
+            rows = [least_away(ids, home, problem.num_experts, room) if fixed else 0.0 for ids in problem.ids]
+        elif fixed:
+            rows = [_least_beside(ids, home, problem.num_experts, room) for ids in problem.ids]
+        else:
+            rows = [least_places(ids, problem.num_experts, room) - served for ids in problem.ids]
+        found[name] = max(0.0, 2 * float(np.mean(rows)))
     return found
+
+
+def least_away(
+    ids: NDArray[np.integer], home: NDArray[np.integer], experts: int, slots: NDArray[np.integer]
+) -> float:
+    """What the mean number of places other than the home [T] that a token's experts are taken on cannot be below, with
+    replicas. ids [T, K], below 0 for none; slots [P]: how many experts each place takes. 0 for no tokens."""
+    if not len(ids):
+        return 0.0
+    chosen = np.zeros((len(slots), experts))
+    distinct = _distinct(ids)
+    token, k = np.nonzero(distinct >= 0)
+    np.add.at(chosen, (home[token], distinct[token, k]), 1)
+    most = np.sort(chosen, 1)[:, ::-1]
+    away = sum(float(most[p, room:].sum()) for p, room in enumerate(slots.tolist()))
+    return away / min(ids.shape[1], int(slots.max())) / len(ids)
+
+
+def _least_beside(
+    ids: NDArray[np.integer], home: NDArray[np.integer], experts: int, slots: NDArray[np.integer]
+) -> float:
+    """The same without replicas: the home is a choice of a kind of its own."""
+    with_home = np.concatenate([ids, experts + home[:, None]], 1)
+    return least_places(with_home, experts + len(slots), slots + 1) - 1
+
+
+def _distinct(ids: NDArray[np.integer]) -> NDArray[np.integer]:
+    """ids [T, K] with -1 for what a token chooses again."""
+    rising = np.sort(ids, 1)
+    rising[:, 1:][rising[:, 1:] == rising[:, :-1]] = -1
+    return rising
 
 
 def least_places(ids: NDArray[np.integer], experts: int, slots: NDArray[np.integer]) -> float:
@@ -48,13 +85,10 @@ def least_places(ids: NDArray[np.integer], experts: int, slots: NDArray[np.integ
     slots [P]: how many experts each place takes, E in all. 0 for no tokens."""
     if not len(ids):
         return 0.0
-    uses = np.zeros((len(ids), experts))
-    token, k = np.nonzero(ids >= 0)
-    uses[token, ids[token, k]] = 1
-    together = uses.T @ uses
-    np.fill_diagonal(together, 0)
+    distinct = _distinct(ids)
+    together = _together(distinct, experts)
     pairs = min(matching_bound(together, slots), spectral_bound(together, slots))
-    choices, tokens = np.unique(uses.sum(1).astype(int), return_counts=True)
+    choices, tokens = np.unique((distinct >= 0).sum(1), return_counts=True)
     total, steps = 0.0, []
     for many, n in zip(choices.tolist(), tokens.tolist(), strict=True):
         total += many * n  # every choice for itself, before pairs are handed out where they save most
@@ -65,6 +99,15 @@ def least_places(ids: NDArray[np.integer], experts: int, slots: NDArray[np.integ
         total += slope * taken
         pairs -= taken
     return total / len(ids)
+
+
+def _together(distinct: NDArray[np.integer], experts: int) -> NDArray[np.float64]:
+    """float64 [E, E]: how many tokens choose both, no diagonal."""
+    found = np.zeros(experts * experts)
+    for a, b in combinations(distinct.astype(np.int64).T, 2):
+        both = (a >= 0) & (b >= 0)
+        found += np.bincount(a[both] * experts + b[both], minlength=len(found))
+    return found.reshape(experts, experts) + found.reshape(experts, experts).T
 
 
 def fewest_parts(choices: int) -> list[tuple[int, int]]:

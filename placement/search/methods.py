@@ -66,16 +66,20 @@ def _auto(problem: Problem, run: Run) -> Found:
     counts, made better by that where it is affordable."""
     exact = best_of_all(problem, run.stop)
     if exact is not None and exact.proved:
-        (excess, score), slots = problem.rank(exact.expert_of_slot), exact.expert_of_slot
-        return slots, Proof(score, True, "every placement tried") if problem.objective.max_load is None else None
+        slots, most = exact.expert_of_slot, problem.objective.max_load
+        return slots, Proof(problem.rank(slots)[1], True, "every placement tried") if most is None else None
     others = [] if exact is None else [exact.expert_of_slot]
-    others += [METHODS[name](problem, run)[0] for name in ("balance", "eplb", "linear") if _serves(name, problem)]
-    if run.start is not None:
-        others.append(run.start.expert_of_slot)
-    best = min([(problem.rank(slots), n) for n, slots in enumerate(others)], default=None)
+    quiet = replace(run, notes={}, say=lambda line: None)
+    for name in ("linear", "eplb", "balance"):
+        if _serves(name, problem) and not run.stop():
+            slots, _ = METHODS[name](problem, quiet)
+            others += [slots] if _keeps_groups(problem, slots) else []
+    ranks = [problem.rank(slots) for slots in others]
     found, proof = _searched(problem, run)
-    if best is not None and best[0] < problem.rank(found):
-        found = others[best[1]]
+    if ranks and min(ranks) < problem.rank(found):
+        found = others[ranks.index(min(ranks))]
+    if proof is not None and proof.proved:
+        return found, proof
     return improve(problem, found, choices=run.proposals(CHOICES), seed=run.seed, stop=run.stop), proof
 
 
@@ -165,6 +169,12 @@ def _serves(method: str, problem: Problem) -> bool:
         return problem.groups % nodes == 0 or problem.groups == 1
     free = not (problem.pins >= 0).any() and (problem.groups == 1 or (method == "eplb" and problem.groups % nodes == 0))
     return free and (method != "eplb" or bool((slots == slots[0]).all()))
+
+
+def _keeps_groups(problem: Problem, expert_of_slot: NDArray[np.integer]) -> bool:
+    group = expert_of_slot // (problem.num_experts // problem.groups)
+    at = problem.topology.node_of_gpu[problem.gpu_of_slot] + problem.topology.nodes * group
+    return problem.groups == 1 or all(len(np.unique(row)) == problem.groups for row in at)
 
 
 def _free(method: str, problem: Problem) -> None:

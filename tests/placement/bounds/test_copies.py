@@ -2,7 +2,7 @@
 
 import doctest
 from dataclasses import replace
-from itertools import permutations
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headgate.placement.bounds.copies as module
-from headgate.placement.bounds.copies import copies_bound, fewest_parts, least_places, matching_bound, spectral_bound
+from headgate.placement.bounds.copies import (
+    copies_bound,
+    fewest_parts,
+    least_away,
+    least_places,
+    matching_bound,
+    spectral_bound,
+)
 from headgate.placement.cluster.topology import Topology
+from headgate.placement.placement import Placement
 from headgate.placement.problem import Objective, Problem
 from headgate.placement.search.copies import score
 
@@ -101,8 +109,39 @@ def test_no_placement_copies_less_than_the_least(home):
     )
     least, rng = copies_bound(problem), np.random.default_rng(0)
     assert least["copies"] > 0.3
-    assert copies_bound(replace(problem, slots_of_gpu=np.full(4, 2, np.int32))) == {"copies": 0, "node_copies": 0}
     for _ in range(50):
         found = score(problem, rng.permuted(np.tile([0, 0, 1, 2, 2, 3], (3, 1)), axis=1))
         assert found["copies"] >= least["copies"]
         assert found["node_copies"] >= least["node_copies"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), tokens=st.integers(0, 30), top_k=st.integers(1, 3), spare=st.booleans())
+def test_with_fixed_homes_none_copies_less_with_or_without_replicas(seed, tokens, top_k, spare):
+    """All placements of 4 experts, walked: the least rows of each are not below the bound."""
+    rng = np.random.default_rng(seed)
+    topology, slots = Topology(2, 1), np.array([3, 3] if spare else [3, 1], np.int32)
+    ids = np.where(rng.random((1, tokens, top_k)) < 0.1, -1, rng.integers(0, 4, (1, tokens, top_k))).astype(np.int16)
+    problem = Problem(
+        num_experts=4,
+        transitions=(),
+        loads=np.full((1, 1, 4), 1 / 4),
+        ids=ids,
+        topology=topology,
+        slots_of_gpu=slots,
+        objective=Objective(copies=1.0, node_copies=1.0),
+        pins=np.full((1, 4), -1, np.int32),
+        homes=rng.integers(0, 2, tokens).astype(np.int32),
+    )
+    least = copies_bound(problem)
+    for first, second in product(combinations(range(4), int(slots[0])), combinations(range(4), int(slots[1]))):
+        if len({*first, *second}) == 4:
+            found = problem.walked(Placement(np.array([first + second]), 4, topology, slots))
+            assert found.copies >= least["copies"] - 1e-9
+            assert found.node_copies >= least["node_copies"] - 1e-9
+
+
+def test_with_replicas_the_bound_is_met_where_one_expert_of_four_is_away():
+    ids, home = np.tile(np.arange(4), 10)[:, None], np.repeat([0, 1], 20)
+    assert least_away(ids, home, 4, np.array([3, 3])) == pytest.approx(1 / 4)
+    assert least_away(np.tile(np.arange(4), (10, 1)), np.zeros(10, int), 4, np.array([3, 3])) == pytest.approx(1 / 3)
