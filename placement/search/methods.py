@@ -68,12 +68,7 @@ def _auto(problem: Problem, run: Run) -> Found:
     if exact is not None and exact.proved:
         slots, most = exact.expert_of_slot, problem.objective.max_load
         return slots, Proof(problem.rank(slots)[1], True, "every placement tried") if most is None else None
-    others = [] if exact is None else [exact.expert_of_slot]
-    quiet = replace(run, notes={}, say=lambda line: None)
-    for name in ("linear", "eplb", "balance"):
-        if _serves(name, problem) and not run.stop():
-            slots, _ = METHODS[name](problem, quiet)
-            others += [slots] if _keeps_groups(problem, slots) else []
+    others = _simple(problem, run) + ([] if exact is None else [exact.expert_of_slot])
     ranks = [problem.rank(slots) for slots in others]
     found, proof = _searched(problem, run)
     if ranks and min(ranks) < problem.rank(found):
@@ -81,6 +76,21 @@ def _auto(problem: Problem, run: Run) -> Found:
     if proof is not None and proof.proved:
         return found, proof
     return improve(problem, found, choices=run.proposals(CHOICES), seed=run.seed, stop=run.stop), proof
+
+
+def _simple(problem: Problem, run: Run) -> list[NDArray[np.integer]]:
+    """What methods that know load alone, or nothing, answer; without those that cannot keep pins, groups or slots."""
+    found, quiet = [], replace(run, notes={}, say=lambda line: None)
+    for method in (_linear, _eplb, _balance):
+        if run.stop():
+            break
+        try:
+            slots, _ = method(problem, quiet)
+        except ValueError:
+            continue
+        if _keeps_groups(problem, slots):
+            found.append(slots)
+    return found
 
 
 def _searched(problem: Problem, run: Run) -> Found:
@@ -160,15 +170,6 @@ METHODS: dict[str, Callable[[Problem, Run], Found]] = {
     "linear": _linear,
     "random": _random,
 }
-
-
-def _serves(method: str, problem: Problem) -> bool:
-    """Whether a simple method keeps what the problem asks for."""
-    nodes, slots = problem.topology.nodes, problem.slots_of_gpu
-    if method == "balance":
-        return problem.groups % nodes == 0 or problem.groups == 1
-    free = not (problem.pins >= 0).any() and (problem.groups == 1 or (method == "eplb" and problem.groups % nodes == 0))
-    return free and (method != "eplb" or bool((slots == slots[0]).all()))
 
 
 def _keeps_groups(problem: Problem, expert_of_slot: NDArray[np.integer]) -> bool:

@@ -315,8 +315,9 @@ def test_a_long_file_is_sampled_evenly(tmp_path):
     np.testing.assert_array_equal(some.expert_ids[1, :, 0], np.asarray(some.sequence) // 1000)
 
 
-def test_ctrl_c_gives_the_best_so_far_with_its_bound(trace):
+def test_ctrl_c_gives_the_best_so_far_with_its_bound():
     """Sent from another thread once the search is under way."""
+    trace = generate(layers=3, experts=24, top_k=2, tokens=600, seed=1)  # too many placements to try them all
     before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
     place(trace, TWO, objective="copies", **QUICK)  # compiled
     said = []
