@@ -19,34 +19,51 @@ Loads are left out, so that a placement that has to balance them may be farther 
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigh
 
 from ..problem import Problem
+from ._pace import Pace
 
 EXACT = 128  # experts up to which the matching's linear program is solved: beyond, a dual that costs nothing
+FEW = 256  # experts up to which all eigenvalues cost no more than some
 STEPS = 20  # of the search for a shift of the diagonal; any shift is valid
 
 
-def copies_bound(problem: Problem) -> dict[str, float]:
-    """What `copies` and `node_copies` of the objective cannot be below, by the problem's tokens and homes. A home that
-    moves saves at most one row there and one back, and with replicas all."""
-    fixed, topology, slots = problem.objective.home == "fixed", problem.topology, problem.slots_of_gpu
-    found, served = {}, float((problem.ids >= 0).any(2).mean()) if problem.ids.size else 0.0
-    for name, home, room in (
-        ("copies", problem.home, slots),
-        ("node_copies", topology.node_of_gpu[problem.home], slots.reshape(topology.nodes, -1).sum(1)),
-    ):
-        if problem.spare:
-            rows = [least_away(ids, home, problem.num_experts, room) if fixed else 0.0 for ids in problem.ids]
-        elif fixed:
-            rows = [_least_beside(ids, home, problem.num_experts, room) for ids in problem.ids]
-        else:
-            rows = [least_places(ids, problem.num_experts, room) - served for ids in problem.ids]
-        found[name] = max(0.0, 2 * float(np.mean(rows)))
+def copies_bound(problem: Problem, pace: Pace | None = None) -> dict[str, float]:
+    """What `copies` and `node_copies` of the objective cannot be below, by the problem's tokens and homes; 0 for one
+    without weight. A home that moves saves at most one row there and one back, and with replicas all.
+
+    `pace` ends the search for a better bound: what does not fit any more is left out, and in its `missed`.
+    """
+    pace, slots, nodes = pace or Pace(), problem.slots_of_gpu, problem.topology.nodes
+    on_node = problem.topology.node_of_gpu[problem.home]
+    levels = {"copies": (problem.home, slots), "node_copies": (on_node, slots.reshape(nodes, -1).sum(1))}
+    wanted = [name for name in levels if getattr(problem.objective, name)]
+    found = dict.fromkeys(levels, 0.0)
+    for left, name in zip(range(len(wanted), 0, -1), wanted, strict=True):
+        found[name] = max(0.0, 2 * _least_rows(problem, *levels[name], pace.share(left)))
     return found
+
+
+def _least_rows(problem: Problem, home: NDArray[np.integer], slots: NDArray[np.integer], pace: Pace) -> float:
+    """One way, per token and layer, to other places than the home [T]."""
+    fixed, experts, rows = problem.objective.home == "fixed", problem.num_experts, []
+    if problem.spare and not fixed:
+        return 0.0
+    for left, ids in zip(range(problem.layers, 0, -1), problem.ids, strict=True):
+        mine = pace.share(left)
+        if problem.spare:
+            rows.append(least_away(ids, home, experts, slots))
+        elif fixed:  # the home is a choice of a kind of its own
+            beside = np.concatenate([ids, experts + home[:, None]], 1)
+            rows.append(least_places(beside, experts + len(slots), slots + 1, mine) - 1 if len(ids) else 0.0)
+        else:
+            rows.append(least_places(ids, experts, slots, mine) - float((ids >= 0).any(1).mean() if len(ids) else 0.0))
+    return float(np.mean(rows))
 
 
 def least_away(
@@ -65,14 +82,6 @@ def least_away(
     return away / min(ids.shape[1], int(slots.max())) / len(ids)
 
 
-def _least_beside(
-    ids: NDArray[np.integer], home: NDArray[np.integer], experts: int, slots: NDArray[np.integer]
-) -> float:
-    """The same without replicas: the home is a choice of a kind of its own."""
-    with_home = np.concatenate([ids, experts + home[:, None]], 1)
-    return least_places(with_home, experts + len(slots), slots + 1) - 1
-
-
 def _distinct(ids: NDArray[np.integer]) -> NDArray[np.integer]:
     """ids [T, K] with -1 for what a token chooses again."""
     rising = np.sort(ids, 1)
@@ -80,14 +89,15 @@ def _distinct(ids: NDArray[np.integer]) -> NDArray[np.integer]:
     return rising
 
 
-def least_places(ids: NDArray[np.integer], experts: int, slots: NDArray[np.integer]) -> float:
+def least_places(
+    ids: NDArray[np.integer], experts: int, slots: NDArray[np.integer], pace: Pace | None = None
+) -> float:
     """What the mean number of distinct places of a token's experts cannot be below. ids [T, K], below 0 for none;
     slots [P]: how many experts each place takes, E in all. 0 for no tokens."""
     if not len(ids):
         return 0.0
     distinct = _distinct(ids)
-    together = _together(distinct, experts)
-    pairs = min(matching_bound(together, slots), spectral_bound(together, slots))
+    pairs = _most_pairs(distinct, experts, slots, pace or Pace())
     choices, tokens = np.unique((distinct >= 0).sum(1), return_counts=True)
     total, steps = 0.0, []
     for many, n in zip(choices.tolist(), tokens.tolist(), strict=True):
@@ -101,13 +111,24 @@ def least_places(ids: NDArray[np.integer], experts: int, slots: NDArray[np.integ
     return total / len(ids)
 
 
+def _most_pairs(distinct: NDArray[np.integer], experts: int, slots: NDArray[np.integer], pace: Pace) -> float:
+    """Of the tokens' pairs of choices, at most so many share a place."""
+    work = distinct.size * distinct.shape[1] / 2 + experts**2
+    if not pace.fits("counts", work):
+        return float("inf")
+    with pace.timed("counts", work):
+        together = _together(distinct, experts)
+        best = matching_bound(together, slots, pace.left_s)
+    return min(best, spectral_bound(together, slots, pace))
+
+
 def _together(distinct: NDArray[np.integer], experts: int) -> NDArray[np.float64]:
     """float64 [E, E]: how many tokens choose both, no diagonal."""
-    found = np.zeros(experts * experts)
-    for a, b in combinations(distinct.astype(np.int64).T, 2):
-        both = (a >= 0) & (b >= 0)
-        found += np.bincount(a[both] * experts + b[both], minlength=len(found))
-    return found.reshape(experts, experts) + found.reshape(experts, experts).T
+    first, second = np.triu_indices(distinct.shape[1], 1)
+    a, b = distinct[:, first].astype(np.int64), distinct[:, second]
+    both = (a >= 0) & (b >= 0)
+    found = np.bincount(a[both] * experts + b[both], minlength=experts**2).reshape(experts, experts)
+    return (found + found.T).astype(np.float64)
 
 
 def fewest_parts(choices: int) -> list[tuple[int, int]]:
@@ -131,8 +152,11 @@ def fewest_parts(choices: int) -> list[tuple[int, int]]:
     return hull
 
 
-def matching_bound(together: NDArray[np.float64], slots: NDArray[np.integer]) -> float:
-    """Co-activation [E, E] (symmetric, no diagonal) of pairs on one place, at most: each expert has C - 1 partners."""
+def matching_bound(
+    together: NDArray[np.float64], slots: NDArray[np.integer], time_limit: float = float("inf")
+) -> float:
+    """Co-activation [E, E] (symmetric, no diagonal) of pairs on one place, at most: each expert has C - 1 partners.
+    `time_limit` in seconds, of the linear program."""
     experts, partners = len(together), int(slots.max()) - 1
     if not partners:
         return 0.0
@@ -145,35 +169,48 @@ def matching_bound(together: NDArray[np.float64], slots: NDArray[np.integer]) ->
     first, second = np.triu_indices(experts, 1)
     worth, count = together[first, second], len(first)
     ends = (np.ones(2 * count), (np.concatenate([first, second]), np.tile(np.arange(count), 2)))
-    solved = linprog(-worth, A_ub=csr_array(ends, (experts, count)), b_ub=np.full(experts, partners), bounds=(0, 1))
+    most = {"time_limit": time_limit} if np.isfinite(time_limit) else {}
+    rows, room = csr_array(ends, (experts, count)), np.full(experts, partners)
+    solved = linprog(-worth, A_ub=rows, b_ub=room, bounds=(0, 1), options=most)
     if solved.ineqlin is None:  # no solution within HiGHS's limits
         return best
     price = np.maximum(0.0, -solved.ineqlin.marginals)
     return min(best, float(partners * price.sum() + np.maximum(0.0, worth - price[first] - price[second]).sum()))
 
 
-def spectral_bound(together: NDArray[np.float64], slots: NDArray[np.integer]) -> float:
+def spectral_bound(together: NDArray[np.float64], slots: NDArray[np.integer], pace: Pace | None = None) -> float:
     """The same by eigenvalues: with X [E, P] the parts, sum over parts of x' (A + diag u) x is twice the pairs and the
-    sum of u, whatever u; and at most the sum of slots times eigenvalue, both falling."""
-    experts, places = len(together), len(slots)
+    sum of u, whatever u; and at most the sum of slots times eigenvalue, both falling. `pace` ends the search for u."""
+    experts, places, pace = len(together), len(slots), pace or Pace()
     weight, even = np.sort(slots)[::-1].astype(float), bool((slots == slots[0]).all())
     ones = np.full((experts, 1), experts**-0.5)
     shift, best = -together.sum(1) / experts, np.inf
     slack = 1e-10 * max(1.0, float(np.abs(together).sum()))  # far above what rounding does to eigenvalues
     for step in range(STEPS):
+        if not pace.fits("eigenvalues", experts**3):
+            break
         shifted = together + np.diag(shift)
-        if even:
-            inside = shifted - ones @ (ones.T @ shifted)
-            inside -= (inside @ ones) @ ones.T
-            values, vectors = np.linalg.eigh(inside)
-            top, of = values[::-1][: places - 1], vectors[:, ::-1][:, : places - 1]
-            total = weight[0] * (float((ones.T @ shifted @ ones)[0, 0]) + top.sum())
-            slope = weight[0] * (ones[:, 0] ** 2 + (of**2).sum(1)) - 1
-        else:
-            values, vectors = np.linalg.eigh(shifted)
-            top, of = values[::-1][:places], vectors[:, ::-1][:, :places]
-            total = float(weight @ top)
-            slope = (of**2) @ weight - 1
+        with pace.timed("eigenvalues", experts**3):
+            if even:
+                inside = shifted - ones @ (ones.T @ shifted)
+                inside -= (inside @ ones) @ ones.T
+                top, of = _largest(inside, places - 1)
+                total = weight[0] * (float((ones.T @ shifted @ ones)[0, 0]) + top.sum())
+                slope = weight[0] * (ones[:, 0] ** 2 + (of**2).sum(1)) - 1
+            else:
+                top, of = _largest(shifted, places)
+                total = float(weight @ top)
+                slope = (of**2) @ weight - 1
         best = min(best, (total - shift.sum()) / 2)
         shift = shift - slope * 0.3 * np.abs(top).sum() / places / np.sqrt(step + 1)
     return best + slack
+
+
+def _largest(matrix: NDArray[np.float64], many: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The `many` largest eigenvalues, falling, and their vectors [E, many]."""
+    size = len(matrix)
+    if size > FEW and 0 < many <= size // 4:  # twice as fast as all
+        values, vectors = eigh(matrix, subset_by_index=(size - many, size - 1), check_finite=False)
+    else:
+        values, vectors = np.linalg.eigh(matrix)
+    return values[::-1][:many], vectors[:, ::-1][:, :many]

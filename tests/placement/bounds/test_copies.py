@@ -104,7 +104,7 @@ def test_no_placement_copies_less_than_the_least(home):
         ids=ids,
         topology=topology,
         slots_of_gpu=np.array([2, 1, 2, 1], np.int32),
-        objective=Objective(copies=1.0, home=home),
+        objective=Objective(copies=1.0, node_copies=1.0, home=home),
         pins=np.full((3, 6), -1, np.int32),
     )
     least, rng = copies_bound(problem), np.random.default_rng(0)
