@@ -17,7 +17,7 @@ Any point at which a method stops proves its bound: dual.py says why, and takes 
 | chain.py, triangles.py | multipliers of the whole chain, by ADMM; its cuts |
 | dual.py | what multipliers prove: the only file that may say it |
 | load.py, copies.py | bounds on load; on rows copied |
-| _checks.py | what goes in, checked |
+| _checks.py, _pace.py | what goes in, checked; what still fits before a deadline |
 | certify.py | the bound and the gap of an answer, for `place` |
 """
 
@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._checks import positive_whole, real
+from ._pace import Pace
 from .load import load_bound
 
 __all__ = ["METHODS", "Bound", "Level", "crossing_bound", "load_bound"]
@@ -98,8 +99,8 @@ def crossing_bound(
     to more than E an expert may have replicas, on distinct GPUs, and a transition counts as local where any GPU (node)
     has both experts: the bound is then "matching" alone.
 
-    `time_limit` in seconds of `clock` (time.process_time where the machine is not one's own) holds up to one piece of
-    work: an evaluation of the bound, half an iteration of "sdp". Within it, and up to `iterations` of "sdp" for each
+    `time_limit` in seconds of `clock` (time.process_time where the machine is not one's own): a piece of work that would
+    not end in time, by the pieces before it, is not begun. Within it, and up to `iterations` of "sdp" for each
     level, the same input gives the same bound. `progress` is called with each better Bound and ends the search where
     it returns something true.
 
@@ -127,7 +128,7 @@ def crossing_bound(
         raise ValueError(f"crossing_bound: slots_of_gpu must sum to at least E={weights.shape[1]}, got {slots.sum()}")
     parts = {"gpu": slots, "node": np.bincount(nodes, weights=slots).astype(np.int64)}
     search = _Search(weights, {name: parts[name] for name in prices}, prices, start, progress, clock)
-    search.run(methods, start + time_limit, iterations)
+    search.run(methods, Pace(start + time_limit, clock), iterations)
     return search.best()
 
 
@@ -169,44 +170,48 @@ class _Search:
         self.levels[name] = level
         return self.progress is not None and bool(self.progress(self.best()))
 
-    def run(self, methods: Sequence[str], deadline: float, iterations: int) -> None:
+    def run(self, methods: Sequence[str], pace: Pace, iterations: int) -> None:
         if not len(self.weights) or not self.weights.any():
             return
         open_levels = [name for name, slots in self.parts.items() if len(slots) > 1]
         for name in open_levels:
-            if self._pair_by_pair(name, methods, deadline):
+            if self._pair_by_pair(name, methods, pace):
                 return
         if "sdp" in methods:
             for left, name in zip(range(len(open_levels), 0, -1), open_levels, strict=True):
-                now = self.clock()
-                if self._chain(name, now + (deadline - now) / left, iterations):
+                if self._chain(name, pace.share(left), iterations):
                     return
 
-    def _pair_by_pair(self, name: str, methods: Sequence[str], deadline: float) -> bool:
+    def _pair_by_pair(self, name: str, methods: Sequence[str], pace: Pace) -> bool:
         """The cheap methods, the better of them for each pair. Pairs go in bunches, so that time and memory hold."""
         from . import simple
 
         slots, found = self.parts[name], np.zeros((len(self.weights), 2))
-        bunch = max(1, 2**20 // self.weights[0].size)
-        wanted = [("matching", simple.matching), ("spectral", simple.spectral)]
-        replicas = slots.sum() > self.weights.shape[1]
-        for column, (method, bound) in enumerate(wanted):
+        experts = self.weights.shape[1]
+        bunch = max(1, 2**20 // experts**2)
+        wanted = [
+            ("matching", simple.matching, "partners", experts**2),
+            ("spectral", simple.spectral, "singular values", experts**3),
+        ]
+        replicas = slots.sum() > experts
+        for column, (method, bound, kind, each) in enumerate(wanted):
             if method in methods and not (replicas and method == "spectral"):
                 for first in range(0, len(self.weights), bunch):
-                    if self.clock() > deadline:
+                    here = self.weights[first : first + bunch]
+                    if not pace.fits(kind, each * len(here)):
                         break
-                    here = slice(first, first + bunch)
-                    found[here, column] = bound(self.weights[here], slots)
+                    with pace.timed(kind, each * len(here)):
+                        found[first : first + bunch, column] = bound(here, slots)
         names = [method for method, values in zip(METHODS[1::-1], found.T, strict=True) if values.any()]
         return self.offer(name, " and ".join(names), found.max(1))
 
-    def _chain(self, name: str, deadline: float, iterations: int) -> bool:
+    def _chain(self, name: str, pace: Pace, iterations: int) -> bool:
         """The SDP, on equal parts: narrower ones are filled up with experts that nothing goes to or comes from, whose
         parts are known."""
         slots, experts = self.parts[name], self.weights.shape[1]
         width = int(slots.max())
         padded = width * len(slots)
-        if slots.sum() > experts or padded > WIDEST_SDP * experts or self.clock() > deadline:
+        if slots.sum() > experts or padded > WIDEST_SDP * experts:
             return False
         from . import chain
 
@@ -214,7 +219,7 @@ class _Search:
         weights = np.pad(self.weights, ((0, 0), (0, len(fixed)), (0, len(fixed))))
         return any(
             self.offer(name, "sdp", found)
-            for found in chain.bounds(weights, width, len(slots), fixed, deadline, iterations, self.clock)
+            for found in chain.bounds(weights, width, len(slots), fixed, pace, iterations)
         )
 
 

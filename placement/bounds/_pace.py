@@ -13,8 +13,7 @@ FIRST_s = {
     "eigenvalues": 3e-10,
     "singular values": 5e-10,
     "partners": 2e-7,
-    "sdp": 1e-9,
-    "packing": 3e-5,
+    "sdp": 3e-10,
 }
 
 

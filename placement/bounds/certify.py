@@ -9,8 +9,10 @@ from typing import Any
 from ..problem import Problem
 from ..search.methods import Proof, Run
 from . import METHODS, Bound, crossing_bound, load_bound
+from ._pace import Pace
 from .copies import copies_bound
 
+AFTER_s = 2.0  # of Ctrl-C, the bound may take
 SLACK = 1e-9  # relative: a score and its bound are sums of shares in another order
 
 
@@ -21,16 +23,23 @@ def certify(
 
     Parts are bounded each for itself, by placements that need not be the same: the bound on the score is valid and not
     tight, above all where the objective trades parts against each other. `proof`: what the method proved on its way.
-    `run.deadline` ends the search for a better bound.
+    `run.deadline` ends the search for a better bound; "method" says what there was no time for.
     """
     began, weights = time.perf_counter(), problem.objective
-    speed = problem.topology.speed_of_gpu
-    found: dict[str, Any] = {"load": max(load_bound(loads, problem.slots_of_gpu, speed) for loads in problem.loads)}
+    deadline = min(run.deadline, began + AFTER_s) if run.interrupted.is_set() else run.deadline
+    pace, speed = Pace(deadline), problem.topology.speed_of_gpu
+    soon = pace.share(10).deadline
+    load = [
+        load_bound(loads, problem.slots_of_gpu, speed, stop=lambda: time.perf_counter() > soon)
+        for loads in problem.loads
+    ]
+    found: dict[str, Any] = {"load": max(load)}
     how = ["load: combinatorial"]
-    if weights.copies or weights.node_copies:
-        found |= copies_bound(problem)
-        how.append("copies: co-activation")
     settled = proof is not None and proof.proved
+    if weights.copies or weights.node_copies:
+        found |= copies_bound(problem, pace.share(2) if weights.gpu or weights.node else pace)
+        short = f" without time for all {' and '.join(sorted(pace.missed))}" if pace.missed else ""
+        how.append(f"copies: {'homes and slots' if problem.spare else 'co-activation'}{short}")
     if weights.gpu or weights.node:
         crossing = crossing_bound(
             problem.transitions,
@@ -39,7 +48,8 @@ def certify(
             gpu_weight=weights.gpu,
             node_weight=weights.node,
             methods=METHODS[:2] if settled else METHODS,
-            time_limit=max(run.deadline - time.perf_counter(), 0.0),
+            time_limit=pace.left_s,
+            clock=pace.clock,
             progress=lambda bound: run.interrupted.is_set() or _told(bound, run),
         )
         found |= {level.name: level.crossing / level.total if level.total else 0.0 for level in crossing.levels}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 
 from . import dual
+from ._pace import Pace
 from .triangles import Cuts, violated
 
 RELAX = 1.6
@@ -32,13 +33,16 @@ def bounds(
     capacity: int,
     parts: int,
     fixed: NDArray[np.int64],
-    deadline: float,
+    pace: Pace,
     iterations: int,
-    clock: Callable[[], float],
 ) -> Iterator[NDArray[np.float64]]:
     """Better and better bounds, float64 [P] that sum up to one, on the crossing weight of weights [P, E, E], E =
-    capacity * parts, until the clock passes `deadline`, `iterations` are done or nothing is gained any more. fixed [A]:
+    capacity * parts, until no iteration fits any more, `iterations` are done or nothing is gained any more. fixed [A]:
     the parts of the last A experts of each layer."""
+    deadline, clock = pace.deadline, pace.clock
+    work = 1.5 * len(weights) * (2 * weights.shape[1]) ** 3  # an iteration, and an evaluation after it
+    if not pace.fits("sdp", work):
+        return
     chain = Chain(weights, capacity, parts, fixed)
     best, stalled = -np.inf, 0
     for done in range(1, iterations + 1):

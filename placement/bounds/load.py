@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -10,7 +12,13 @@ from ._checks import positive_whole, real
 MARGIN = 1 - 1e-12  # for the roundings of sums of up to some thousand loads and one division
 
 
-def load_bound(load: ArrayLike, slots_of_gpu: ArrayLike, speed: ArrayLike | None = None) -> float:
+def load_bound(
+    load: ArrayLike,
+    slots_of_gpu: ArrayLike,
+    speed: ArrayLike | None = None,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:
     """A lower bound on the mean over layers of (time of the busiest GPU) / (time if all shared the load by speed).
 
     load [L, E], not negative; slots_of_gpu [G], at least 1 each; speed [G], positive, relative, 1 unless given. Where
@@ -18,7 +26,8 @@ def load_bound(load: ArrayLike, slots_of_gpu: ArrayLike, speed: ArrayLike | None
     replicas at will, on distinct GPUs. A layer without load counts 1. At least 1 by definition, within a rounding.
 
     Per layer the largest of: 1; for each j, some GPU must hold as many of the j heaviest experts as make it slow (no
-    replicas); the time at which the slots suffice to divide every expert (replicas). Cost: L E^2 log E.
+    replicas); the time at which the slots suffice to divide every expert (replicas). Cost: L E^2 log E. Once `stop` is
+    true, j is 1 in the layers that are left.
 
     Raises ValueError where shapes do not fit, slots are fewer than experts, or a number is out of range.
 
@@ -38,19 +47,21 @@ def load_bound(load: ArrayLike, slots_of_gpu: ArrayLike, speed: ArrayLike | None
     ratios = []
     for row in np.sort(loads, axis=1)[:, ::-1]:
         even = row.sum() / speeds.sum()
-        time = _packed(row, slots, speeds) if slots.sum() == experts else _divided(row, int(slots.sum()), speeds)
+        time = _packed(row, slots, speeds, stop) if slots.sum() == experts else _divided(row, int(slots.sum()), speeds)
         ratios.append(max(1.0, time / even * MARGIN) if even > 0 else 1.0)
     return float(np.mean(ratios)) if ratios else 1.0
 
 
-def _packed(load: NDArray[np.float64], slots: NDArray[np.int64], speeds: NDArray[np.float64]) -> float:
+def _packed(
+    load: NDArray[np.float64], slots: NDArray[np.int64], speeds: NDArray[np.float64], stop: Callable[[], bool]
+) -> float:
     """One slot for each expert, load [E] falling. A GPU that holds k of the j heaviest holds at least the k lightest
     of them, and fills up with the lightest of all: its time is at least t(j, k). All j fit into a time only if it
     reaches the j-th smallest of all GPUs' t(j, 1), t(j, 2), ..."""
     experts, worst = len(load), 0.0
     below = np.r_[0, np.cumsum(load)]
     kinds, many = np.unique(np.c_[slots, speeds], axis=0, return_counts=True)
-    for j in range(1, experts + 1):
+    for j in range(1, 2 if stop() else experts + 1):
         times = []
         for (room, pace), count in zip(kinds, many, strict=True):
             room = int(room)

@@ -304,8 +304,8 @@ def test_the_same_input_gives_the_same_bound_in_every_form():
 
 def test_a_limit_a_word_and_a_clock_end_the_search():
     weights = random_weights(np.random.default_rng(9), 3, 12)
-    none = crossing_bound(list(weights), [6, 6], time_limit=0.0, clock=lambda: 0.0, methods=["matching"])
-    assert none.value > 0  # the clock stands still
+    some = crossing_bound(list(weights), [6, 6], time_limit=1e-3, clock=lambda: 0.0, methods=["matching"])
+    assert some.value > 0  # the clock stands still, and what is left is enough
     ticks = iter(range(10**6))
     late = crossing_bound(list(weights), [6, 6], time_limit=0.5, clock=lambda: float(next(ticks)))
     assert (late.value, late.method) == (0, "gpu: none")
@@ -313,6 +313,34 @@ def test_a_limit_a_word_and_a_clock_end_the_search():
     first = crossing_bound(list(weights), [6, 6], progress=lambda bound: seen.append(bound) or True)
     assert len(seen) == 1
     assert first.value == seen[0].value < crossing_bound(list(weights), [6, 6], iterations=40).value
+
+
+def test_no_piece_of_work_is_begun_that_would_not_end_in_time(monkeypatch):
+    """Each piece of a level takes a second of a clock of ours: as many are begun as fit."""
+    now, begun = [0.0], []
+
+    def second(name, work):
+        def does(*args):
+            begun.append(name)
+            now[0] += 1.0
+            return work(*args)
+
+        return does
+
+    for method in ("matching", "spectral"):
+        monkeypatch.setattr(simple, method, second(method, getattr(simple, method)))
+    monkeypatch.setattr(Chain, "step", second("sdp", Chain.step))
+    monkeypatch.setattr(Chain, "bound", second("sdp", Chain.bound))
+    weights = list(random_weights(np.random.default_rng(9), 3, 12))
+    for limit_s, many in ((0.0, 0), (0.5, 1), (1.5, 2), (3.5, 2), (4.5, 4)):
+        now[0], begun[:] = 0.0, []
+        crossing_bound(weights, [6, 6], time_limit=limit_s, clock=lambda: now[0])
+        assert len(begun) >= many, limit_s
+        assert now[0] <= limit_s + 1, limit_s  # the first of a kind is not known yet
+    now[0], begun[:] = 0.0, []
+    large = list(np.ones((2, 300, 300)))
+    assert crossing_bound(large, [150, 150], time_limit=0.01, clock=lambda: now[0]).method == "gpu: none"
+    assert not begun  # known to be longer than that
 
 
 @pytest.mark.parametrize("slots", [[4], [2, 2], [1, 3]], ids=str)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headgate.placement.bounds.copies as module
+from headgate.placement.bounds._pace import Pace
 from headgate.placement.bounds.copies import (
+    STEPS,
     copies_bound,
     fewest_parts,
     least_away,
@@ -145,3 +147,37 @@ def test_with_replicas_the_bound_is_met_where_one_expert_of_four_is_away():
     ids, home = np.tile(np.arange(4), 10)[:, None], np.repeat([0, 1], 20)
     assert least_away(ids, home, 4, np.array([3, 3])) == pytest.approx(1 / 4)
     assert least_away(np.tile(np.arange(4), (10, 1)), np.zeros(10, int), 4, np.array([3, 3])) == pytest.approx(1 / 3)
+
+
+def test_eigenvalues_that_do_not_fit_are_left_out_and_the_bound_holds(monkeypatch):
+    """Each decomposition takes a second of a clock of ours: no more are begun than fit, and any number proves."""
+    now, done = [0.0], []
+    eigh = np.linalg.eigh
+
+    def slow(matrix):
+        done.append(len(matrix))
+        now[0] += 1.0
+        return eigh(matrix)
+
+    monkeypatch.setattr(np.linalg, "eigh", slow)
+    ids = np.stack([tokens_of(seed, 40, 3, 0.2) for seed in range(2)])
+    problem = Problem(
+        num_experts=6,
+        transitions=(np.ones((6, 6), int),),
+        loads=np.full((1, 2, 6), 1 / 6),
+        ids=ids,
+        topology=Topology(2, 2),
+        slots_of_gpu=np.array([2, 1, 2, 1], np.int32),
+        objective=Objective(copies=1.0, node_copies=1.0),
+        pins=np.full((2, 6), -1, np.int32),
+    )
+    found = {}
+    for limit_s in (0.0, 8.5, 1000.0):
+        now[0], done[:] = 0.0, []
+        pace = Pace(limit_s, lambda: now[0])
+        found[limit_s] = copies_bound(problem, pace)
+        assert now[0] <= limit_s * 1.1
+        assert ("eigenvalues" in pace.missed or "counts" in pace.missed) == (limit_s < 1000)
+    assert done.count(10) == 2 * STEPS  # layers, with a marker for each of 4 GPUs
+    assert 0 <= found[0.0]["copies"] <= found[8.5]["copies"] <= found[1000.0]["copies"]
+    assert found[8.5]["copies"] > 0
