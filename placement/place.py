@@ -61,7 +61,8 @@ def place(
     pins           triples (layer, expert, gpu): replicas that must be there
     groups         E / groups consecutive experts stay on one node (group-limited routers); not with "linear", "random"
     start          a placement for the search to begin with; left aside with spare slots and with "load"
-    time_limit     seconds; the search ends earlier by itself, its length is `effort` times the usual
+    time_limit     seconds for all of it, but for counting the trace and compiling the loops at their first use; the
+                   search ends earlier by itself, its length is `effort` times the usual
     seed           same seed, same answer, unless the time limit or Ctrl-C ends the search early
     bound          whether to prove how far from the best possible the answer can be
     progress       told a line now and then
@@ -84,7 +85,7 @@ def place(
     for name, value in (("time_limit", time_limit), ("effort", effort)):
         if not value > 0:
             raise ValueError(f"place: {name} must be above 0, got {value}")
-    say = progress or (lambda line: None)
+    say, began = progress or (lambda line: None), time.perf_counter()
     trace = sampled(source, TOKENS)
     if np.ndim(scenarios) == 1 and len(scenarios) == source.shape[1] != trace.shape[1]:  # type: ignore[arg-type]
         scenarios = np.asarray(scenarios)[_taken(source.shape[1], TOKENS)]
@@ -92,7 +93,6 @@ def place(
     if start is not None and not np.array_equal(start.slots_of_gpu, problem.slots_of_gpu):
         rule = f"{problem.slots_of_gpu.tolist()} slots"
         raise ValueError(f"place: start must have {rule}, got {start.slots_of_gpu.tolist()}")
-    began = time.perf_counter()
     with _interruptible() as interrupted:
         run = Run(began + time_limit * (0.6 if bound else 1.0), interrupted, seed, effort, start, say)
         slots, proof = METHODS[method](problem, run)

@@ -66,9 +66,7 @@ def _least_rows(problem: Problem, home: NDArray[np.integer], slots: NDArray[np.i
     return float(np.mean(rows))
 
 
-def least_away(
-    ids: NDArray[np.integer], home: NDArray[np.integer], experts: int, slots: NDArray[np.integer]
-) -> float:
+def least_away(ids: NDArray[np.integer], home: NDArray[np.integer], experts: int, slots: NDArray[np.integer]) -> float:
     """What the mean number of places other than the home [T] that a token's experts are taken on cannot be below, with
     replicas. ids [T, K], below 0 for none; slots [P]: how many experts each place takes. 0 for no tokens."""
     if not len(ids):
@@ -89,9 +87,7 @@ def _distinct(ids: NDArray[np.integer]) -> NDArray[np.integer]:
     return rising
 
 
-def least_places(
-    ids: NDArray[np.integer], experts: int, slots: NDArray[np.integer], pace: Pace | None = None
-) -> float:
+def least_places(ids: NDArray[np.integer], experts: int, slots: NDArray[np.integer], pace: Pace | None = None) -> float:
     """What the mean number of distinct places of a token's experts cannot be below. ids [T, K], below 0 for none;
     slots [P]: how many experts each place takes, E in all. 0 for no tokens."""
     if not len(ids):

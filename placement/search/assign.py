@@ -29,7 +29,8 @@ def assign(
 ) -> NDArray[np.int32]:
     """int32 [L, E]: the GPU of each expert, layers solved in turn, there and back, to a fixpoint or `sweeps` times.
 
-    `start` [L, E]: a placement to better; None: each layer is first solved given the one before it. Loads count only by
+    `start` [L, E]: a placement to better; None: each layer is first solved given the one before it. Once `stop` is true
+    a layer is that before it, unless pins forbid, and the placement is handed over. Loads count only by
     `price` [L, G]: what a unit of load (an expert's share of its layer) costs on a GPU. With groups a layer is solved
     by nodes first and kept where that is no better. Exact otherwise; deterministic.
 
@@ -43,6 +44,9 @@ def assign(
     if start is None:
         at = np.zeros((layers, experts), np.int32)
         for layer in range(layers):
+            if layer and stop() and (problem.pins[layer] < 0).all():
+                at[layer] = at[layer - 1]
+                continue
             worth = _worth(problem, counts, at, layer, price, ahead=False)
             at[layer] = _solve(problem, worth, layer, duals[layer])
     else:

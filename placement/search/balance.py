@@ -11,7 +11,7 @@ while EPLB's figure is not reached; in some small cases no plan with replicas ap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,6 +35,7 @@ def balance(
     pins: Sequence[Pin] | None = None,
     seed: int = 0,
     kicks: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> NDArray[np.int64]:
     """int64 [L, S]: the expert of each slot, GPUs in order, ids rising inside a GPU, from load [L, E].
 
@@ -46,6 +47,7 @@ def balance(
     seed           of the kicks; the same seed gives the same plan
     kicks          random disturbances of each layer, a descent after each; 0: the first descent alone; None: 100, or
                    6400 / S where that is more
+    stop           asked before each layer: once true, the layers left get their first descent alone
 
     Raises ValueError where the slots do not hold every expert, groups do not fit nodes, or pins do not fit either.
     """
@@ -68,6 +70,7 @@ def balance(
     seeds = np.random.default_rng(seed).integers(2**31, size=(layers,))
     plan = np.empty((layers, int(slots.sum())), np.int64)
     for n in range(layers):
+        kicks = 0 if stop() else kicks
         theirs = None if known is None else known[n]
         ways = _ways(weight[n], theirs, groups, nodes, slots, fast, pinned[n])
         found = [_layer(weight[n], home, slots, fast, pinned[n], theirs, kicks, int(seeds[n])) for home in ways]

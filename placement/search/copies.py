@@ -46,7 +46,7 @@ def improve_copies(
     search goes on, and the best that keeps to it is returned, else the one with the least load. Never worse than the
     start, in that order. `proposals`: swaps tried in all; `heat`: the first temperature, in mean changes by a swap
     (None: hot for a start by chance, mild for another).
-    `stop` is asked before each of 150 rounds: once true, the best so far is returned. The same arguments give the same
+    `stop` is asked before each layer of 150 rounds: once true, the best so far is returned. The same arguments give the same
     answer. Cost: about T / 60 ns a proposal.
 
     Raises ValueError where slots are not as many as experts, or the start does not fit slots, pins or groups.
@@ -92,10 +92,11 @@ def _anneal(
     each = -(-proposals // (ROUNDS * problem.layers))
     first = heat * token_loops.mean_change(state, 200)
     for turn in range(ROUNDS):
-        if stop():
-            return
         temperature = first * 0.01 ** (turn / (ROUNDS - LAST)) if turn < ROUNDS - LAST else 0.0
-        token_loops.anneal(state, temperature, each)
+        for layer in range(problem.layers):
+            if stop():
+                return
+            token_loops.anneal(state, layer, temperature, each)
         last = turn >= ROUNDS - LAST
         if turn % (3 if last else LOOK) == 0 or turn == ROUNDS - 1:
             found = _look(problem, state)

@@ -22,7 +22,7 @@ from .walk_loops import Walked
 CHOICES = 100_000_000  # of tokens that all placements may take, about a second
 LEAST = 200  # choices whose time one layer's walk takes even without tokens
 AT_ONCE = 2_000_000  # choices from one look at the clock to the next
-ROUNDS = 60  # descents without a better end, after which there will be none
+ROUNDS = 60  # descents in turn without a better end, after which there will be none
 
 
 class Best(NamedTuple):
@@ -95,14 +95,13 @@ def improve(
     if patience * length * ((layers + 1) // 2 if coupled else 1) * 2 > choices or stop():
         return best
     random = np.random.default_rng(seed).integers(1, 2**63, 1, np.uint64)
-    rank, done = walk_loops.descend(walked, best, 0, patience, coupled, random)
-    choices, idle = choices - done * length, 0
-    while choices > 0 and idle < ROUNDS and not stop():
-        slots_now = best.copy()
-        found, done = walk_loops.descend(walked, slots_now, 1 + idle % 4, patience, coupled, random)
-        choices, idle = choices - done * length, idle + 1
-        if walk_loops.better(found, rank):
-            idle = 0
+    each, rank, rounds = max(1, AT_ONCE // length), (np.inf, np.inf), 0
+    while choices > 0 and rounds <= ROUNDS and not stop():
+        slots_now, found, idle, kicks = best.copy(), rank, 0, rounds % 5
+        while idle < patience and choices > 0 and not stop():
+            found, idle, done = walk_loops.descend(walked, slots_now, kicks, idle, patience, coupled, each, random)
+            choices, kicks = choices - done * length, 0
+        rounds = 1 if walk_loops.better(found, rank) else rounds + 1
         if not walk_loops.better(rank, found):
             best, rank = slots_now, found
     return best

@@ -9,6 +9,8 @@ answer stands G! times.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from .recombine import Names
 from .search import search
 from .state import Counts, check_problem, score, to_slots
 
+WRITING, SEARCH = 0.3, 0.2  # of the time, at most, for writing the model down, and for the search after HiGHS
 EXCESS = 1000.0  # price of load above max_load: more than all else together
 
 
@@ -34,22 +37,32 @@ class Exact(NamedTuple):
     source: str
 
 
-def ilp(problem: Problem, time_limit: float = 60.0, *, seed: int = 0) -> Exact:
+def ilp(
+    problem: Problem, time_limit: float = 60.0, *, seed: int = 0, stop: Callable[[], bool] = lambda: False
+) -> Exact:
     """The best placement by `problem.objective` and a proof of it, or what `time_limit` seconds gave.
 
-    Where HiGHS ends without a proof, `search` tries too, 1 million proposals by `seed`, and the better one is given.
+    Where HiGHS ends without a proof, or the model is too large to be written down in that time, `search` tries too, 1
+    million proposals by `seed` in the last fifth of it, and the better one is given. `stop` ends all but HiGHS.
     Raises ValueError where the problem has spare slots, weights of copies, or pins and groups that cannot be kept.
     """
     check_problem(problem, "ilp")
     if not time_limit > 0:
         raise ValueError(f"ilp: time_limit must be above 0 seconds, got {time_limit}")
-    model = _Model(problem)
+    began = time.perf_counter()
+    late = began + (1 - SEARCH) * time_limit
+    try:
+        model = _Model(problem, lambda: stop() or time.perf_counter() > began + WRITING * time_limit)
+    except _TooLarge:
+        return Exact(
+            to_slots(_searched(problem, seed, began + time_limit, stop)), problem.objective.load, False, "search"
+        )
     found = milp(
         model.cost,
         integrality=model.whole,
         bounds=Bounds(model.low, model.high),
         constraints=model.constraint(),
-        options={"time_limit": float(time_limit), "mip_rel_gap": 0.0},
+        options={"time_limit": max(late - time.perf_counter(), 1e-3), "mip_rel_gap": 0.0},
     )
     bound = problem.objective.load  # whatever else: a mean is no more than the largest
     if found.get("mip_dual_bound") is not None:  # None: not even the relaxation was solved
@@ -57,17 +70,27 @@ def ilp(problem: Problem, time_limit: float = 60.0, *, seed: int = 0) -> Exact:
     at = None if found.x is None else model.read(found.x)
     if found.status == 0 and at is not None:
         return Exact(to_slots(at), min(bound, score(problem, at).total), True, "ilp")
-    other = search(problem, proposals=1_000_000, seed=seed)
+    other = _searched(problem, seed, began + time_limit, stop)
     if at is None or score(problem, other).order < score(problem, at).order:
         return Exact(to_slots(other), bound, False, "search")
     return Exact(to_slots(at), bound, False, "ilp")
 
 
-class _Model:
-    """min cost . v, with rows of coefficients between two limits, columns added as they are needed."""
+def _searched(problem: Problem, seed: int, end: float, stop: Callable[[], bool]) -> NDArray[np.int32]:
+    """What `search` finds until the clock shows `end`."""
+    return search(problem, proposals=1_000_000, seed=seed, stop=lambda: stop() or time.perf_counter() > end)
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.counts = problem, Counts(problem)
+
+class _TooLarge(Exception):
+    """A model that is not written down in time."""
+
+
+class _Model:
+    """min cost . v, with rows of coefficients between two limits, columns added as they are needed. Raises _TooLarge
+    once `stop` is true."""
+
+    def __init__(self, problem: Problem, stop: Callable[[], bool]) -> None:
+        self.problem, self.counts, self.stop = problem, Counts(problem), stop
         layers, experts, gpus = problem.layers, problem.num_experts, problem.topology.gpus
         self._columns: list[tuple[float, float, float, int]] = []  # cost, low, high, whole
         self._rows: list[tuple[float, float]] = []
@@ -91,10 +114,14 @@ class _Model:
         return values[self.x].argmax(2).astype(np.int32)
 
     def _column(self, cost: float = 0.0, low: float = 0.0, high: float = 1.0, whole: int = 0) -> int:
+        if self.stop():
+            raise _TooLarge
         self._columns.append((cost, low, high, whole))
         return len(self._columns) - 1
 
     def _row(self, low: float, high: float, *terms: tuple[float, NDArray[np.integer] | int]) -> None:
+        if self.stop():
+            raise _TooLarge
         for value, columns in terms:
             self._entries += [(len(self._rows), int(column), value) for column in np.ravel(columns)]
         self._rows.append((low, high))

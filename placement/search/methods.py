@@ -23,6 +23,8 @@ from .simple import linear, random
 from .state import from_slots, score, to_slots
 
 SWAPS, COPIES, EXCHANGES = 30_000_000, 5_000_000, 200_000  # proposals of the searches, a few seconds each
+SINGLE = 0.5  # of the time left, at most, that each expert's first place takes where others are to come
+BALANCE = 0.2  # the same, of a plan for load alone that others are measured by
 LOOSE = 1.5  # load that the search may leave to the replicas, at least
 EXACT = 130  # binaries up to which HiGHS, too, is asked: beyond, it proves nothing in a minute
 
@@ -43,6 +45,12 @@ class Run:
     def stop(self) -> bool:
         """Whether it is time to hand over what there is."""
         return self.interrupted.is_set() or time.perf_counter() > self.deadline
+
+    def until(self, share: float) -> Callable[[], bool]:
+        """`stop` after a share of the time that is left."""
+        now = time.perf_counter()
+        end = now + share * (self.deadline - now)
+        return lambda: self.stop() or time.perf_counter() > end
 
     def proposals(self, usual: int) -> int:
         return max(1, round(usual * self.effort))
@@ -80,7 +88,8 @@ def _auto(problem: Problem, run: Run) -> Found:
 
 def _simple(problem: Problem, run: Run) -> list[NDArray[np.integer]]:
     """What methods that know load alone, or nothing, answer; without those that cannot keep pins, groups or slots."""
-    found, quiet = [], replace(run, notes={}, say=lambda line: None)
+    now, found = time.perf_counter(), []
+    quiet = replace(run, deadline=now + BALANCE * (run.deadline - now), notes={}, say=lambda line: None)
     for method in (_linear, _eplb, _balance):
         if run.stop():
             break
@@ -102,13 +111,13 @@ def _searched(problem: Problem, run: Run) -> Found:
     if problem.spare and problem.objective.max_load is not None:  # replicas level it, and more cheaply
         loose = max(problem.objective.max_load, LOOSE)
         single = replace(single, objective=replace(problem.objective, max_load=loose))
-    start = None
+    start, stop = None, run.until(SINGLE) if problem.spare else run.stop
     if run.start is not None and not problem.spare:
         start = from_slots(run.start.expert_of_slot, problem.gpu_of_slot)
     if problem.objective.counts_copies:
-        at = improve_copies(single, start, seed=run.seed, proposals=run.proposals(COPIES), stop=run.stop)
+        at = improve_copies(single, start, seed=run.seed, proposals=run.proposals(COPIES), stop=stop)
     else:
-        at = search(single, start, proposals=run.proposals(SWAPS), seed=run.seed, stop=run.stop)
+        at = search(single, start, proposals=run.proposals(SWAPS), seed=run.seed, stop=stop)
     if problem.spare:
         fixed = replace(problem, objective=replace(problem.objective, home="fixed"))
         rule, proposals = problem.objective.replica, run.proposals(EXCHANGES)
@@ -121,7 +130,7 @@ def _searched(problem: Problem, run: Run) -> Found:
 
 
 def _ilp(problem: Problem, run: Run) -> Found:
-    found = ilp(problem, max(run.deadline - time.perf_counter(), 0.1), seed=run.seed)
+    found = ilp(problem, max(run.deadline - time.perf_counter(), 0.1), seed=run.seed, stop=run.stop)
     if problem.objective.max_load is not None:  # what it proves, it proves of placements that keep to that alone
         return found.expert_of_slot, None
     return found.expert_of_slot, Proof(found.bound, found.proved, "integer program")
@@ -138,6 +147,7 @@ def _balance(problem: Problem, run: Run) -> Found:
         problem.topology.speed_of_gpu,
         pins,
         run.seed,
+        stop=run.stop,
     )
     return found, None
 

@@ -11,6 +11,7 @@ nodes change, and GPUs inside a node.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -72,15 +73,23 @@ def _match(flow, alike, nodes, gpu, node):
 
 
 class Pool:
-    """Placements [L, E] of one problem and what each of their layers costs beside each other's."""
+    """Placements [L, E] of one problem and what each of their layers costs beside each other's. `stop` is asked all
+    the while: once it is true there is nothing to choose from, and `whole` is False."""
 
-    def __init__(self, problem: Problem, counts: Counts, placements: list[NDArray[np.int32]]) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        counts: Counts,
+        placements: list[NDArray[np.int32]],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.placements, self.names = placements, Names(problem)
         self.peaks = np.stack([times(problem, at).max((0, 2)) for at in placements], 1)  # [L, P]
         self.used = max(int(problem.loads.any((0, 2)).sum()), 1)
         number, gpus = len(placements), problem.topology.gpus
         self.stays = np.zeros((problem.layers - 1, number, number))
         self.renamed = np.zeros((*self.stays.shape, gpus), np.intp)
+        self.whole = False
         for layer in range(problem.layers - 1):
             matrix = counts.after[layer]
             for i, before in enumerate(placements):
@@ -88,10 +97,13 @@ class Pool:
                 add_rows(matrix, before[layer], rows)
                 columns = np.ascontiguousarray(rows.T)
                 for j, after in enumerate(placements):
+                    if stop():
+                        return
                     flow = np.zeros((gpus, gpus), matrix.dtype)
                     add_rows(columns, after[layer + 1], flow)
                     stays, self.renamed[layer, i, j] = self.names.match(flow.T / counts.total)
                     self.stays[layer, i, j] = stays
+        self.whole = True
 
     def path(self, load: float) -> list[int]:
         """Which placement to take each layer from, at a price of `load` for the mean of the peaks."""

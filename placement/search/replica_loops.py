@@ -148,7 +148,16 @@ def _follow(s):
     """Choices of later layers that go elsewhere because of the changes noted."""
     on, count, node_count, node_of_gpu, held = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held
     load, pair, weight, homes, note, ids = s.load, s.pair, s.weight, s.home, s.note, s.ids
-    rule, ahead, turns, copies, found, top_k, i, end = s.rule, s.ahead, s.turn, s.copies, 0.0, on.shape[2], 0, s.noted[0]
+    rule, ahead, turns, copies, found, top_k, i, end = (
+        s.rule,
+        s.ahead,
+        s.turn,
+        s.copies,
+        0.0,
+        on.shape[2],
+        0,
+        s.noted[0],
+    )
     while i < end:
         layer, t = note[i, 0] + 1, note[i, 1]
         i += 1
@@ -292,23 +301,22 @@ def draw(s, layer):
 
 
 @njit(cache=True)
-def anneal(s, temperature, slack, proposals):
-    """In each layer, `proposals` changes are tried and kept by Metropolis' rule; those whose guess is worse than what
-    is allowed by more than `slack` are not carried out. Returns the mean size of the guesses."""
+def anneal(s, layer, temperature, slack, proposals):
+    """`proposals` changes in a layer are tried and kept by Metropolis' rule; those whose guess is worse than what is
+    allowed by more than `slack` are not carried out. Returns the size of all guesses, and how many there were."""
     size, tried = 0.0, 0
-    for layer in range(len(s.slot)):
-        for _ in range(proposals):
-            a, b, e, f = draw(s, layer)
-            allowed = -temperature * np.log(_uniform(s.random))
-            if a < 0:
-                continue
-            found = guess(s, layer, a, b, e, f)
-            size, tried = size + abs(found), tried + 1
-            if found <= allowed + slack:
-                found = exchange(s, layer, a, b, e, f)
-                if found > allowed or (found == 0 and temperature == 0):
-                    undo(s, layer, a, b, e, f)
-    return size / max(1, tried)
+    for _ in range(proposals):
+        a, b, e, f = draw(s, layer)
+        allowed = -temperature * np.log(_uniform(s.random))
+        if a < 0:
+            continue
+        found = guess(s, layer, a, b, e, f)
+        size, tried = size + abs(found), tried + 1
+        if found <= allowed + slack:
+            found = exchange(s, layer, a, b, e, f)
+            if found > allowed or (found == 0 and temperature == 0):
+                undo(s, layer, a, b, e, f)
+    return size, tried
 
 
 @njit(cache=True)
@@ -330,7 +338,11 @@ def fill(s):
             for k in range(top_k):
                 e = s.ids[layer, t, k]
                 if e >= 0:
-                    g = _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, homes[t], turns, layer, t, e)
+                    g = int(np.argmax(held[layer, e]))
+                    if s.copies[layer, e] > 1:
+                        g = _pick(
+                            held, count, node_count, node_of_gpu, rule, ahead, top_k, homes[t], turns, layer, t, e
+                        )
                     on[layer, t, k] = g
                     count[layer, t, g] += 1
                     node_count[layer, t, node_of_gpu[g]] += 1

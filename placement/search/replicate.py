@@ -24,6 +24,7 @@ from .replica_loops import Replicas
 ROUNDS, LAST = 100, 20  # of an annealing, and those of them that only go down
 LOOK = 4  # rounds from one look at the score to the next
 VISITS = 0.75  # of a home that moves, for each token and layer, with a good placement: a guess to start from
+AT_ONCE = 2_500_000  # replicas looked at from one question to `stop` to the next, some hundredths of a second
 SLACK = 0.05  # by how much a guess may be worse than allowed, in mean changes, and is still carried out
 
 
@@ -48,7 +49,7 @@ def replicate(
     replica    the rule of `walk` by which tokens choose; None: the objective's
     proposals  exchanges tried in all
     heat       the first temperature, in mean changes by an exchange
-    stop       asked before each of 100 rounds: once true, the best so far is returned
+    stop       asked again and again: once true, the best so far is returned
 
     The same arguments give the same answer.
 
@@ -61,21 +62,37 @@ def replicate(
     state = state_of(problem, start, replica, seed)
     best, rank, least = start, _rank(problem, state), state.weight[4]
     each = -(-proposals // (ROUNDS * problem.layers))
-    size = replica_loops.anneal(state, 0.0, 0.0, min(20, each))
+    size, _ = _round(state, 0.0, 0.0, min(20, each), stop)
     for turn in range(ROUNDS if proposals else 0):
-        if stop():
-            break
         temperature = heat * size * 0.01 ** (turn / (ROUNDS - LAST)) if turn < ROUNDS - LAST else 0.0
-        replica_loops.anneal(state, temperature, SLACK * size, each)
+        _, whole = _round(state, temperature, SLACK * size, each, stop)
         if state.rule == 2:
             foretell(problem, state)
-        if turn % LOOK == LOOK - 1:
+        if turn % LOOK == LOOK - 1 or not whole:
             found = _rank(problem, state)
             if found < rank:
                 best, rank = state.slot.copy(), found
             if problem.objective.max_load is not None:
                 state.weight[4] = max(least, state.weight[4] * (1.15 if found[0] > 0 else 0.95))
+        if not whole:
+            break
     return best
+
+
+def _round(
+    state: Replicas, temperature: float, slack: float, proposals: int, stop: Callable[[], bool]
+) -> tuple[float, bool]:
+    """So many exchanges tried in each layer; the mean size of their guesses, and whether it came to its end."""
+    (layers, tokens, top_k), experts, gpus = state.ids.shape, state.held.shape[1], state.held.shape[2]
+    chunk = max(1, AT_ONCE * experts // max(1, tokens * top_k * gpus))
+    size, tried = 0.0, 0
+    for layer in range(layers):
+        for done in range(0, proposals, chunk):
+            if stop():
+                return size / max(1, tried), False
+            more, many = replica_loops.anneal(state, layer, temperature, slack, min(chunk, proposals - done))
+            size, tried = size + more, tried + many
+    return size / max(1, tried), True
 
 
 def _staying(problem: Problem) -> Objective:

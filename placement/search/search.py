@@ -98,7 +98,9 @@ class _Run:
     def _put_together(self, found: list[NDArray[np.int32]]) -> NDArray[np.int32]:
         if self.stop():
             return self.best
-        pool, weights = Pool(self.problem, self.counts, found), self.problem.objective
+        pool, weights = Pool(self.problem, self.counts, found, self.stop), self.problem.objective
+        if not pool.whole:
+            return self.best
         if weights.max_load is None:
             path = pool.path(weights.load)
         else:

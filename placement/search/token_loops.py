@@ -178,24 +178,22 @@ def occupy(member, held, home, one, any_):
 
 
 @njit(cache=True)
-def anneal(s, temperature, proposals):
-    """In each layer, `proposals` swaps are tried and taken by Metropolis' rule. Returns the change of the score."""
-    total = 0.0
-    for layer in range(len(s.gpu)):
-        movable = s.movable[layer]
-        if movable < 2:
+def anneal(s, layer, temperature, proposals):
+    """`proposals` swaps in a layer are tried and taken by Metropolis' rule. Returns the change of the score."""
+    total, movable = 0.0, s.movable[layer]
+    if movable < 2:
+        return total
+    for _ in range(proposals):
+        e = s.free[layer, int(_uniform(s.random) * movable)]
+        f = s.free[layer, int(_uniform(s.random) * movable)]
+        g, h = s.gpu[layer, e], s.gpu[layer, f]
+        allowed = -temperature * np.log(_uniform(s.random))
+        if g == h or (s.grouped and s.node_of_gpu[g] != s.node_of_gpu[h]):
             continue
-        for _ in range(proposals):
-            e = s.free[layer, int(_uniform(s.random) * movable)]
-            f = s.free[layer, int(_uniform(s.random) * movable)]
-            g, h = s.gpu[layer, e], s.gpu[layer, f]
-            allowed = -temperature * np.log(_uniform(s.random))
-            if g == h or (s.grouped and s.node_of_gpu[g] != s.node_of_gpu[h]):
-                continue
-            found = delta(s, layer, e, f)
-            if found <= allowed and (found < 0 or temperature > 0):
-                swap(s, layer, e, f)
-                total += found
+        found = delta(s, layer, e, f)
+        if found <= allowed and (found < 0 or temperature > 0):
+            swap(s, layer, e, f)
+            total += found
     return total
 
 

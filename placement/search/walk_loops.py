@@ -230,9 +230,10 @@ def _change(slots, a, b):
 
 
 @njit(cache=True)
-def descend(w, slots, kicks, patience, coupled, random):
-    """Slots [L, S] after `kicks` changes by chance and all that make it no worse, until `patience` in turn make it no
-    better. Returns the rank, and how many layers were walked. `coupled`: later layers depend on earlier ones."""
+def descend(w, slots, kicks, idle, patience, coupled, most, random):
+    """Slots [L, S] after `kicks` changes by chance and then all that make it no worse, until `patience` in turn, of
+    which `idle` are already done, make it no better, or some `most` layers have been walked. Returns the rank, the new
+    `idle`, and how many layers were walked. `coupled`: later layers depend on earlier ones."""
     layers, done = len(w.ids), 0
     for _ in range(kicks):
         layer = int(_uniform(random) * layers)
@@ -242,8 +243,8 @@ def descend(w, slots, kicks, patience, coupled, random):
     now, other, back = track(w), track(w), np.zeros(slots.shape[1], slots.dtype)
     for layer in range(layers):
         step(w, slots, layer, now)
-    best, idle = rank(w, now, layers), 0
-    while idle < patience:
+    best = rank(w, now, layers)
+    while idle < patience and done < most:
         idle += 1
         layer = int(_uniform(random) * layers)
         a, b = draw(w, slots[layer], layer, random)
@@ -269,4 +270,4 @@ def descend(w, slots, kicks, patience, coupled, random):
             other.on[first + 1 : last + 1],
         )
         now.rest[:], now.load[:] = other.rest, other.load
-    return best, done
+    return best, idle, done + layers

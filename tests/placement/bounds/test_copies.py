@@ -1,7 +1,6 @@
 """The bound on copies against every placement there is, and where it is met."""
 
 import doctest
-from dataclasses import replace
 from itertools import combinations, permutations, product
 
 import numpy as np
