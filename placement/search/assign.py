@@ -25,6 +25,7 @@ def assign(
     *,
     price: NDArray[np.float64] | None = None,
     sweeps: int = 100,
+    counts: Counts | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> NDArray[np.int32]:
     """int32 [L, E]: the GPU of each expert, layers solved in turn, there and back, to a fixpoint or `sweeps` times.
@@ -32,7 +33,7 @@ def assign(
     `start` [L, E]: a placement to better; None: each layer is first solved given the one before it. Once `stop` is true
     a layer is that before it, unless pins forbid, and the placement is handed over. Loads count only by
     `price` [L, G]: what a unit of load (an expert's share of its layer) costs on a GPU. With groups a layer is solved
-    by nodes first and kept where that is no better. Exact otherwise; deterministic.
+    by nodes first and kept where that is no better. Exact otherwise; deterministic. `counts`: where they are at hand.
 
     Raises ValueError where the problem has spare slots, weights of copies, or pins and groups that cannot be kept.
     """
@@ -40,7 +41,7 @@ def assign(
     layers, experts, gpus = problem.layers, problem.num_experts, problem.topology.gpus
     price = np.zeros((layers, gpus)) if price is None else price
     duals = np.zeros((layers, gpus))
-    counts = Counts(problem)
+    counts = counts or Counts(problem)
     if start is None:
         at = np.zeros((layers, experts), np.int32)
         for layer in range(layers):

@@ -47,7 +47,7 @@ def balance(
     seed           of the kicks; the same seed gives the same plan
     kicks          random disturbances of each layer, a descent after each; 0: the first descent alone; None: 100, or
                    6400 / S where that is more
-    stop           asked before each layer: once true, the layers left get their first descent alone
+    stop           asked before each layer: once true, the layers left get the heaviest first, and no search
 
     Raises ValueError where the slots do not hold every expert, groups do not fit nodes, or pins do not fit either.
     """
@@ -70,7 +70,7 @@ def balance(
     seeds = np.random.default_rng(seed).integers(2**31, size=(layers,))
     plan = np.empty((layers, int(slots.sum())), np.int64)
     for n in range(layers):
-        kicks = 0 if stop() else kicks
+        kicks = -1 if stop() else kicks
         theirs = None if known is None else known[n]
         ways = _ways(weight[n], theirs, groups, nodes, slots, fast, pinned[n])
         found = [_layer(weight[n], home, slots, fast, pinned[n], theirs, kicks, int(seeds[n])) for home in ways]

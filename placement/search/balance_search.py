@@ -22,10 +22,12 @@ def search(load, first, speed, pinned, start, beat, goal, kicks, seed):
     start   int64 [S], a plan to be not worse than, or empty; replicas that share a GPU are parted first
     beat    a largest time to reach: while the best is above it, kicks go on, up to PATIENCE times their number
     goal    a largest time that is good enough: the search ends there
-    kicks   random disturbances, a descent after each
+    kicks   random disturbances, a descent after each; below 0: not even a first descent
     """
     np.random.seed(seed)
     held, on, copies, time = _greedy(load, first, speed, pinned)
+    if kicks < 0:
+        return held, time.max()
     _descend(load, first, speed, pinned, held, on, copies, time)
     if len(start):
         other = _adopted(load, first, speed, start)

@@ -59,6 +59,8 @@ def replicate(
     if problem.objective.home != "fixed":
         problem = replace(problem, objective=_staying(problem))
     start = with_spares(problem, gpu_of_expert)
+    if stop():
+        return start
     state = state_of(problem, start, replica, seed)
     best, rank, least = start, _rank(problem, state), state.weight[4]
     each = -(-proposals // (ROUNDS * problem.layers))

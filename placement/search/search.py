@@ -54,7 +54,7 @@ def search(
     if not hasattr(proposals, "__index__") or proposals < 0:
         raise ValueError(f"search: proposals must be a whole number of at least 0, got {proposals!r}")
     run = _Run(problem, seed, stop)
-    run.offer(assign(problem, stop=stop) if start is None else check_start(problem, start, "search"))
+    run.offer(assign(problem, counts=run.counts, stop=stop) if start is None else check_start(problem, start, "search"))
     if problem.topology.gpus > 1 and proposals and not stop():
         run.go(int(proposals))
     return run.best
@@ -110,6 +110,8 @@ class _Run:
         return at
 
     def _anneal(self, at: NDArray[np.int32], hot: float, cold: float, proposals: int) -> NDArray[np.int32]:
+        if self.stop():
+            return at
         state, price = self._state(at), self._price(self.load)
         steps = min(STEPS, max(1, proposals // at.size))
         sweeps = max(1, proposals // (at.size * steps))
@@ -127,6 +129,8 @@ class _Run:
         return state.at
 
     def _finish(self, at: NDArray[np.int32]) -> None:
+        if self.stop():
+            return
         state, weights = self._state(at), self.problem.objective
         budget = np.inf if weights.max_load is None else weights.max_load * self.used * (1 - 1e-12)
         while not self.stop() and relieve(state, self._price(weights.load), budget, 100) == 100:
