@@ -96,9 +96,9 @@ def place(
     with _interruptible() as interrupted:
         run = Run(began + time_limit * (0.6 if bound else 1.0), interrupted, seed, effort, start, say)
         slots, proof = METHODS[method](problem, run)
-        placement = Placement(slots.astype(np.int32), problem.num_experts, topology, problem.slots_of_gpu)
+        placement = problem.placement(slots)
         searched = time.perf_counter() - began
-        cost = problem.walked(placement)
+        cost = run.walked(problem, placement)
         parts = problem.parts(cost, placement)
         score = problem.score(parts)
         say(f"score {score:.6g} after {searched:.1f} s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite
 from typing import Any
 
@@ -131,12 +132,16 @@ class Problem:
         """int32 [S]."""
         return np.repeat(np.arange(self.topology.gpus, dtype=np.int32), self.slots_of_gpu)
 
+    @cached_property
+    def trace(self) -> Trace:
+        """The tokens."""
+        return Trace(self.ids.astype(np.uint16), self.num_experts)  # -1 is the largest number, which means none
+
     def walked(self, placement: Placement) -> Cost:
         """The walk of the tokens from their homes, by the rules that the objective counts by."""
         rules = {"replica": self.objective.replica, "home": self.objective.home}
         told = Foretold.of(self.transitions, placement) if "foretold" in rules.values() else None
-        trace = Trace(self.ids.astype(np.uint16), self.num_experts)  # -1 is the largest number, which means none
-        return walk(trace, placement, homes=self.home, foretold=told, **rules)
+        return walk(self.trace, placement, homes=self.home, foretold=told, **rules)
 
     def parts(self, cost: Cost, placement: Placement) -> dict[str, float]:
         """What the objective weighs, of a placement and what `walked` counted: gpu, node, copies, node_copies, load."""
@@ -148,11 +153,13 @@ class Problem:
             "load": self._load(cost, placement),
         }
 
-    def rank(self, expert_of_slot: NDArray[np.integer]) -> tuple[float, float]:
-        """To be minimised: the load beyond what is wished for, then the score, of [L, S] walked."""
-        slots, most = expert_of_slot.astype(np.int32), self.objective.max_load
-        placement = Placement(slots, self.num_experts, self.topology, self.slots_of_gpu)
-        parts = self.parts(self.walked(placement), placement)
+    def placement(self, expert_of_slot: NDArray[np.integer]) -> Placement:
+        """Of slots [L, S]."""
+        return Placement(expert_of_slot.astype(np.int32), self.num_experts, self.topology, self.slots_of_gpu)
+
+    def rank(self, parts: Mapping[str, float]) -> tuple[float, float]:
+        """To be minimised: the load beyond what is wished for, then the score."""
+        most = self.objective.max_load
         return 0.0 if most is None else round(max(0.0, parts["load"] - most), 9), self.score(parts)
 
     def _load(self, cost: Cost, placement: Placement) -> float:

@@ -158,9 +158,7 @@ def _choose(ids, none, first, order, gpu_of_slot, node_of_gpu, at, before, rule,
     gpus = len(node_of_gpu)
     rank = np.zeros(gpus)  # where a replica is best; the same everywhere with "home"
     for t in range(tokens):
-        home = at[t]
-        if rule > 0:
-            _rank(ids[t], none, before[t], node_of_gpu, rule, tell, rank)
+        home, ranked = at[t], rule == 0
         for k in range(top_k):
             e = np.int64(ids[t, k])
             if e == none:
@@ -169,6 +167,9 @@ def _choose(ids, none, first, order, gpu_of_slot, node_of_gpu, at, before, rule,
             if end - begin == 1:
                 picked[t, k] = order[begin]
                 continue
+            if not ranked:
+                _rank(ids[t], none, before[t], node_of_gpu, rule, tell, rank)
+                ranked = True
             best, here, near, among = -1.0, -1, 0, 0
             for i in range(begin, end):
                 best = max(best, rank[gpu_of_slot[order[i]]])

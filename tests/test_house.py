@@ -41,7 +41,7 @@ PLACEMENT: dict[str, set[str]] = {
     "walk": {"cost", "placement", "traces"},
     "problem": {"walk", "cost", "placement", "traces", "cluster", "slots"},
     "live": {"walk", "placement", "traces", "cluster", "slots"},
-    "search": {"problem", "walk", "placement", "slots"},
+    "search": {"problem", "walk", "cost", "placement", "slots"},
     "bounds": {"search", "problem"},
     "place": {"bounds", "search", "problem", "walk", "cost", "placement", "traces", "cluster", "slots"},
 }

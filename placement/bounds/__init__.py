@@ -99,8 +99,8 @@ def crossing_bound(
     to more than E an expert may have replicas, on distinct GPUs, and a transition counts as local where any GPU (node)
     has both experts: the bound is then "matching" alone.
 
-    `time_limit` in seconds of `clock` (time.process_time where the machine is not one's own): a piece of work that would
-    not end in time, by the pieces before it, is not begun. Within it, and up to `iterations` of "sdp" for each
+    `time_limit` in seconds of `clock` (time.process_time where the machine is not one's own): a piece of work that
+    would not end in time, by the pieces before it, is not begun. Within it, and up to `iterations` of "sdp" for each
     level, the same input gives the same bound. `progress` is called with each better Bound and ends the search where
     it returns something true.
 

@@ -71,11 +71,9 @@ def least_away(ids: NDArray[np.integer], home: NDArray[np.integer], experts: int
     replicas. ids [T, K], below 0 for none; slots [P]: how many experts each place takes. 0 for no tokens."""
     if not len(ids):
         return 0.0
-    chosen = np.zeros((len(slots), experts))
     distinct = _distinct(ids)
-    token, k = np.nonzero(distinct >= 0)
-    np.add.at(chosen, (home[token], distinct[token, k]), 1)
-    most = np.sort(chosen, 1)[:, ::-1]
+    at = (home.astype(np.int64)[:, None] * experts + distinct)[distinct >= 0]
+    most = np.sort(np.bincount(at, minlength=len(slots) * experts).reshape(-1, experts), 1)[:, ::-1]
     away = sum(float(most[p, room:].sum()) for p, room in enumerate(slots.tolist()))
     return away / min(ids.shape[1], int(slots.max())) / len(ids)
 

@@ -46,14 +46,17 @@ def improve_copies(
     search goes on, and the best that keeps to it is returned, else the one with the least load. Never worse than the
     start, in that order. `proposals`: swaps tried in all; `heat`: the first temperature, in mean changes by a swap
     (None: hot for a start by chance, mild for another).
-    `stop` is asked before each layer of 150 rounds: once true, the best so far is returned. The same arguments give the same
-    answer. Cost: about T / 60 ns a proposal.
+    `stop` is asked before each layer of 150 rounds: once true, the best so far is returned. The same arguments give the
+    same answer. Cost: about T / 60 ns a proposal.
 
     Raises ValueError where slots are not as many as experts, or the start does not fit slots, pins or groups.
     """
     by_chance = gpu_of_expert is None and (problem.objective.home == "fixed" or problem.topology.nodes == 1)
     heat = (HOT if by_chance else MILD) if heat is None else heat
     start = first_places(problem, seed) if gpu_of_expert is None else np.array(gpu_of_expert, np.int32)
+    if stop():
+        _checked(problem, start)
+        return start
     state = state_of(problem, start, seed)
     if gpu_of_expert is None and not by_chance and proposals:
         start = _by_transitions(problem, seed, proposals, stop)

@@ -33,24 +33,23 @@ class Best(NamedTuple):
 
 
 def best_of_all(problem: Problem, stop: Callable[[], bool] = lambda: False) -> Best | None:
-    """The best by `Problem.rank` of all placements that pins and groups allow; None where there are too many to try.
+    """The best by what a walk counts of all placements that pins and groups allow; None where there are too many.
 
     Where layers have nothing to do with each other, each for itself. `stop` ends it early, with the best so far.
     """
-    walked = walked_of(problem)
-    length = max(walked.ids[0].size, LEAST)
+    length = max(problem.ids[0].size, LEAST)
     most = CHOICES // length
     states = []
     for layer in range(problem.layers):
         states.append(layouts(problem, layer, most))
         if not len(states[-1]):
             return None
-    apart = not _coupled(walked) and (problem.objective.max_load is None or problem.layers == 1)
+    apart = not _coupled(problem) and (problem.objective.max_load is None or problem.layers == 1)
     blocks = [[layer] for layer in range(problem.layers)] if apart else [list(range(problem.layers))]
-    ahead = 1 + (len(walked.after) > 0)
+    ahead = 1 + _foretold(problem)
     if sum(ahead * float(np.prod([len(states[layer]) for layer in block])) for block in blocks) > most:
         return None
-    found = np.stack([ways[0] for ways in states])
+    walked, found = walked_of(problem), np.stack([ways[0] for ways in states])
     for block in blocks:
         if not _tried(_layers(walked, block), [states[layer] for layer in block], found, block[0], length, stop):
             return Best(found, False)
@@ -83,18 +82,18 @@ def improve(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> NDArray[np.int32]:
-    """int32 [L, S]: `expert_of_slot` or better by `Problem.rank`, by changes in slots and descents after them.
+    """int32 [L, S]: `expert_of_slot` or better by what a walk counts, by changes in slots and descents after them.
 
     `choices`: of tokens walked, about; where one descent would take more, it stays as it is. The same arguments give
     the same answer, unless `stop` ends it early.
     """
-    walked, best = walked_of(problem), np.array(expert_of_slot, np.int32)
-    (layers, slots), experts, coupled = best.shape, problem.num_experts, _coupled(walked)
+    best = np.array(expert_of_slot, np.int32)
+    (layers, slots), experts, coupled = best.shape, problem.num_experts, _coupled(problem)
     patience = 2 * layers * slots * max(slots, experts)
-    length = max(walked.ids[0].size, LEAST)
+    length = max(problem.ids[0].size, LEAST)
     if patience * length * ((layers + 1) // 2 if coupled else 1) * 2 > choices or stop():
         return best
-    random = np.random.default_rng(seed).integers(1, 2**63, 1, np.uint64)
+    walked, random = walked_of(problem), np.random.default_rng(seed).integers(1, 2**63, 1, np.uint64)
     each, rank, rounds = max(1, AT_ONCE // length), (np.inf, np.inf), 0
     while choices > 0 and rounds <= ROUNDS and not stop():
         slots_now, found, idle, kicks = best.copy(), rank, 0, rounds % 5
@@ -111,8 +110,7 @@ def walked_of(problem: Problem) -> Walked:
     """The problem as the loops see it."""
     objective, topology, ids = problem.objective, problem.topology, problem.ids
     experts, used = problem.num_experts, problem.loads.any((0, 2))
-    tell = "foretold" in (objective.replica, objective.home)
-    after = np.zeros((problem.layers - 1 if tell else 0, experts, experts))
+    after = np.zeros((problem.layers - 1 if _foretold(problem) else 0, experts, experts))
     for layer in range(len(after)):
         counts = problem.transitions[layer]
         after[layer] = counts.toarray() if hasattr(counts, "toarray") else counts
@@ -148,9 +146,14 @@ def walked_of(problem: Problem) -> Walked:
     )
 
 
-def _coupled(walked: Walked) -> bool:
+def _coupled(problem: Problem) -> bool:
     """Whether a layer's worth depends on other layers."""
-    return bool(walked.rule or walked.move or walked.weight[0] or walked.weight[1])
+    objective = problem.objective
+    return bool(objective.replica != "home" or objective.home != "fixed" or objective.gpu or objective.node)
+
+
+def _foretold(problem: Problem) -> bool:
+    return "foretold" in (problem.objective.replica, problem.objective.home)
 
 
 def _layers(walked: Walked, block: list[int]) -> Walked:

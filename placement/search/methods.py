@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cost import Cost
 from ..placement import Placement
 from ..problem import Problem
 from .balance import balance
@@ -32,7 +33,7 @@ EXACT = 130  # binaries up to which HiGHS, too, is asked: beyond, it proves noth
 @dataclass
 class Run:
     """What a method may spend, and whom it tells. `interrupted`: an event that Ctrl-C sets. `notes`: what the answer's
-    `method` is to say beside its name."""
+    `method` is to say beside its name. `walks`: what walks counted, by the slots' bytes; `walk_s`: how long one took."""
 
     deadline: float
     interrupted: Any
@@ -41,10 +42,26 @@ class Run:
     start: Placement | None
     say: Callable[[str], None]
     notes: dict[str, Any] = field(default_factory=dict)
+    walks: dict[bytes, Cost] = field(default_factory=dict)
+    walk_s: float = 0.0
 
     def stop(self) -> bool:
         """Whether it is time to hand over what there is."""
         return self.interrupted.is_set() or time.perf_counter() > self.deadline
+
+    def walked(self, problem: Problem, placement: Placement) -> Cost:
+        """`Problem.walked`, once for each placement."""
+        key = placement.expert_of_slot.tobytes()
+        if key not in self.walks:
+            began = time.perf_counter()
+            self.walks[key] = problem.walked(placement)
+            self.walk_s = time.perf_counter() - began
+        return self.walks[key]
+
+    def rank(self, problem: Problem, expert_of_slot: NDArray[np.integer]) -> tuple[float, float]:
+        """`Problem.rank` of slots [L, S], walked."""
+        placement = problem.placement(expert_of_slot)
+        return problem.rank(problem.parts(self.walked(problem, placement), placement))
 
     def until(self, share: float) -> Callable[[], bool]:
         """`stop` after a share of the time that is left."""
@@ -75,12 +92,15 @@ def _auto(problem: Problem, run: Run) -> Found:
     exact = best_of_all(problem, run.stop)
     if exact is not None and exact.proved:
         slots, most = exact.expert_of_slot, problem.objective.max_load
-        return slots, Proof(problem.rank(slots)[1], True, "every placement tried") if most is None else None
-    others = _simple(problem, run) + ([] if exact is None else [exact.expert_of_slot])
-    ranks = [problem.rank(slots) for slots in others]
+        return slots, Proof(run.rank(problem, slots)[1], True, "every placement tried") if most is None else None
+    others = []
+    for slots in _simple(problem, run) + ([] if exact is None else [exact.expert_of_slot]):
+        if run.stop() or time.perf_counter() + 2 * run.walk_s > run.deadline:
+            break
+        others.append((run.rank(problem, slots), len(others), slots))
     found, proof = _searched(problem, run)
-    if ranks and min(ranks) < problem.rank(found):
-        found = others[ranks.index(min(ranks))]
+    if others and min(others)[0] < run.rank(problem, found):
+        found = min(others)[2]
     if proof is not None and proof.proved:
         return found, proof
     return improve(problem, found, choices=run.proposals(CHOICES), seed=run.seed, stop=run.stop), proof

@@ -21,7 +21,8 @@ class Replicas(NamedTuple):
     slot       int32 [L, S]: the expert of each slot; gpu_of_slot  int32 [S]; node_of_gpu  int32 [G]
     fixed      bool [L, S]: slots that keep their expert; grouped: experts stay on their node
     held       bool [L, E, G]: where experts stand; copies  int32 [L, E]: how often
-    ids        int16 [L, T, K]; home  int32 [T]; turn  int32 [T]: which of its home's tokens it is, plus the home; on  int16 [L, T, K]: the GPU of each choice, -1 for none
+    ids        int16 [L, T, K]; home  int32 [T]; turn  int32 [T]: which of its home's tokens it is, plus the home
+    on         int16 [L, T, K]: the GPU of each choice, -1 for none
     begin      int32 [L, E+1], choice  int32 [L, T*K]: the choices t * K + k of each expert
     gpu_count  uint8 [L, T, G], node_count  uint8 [L, T, N]: choices of a token on each GPU, and node
     load       float64 [L, G]: expert time of each GPU over the mean; pair  float64 [L, G]: what one choice adds to it
