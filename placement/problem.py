@@ -139,9 +139,9 @@ class Problem:
 
     def walked(self, placement: Placement) -> Cost:
         """The walk of the tokens from their homes, by the rules that the objective counts by."""
-        rules = {"replica": self.objective.replica, "home": self.objective.home}
-        told = Foretold.of(self.transitions, placement) if "foretold" in rules.values() else None
-        return walk(self.trace, placement, homes=self.home, foretold=told, **rules)
+        replica, home = self.objective.replica, self.objective.home
+        told = Foretold.of(self.transitions, placement) if "foretold" in (replica, home) else None
+        return walk(self.trace, placement, homes=self.home, replica=replica, home=home, foretold=told)
 
     def parts(self, cost: Cost, placement: Placement) -> dict[str, float]:
         """What the objective weighs, of a placement and what `walked` counted: gpu, node, copies, node_copies, load."""

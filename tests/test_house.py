@@ -43,7 +43,7 @@ PLACEMENT: dict[str, set[str]] = {
     "live": {"walk", "placement", "traces", "cluster", "slots"},
     "search": {"problem", "walk", "cost", "placement", "slots"},
     "bounds": {"search", "problem"},
-    "place": {"bounds", "search", "problem", "walk", "cost", "placement", "traces", "cluster", "slots"},
+    "place": {"bounds", "search", "problem", "walk", "placement", "traces", "cluster", "slots"},
 }
 MAX_LINES, MAX_FUNCTION = 450, 80
 

@@ -9,6 +9,7 @@
 | copies.py, token_loops.py | swaps judged on the tokens: rows copied |
 | replicate.py, replica_loops.py | which experts the spare slots hold |
 | balance.py, balance_search.py, groups.py | load alone: replicas and GPUs by local search; whole groups to nodes |
+| exact.py, walk_loops.py | small cases by what a walk counts: all placements, or descents |
 | ilp.py | the exact model, by HiGHS |
 | eplb.py, simple.py | EPLB as published; what frameworks start with, and chance |
 """

@@ -301,7 +301,8 @@ def _homes(problem: Problem, words: int) -> tuple[NDArray[np.uint64], NDArray[np
     at = np.zeros((topology.gpus, words * 64), bool)
     if problem.objective.home == "fixed":
         at[home, np.arange(len(home))] = True
-    return _packed(at), _packed(at.reshape(topology.nodes, -1, words * 64).any(1))
+    on_node = np.logical_or.reduceat(at, np.arange(0, topology.gpus, topology.gpus_per_node))
+    return _packed(at), _packed(on_node)
 
 
 def _packed(bits: NDArray[np.bool_]) -> NDArray[np.uint64]:

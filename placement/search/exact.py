@@ -127,7 +127,7 @@ def walked_of(problem: Problem) -> Walked:
         after=after,
         share=np.ascontiguousarray(problem.loads[len(problem.loads) if alone else int(problem.counted) :]),
         own=problem.counted,
-        used=used,
+        used=np.asarray(used),
         pace=1 / topology.speed_of_gpu,
         weight=np.array(
             [

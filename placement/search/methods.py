@@ -33,7 +33,8 @@ EXACT = 130  # binaries up to which HiGHS, too, is asked: beyond, it proves noth
 @dataclass
 class Run:
     """What a method may spend, and whom it tells. `interrupted`: an event that Ctrl-C sets. `notes`: what the answer's
-    `method` is to say beside its name. `walks`: what walks counted, by the slots' bytes; `walk_s`: how long one took."""
+    `method` is to say beside its name. `walks`: what walks counted, by the slots' bytes; `walk_s`: how long one took.
+    """
 
     deadline: float
     interrupted: Any
@@ -93,11 +94,11 @@ def _auto(problem: Problem, run: Run) -> Found:
     if exact is not None and exact.proved:
         slots, most = exact.expert_of_slot, problem.objective.max_load
         return slots, Proof(run.rank(problem, slots)[1], True, "every placement tried") if most is None else None
-    others = []
-    for slots in _simple(problem, run) + ([] if exact is None else [exact.expert_of_slot]):
-        if run.stop() or time.perf_counter() + 2 * run.walk_s > run.deadline:
+    others: list[tuple[tuple[float, float], int, NDArray[np.integer]]] = []
+    for other in _simple(problem, run) + ([] if exact is None else [exact.expert_of_slot]):
+        if run.stop() or time.perf_counter() + 4 * run.walk_s > run.deadline:
             break
-        others.append((run.rank(problem, slots), len(others), slots))
+        others.append((run.rank(problem, other), len(others), other))
     found, proof = _searched(problem, run)
     if others and min(others)[0] < run.rank(problem, found):
         found = min(others)[2]
