@@ -9,7 +9,10 @@ matching   an expert on a place of C slots has at most C - 1 partners; the dual 
 spectral   the eigenvalues of the co-activation, its diagonal shifted at will (Donath and Hoffman, 1973); where places
            have equal slots, the vector of ones is known to be in the span of the parts, and is taken out first
 
-A fixed home is one more choice of its tokens, which is always on its place: what is counted are the places but for it.
+Where homes are fixed, what is counted are the places but for them. A token with c choices at home and the others on q
+places has q rows, and no fewer pairs than those that are as even as can be; of all choices no more can be at home than
+the best assignment of experts to places has there, homes alone considered. The fewest rows with no more pairs and
+choices at home than there can be are a linear program of few variables, bounded by its dual.
 
 With replicas pairs say nothing. A home has no more experts than slots, so that at best those that its tokens choose
 most are there; and of a token's other choices no more share a place than that has slots.
@@ -24,8 +27,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
+from scipy.optimize import linprog
+from scipy.sparse import csr_array
 
 from ..problem import Problem
+from ..search.transport import transport
 from ._pace import Pace
 
 EXACT = 128  # experts up to which the matching's linear program is solved: beyond, a dual that costs nothing
@@ -58,9 +64,8 @@ def _least_rows(problem: Problem, home: NDArray[np.integer], slots: NDArray[np.i
         mine = pace.share(left)
         if problem.spare:
             rows.append(least_away(ids, home, experts, slots))
-        elif fixed:  # the home is a choice of a kind of its own
-            beside = np.concatenate([ids, experts + home[:, None]], 1)
-            rows.append(least_places(beside, experts + len(slots), slots + 1, mine) - 1 if len(ids) else 0.0)
+        elif fixed:
+            rows.append(least_beside(ids, home, experts, slots, mine))
         else:
             rows.append(least_places(ids, experts, slots, mine) - float((ids >= 0).any(1).mean() if len(ids) else 0.0))
     return float(np.mean(rows))
@@ -71,11 +76,62 @@ def least_away(ids: NDArray[np.integer], home: NDArray[np.integer], experts: int
     replicas. ids [T, K], below 0 for none; slots [P]: how many experts each place takes. 0 for no tokens."""
     if not len(ids):
         return 0.0
-    distinct = _distinct(ids)
-    at = (home.astype(np.int64)[:, None] * experts + distinct)[distinct >= 0]
-    most = np.sort(np.bincount(at, minlength=len(slots) * experts).reshape(-1, experts), 1)[:, ::-1]
+    most = np.sort(_at_home(_distinct(ids), home, experts, len(slots)), 1)[:, ::-1]
     away = sum(float(most[p, room:].sum()) for p, room in enumerate(slots.tolist()))
     return away / min(ids.shape[1], int(slots.max())) / len(ids)
+
+
+def least_beside(
+    ids: NDArray[np.integer],
+    home: NDArray[np.integer],
+    experts: int,
+    slots: NDArray[np.integer],
+    pace: Pace | None = None,
+) -> float:
+    """The same without replicas; slots [P] take E in all."""
+    if not len(ids):
+        return 0.0
+    distinct = _distinct(ids)
+    many, tokens = np.unique((distinct >= 0).sum(1), return_counts=True)
+    most = np.array(
+        [_most_pairs(distinct, experts, slots, pace or Pace()), _most_at_home(distinct, home, experts, slots)]
+    )
+    most = np.minimum(most, [tokens @ (many * (many - 1) // 2), tokens @ many])
+    ways = [_ways_beside(choices) for choices in many.tolist()]
+    rows, uses = np.concatenate([way[0] for way in ways]), np.concatenate([way[1] for way in ways])
+    kind = np.repeat(np.arange(len(ways)), [len(way[0]) for way in ways])
+    solved = linprog(rows, A_ub=uses.T, b_ub=most, A_eq=np.eye(len(ways))[kind].T, b_eq=tokens)
+    price = np.zeros(2) if solved.ineqlin is None else np.maximum(0.0, -solved.ineqlin.marginals)
+    each = np.full(len(ways), np.inf)
+    np.minimum.at(each, kind, rows + uses @ price)
+    return max(0.0, float(tokens @ each - most @ price) * (1 - 1e-12)) / len(ids)
+
+
+def _ways_beside(choices: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(rows [W], [W, 2] pairs that share a place and choices at home) of all ways to spread a token's choices."""
+    rows, uses = [], []
+    for here in range(choices + 1):
+        for parts in range(min(1, choices - here), choices - here + 1):
+            size, more = divmod(choices - here, max(1, parts))
+            rows.append(parts)
+            uses.append((here * (here - 1) // 2 + parts * size * (size - 1) // 2 + more * size, here))
+    return np.array(rows, float), np.array(uses, float)
+
+
+def _most_at_home(
+    distinct: NDArray[np.integer], home: NDArray[np.integer], experts: int, slots: NDArray[np.integer]
+) -> float:
+    """How many choices [T, K] can be at their token's home [T], at most: the dual of an assignment."""
+    here = _at_home(distinct, home, experts, len(slots)).T.astype(np.float64)
+    price = np.zeros(len(slots))
+    transport(here, slots.astype(np.int64), price)
+    return float((here - price).max(1).sum() + slots @ price)
+
+
+def _at_home(distinct: NDArray[np.integer], home: NDArray[np.integer], experts: int, places: int) -> NDArray[np.int64]:
+    """int64 [P, E]: how many tokens of each home choose each expert."""
+    at = (home.astype(np.int64)[:, None] * experts + distinct)[distinct >= 0]
+    return np.bincount(at, minlength=places * experts).reshape(places, experts)
 
 
 def _distinct(ids: NDArray[np.integer]) -> NDArray[np.integer]:
@@ -157,9 +213,6 @@ def matching_bound(
     best = float(np.sort(together, 1)[:, -partners:].sum() / 2)  # each pair is counted by both, if by any
     if experts > EXACT or experts < 2:
         return best
-    from scipy.optimize import linprog
-    from scipy.sparse import csr_array
-
     first, second = np.triu_indices(experts, 1)
     worth, count = together[first, second], len(first)
     ends = (np.ones(2 * count), (np.concatenate([first, second]), np.tile(np.arange(count), 2)))
