@@ -22,7 +22,7 @@ from .walk_loops import Walked
 CHOICES = 100_000_000  # of tokens that all placements may take, about a second
 LEAST = 200  # choices whose time one layer's walk takes even without tokens
 AT_ONCE = 2_000_000  # choices from one look at the clock to the next
-ROUNDS = 60  # descents in turn without a better end, after which there will be none
+ROUNDS = 400  # descents in turn without a better end, after which there will be none
 
 
 class Best(NamedTuple):
@@ -96,7 +96,7 @@ def improve(
     walked, random = walked_of(problem), np.random.default_rng(seed).integers(1, 2**63, 1, np.uint64)
     each, rank, rounds = max(1, AT_ONCE // length), (np.inf, np.inf), 0
     while choices > 0 and rounds <= ROUNDS and not stop():
-        slots_now, found, idle, kicks = best.copy(), rank, 0, rounds % 5
+        slots_now, found, idle, kicks = best.copy(), rank, 0, min(rounds, 1 + rounds % 6)
         while idle < patience and choices > 0 and not stop():
             found, idle, done = walk_loops.descend(walked, slots_now, kicks, idle, patience, coupled, each, random)
             choices, kicks = choices - done * length, 0

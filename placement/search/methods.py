@@ -16,7 +16,7 @@ from ..problem import Problem
 from .balance import balance
 from .copies import improve_copies
 from .eplb import apart, eplb
-from .exact import CHOICES, best_of_all, improve
+from .exact import best_of_all, improve
 from .ilp import ilp
 from .replicate import replicate
 from .search import search
@@ -26,6 +26,7 @@ from .state import from_slots, score, to_slots
 SWAPS, COPIES, EXCHANGES = 30_000_000, 5_000_000, 200_000  # proposals of the searches, a few seconds each
 SINGLE = 0.5  # of the time left, at most, that each expert's first place takes where others are to come
 BALANCE = 0.2  # the same, of a plan for load alone that others are measured by
+WALKED = 40_000_000  # choices of tokens that the last descents walk, a few seconds
 LOOSE = 1.5  # load that the search may leave to the replicas, at least
 EXACT = 130  # binaries up to which HiGHS, too, is asked: beyond, it proves nothing in a minute
 
@@ -104,7 +105,7 @@ def _auto(problem: Problem, run: Run) -> Found:
         found = min(others)[2]
     if proof is not None and proof.proved:
         return found, proof
-    return improve(problem, found, choices=run.proposals(CHOICES), seed=run.seed, stop=run.stop), proof
+    return improve(problem, found, choices=run.proposals(WALKED), seed=run.seed, stop=run.stop), proof
 
 
 def _simple(problem: Problem, run: Run) -> list[NDArray[np.integer]]:

@@ -8,10 +8,11 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from headgate.placement.cluster.topology import Topology
+from headgate.placement.cluster.topology import Topology, Workload
 from headgate.placement.place import place
 from headgate.placement.placement import Placement
 from headgate.placement.problem import Objective
+from headgate.placement.traces.generate import generate
 from headgate.placement.traces.statistics import statistics
 from headgate.placement.traces.trace import Trace
 from headgate.placement.walk import Foretold, walk
@@ -75,8 +76,6 @@ def counted(trace: Trace, placement: Placement, weights: Objective) -> float:
 
 
 def weights_of(given: str | Objective, trace: Trace, topology: Topology) -> Objective:
-    from headgate.placement.cluster.topology import Workload
-
     if isinstance(given, Objective):
         return given
     if given == "time":
@@ -121,3 +120,14 @@ def test_an_expert_at_every_home_is_worth_all_of_its_rows(objective):
     assert len(found.gpus_of(0, 3)) == 4
     assert found.cost["copies"] == 0
     assert found.bound["reached"]["copies"] == 0
+
+
+@pytest.mark.parametrize("objective", ["time", "transitions", "copies", "load"])
+@pytest.mark.parametrize("per_gpu", [None, 12])
+def test_never_behind_a_simpler_method_however_short_the_search(objective, per_gpu):
+    """Too large to be tried out, and nearly no search."""
+    source = generate(layers=3, experts=40, top_k=2, tokens=300, seed=1)
+    ours = place(source, Topology(1, 4), per_gpu, objective=objective, effort=1e-6, bound=False)
+    for method in ("balance", "eplb", "linear"):
+        other = place(source, Topology(1, 4), per_gpu, method, objective=objective, bound=False)
+        assert ours.cost["score"] <= other.cost["score"] * (1 + 1e-9)
