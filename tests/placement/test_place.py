@@ -177,6 +177,20 @@ def test_scenarios_are_found_and_stood():
     assert robust.bound == {}
 
 
+def test_kinds_of_text_in_a_large_trace_are_told_by_some_layers(monkeypatch):
+    import importlib
+
+    module = importlib.import_module("headgate.placement.traces.scenarios")
+    widths, known = [], module.kmeans2
+    monkeypatch.setattr(module, "MOST", 1)
+    monkeypatch.setattr(module, "kmeans2", lambda data, *args, **more: widths.append(data.shape[1]) or known(
+        data, *args, **more))  # fmt: skip
+    loads = scenario_loads(two_domains(), 2)
+    assert widths == [8]  # one layer of two
+    assert loads.shape == (3, 2, 8)
+    assert sorted(loads[1:, 1, :4].sum(-1).round(1).tolist()) == [0.0, 1.0]
+
+
 def test_scenarios_of_a_trace_without_sequences(trace):
     bare = Trace(trace.expert_ids, trace.num_experts)
     assert scenario_loads(bare, 2).shape[0] in (2, 3)
