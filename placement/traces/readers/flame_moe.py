@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...careful import Missing, opened
 from ..file import TraceFile, TraceWriter
 from ..trace import Trace
 from .common import Found, Options, trace_of
@@ -24,6 +25,7 @@ from .common import Found, Options, trace_of
 LAYER = re.compile(r"layer_(\d+)\.parquet")
 ROWS = 65536
 EXPERTS = 64
+MOST = 1024  # choices of a token
 
 
 def fits(found: Found) -> bool:
@@ -71,13 +73,13 @@ def chunks(found: Found, rows: int = ROWS) -> Iterator[NDArray[np.int64]]:
     found.rule(bool(files), "folder", "holding layer_NN.parquet", "none")
     parquet = _pyarrow()
     with ExitStack() as stack:
-        opened = [_open(found, parquet, stack, files[layer]) for layer in sorted(files)]
-        counts = {file.metadata.num_rows for file in opened}
+        sheets = [_open(found, parquet, stack, files[layer]) for layer in sorted(files)]
+        counts = {sheet.metadata.num_rows for sheet in sheets}
         found.rule(len(counts) == 1, "layers", "of one number of rows", sorted(counts))
-        streams = [file.iter_batches(batch_size=rows, columns=["indices"]) for file in opened]
+        streams = [sheet.iter_batches(batch_size=rows, columns=["indices"]) for sheet in sheets]
         for start in range(0, next(iter(counts)), rows):
             sides = zip(sorted(files), streams, strict=True)
-            ids = [_ids(found, files[layer], next(stream)) for layer, stream in sides]
+            ids = [_ids(found, files[layer], stream) for layer, stream in sides]
             widths = {i.shape for i in ids}
             found.rule(len(widths) == 1, f"indices from row {start}", "alike in all layers", sorted(widths))
             yield np.stack(ids)
@@ -90,25 +92,34 @@ def _files(path: Path) -> dict[int, Path]:
 
 
 def _open(found: Found, parquet: Any, stack: ExitStack, path: Path) -> Any:
-    try:
-        file = stack.enter_context(parquet.ParquetFile(path))
-    except (OSError, ValueError) as error:  # pyarrow's own errors are such
-        raise ValueError(f"read: {path} must be a whole parquet file, got {error}") from error
-    names = file.schema_arrow.names
-    found.rule("indices" in names, f"columns in {path.name}", "indices and scores", names)
+    stream = stack.enter_context(opened(path, "read")).stream
+    with found.file.watched("a whole parquet file", path.name):
+        file = stack.enter_context(parquet.ParquetFile(stream))
+        names = file.schema_arrow.names
+        found.rule("indices" in names, f"columns in {path.name}", "indices and scores", names)
+        column = next(
+            i for i in range(file.metadata.num_columns) if file.schema.column(i).path.split(".")[0] == "indices"
+        )
+        for group in range(file.metadata.num_row_groups):
+            part = file.metadata.row_group(group)
+            most = MOST * part.num_rows  # a run of one number takes no room in the file
+            values = part.column(column).num_values
+            found.rule(0 <= values <= most, f"choices in {path.name}", f"at most {MOST} of each token", values)
     return file
 
 
-def _ids(found: Found, path: Path, batch: Any) -> NDArray[np.int64]:
-    column = batch.column(0)
-    try:
+def _ids(found: Found, path: Path, stream: Iterator[Any]) -> NDArray[np.int64]:
+    with found.file.watched("a whole parquet file", path.name):
+        batch = next(stream, None)
+        found.rule(batch is not None, f"rows of {path.name}", "as many as declared", "fewer")
+        assert batch is not None
+        column = batch.column(0)
+    with found.file.watched("lists of whole numbers, of one length", f"indices in {path.name}"):
         flat = column.flatten().to_numpy(zero_copy_only=False)
         ids = flat.reshape(len(column), -1)
         even = len(column) * ids.shape[1] == len(flat) and not column.null_count and ids.dtype.kind in "iu"
         if hasattr(column, "offsets"):
             even = even and bool((np.diff(column.offsets.to_numpy()) == ids.shape[1]).all())
-    except (ValueError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"read: indices of {path} must be lists of one length, got {error}") from error
     found.rule(even, f"indices in {path.name}", "lists of whole numbers, of one length", column.type)
     return ids.astype(np.int64)
 
@@ -117,5 +128,5 @@ def _pyarrow() -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise RuntimeError("read: parquet files need pyarrow, which is not installed: pip install pyarrow") from error
+        raise Missing("read: parquet files need pyarrow, which is not installed: pip install pyarrow") from error
     return parquet
