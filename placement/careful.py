@@ -280,13 +280,12 @@ def open_file(path: str | os.PathLike[str], what: str, max_bytes: int | None = N
     except ValueError as error:  # a NUL in the name
         raise Refused(_cut(f"{what}: path must be a file's name, got {error}", LONGEST)) from error
     found = os.fstat(handle)
-    left = max(TIMES * found.st_size, SMALL_bytes) if max_bytes is None else max_bytes
-    file = Opened(where, what, left, os.fdopen(handle, "rb"), found.st_size)
     if not stat.S_ISREG(found.st_mode):
-        file.close()
+        os.close(handle)
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
-        raise file.damaged("a regular file", kind)
-    return file
+        raise Guard(where, what).damaged("a regular file", kind)
+    left = max(TIMES * found.st_size, SMALL_bytes) if max_bytes is None else max_bytes
+    return Opened(where, what, left, os.fdopen(handle, "rb"), found.st_size)
 
 
 def folder(path: Path, what: str, files: Iterable[Path], max_bytes: int | None = None) -> Guard:

@@ -118,7 +118,8 @@ def test_fractions_are_no_slots():
         ('{"version": 2}', "version of .* must be 1, got 2"),
         ('{"version": 1}', "must be an object with layers, num_experts, topology, version"),
         (
-            f'{{"version": 1, "layers": [{{"expert_of_slot": [0]}}, {{"expert_of_slot": [0, 1]}}], "num_experts": 1, {ON_TWO}}}',
+            '{"version": 1, "layers": [{"expert_of_slot": [0]}, {"expert_of_slot": [0, 1]}], '
+            f'"num_experts": 1, {ON_TWO}}}',
             "equally many slots",
         ),
         (

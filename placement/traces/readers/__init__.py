@@ -3,7 +3,7 @@
 | file | holds |
 |---|---|
 | common.py | a recording opened by its kind, and a Trace or Statistics made of what was found |
-| torch_file.py | tensors out of torch.save's files, without torch |
+| torch_file.py, parquet_rows.py | tensors out of torch.save's files, without torch; parquet, by a process of its own |
 | sglang.py, vllm.py, router_logits.py, llama_cpp.py, flame_moe.py, esft.py, eplb.py, counts.py | one format each |
 """
 

@@ -456,7 +456,7 @@ def test_flame_moe_folders_that_are_wrong(tmp_path):
         with pytest.raises(ValueError, match=message):
             read(folder)
     pq.write_table(pa.table({"token_id": pa.array([1])}), folder / "layer_03.parquet")
-    with pytest.raises(ValueError, match=r"columns in layer_03\.parquet of .* must be indices and scores"):
+    with pytest.raises(ValueError, match=r"columns in layer_03\.parquet of .* must be indices and others"):
         read(folder)
 
 
