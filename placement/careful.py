@@ -239,8 +239,8 @@ class Opened(Guard):
             self.rule(len(by_name) == len(found), "members", "of different names", sorted(by_name))
             for name, info in by_name.items():
                 stored = info.compress_type == zipfile.ZIP_STORED
-                kind = (stored or info.compress_type == zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
-                self.rule(kind, name, "stored or deflated, not encrypted", info.compress_type)
+                fine = (stored or info.compress_type == zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
+                self.rule(fine, name, "stored or deflated, not encrypted", info.compress_type)
                 most = info.compress_size * (1 if stored else RATIO)
                 rule = f"no more than {info.compress_size} stored bytes can hold"
                 self.rule(info.compress_size <= self.size and info.file_size <= most, name, rule, info.file_size)

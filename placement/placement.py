@@ -114,9 +114,9 @@ class Placement:
             experts = whole(file, found["num_experts"], "num_experts", 1, 2**31 - 1)
             rows = _rows(file, found["layers"])
             file.rule(experts <= rows.shape[1], "num_experts", f"at most S={rows.shape[1]}", experts)
-            slots = found.get("slots_of_gpu")
+            slots: Any = found.get("slots_of_gpu")
             if slots is not None:
-                slots = file.integers(slots, "slots_of_gpu", shape=(None,), low=0, high=rows.shape[1])
+                slots = file.integers(slots, "slots_of_gpu", shape=(None,), low=0, high=rows.shape[1]).astype(np.int32)
             for name in FIGURES:
                 _figures(file, name, found.get(name, {}))
             try:
@@ -130,16 +130,16 @@ NEEDED = {"version", "num_experts", "topology", "layers"}
 FIGURES = ("cost", "bound", "method")
 
 
-def _rows(file: Opened, layers: Any) -> NDArray[np.int64]:
-    """expert_of_slot int64 [L, S]."""
-    file.rule(isinstance(layers, list) and layers, "layers", "a list, not empty", layers)
+def _rows(file: Opened, layers: Any) -> NDArray[np.int32]:
+    """expert_of_slot int32 [L, S]."""
+    file.rule(isinstance(layers, list) and bool(layers), "layers", "a list, not empty", layers)
     rows = [without_unknown(file, layer, "a layer", {"expert_of_slot"}, set())["expert_of_slot"] for layer in layers]
     file.rule(all(isinstance(row, list) for row in rows), "expert_of_slot", "a list in each layer", rows)
     sizes = {len(row) for row in rows}
     file.rule(len(sizes) == 1, "layers", "with equally many slots", sorted(sizes))
     whole_ones = all(type(expert) is int for row in rows for expert in row)
     file.rule(whole_ones, "expert_of_slot", "whole numbers", rows[0])
-    return file.integers(rows, "expert_of_slot", shape=(None, None), low=0, high=2**31 - 1)
+    return file.integers(rows, "expert_of_slot", shape=(None, None), low=0, high=2**31 - 1).astype(np.int32)
 
 
 def _figures(file: Opened, name: str, found: Any) -> None:

@@ -59,7 +59,7 @@ def _read(file: Opened, name: str) -> bytes:
 def _scan(file: Opened, text: bytes) -> None:
     """Refuses what would fill the memory: the C unpickler keeps a table up to the largest number that a PUT names."""
     for count, (code, argument, _) in enumerate(pickletools.genops(text)):
-        if "PUT" in code.name:
+        if "PUT" in code.name and argument is not None:
             file.rule(0 <= int(argument) <= count, "data.pkl", "numbering its objects in order", argument)
 
 
