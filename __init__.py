@@ -10,6 +10,7 @@ _WHERE = {
     "MoE": "moe.layer",
     "Experts": "moe.experts",
     "Capacity": "moe.capacity",
+    "TokenRanks": "moe.losses",
     "replace": "moe.hf",
     "restore": "moe.hf",
     "record": "moe.record",

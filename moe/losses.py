@@ -29,7 +29,7 @@ class TokenRanks:
     `group`: every rank that holds tokens of the batch, each its own. `average`: the router's gradients are summed over
     `group` and then divided by this (the group's size under DDP). `sequence`: the ranks of `group` that hold parts of
     the same sequences, all of the same ones in the same order; None: every sequence is whole on its rank. It matters
-    for losses of each sequence only. Every rank of `group` must take part in every call, with no tokens too.
+    for losses of each sequence or rank only. Every rank of `group` must take part in every call, with no tokens too.
 
     Raises ValueError where `average` is not positive or this rank is not in a group.
     """
@@ -57,7 +57,8 @@ def load_balancing_loss(routing: Routing, *, sequences: int | None = None, ranks
     (DeepSeek-V3, equation 19). The gradient goes through P alone: counts have none.
 
     `sequences` S: the tokens are S sequences of T / S; each has its own loss, and the mean is returned (DeepSeek-V3,
-    equation 17). `ranks`: the batch is that of all these ranks (Qiu et al., Demons in the Detail, 2025), whatever share
+    equation 17). Megatron-Core's value is this divided by K, GShard's and Tutel's that of first choices alone: see MoE's
+    `load_balancing_norm` and `load_balancing_choice`. `ranks`: the batch is that of all these ranks (Qiu et al., Demons in the Detail, 2025), whatever share
     of it each has. One all-reduce of 2 E + 1 numbers; of each sequence, where `ranks.sequence` cuts them, another.
 
     Raises ValueError where routing has no scores, or `sequences` does not divide T.

@@ -14,14 +14,6 @@ from headgate.moe.capacity import DROPS, limit
 from headgate.moe.losses import load_balancing_loss, z_loss
 
 
-@pytest.fixture
-def own_compilations():
-    """torch.compile counts what it compiled of a function, over all tests: not here, and none of these elsewhere."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def plain(ids, weights, experts, bound, drop):
     """Which pairs stay, bool [T, K]: expert by expert, in a loop."""
     keep = (ids < 0) | (ids >= experts)

@@ -47,6 +47,22 @@ def tokens_dropped_or_not():
 
 
 @check
+def a_balancing_loss_of_each_tp_x_cp_group():
+    """Megatron's aux_loss: the ranks of one dp have a batch of their own."""
+    how = {"load_balancing_scope": "rank", "z_loss_coef": 0.0}
+    for fold in some_folds():
+        whole, mine = layer(**how), headgate.parallelize(layer(**how), fold)
+        torch.manual_seed(11)
+        x, dp, losses = torch.randn(dist.get_world_size(), 5, D), fold.size("dp"), []
+        (mine(x[dist.get_rank()]) * 0).sum().backward()
+        for tokens in x.view(dp, -1, D):
+            (whole(tokens) * 0).sum().backward()
+            losses.append(whole.aux_losses["load_balancing"])
+        close(mine.aux_losses["load_balancing"], torch.stack(losses).mean(), f"{fold}: value")
+        close(mine.router.weight.grad, whole.router.weight.grad / dp, f"{fold}: gradient")
+
+
+@check
 def two_levels_of_routing():
     for fold in some_folds():
         once(fold, {"router": "bilevel", "router_options": {"nodes": 4, "topk_nodes": 3}, "bias": False})
