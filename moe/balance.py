@@ -1,4 +1,4 @@
-"""The balancing losses of a layer: which choice they count, whose tokens are one batch, how they are normed, added up."""
+"""The balancing losses of a layer: which choice they count, whose tokens are one batch, and their norm."""
 
 from __future__ import annotations
 

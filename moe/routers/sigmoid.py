@@ -9,7 +9,7 @@ from torch import Tensor
 from ...dispatch import collectives
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
-from .router import Router
+from .router import Router, warn_of_constant_weights
 
 
 class SigmoidRouter(Router):
@@ -17,6 +17,8 @@ class SigmoidRouter(Router):
 
     Source: DeepSeek-V3 technical report (2024), section 2.1.2; Wang et al., auxiliary-loss-free load balancing (2024).
 
+    `renormalize` divides a token's weights by their sum; None: where K > 1, as Megatron-Core and DeepSeek's own code do.
+    (transformers' DeepSeek-V3 does at K = 1 too, where every weight becomes 1 and the router learns nothing from y.)
     `groups`, `topk_groups`, `group_score` limit the choice as in `topk` (DeepSeek-V3: 8 groups, 4 chosen, "top2").
     `score` "sigmoid", or "sqrtsoftplus" (DeepSeek-V4). `bias_rate` is the step of `update_bias`. `gate_bias`, `jitter`:
     see Router.
@@ -40,11 +42,11 @@ class SigmoidRouter(Router):
         top_k: int,
         *,
         score: str = "sigmoid",
-        renormalize: bool = True,
+        renormalize: bool | None = None,
         scale: float = 1.0,
         groups: int = 1,
         topk_groups: int = 1,
-        group_score: str = "top2",
+        group_score: str | int = "top2",
         bias_rate: float = 1e-3,
         gate_bias: bool = False,
         jitter: float = 0.0,
@@ -56,6 +58,8 @@ class SigmoidRouter(Router):
         if not bias_rate >= 0:
             raise ValueError(f"SigmoidRouter: bias_rate must not be negative, got {bias_rate}")
         check_choice(num_experts, top_k, score, groups, topk_groups, group_score, scale, who="SigmoidRouter")
+        warn_of_constant_weights("SigmoidRouter", top_k, "renormalize=True", bool(renormalize))
+        renormalize = top_k > 1 if renormalize is None else renormalize
         super().__init__(
             hidden_size, num_experts, top_k, gate_bias=gate_bias, jitter=jitter, device=device, dtype=dtype
         )

@@ -41,7 +41,7 @@ def other_forms_of_layers():
 @check
 def tokens_dropped_or_not():
     """The capacity of the whole batch: the same pairs go as in one process."""
-    for drop in ("weight", "position"):
+    for drop in ("weight", "choice"):
         for sizes in list(Fold.possible(dist.get_world_size()))[:: 1 if dist.get_world_size() < 4 else 5]:
             once(make_fold(sizes), {"capacity": Capacity(0.7, drop=drop, scope="batch")})
 
