@@ -16,6 +16,7 @@ from ..kernels.routing import Routing
 from .balance import Coef, balancing_losses, check_balancing
 from .capacity import Capacity, Overflow, limit
 from .experts import Experts
+from .forced import FORCED, forced
 from .losses import TokenRanks, attach_loss, z_loss
 from .routers import ROUTERS
 from .shared import SharedExpert
@@ -27,7 +28,9 @@ class MoE(nn.Module):
     `router`: a name in ROUTERS ("softmax", "sigmoid", "bilevel"), made with `router_options` (see SoftmaxRouter,
     SigmoidRouter, BilevelRouter), or a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see
     Experts. With `shared_intermediate_size` > 0 every token also passes a shared expert of that size, weighted by a
-    sigmoid gate if `shared_gate`.
+    sigmoid gate if `shared_gate`. With `latent_size` L > 0 the experts work on L numbers in place of D: a projection
+    D -> L before rows are dispatched, one L -> D after they are combined; router and shared expert see D (Nemotron 3,
+    Megatron-Core's moe_latent_size). `weights_on_input`: see Experts.
 
     `capacity`: how many pairs an expert takes, a Capacity or its factor; None: all. A token goes without the experts
     that dropped it. `last_overflow` says what was dropped in the last forward (see Overflow).
@@ -59,6 +62,9 @@ class MoE(nn.Module):
     losses, detached and before their coefficients, for reading: "load_balancing" always ("load_balancing_SCOPE" for
     each of several), "z_loss" where it has a coefficient.
 
+    `force_load_balancing`, for benchmarks: the chosen experts are replaced, while training or not, by "random" or by
+    "round_robin" ones, so that the load is even; see `headgate.moe.forced`.
+
     `last_routing` is the Routing of the last forward as its experts had it, detached and without logits; None before
     the first.
 
@@ -85,6 +91,8 @@ class MoE(nn.Module):
         activation: str | Activation = "silu",
         gated: bool = True,
         bias: bool = False,
+        weights_on_input: bool = False,
+        latent_size: int = 0,
         shared_intermediate_size: int = 0,
         shared_gate: bool = False,
         dispatcher: Dispatcher | None = None,
@@ -95,18 +103,26 @@ class MoE(nn.Module):
         load_balancing_norm: str = "none",
         load_balancing_group: dist.ProcessGroup | None = None,
         z_loss_coef: float = 0.0,
+        force_load_balancing: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check(num_experts, top_k, shared_intermediate_size, shared_gate, z_loss_coef)
+        _check(num_experts, top_k, shared_intermediate_size, latent_size, shared_gate, z_loss_coef)
+        if force_load_balancing not in (None, *FORCED):
+            known = ", ".join(FORCED)
+            raise ValueError(f"MoE: force_load_balancing must be one of {known} or None, got {force_load_balancing!r}")
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         form: dict[str, Any] = {"activation": activation, "gated": gated, "bias": bias, **where}
         self.router = _router(router, router_options, hidden_size, num_experts, top_k, **where)
         how = {"choice": load_balancing_choice, "norm": load_balancing_norm, "group": load_balancing_group}
         check_balancing(self.router, load_balancing_coef, load_balancing_scope, **how)
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, dispatcher=dispatcher, **form)
+        inner = latent_size or hidden_size
+        self.latent_down = nn.Linear(hidden_size, inner, bias=bias, **where) if latent_size else None
+        of_experts = {"weights_on_input": weights_on_input, "dispatcher": dispatcher, **form}
+        self.experts = Experts(num_experts, inner, intermediate_size, **of_experts)
+        self.latent_up = nn.Linear(inner, hidden_size, bias=bias, **where) if latent_size else None
         self.shared = (
             SharedExpert(hidden_size, shared_intermediate_size, gate=shared_gate, **form)
             if shared_intermediate_size
@@ -117,6 +133,7 @@ class MoE(nn.Module):
         self.load_balancing_scope, group = load_balancing_scope, load_balancing_group
         self.load_balancing_choice, self.load_balancing_norm = load_balancing_choice, load_balancing_norm
         self.token_ranks = None if group is None else TokenRanks(group, average=group.size())
+        self.force_load_balancing = force_load_balancing
         self.aux_scale: float | Tensor = 1.0
         self.aux_losses: dict[str, Tensor] = {}
         self.last_routing: Routing | None = None
@@ -127,13 +144,18 @@ class MoE(nn.Module):
         routing = kept = self._route(tokens)
         if self.capacity is not None:
             kept, self.last_overflow = limit(routing, self.capacity, self.token_ranks)
-        y = self.experts(tokens, kept)
+        y = self._experts(tokens, kept)
         if self.shared is not None:
             y = y + self.shared(tokens)
         if self.training and routing.scores is not None:
             y = self._with_losses(y, routing, sequences=math.prod(x.shape[:-2]))
         self.last_routing = replace(kept.detach(), logits=None)
         return y if x.dim() == 2 else y.reshape(x.shape)
+
+    def _experts(self, tokens: Tensor, routing: Routing) -> Tensor:
+        if self.latent_down is None or self.latent_up is None:
+            return self.experts(tokens, routing)
+        return self.latent_up(self.experts(self.latent_down(tokens), routing))
 
     def _tokens(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -146,7 +168,7 @@ class MoE(nn.Module):
         routing = self.router(tokens)
         if not isinstance(routing, Routing):
             raise TypeError(f"MoE: router must return a Routing, got {type(routing).__name__}")
-        return routing
+        return routing if self.force_load_balancing is None else forced(routing, self.force_load_balancing)
 
     def _with_losses(self, y: Tensor, routing: Routing, sequences: int) -> Tensor:
         """y with this step's losses attached to its backward pass; notes their values in `aux_losses`."""
@@ -186,15 +208,16 @@ def _router(router, options, hidden_size: int, num_experts: int, top_k: int, dev
     return router
 
 
-def _check(num_experts, top_k, shared_intermediate_size, shared_gate, z_loss_coef) -> None:
-    sizes = {"num_experts": num_experts, "top_k": top_k, "shared_intermediate_size": shared_intermediate_size}
-    for name, size in sizes.items():
+def _check(num_experts, top_k, shared_intermediate_size, latent_size, shared_gate, z_loss_coef) -> None:
+    optional = {"shared_intermediate_size": shared_intermediate_size, "latent_size": latent_size}
+    for name, size in {"num_experts": num_experts, "top_k": top_k, **optional}.items():
         if not hasattr(size, "__index__"):
             raise TypeError(f"MoE: {name} must be an integer, got {size!r}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"MoE: top_k must be between 1 and num_experts ({num_experts}), got {top_k}")
-    if shared_intermediate_size < 0:
-        raise ValueError(f"MoE: shared_intermediate_size must not be negative, got {shared_intermediate_size}")
+    for name, size in optional.items():
+        if size < 0:
+            raise ValueError(f"MoE: {name} must not be negative, got {size}")
     if shared_gate and not shared_intermediate_size:
         raise ValueError("MoE: shared_gate must come with shared_intermediate_size > 0, got 0")
     if not (z_loss_coef >= 0 and math.isfinite(z_loss_coef)):

@@ -17,8 +17,8 @@ class SigmoidRouter(Router):
 
     Source: DeepSeek-V3 technical report (2024), section 2.1.2; Wang et al., auxiliary-loss-free load balancing (2024).
 
-    `renormalize` divides a token's weights by their sum; None: where K > 1, as Megatron-Core and DeepSeek's own code do.
-    (transformers' DeepSeek-V3 does at K = 1 too, where every weight becomes 1 and the router learns nothing from y.)
+    `renormalize` divides a token's weights by their sum; None: where K > 1, as in Megatron-Core and DeepSeek's
+    own code. (transformers' DeepSeek-V3 does so at K = 1 too: every weight is 1, and y teaches the router nothing.)
     `groups`, `topk_groups`, `group_score` limit the choice as in `topk` (DeepSeek-V3: 8 groups, 4 chosen, "top2").
     `score` "sigmoid", or "sqrtsoftplus" (DeepSeek-V4). `bias_rate` is the step of `update_bias`. `gate_bias`, `jitter`:
     see Router.

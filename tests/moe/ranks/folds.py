@@ -33,7 +33,11 @@ def the_layer_under_every_fold():
 
 @check
 def other_forms_of_layers():
-    for options in ({"gated": False, "activation": "gelu"}, {"bias": False, "shared_intermediate_size": 0}):
+    for options in (
+        {"gated": False, "activation": "gelu"},
+        {"bias": False, "shared_intermediate_size": 0},
+        {"weights_on_input": True, "latent_size": 4},
+    ):
         for fold in some_folds():
             once(fold, options)
 
