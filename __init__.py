@@ -11,6 +11,7 @@ _WHERE = {
     "Experts": "moe.experts",
     "Capacity": "moe.capacity",
     "TokenRanks": "moe.losses",
+    "update_biases": "moe.bias",
     "replace": "moe.hf",
     "restore": "moe.hf",
     "record": "moe.record",

@@ -25,7 +25,8 @@ class SigmoidRouter(Router):
 
     `expert_bias` fp32 [E] is a buffer, saved with the model, that stays fp32 when the model is cast: its steps are
     smaller than bf16 can tell apart. `load` int32 [E] or None adds up the counts of the training forwards since the
-    last `update_bias`, so that it works over accumulated micro-steps: call it once after each optimizer step.
+    last `update_bias`, so that it works over accumulated micro-steps: call it once after each optimizer step, or let
+    `headgate.update_biases` do so for a whole model. What activation checkpointing runs again does not count.
 
     >>> router = SigmoidRouter(hidden_size=16, num_experts=8, top_k=2, groups=4, topk_groups=2, scale=2.5)
     >>> for micro_step in range(4): routing = router(torch.randn(32, 16))
@@ -85,7 +86,7 @@ class SigmoidRouter(Router):
             renormalize=self.renormalize,
             scale=self.scale,
         )
-        if self.training:
+        if self.training and not _runs_again():
             assert routing.counts is not None
             self.load = routing.counts if self.load is None else self.load + routing.counts
         return routing
@@ -95,8 +96,8 @@ class SigmoidRouter(Router):
         """One step of expert_bias_e += bias_rate * sign(mean load - load of e); no gradient is involved.
 
         `counts` [..., E] is added up over its leading axes; None takes `load`. `group` adds the counts of its ranks, so
-        that all of them take the same step. Only the sign of the error counts, so that forwards seen twice (gradient
-        checkpointing) change nothing. `load` starts again from nothing.
+        that all of them take the same step. Only the sign of the error counts, so that a compiled layer that eager
+        checkpointing runs again, and that counts twice, takes the same step. `load` starts again from nothing.
 
         Raises ValueError where `counts` does not end in [E], or is None and no training forward was seen.
         """
@@ -120,3 +121,8 @@ class SigmoidRouter(Router):
             self.expert_bias = before.to(self.expert_bias.device)
         self.load = None
         return self
+
+
+def _runs_again() -> bool:
+    """Whether this forward is part of a backward pass: activation checkpointing runs it a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -75,10 +75,52 @@ def two_levels_of_routing():
 @check
 def every_dispatcher_by_name():
     size = dist.get_world_size()
-    for fold in (Fold({"dp": size}, {"ep": size}), Fold({"tp": size}, {"ep": size // 2, "etp": 2})):
+    on_input = {"weights_on_input": True, "bias": False}
+    for fold, options in (
+        (Fold({"dp": size}, {"ep": size}), on_input),
+        (Fold({"tp": size}, {"ep": size // 2, "etp": 2}), {}),
+    ):
         for name in DISPATCHERS:
             if name not in ("local", "slice_all_reduce"):
-                once(fold, dispatcher=name, ranks_per_node=2)
+                once(fold, options, dispatcher=name, ranks_per_node=2)
+
+
+@check
+def biases_of_a_model_follow_the_load_of_all_ranks():
+    """update_biases after each optimizer step: the steps of one process, in one all-reduce for all layers."""
+    options = {"router": "sigmoid", "router_options": {"bias_rate": 0.1}}
+    for fold in some_folds():
+        models = [torch.nn.Sequential(layer(**options), layer(seed=4, **options)) for _ in range(2)]
+        whole, mine = models[0], headgate.parallelize(models[1], fold)
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (whole, mine)]
+        for model, optimizer in zip((whole, mine), optimizers, strict=True):
+            headgate.update_biases(model, optimizer)
+        torch.manual_seed(11)
+        for _step in range(2):
+            for _micro in range(2):
+                x = torch.randn(dist.get_world_size(), 5, D)
+                whole(x).sum().backward()
+                mine(x[dist.get_rank()]).sum().backward()
+            with CommDebugMode() as mode:
+                optimizers[1].step()
+            assert mode.get_total_counts() == 1
+            optimizers[0].step()
+            for one, here in zip(whole, mine, strict=True):
+                assert one.router.expert_bias.abs().max() > 0
+                assert torch.equal(one.router.expert_bias, here.router.expert_bias), f"{fold}"
+
+
+@check
+def biases_under_ddp_go_by_a_group_that_is_given():
+    options = {"router": "sigmoid", "router_options": {"bias_rate": 0.1}}
+    whole, mine = layer(**options), layer(**options)
+    torch.manual_seed(11)
+    x = torch.randn(dist.get_world_size(), 5, D)
+    whole(x)
+    mine(x[dist.get_rank()])
+    headgate.update_biases(whole)
+    headgate.update_biases(mine, group=dist.group.WORLD)
+    assert torch.equal(whole.router.expert_bias, mine.router.expert_bias)
 
 
 def replicated(fold: Fold) -> None:
