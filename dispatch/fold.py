@@ -183,6 +183,13 @@ class Fold:
         attention = {n: getattr(sizes, n) for n in ATTENTION}
         return cls(attention, {n: getattr(sizes, n) for n in EXPERTS}, sizes.pp, **options)
 
+    def over_tp(self) -> Fold:
+        """The same ranks for experts that every token goes to: cut over tp, and alike on all others."""
+        s = self.sizes
+        experts = {"edp": s.dp * s.cp, "etp": s.tp}
+        attention = {n: getattr(s, n) for n in ATTENTION}
+        return Fold(attention, experts, s.pp, device_type=self.device_type, timeout=self._timeout, like=self)
+
     @property
     def stage(self) -> int:
         """Which pipeline stage this rank belongs to."""

@@ -86,7 +86,8 @@ def limit(routing: Routing, capacity: Capacity, ranks: TokenRanks | None = None)
 
     Cost: scope "rank" does not wait for the device; with `ranks` it is one all-reduce of one number. Scope "batch" is
     one all-gather of E + 1 numbers for "position", of K E + 1 for "choice"; for "weight" one of a number, and one of
-    every rank's ids and weights, K for each of max T tokens. It waits for the device once, since C depends on all ranks' tokens.
+    every rank's ids and weights, K for each of max T tokens. It waits for the device once, since C depends on all
+    ranks' tokens.
     """
     if ranks is None or capacity.scope == "rank":
         tokens, k = routing.expert_ids.shape

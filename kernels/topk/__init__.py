@@ -120,8 +120,8 @@ def topk(
     `bias` [E] is added for the choice alone: no weight and no gradient sees it (Wang et al., auxiliary-loss-free load
     balancing, 2024). With `groups` > `topk_groups` the choice is limited to the best `topk_groups` of `groups` equal
     groups of neighbouring experts; a group is as good as the sum of its n best experts, `group_score` n: 2 or "top2"
-    (DeepSeek-V3), 1 or "max" (DeepSeek-V2), any other number (Megatron-Core takes k // topk_groups). `renormalize` divides
-    a token's weights by their sum; `scale` multiplies them at the end.
+    (DeepSeek-V3), 1 or "max" (DeepSeek-V2), any other number (Megatron-Core takes k // topk_groups). `renormalize`
+    divides a token's weights by their sum; `scale` multiplies them at the end.
 
     Returns a Routing: `expert_ids` int32 [T, K], best first, the lowest id first among equals; `weights` fp32 [T, K];
     `counts` int32 [E]; `scores` fp32 [T, E] (softmax over E for "topk_softmax"); `logits` as given. Gradients flow

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ...dispatch import DISPATCHERS, AllGather, Dispatcher, Fold, Hierarchical, Local, SliceAllReduce, measure
+from ...dispatch import DISPATCHERS, AllGather, AllToAll, Dispatcher, Fold, Hierarchical, Local, SliceAllReduce, measure
 from ...dispatch.agreement import together
 from ...dispatch.wire import Wires
 from ...placement.cluster.links import Links
@@ -43,10 +43,18 @@ class Parallel:
     fold: Fold
     experts: dict[str, nn.Module]
     sync: GradientSync = field(repr=False)
+    shared: dict[str, nn.Module] = field(default_factory=dict)  # shared experts that are cut over tp
     seen: set[nn.Parameter] = field(default_factory=set, repr=False)  # those whose gradients are made right
 
-    def expert_parameters(self) -> set[nn.Parameter]:
-        return {p for experts in self.experts.values() for p in experts.parameters(recurse=False)}
+    def cut(self) -> Iterator[tuple[nn.Module, Fold]]:
+        """The modules that are cut, and over which fold each."""
+        for module in (*self.experts.values(), *self.shared.values()):
+            shards = shards_of(module)
+            assert shards is not None
+            yield module, shards.fold
+
+    def cut_parameters(self) -> dict[nn.Parameter, Fold]:
+        return {p: fold for module, fold in self.cut() for p in module.parameters(recurse=False)}
 
     def __deepcopy__(self, memo: object) -> Parallel:
         raise TypeError("parallelize: a module must be copied before it is parallelized: its hooks stay behind")
@@ -62,6 +70,7 @@ def parallelize(
     backward_wire: str | tuple[str, str] = "exact",
     ranks_per_node: int | None = None,
     fsdp: bool = False,
+    cut_shared: bool = False,
 ) -> nn.Module:
     """Spreads the experts of a layer or model over the ranks of `fold`, in place, and makes its gradients right.
 
@@ -79,6 +88,8 @@ def parallelize(
     ranks_per_node  for "hierarchical" and the default; None: torchrun's LOCAL_WORLD_SIZE, or one node
     fsdp         shards parameters and their optimizer state over the ranks that hold the same: experts over edp, the
                  rest over the stage (FSDP2), instead of averaging their gradients; not beside attention cut over tp
+    cut_shared   cuts the shared experts of MoE layers over tp, F / tp to a rank, where else every rank has them whole:
+                 rows are gathered over tp and summed back, or with replicated activations only summed
 
     After backward() gradients follow DDP's convention: the average over the dp * cp data-parallel ranks of the gradient
     of each rank's loss, where the tp ranks of one have one loss together. So expert gradients are summed over all ranks
@@ -87,8 +98,8 @@ def parallelize(
     MoE layers go by the whole batch of the stage.
 
     Every rank must call it. Raises ValueError / TypeError, on every rank and before anything is changed: a module
-    without experts or parallelized already; E not divisible by ep, or F (with biases D too) by etp, by name; experts
-    that share parameters; ranks whose options or parameters differ.
+    without experts or parallelized already; E not divisible by ep, or F (with biases D too) by etp, or by tp with
+    `cut_shared`, by name; experts that share parameters; ranks whose options or parameters differ.
 
     >>> fold = headgate.Fold(attention=dict(dp=4), experts=dict(ep=4))
     >>> layer = headgate.parallelize(headgate.MoE(64, 32, num_experts=16, top_k=2), fold)
@@ -99,7 +110,9 @@ def parallelize(
     stage, foreign = fold.group("dp", "cp", "tp"), _is_foreign(module)
     try:
         found, plans = together(lambda: _survey(module, choose, fsdp), stage)
-        same_on_every_rank(module, {**choose.options(), "fsdp": fsdp}, stage, torch.device(fold.device_type))
+        shared = together(lambda: _survey_shared(module, fold) if cut_shared else {}, stage)
+        options = {**choose.options(), "fsdp": fsdp, "cut_shared": cut_shared}
+        same_on_every_rank(module, options, stage, torch.device(fold.device_type))
     except (ValueError, TypeError):
         if foreign and is_swapped(module):
             restore(module)
@@ -115,7 +128,11 @@ def parallelize(
         experts.spread(shards) if isinstance(experts, Experts) else cut_experts(experts, shards)
         if layer is not None:
             layer.token_ranks = choose.token_ranks()
-    parallel = Parallel(fold, found, GradientSync())
+    over_tp = fold.over_tp() if shared else fold
+    for name, experts in shared.items():
+        how = {"replicated": choose.replicated, "shared": True}
+        experts.spread(Shards(over_tp, 1, experts.cuts(), AllToAll, choose.inner(name), **how))
+    parallel = Parallel(fold, found, GradientSync(), dict(shared))
     vars(module)[_PARALLEL] = parallel
     (_shard_fully if fsdp else _synchronise)(module, parallel, choose.replicated)
     parallel.seen |= {p for p in module.parameters() if p.requires_grad}
@@ -159,6 +176,17 @@ def _survey(
     return found, {name: _plan(name, experts, choose.fold) for name, experts in found.items()}
 
 
+def _survey_shared(module: nn.Module, fold: Fold) -> dict[str, Experts]:
+    """The shared experts by name. Raises ValueError where there are none, or they cannot be cut over tp."""
+    found = {f"{n}.ffn" if n else "ffn": m.ffn for n, m in module.named_modules() if isinstance(m, SharedExpert)}
+    if not found:
+        rule = "come with shared experts"
+        raise ValueError(f"parallelize: cut_shared must {rule}, got a {type(module).__name__} without any")
+    for name, experts in found.items():
+        _check_cuts(name, experts, experts.cuts(), "tp", fold.size("tp"))
+    return found
+
+
 def _check(module: nn.Module, fold: Fold, fsdp: bool) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"parallelize: module must be a torch.nn.Module, got {type(module).__name__}")
@@ -195,11 +223,17 @@ def _plan(name: str, experts: nn.Module, fold: Fold) -> tuple[int, dict[str, Cut
         num_experts, cuts = cuts_of_experts(what, experts, s.etp)
     if num_experts % s.ep:
         raise ValueError(f"parallelize: ep must divide the {num_experts} experts of {what}, got ep={s.ep}")
+    _check_cuts(what, experts, cuts, "etp", s.etp)
+    return num_experts, cuts
+
+
+def _check_cuts(what: str, experts: nn.Module, cuts: dict[str, Cut], ranks: str, size: int) -> None:
     for parameter, cut in cuts.items():
         each = getattr(experts, parameter).shape[cut.ffn] // cut.blocks
-        if each % s.etp:
-            raise ValueError(f"parallelize: etp must divide {each}, a size of {what}.{parameter}, got etp={s.etp}")
-    return num_experts, cuts
+        if each % size:
+            raise ValueError(
+                f"parallelize: {ranks} must divide {each}, a size of {what}.{parameter}, got {ranks}={size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -295,30 +329,32 @@ class _Choice:
 
 def _synchronise(module: nn.Module, parallel: Parallel, replicated: bool) -> None:
     """The share of every parameter's gradient: experts over edp, everything else over the ranks whose tokens it saw."""
-    f, mine = parallel.fold, parallel.expert_parameters()
+    f, cut = parallel.fold, parallel.cut_parameters()
     average, tp = f.size("dp", "cp"), f.size("tp")
-    experts = Share(f.group("edp"), f.size("edp") / average)
     sharded = Share(f.group("dp", "cp"), 1.0)
     rest = sharded if replicated else Share(f.group("dp", "cp", "tp"), float(tp))
     for parameter in module.parameters():
-        share = experts if parameter in mine else sharded if isinstance(parameter, DTensor) else rest
-        parallel.sync.add(parameter, share)
+        if parameter in cut:
+            over = cut[parameter]
+            parallel.sync.add(parameter, Share(over.group("edp"), over.size("edp") / average))
+        else:
+            parallel.sync.add(parameter, sharded if isinstance(parameter, DTensor) else rest)
 
 
 def _shard_fully(module: nn.Module, parallel: Parallel, replicated: bool) -> None:
     """FSDP2 over the ranks that hold the same, with the sums and averages of `_synchronise`."""
     f = parallel.fold
     average = f.size("dp", "cp")
-    for experts in parallel.experts.values():
-        if f.size("edp") > 1:
-            _divide(fully_shard(experts, mesh=f.experts["edp"]), average)
+    for experts, over in parallel.cut():
+        if over.size("edp") > 1:
+            _divide(fully_shard(experts, mesh=over.experts["edp"]), average)
         else:
             for parameter in experts.parameters(recurse=False):
-                parallel.sync.add(parameter, Share(f.group("edp"), 1 / average))
-    rest = set(module.parameters()) - parallel.expert_parameters()
-    if rest:
+                parallel.sync.add(parameter, Share(over.group("edp"), 1 / average))
+    cut = set(parallel.cut_parameters())
+    if set(module.parameters()) - cut:
         mesh = f.flat(*(("dp", "cp") if replicated else ("dp", "cp", "tp")))
-        _divide(fully_shard(module, mesh=mesh, ignored_params=parallel.expert_parameters()), average)
+        _divide(fully_shard(module, mesh=mesh, ignored_params=cut), average)
 
 
 def _divide(module: FSDPModule, average: int) -> None:
@@ -379,9 +415,9 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
     if not isinstance(max_norm, int | float) or not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm must be a positive number, got {max_norm!r}")
     parallel = _known("clip_grad_norm_", module)
-    f, mine = parallel.fold, parallel.expert_parameters()
+    f, cut = parallel.fold, parallel.cut_parameters()
     gradients = {p: gradient_of(p) for p in module.parameters() if p.grad is not None}
-    ranks = {p: f.size("edp") if p in mine else f.sizes.stage for p in gradients}
+    ranks = {p: cut[p].size("edp") if p in cut else f.sizes.stage for p in gradients}
     pieces = [piece for p, grad in gradients.items() for piece in parallel.sync.pieces(p, grad, ranks[p])]
     device = next((grad.device for grad in gradients.values()), torch.device(f.device_type))
     norm = norm_of(pieces, device)

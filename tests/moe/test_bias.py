@@ -14,7 +14,9 @@ D, E, K = 16, 8, 2
 
 def model():
     options = {"router": "sigmoid", "router_options": {"bias_rate": 0.1}}
-    return nn.Sequential(headgate.MoE(D, 4, E, K, **options), headgate.MoE(D, 4, E, K), headgate.MoE(D, 4, 6, K, **options))
+    return nn.Sequential(
+        headgate.MoE(D, 4, E, K, **options), headgate.MoE(D, 4, E, K), headgate.MoE(D, 4, 6, K, **options)
+    )
 
 
 def biases(m):
@@ -97,7 +99,9 @@ def test_compiled_and_checkpointed_steps_are_the_same(own_compilations):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="update_biases: module must hold routers with a bias .*, got a Linear without"):
+    with pytest.raises(
+        ValueError, match="update_biases: module must hold routers with a bias .*, got a Linear without"
+    ):
         headgate.update_biases(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"update_biases: optimizer must be a torch\.optim\.Optimizer or None, got 'x'"):
         headgate.update_biases(model(), "x")

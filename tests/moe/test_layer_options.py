@@ -23,7 +23,9 @@ class TestForced:
     @pytest.mark.parametrize("how", FORCED)
     @pytest.mark.parametrize("router", ["softmax", "sigmoid", "bilevel"])
     def test_every_token_has_k_experts_and_the_load_is_even(self, how, router):
-        layer = make(force_load_balancing=how, router=router, router_options={"nodes": 2} if router == "bilevel" else {})
+        layer = make(
+            force_load_balancing=how, router=router, router_options={"nodes": 2} if router == "bilevel" else {}
+        )
         with torch.no_grad():
             layer.router.weight[0] += 3.0  # a favourite
         x = (torch.randn(4, 128, D, dtype=torch.float64) + 1).requires_grad_()
@@ -166,7 +168,11 @@ class TestLatent:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"force_load_balancing": "even"}, ValueError, "force_load_balancing must be one of random, round_robin or None"),
+        (
+            {"force_load_balancing": "even"},
+            ValueError,
+            "force_load_balancing must be one of random, round_robin or None",
+        ),
         ({"latent_size": -1}, ValueError, "latent_size must not be negative, got -1"),
         ({"latent_size": 2.5}, TypeError, r"latent_size must be an integer, got 2\.5"),
     ],

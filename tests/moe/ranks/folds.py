@@ -123,12 +123,12 @@ def biases_under_ddp_go_by_a_group_that_is_given():
     assert torch.equal(whole.router.expert_bias, mine.router.expert_bias)
 
 
-def replicated(fold: Fold) -> None:
+def replicated(fold: Fold, **how) -> None:
     """Every rank of tp passes the same tokens: gradients are those of one process with each token once."""
     tp, average = fold.size("tp"), fold.size("dp", "cp")
     torch.manual_seed(11)
     x, g = torch.randn(7 * average, D), torch.randn(7 * average, D)
-    whole, mine = layer(), headgate.parallelize(layer(), fold, activations="replicated")
+    whole, mine = layer(), headgate.parallelize(layer(), fold, activations="replicated", **how)
     x1 = x.clone().requires_grad_()
     y1 = whole(x1)
     ((y1 * g).sum() / average).backward()
@@ -154,6 +154,37 @@ def replicated_activations():
 def sharded_by_fsdp():
     for fold in some_folds():
         once(fold, fsdp=True)
+
+
+def folds_with_tp() -> list[Fold]:
+    return [fold for fold in map(make_fold, Fold.possible(dist.get_world_size())) if fold.size("tp") > 1][::2]
+
+
+@check
+def shared_experts_cut_over_tp():
+    """Each rank of tp has F / tp of the shared expert, whatever the fold of the routed ones."""
+    for fold in folds_with_tp():
+        for options in ({}, {"shared_gate": True, "bias": False}):
+            once(fold, options, cut_shared=True)
+        once(fold, cut_shared=True, fsdp=True)
+        s = fold.sizes
+        if s.ep * s.etp == s.tp:
+            replicated(fold, cut_shared=True)
+    mine = headgate.parallelize(layer(), fold, cut_shared=True)
+    assert mine.shared.ffn.w_down.shape == (1, D, 8 // fold.size("tp"))
+    size = dist.get_world_size()
+    whole = headgate.parallelize(layer(), Fold({"dp": size}, {"ep": size}), cut_shared=True)
+    assert whole.shared.ffn.w_down.shape == (1, D, 8)
+
+
+@check
+def shared_experts_that_cannot_be_cut_are_refused():
+    size = dist.get_world_size()
+    fold = Fold({"tp": size}, {"ep": size})
+    with pytest.raises(ValueError, match=r"tp must divide 5, a size of shared.ffn.w_gate_up, got tp="):
+        headgate.parallelize(layer(shared_intermediate_size=5), fold, cut_shared=True)
+    with pytest.raises(ValueError, match="cut_shared must come with shared experts, got a MoE without any"):
+        headgate.parallelize(layer(shared_intermediate_size=0), fold, cut_shared=True)
 
 
 @check
