@@ -30,7 +30,7 @@ def balancing_losses(
     norm: str,
     sequences: int,
     ranks: TokenRanks | None,
-) -> tuple[dict[str, Tensor], Tensor | float]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """(each loss by its name, their sum with coefficients) of a routing [T, K] of `sequences` equal parts.
 
     The name is "load_balancing", or "load_balancing_SCOPE" where `coef` names scopes. See MoE for the rest.
@@ -40,13 +40,12 @@ def balancing_losses(
     seen = counted(routing, choice)
     divisor = seen.expert_ids.shape[1] if norm == "topk" else 1
     balancing_loss = getattr(router, "balancing_loss", load_balancing_loss)
-    losses: dict[str, Tensor] = {}
-    total: Tensor | float = 0.0
+    losses, weighted = dict[str, Tensor](), list[Tensor]()
     for each, factor in terms(coef, scope).items():
         loss = balancing_loss(seen if factor else seen.detach(), sequences=parts.get(each), ranks=ranks) / divisor
         losses[f"load_balancing_{each}" if several else "load_balancing"] = loss
-        total = total + factor * loss
-    return losses, total
+        weighted.append(factor * loss)
+    return losses, sum(weighted[1:], weighted[0])
 
 
 def terms(coef: Coef, scope: str) -> dict[str, float]:

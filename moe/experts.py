@@ -113,8 +113,8 @@ class Experts(nn.Module):
         w_gate_up, w_down, b_gate_up, b_down = (weight_of(self, name) for name in WEIGHTS)
         assert w_gate_up is not None
         assert w_down is not None
-        biases = {"b_gate_up": b_gate_up, "b_down": b_down}
-        return grouped_ffn(rows, routing, w_gate_up, w_down, **biases, activation=self.activation)
+        act = self.activation
+        return grouped_ffn(rows, routing, w_gate_up, w_down, b_gate_up=b_gate_up, b_down=b_down, activation=act)
 
     def cuts(self) -> dict[str, Cut]:
         """How each parameter is cut where the experts are spread over ranks: E over ep, F over etp."""

@@ -116,8 +116,8 @@ class MoE(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         form: dict[str, Any] = {"activation": activation, "gated": gated, "bias": bias, **where}
         self.router = _router(router, router_options, hidden_size, num_experts, top_k, **where)
-        how = {"choice": load_balancing_choice, "norm": load_balancing_norm, "group": load_balancing_group}
-        check_balancing(self.router, load_balancing_coef, load_balancing_scope, **how)
+        balancing = (load_balancing_coef, load_balancing_scope, load_balancing_choice, load_balancing_norm)
+        check_balancing(self.router, *balancing, load_balancing_group)
         inner = latent_size or hidden_size
         self.latent_down = nn.Linear(hidden_size, inner, bias=bias, **where) if latent_size else None
         of_experts = {"weights_on_input": weights_on_input, "dispatcher": dispatcher, **form}

@@ -100,7 +100,7 @@ def test_compiled_and_checkpointed_steps_are_the_same(own_compilations):
 
 def test_bad_arguments_are_named():
     with pytest.raises(
-        ValueError, match="update_biases: module must hold routers with a bias .*, got a Linear without"
+        ValueError, match=r"update_biases: module must hold routers with a bias .*, got a Linear without"
     ):
         headgate.update_biases(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"update_biases: optimizer must be a torch\.optim\.Optimizer or None, got 'x'"):
