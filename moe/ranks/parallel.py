@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from math import gcd
 from typing import Any
 
 import torch
@@ -16,24 +13,20 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ...dispatch import DISPATCHERS, AllGather, AllToAll, Dispatcher, Fold, Hierarchical, Local, SliceAllReduce, measure
+from ...dispatch import AllToAll, Fold, Local
 from ...dispatch.agreement import together
-from ...dispatch.wire import Wires
-from ...placement.cluster.links import Links
+from ...dispatch.deep_ep import check_sizes
 from ..experts import Experts
-from ..hf.experts import cuts_of_experts
+from ..hf.experts import cuts_of_experts, flags
 from ..hf.swap import is_swapped, replace, restore, swapped_experts
 from ..layer import MoE
-from ..losses import TokenRanks
 from ..shards import Cut, Shards, cut_experts, shards_of
 from ..shared import SharedExpert
 from .agree import same_on_every_rank
+from .choice import ADAPT_EVERY, Choice, Make
 from .sync import GradientSync, Share, gradient_of, norm_of
 
-ACTIVATIONS = ("sharded", "replicated")
-ADAPT_EVERY = 100  # calls between two looks at what "auto" goes by
 _PARALLEL = "_headgate_parallel"
-Make = Callable[[dist.ProcessGroup], Dispatcher]
 
 
 @dataclass(eq=False)
@@ -69,6 +62,7 @@ def parallelize(
     wire: str | tuple[str, str] = "exact",
     backward_wire: str | tuple[str, str] = "exact",
     ranks_per_node: int | None = None,
+    max_tokens: int | None = None,
     fsdp: bool = False,
     cut_shared: bool = False,
 ) -> nn.Module:
@@ -79,13 +73,14 @@ def parallelize(
 
     module       an MoE, Experts, any module with those inside, or a transformers model whose experts `headgate.replace`
                  takes (it is swapped where it is not yet). Its attention is the caller's: see parallelize_module
-    dispatcher   a name in DISPATCHERS ("auto" measures and decides), a function from a process group to a dispatcher,
-                 or None: AllToAll; Hierarchical where ep spans nodes; AllGather where K > ep; SliceAllReduce for
-                 replicated activations
+    dispatcher   a name in DISPATCHERS ("auto" measures and decides), "deep_ep" where DeepEP can run, a function from a
+                 process group to a dispatcher, or None: AllToAll; Hierarchical where ep spans nodes; AllGather where
+                 K > ep; SliceAllReduce for replicated activations
     activations  "sharded": every rank of the stage passes tokens of its own; with cp or tp > 1 its part of each
                  sequence. "replicated": the ranks of tp pass the same ones; needs ep * etp == tp
     wire, backward_wire  formats of rows on the way, see AllToAll
     ranks_per_node  for "hierarchical" and the default; None: torchrun's LOCAL_WORLD_SIZE, or one node
+    max_tokens   for "deep_ep": the most tokens of a rank in one call. Layers of the same width share one buffer
     fsdp         shards parameters and their optimizer state over the ranks that hold the same: experts over edp, the
                  rest over the stage (FSDP2), instead of averaging their gradients; not beside attention cut over tp
     cut_shared   cuts the shared experts of MoE layers over tp, F / tp to a rank, where else every rank has them whole:
@@ -106,7 +101,7 @@ def parallelize(
     """
     if not isinstance(fold, Fold):
         raise TypeError(f"parallelize: fold must be a headgate.Fold, got {type(fold).__name__}")
-    choose = _Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node)
+    choose = Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node, max_tokens)
     stage, foreign = fold.group("dp", "cp", "tp"), _is_foreign(module)
     try:
         found, plans = together(lambda: _survey(module, choose, fsdp), stage)
@@ -122,7 +117,7 @@ def parallelize(
     for name, experts in found.items():
         layer = layers.get(id(experts))
         num_experts, cuts = plans[name]
-        make = choose.of(name, _top_k(module, layer), links)
+        make = choose.of(name, _hidden_size(experts), _top_k(module, layer), links)
         how: dict[str, Any] = {"replicated": choose.replicated, "every": ADAPT_EVERY if dispatcher == "auto" else 0}
         shards = Shards(fold, num_experts, cuts, make, choose.inner(name), **how)
         experts.spread(shards) if isinstance(experts, Experts) else cut_experts(experts, shards)
@@ -150,7 +145,7 @@ def _ours(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _survey(
-    module: nn.Module, choose: _Choice, fsdp: bool
+    module: nn.Module, choose: Choice, fsdp: bool
 ) -> tuple[dict[str, nn.Module], dict[str, tuple[int, dict[str, Cut]]]]:
     """The routed experts by name, and E and the cuts of each; a transformers model is swapped here. Raises ValueError /
     TypeError for what this rank can see by itself."""
@@ -173,6 +168,11 @@ def _survey(
         for parameter in experts.parameters(recurse=False):
             if owner.setdefault(parameter, name) != name:
                 raise ValueError(f"parallelize: experts must not share parameters, got {owner[parameter]} and {name}")
+    if choose.engine is not None:
+        layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
+        for experts in found.values():
+            top_k = _top_k(module, layers.get(id(experts)))
+            check_sizes(choose.max_tokens or 0, _hidden_size(experts), top_k)
     return found, {name: _plan(name, experts, choose.fold) for name, experts in found.items()}
 
 
@@ -212,6 +212,14 @@ def _top_k(module: nn.Module, layer: MoE | None) -> int:
     return said if isinstance(said, int) else 1
 
 
+def _hidden_size(experts: nn.Module) -> int:
+    """D of the rows that an experts module takes."""
+    if isinstance(experts, Experts):
+        return experts.hidden_size
+    transposed, down = flags(experts)[2], experts.down_proj
+    return down.shape[2] if transposed else down.shape[1]  # type: ignore[union-attr, index, return-value]
+
+
 def _plan(name: str, experts: nn.Module, fold: Fold) -> tuple[int, dict[str, Cut]]:
     """E and the cuts of an experts module; raises ValueError where they do not fit the fold."""
     what, s = name or type(experts).__name__, fold.sizes
@@ -234,97 +242,6 @@ def _check_cuts(what: str, experts: nn.Module, cuts: dict[str, Cut], ranks: str,
             raise ValueError(
                 f"parallelize: {ranks} must divide {each}, a size of {what}.{parameter}, got {ranks}={size}"
             )
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What parallelize was told of the ways of rows."""
-
-    fold: Fold
-    dispatcher: str | Make | None
-    activations: str
-    wire: str | tuple[str, str]
-    backward_wire: str | tuple[str, str]
-    ranks_per_node: int | None
-
-    def options(self) -> dict[str, object]:
-        """What all ranks must have chosen alike."""
-        named = "a function" if callable(self.dispatcher) else self.dispatcher
-        said = {f: getattr(self, f) for f in ("activations", "wire", "backward_wire")}
-        return {"dispatcher": named, **said, "ranks_per_node": self._ranks_per_node()}
-
-    def check(self) -> None:
-        if self.activations not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"parallelize: activations must be one of {known}, got {self.activations!r}")
-        named, s = self.dispatcher, self.fold.sizes
-        if isinstance(named, str) and (named not in DISPATCHERS or named == "local"):
-            names = ", ".join(name for name in DISPATCHERS if name != "local")
-            raise ValueError(f"parallelize: dispatcher must be one of {names}, a function or None, got {named!r}")
-        if not (named is None or isinstance(named, str) or callable(named)):
-            raise TypeError(f"parallelize: dispatcher must be a name, a function of a group or None, got {named!r}")
-        if isinstance(named, str) and self.replicated != (named == "slice_all_reduce"):
-            rule = "slice_all_reduce for replicated activations and only then"
-            raise ValueError(f"parallelize: dispatcher must be {rule}, got {named!r} for {self.activations} ones")
-        if self.replicated and s.ep * s.etp != s.tp:
-            raise ValueError(
-                "parallelize: activations='replicated' must come with ep * etp == tp, "
-                f"got ep={s.ep} etp={s.etp} tp={s.tp}: shard the sequences over tp instead"
-            )
-        per_node = self.ranks_per_node
-        if per_node is not None and (not isinstance(per_node, int) or per_node < 1):
-            raise ValueError(f"parallelize: ranks_per_node must be a positive integer or None, got {per_node!r}")
-        Wires.of("parallelize", self.wire, self.backward_wire)
-
-    @property
-    def replicated(self) -> bool:
-        return self.activations == "replicated"
-
-    def links(self) -> Links | None:
-        """What "auto" goes by, measured once for all layers."""
-        if self.dispatcher != "auto" or self.fold.size("ep") == 1:
-            return None
-        return measure(Hierarchical(self.fold.group("ep"), self._ranks_per_node()), device=self.fold.device_type)
-
-    def of(self, name: str, top_k: int, links: Links | None) -> Make:
-        """The function from the ep group to the dispatcher of a layer, `name` telling it from others."""
-        if callable(self.dispatcher):
-            return self.dispatcher
-        per_node = self._ranks_per_node()
-        kind = self.dispatcher or self._default(top_k, per_node)
-        if kind == "slice_all_reduce":
-            return partial(SliceAllReduce, name=name)
-        options: dict[str, Any] = {"wire": self.wire, "backward_wire": self.backward_wire, "name": name}
-        if kind in ("hierarchical", "auto"):
-            options["ranks_per_node"] = per_node
-        if kind == "auto":
-            options |= {"links": links, "every": ADAPT_EVERY}
-        return partial(DISPATCHERS[kind], **options)
-
-    def inner(self, name: str) -> Make:
-        """The same for ranks that hold slices of the same experts."""
-        if self.replicated:
-            return partial(SliceAllReduce, sliced=True, name=name)
-        return partial(AllGather, sliced=True, wire=self.wire, backward_wire=self.backward_wire, name=name)
-
-    def _default(self, top_k: int, per_node: int) -> str:
-        if self.replicated:
-            return "slice_all_reduce"
-        ep = self.fold.size("ep")
-        if 1 < per_node < ep:
-            return "hierarchical"
-        return "all_gather" if top_k > ep else "all_to_all"
-
-    def _ranks_per_node(self) -> int:
-        """How many ranks of an ep group share a node."""
-        ep, etp = self.fold.size("ep"), self.fold.size("etp")
-        node = self.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-        return gcd(max(node // etp, 1), ep)
-
-    def token_ranks(self) -> TokenRanks:
-        f = self.fold
-        names = ("dp", "cp") if self.replicated else ("dp", "cp", "tp")
-        return TokenRanks(f.group(*names), f.size("dp", "cp"), f.group(*names[1:]))
 
 
 def _synchronise(module: nn.Module, parallel: Parallel, replicated: bool) -> None:
