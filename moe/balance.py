@@ -40,7 +40,8 @@ def balancing_losses(
     seen = counted(routing, choice)
     divisor = seen.expert_ids.shape[1] if norm == "topk" else 1
     balancing_loss = getattr(router, "balancing_loss", load_balancing_loss)
-    losses, weighted = dict[str, Tensor](), list[Tensor]()
+    losses: dict[str, Tensor] = {}  # Dynamo knows no dict[...]()
+    weighted: list[Tensor] = []
     for each, factor in terms(coef, scope).items():
         loss = balancing_loss(seen if factor else seen.detach(), sequences=parts.get(each), ranks=ranks) / divisor
         losses[f"load_balancing_{each}" if several else "load_balancing"] = loss

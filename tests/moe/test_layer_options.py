@@ -137,6 +137,28 @@ class TestWeightsOnInput:
             with headgate.offload(layer, budget=3 * (2 * F * D + D * F) * 4, disk=tmp_path):
                 assert_close(layer(x), y)
 
+    def test_sensitivity_measures_what_the_experts_make_of_it(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed, self.moe = nn.Embedding(50, D), headgate.MoE(D, F, E, K, weights_on_input=True)
+
+            def forward(self, input_ids):
+                self.seen = self.embed(input_ids).flatten(0, 1)
+                return self.moe(self.seen)
+
+        model = Model()
+        with torch.no_grad():
+            model.embed.weight.mul_(3)
+        found = headgate.moe.offload.sensitivity(model, torch.randint(0, 50, (3, 9)), ("int8",))
+        routing = model.moe.last_routing
+        for e in range(E):
+            size = torch.zeros(())
+            for t, k in (routing.expert_ids == e).nonzero().tolist():
+                chosen, weight = torch.tensor([[e]]), routing.weights[t, k].view(1, 1)
+                size += plain_on_input(model.moe.experts, model.seen[t : t + 1], chosen, weight).square().sum()
+            assert found.size[0, e] == pytest.approx(size.item(), rel=1e-4)
+
 
 class TestLatent:
     @pytest.mark.parametrize("bias", [False, True])
