@@ -16,8 +16,9 @@ FORCED = ("random", "round_robin")
 def forced(routing: Routing, how: str) -> Routing:
     """The routing with other expert ids [T, K]: weights and scores, and so their gradients, stay the router's.
 
-    "random": K different experts for each token, each as likely as any, drawn anew in every call. "round_robin": pair
-    t * K + k goes to expert (t * K + k) mod E.
+    "random": K different experts for each token, each as likely as any, drawn anew in every call. Ranks that pass the
+    same tokens (replicated activations) must have the same random state. "round_robin": pair t * K + k of this rank
+    goes to expert (t * K + k) mod E.
     """
     (tokens, k), experts = routing.expert_ids.shape, routing.num_experts
     ids = _drawn(routing, experts)[:, :k] if how == "random" else _in_turn(routing, tokens * k).view(tokens, k)

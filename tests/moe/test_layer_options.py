@@ -55,6 +55,15 @@ class TestForced:
         y = checkpoint(layer, x, use_reentrant=False)
         assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
 
+    @pytest.mark.parametrize("how", FORCED)
+    def test_compiles_whole(self, how, own_compilations):
+        layer = headgate.MoE(D, F, E, K, force_load_balancing=how, capacity=headgate.Capacity(1.5, pad=True))
+        x = torch.randn(32, D)
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
+        assert layer.last_routing.counts.sum() <= 32 * K
+        if how == "round_robin":
+            assert layer.last_routing.counts.eq(32 * K / E).all()
+
     def test_a_router_of_ones_own_without_scores(self):
         class Zeros(nn.Module):
             def forward(self, x):
