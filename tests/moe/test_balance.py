@@ -8,6 +8,7 @@ from torch import nn
 
 import headgate
 from headgate.kernels.topk import topk
+from headgate.moe.balance import counted
 from headgate.moe.losses import load_balancing_loss
 
 D, E, K = 10, 8, 3
@@ -124,8 +125,6 @@ def test_compiles_whole(choice, own_compilations, assert_close):
 
 def test_the_loss_function_takes_a_choice_as_it_is_given(assert_close):
     routing = topk(torch.randn(33, E, dtype=torch.float64), K)
-    from headgate.moe.balance import counted
-
     assert counted(routing, "routed") is routing
     assert torch.equal(counted(routing, "first").expert_ids, routing.expert_ids[:, :1])
     assert counted(routing, "first").scores is routing.scores
