@@ -123,12 +123,13 @@ def biases_under_ddp_go_by_a_group_that_is_given():
     assert torch.equal(whole.router.expert_bias, mine.router.expert_bias)
 
 
-def replicated(fold: Fold, **how) -> None:
+def replicated(fold: Fold, options=None, **how) -> None:
     """Every rank of tp passes the same tokens: gradients are those of one process with each token once."""
     tp, average = fold.size("tp"), fold.size("dp", "cp")
     torch.manual_seed(11)
     x, g = torch.randn(7 * average, D), torch.randn(7 * average, D)
-    whole, mine = layer(), headgate.parallelize(layer(), fold, activations="replicated", **how)
+    whole, mine = (layer(**(options or {})) for _ in range(2))
+    headgate.parallelize(mine, fold, activations="replicated", **how)
     x1 = x.clone().requires_grad_()
     y1 = whole(x1)
     ((y1 * g).sum() / average).backward()
@@ -148,6 +149,8 @@ def replicated_activations():
     for sizes in Fold.possible(dist.get_world_size()):
         if sizes.ep * sizes.etp == sizes.tp:
             replicated(make_fold(sizes))
+    size = dist.get_world_size()
+    replicated(Fold({"tp": size}, {"ep": size}), {"weights_on_input": True, "latent_size": 4})
 
 
 @check
