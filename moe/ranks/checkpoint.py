@@ -43,7 +43,7 @@ def save_checkpoint(
 
     The format is torch.distributed.checkpoint's. Keys are "model/NAME" and "optimizer/FIELD/NAME" with the names and
     the shapes that one process would have, without torch.compile's `_orig_mod`; a weight with gate and up rows is kept
-    as NAME.0 and NAME.1.
+    as NAME.0 and NAME.1, but for that of a shared expert, which is one tensor.
 
     Raises, on every rank, ValueError where the optimizer holds parameters that the module has not or keeps state of
     another shape for experts (Adafactor), or experts were given a dispatcher by hand; OSError and torch's
@@ -200,6 +200,10 @@ def _cuts(module: nn.Module) -> Mapping[str, tuple[Cut, Shards | None]]:
 def _pieces(name: str, t: Tensor, cut: Cut, shards: Shards | None) -> Iterator[tuple[str, Tensor]]:
     """t, this rank's part of a parameter or of a state of its shape: (key, view of t with its place in the whole)."""
     held = t.to_local() if isinstance(t, DTensor) else t
+    if shards is not None and shards.shared:  # one tensor, as where nobody has cut it
+        here = shards.held if len(held) else []  # FSDP2 leaves the one expert to one rank
+        yield name, Chunks(held, here, 1, cut.ffn, shards.fold.rank("etp"), shards.etp, cut.blocks)
+        return
     for block, view in enumerate(held.unflatten(cut.ffn, (cut.blocks, -1)).unbind(cut.ffn)):
         key = name if cut.blocks == 1 else f"{name}.{block}"
         if shards is None:
