@@ -63,7 +63,7 @@ def _ngram(file: Guard, arrays: Arrays) -> Arrays:
         file.rule(not size or int(here.min()) >= n, f"places of {n + 1} tokens", f"from {n} on", here.min(initial=0))
     share = file.numbers(arrays["share"], "share", shape=(layers, experts), dtype=np.float32)
     return {
-        "ids": ids.astype(np.int32), "tokens": tokens, "share": share, "keys": arrays["keys"], "places": places,
+        "ids": ids.astype(np.int32), "tokens": tokens, "share": share, "keys": np.ascontiguousarray(arrays["keys"]), "places": places,
         "sizes": sizes,
     } | _curve(file, arrays, layers, experts)  # fmt: skip
 
