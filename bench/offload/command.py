@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from ..arguments import number, output, whole
 from ..placement import table
 from ..placement.case import case_of
 from .rows import ROWS, generation
@@ -26,8 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("trace", nargs="?", type=Path, metavar="TRACE", help="a trace file (default: generated like DeepSeek-V2-Lite)")
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"some of {', '.join(ROWS)}")
-    add("--effort", type=float, default=1.0, metavar="X", help="of what is repeated (default: 1)")
-    add("--threads", type=int, metavar="N", help="torch's threads in batching and generation (default: torch's choice)")
+    add("--effort", type=number, default=1.0, metavar="X", help="of what is repeated (default: 1)")
+    add(
+        "--threads",
+        type=whole,
+        metavar="N",
+        help="of torch in batching and generation (default: torch's choice)",
+    )
     add(
         "--device",
         default="cpu",
@@ -39,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=EXPERTS,
         help=f"whose sizes the experts have on cuda (default: {EXPERTS[0]})",
     )
-    add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
+    add("--json", type=output, metavar="FILE", help="write everything to FILE; - for standard output")
 
 
 def run(args: argparse.Namespace) -> int:

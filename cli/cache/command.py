@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bench import draw
+from ...bench.arguments import number, whole
 from ...bench.screen import Screen
 from ...placement.caching.policies import POLICIES
 from ...placement.caching.simulate import SCOPES
@@ -23,29 +24,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("trace", type=Path, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
     add("--budget", metavar="X", help="device memory for experts: a share of them all, 25%%, or bytes, 8GiB")
-    add("--slots", type=int, metavar="N", help="instead: experts of each layer in device memory")
+    add("--slots", type=whole, metavar="N", help="instead: experts of each layer in device memory")
     add(
         "--policies", nargs="+", choices=list(POLICIES), metavar="NAME", help=f"of {', '.join(POLICIES)} (default: all)"
     )
-    add("--batch", type=int, default=1, metavar="N", help="tokens of a forward pass (default: %(default)s)")
+    add("--batch", type=whole, default=1, metavar="N", help="tokens of a forward pass (default: %(default)s)")
     add("--scope", choices=SCOPES, default="layer", help="slots of each layer, or of all (default: %(default)s)")
     add(
         "--fit-share",
-        type=float,
+        type=number,
         default=0.5,
         metavar="X",
         help="learn from a domain's first tokens, judge on the rest",
     )
     add("--prefetch", choices=AHEAD, help="fetch ahead: what will be needed, layers in order, or what a predictor says")
-    add("--horizon", type=int, default=1, metavar="N", help="so many layers ahead (default: %(default)s)")
-    add("--most", type=int, default=4, metavar="N", help="fetches for a step at most (default: %(default)s)")
+    add("--horizon", type=whole, default=1, metavar="N", help="so many layers ahead (default: %(default)s)")
+    add("--most", type=whole, default=4, metavar="N", help="fetches for a step at most (default: %(default)s)")
     add("--expert-bytes", default="16MB", metavar="B", help="of one expert (default: %(default)s)")
-    add("--link-GBps", type=float, default=25.0, metavar="X", help="host to device (default: %(default)s)")
+    add("--link-GBps", type=number, default=25.0, metavar="X", help="host to device (default: %(default)s)")
     add("--host-budget", metavar="X", help="host memory for experts, as --budget; the rest is on disk (default: all)")
-    add("--disk-GBps", type=float, default=3.0, metavar="X", help="disk to host (default: %(default)s)")
-    add("--compute-us", type=float, default=100.0, metavar="X",
+    add("--disk-GBps", type=number, default=3.0, metavar="X", help="disk to host (default: %(default)s)")
+    add("--compute-us", type=number, default=100.0, metavar="X",
         help="of a layer beside its experts (default: %(default)s)")  # fmt: skip
-    add("--expert-us", type=float, default=10.0, metavar="X", help="of one expert (default: %(default)s)")
+    add("--expert-us", type=number, default=10.0, metavar="X", help="of one expert (default: %(default)s)")
     add("--plot", type=Path, metavar="FILE", help="draw hit rates over slots: .png or .svg")
     add("--json", action="store_true", help="print the figures as JSON on standard output, all else on standard error")
 

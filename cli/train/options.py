@@ -9,6 +9,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+from ...bench.arguments import number, seed, whole
 from ...dispatch.fold import ATTENTION, EXPERTS, Sizes
 from ...dispatch.wire import FORMATS
 from ..demo.tour import Shape
@@ -136,24 +137,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fold", f"sizes of {', '.join(NAMES)}; one left out is 1 (default: dp = ranks, ep as far as experts allow)",
         metavar="SIZES")  # fmt: skip
     parser.add_argument("--elastic", action="store_true", help="with other ranks than the fold's, take the nearest")
-    add("--steps", "optimizer steps", type=int, default=Options.steps)
-    add("--batch", "sequences to a step, over all ranks", type=int, default=Options.batch)
-    add("--micro", "micro-batches that a step's batch is cut into (default: pp)", type=int)
+    add("--steps", "optimizer steps", type=whole, default=Options.steps)
+    add("--batch", "sequences to a step, over all ranks", type=whole, default=Options.batch)
+    add("--micro", "micro-batches that a step's batch is cut into (default: pp)", type=whole)
     add(
         "--lr",
         "the highest learning rate",
-        type=float,
+        type=number,
         default=Options.learning_rate,
         metavar="X",
         dest="learning_rate",
     )
-    add("--seed", "of weights and batches", type=int, default=Options.seed, metavar="S")
+    add("--seed", "of weights and batches", type=seed, default=Options.seed, metavar="S")
     add("--text", "train on this file (default: Python's own library)", type=Path, metavar="FILE")
     add("--checkpoint", "keep a checkpoint here, and go on from it where there is one", type=Path, metavar="DIR")
-    add("--every", "write it every N steps too, not only at the end", type=int)
+    add("--every", "write it every N steps too, not only at the end", type=whole)
     add("--dispatcher", "how rows reach their experts (default: by the fold)", metavar="NAME")
     add("--wire", f"format of rows on the way: {', '.join(FORMATS)}", default=Options.wire, metavar="FORMAT")
-    add("--timeout", "seconds that a rank waits for another", type=int, default=Options.timeout, metavar="S")
+    add("--timeout", "seconds that a rank waits for another", type=whole, default=Options.timeout, metavar="S")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on standard output")
     for f in fields(Shape):
-        add(f"--{f.name.replace('_', '-')}", f"the model's {f.name}", type=int, default=f.default)
+        add(f"--{f.name.replace('_', '-')}", f"the model's {f.name}", type=whole, default=f.default)
