@@ -10,6 +10,8 @@ from pathlib import Path
 
 MOST = 2**31 - 1  # of a count: more is a mistake, and what compiled code cannot count
 
+MOST_EFFORT = 1e6
+
 
 def whole(text: str) -> int:
     """A whole number that compiled code can count to."""
@@ -54,6 +56,14 @@ def limit(text: str) -> float:
     return value
 
 
+def effort(text: str) -> float:
+    """How much longer than usual something is searched or repeated."""
+    value = number(text)
+    if not 0 < value <= MOST_EFFORT:
+        raise ArgumentTypeError(f"must be above 0 and at most {MOST_EFFORT:.0f}, got {text!r}")
+    return value
+
+
 def device(text: str) -> str:
     """cpu, cuda, or cuda:0 and the like."""
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
@@ -72,6 +82,14 @@ def output_file(text: str) -> Path:
     """A file that can be written."""
     _check_output(text)
     return Path(text)
+
+
+def input_file(text: str) -> Path:
+    """A file to read. What waits for a writer, or never ends, is none; one that is missing is said when it is opened."""
+    path = Path(text)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ArgumentTypeError(f"must be a file, got the pipe or device {text!r}")
+    return path
 
 
 def _whole(text: str, least: int, rule: str) -> int:

@@ -20,7 +20,7 @@ def starting() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(n): signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     before = {n: handler for n, handler in before.items() if handler is not None}  # None: not Python's to set again
     try:
         for number in before:

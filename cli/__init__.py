@@ -17,14 +17,17 @@ def main(argv=None) -> int:
         from .commands import run
 
         return run(argv)
-    from .signals import handled
+    from .signals import install
 
-    with handled() as handler:
+    handler = install()
+    try:
         import sys
 
         from .commands import run
 
         return run(sys.argv[1:], handler)
+    finally:
+        handler.working = False
 
 
 def __getattr__(name: str):

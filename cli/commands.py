@@ -7,9 +7,15 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from .. import __version__
 from .signals import Handler, Terminated
+
+STATUSES = """\
+exit status:
+  0 done; 1 the thing asked failed; 2 bad usage; 130 interrupted with Ctrl-C; 143 ended by SIGTERM
+"""
 
 
 @dataclass(frozen=True)
@@ -151,9 +157,13 @@ def run(words: Sequence[str], handler: Handler | None = None) -> int:
     except BrokenPipeError:  # `headgate doctor | head`
         sys.stdout = None  # type: ignore[assignment]  # or the interpreter complains on its way out
         return 1
+    except RecursionError as error:
+        return _gave_up(error)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"headgate: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except (MemoryError, OverflowError) as error:
+        return _gave_up(error)
 
 
 def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
@@ -162,10 +172,20 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     `words`: a command line; then only the commands that it names get their options. The options of the others would
     load torch and numpy, which `headgate --help` does without.
     """
-    top = argparse.ArgumentParser(prog="headgate", description="Mixture-of-Experts for PyTorch.")
+    top = _Parser(
+        prog="headgate",
+        description="Mixture-of-Experts for PyTorch.",
+        epilog=STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--version", action="version", version=f"headgate {__version__}")
     _add(top.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True), COMMANDS, words)
     return top
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(_short(message))
 
 
 def _add(kinds, commands: Mapping[str, Command], words: Sequence[str] | None) -> None:
@@ -187,6 +207,18 @@ def _add(kinds, commands: Mapping[str, Command], words: Sequence[str] | None) ->
             command.load().add_arguments(sub)
 
 
+def _gave_up(error: Exception) -> int:
+    """What no check has foreseen: numbers too large for the machine."""
+    kind = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    print(f"headgate: gave up: {kind}: {_one_line(error)}", file=sys.stderr)
+    return 1
+
+
 def _one_line(error: Exception) -> str:
     """The message without line breaks; an error that says nothing is named."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return _short(" ".join(str(error).split())) or type(error).__name__
+
+
+def _short(text: str) -> str:
+    """A text whose middle is left out, where a value of the user's makes it long."""
+    return text if len(text) <= 1000 else f"{text[:500]} [...] {text[-200:]}"

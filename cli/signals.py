@@ -9,8 +9,6 @@ import atexit
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -39,18 +37,14 @@ class Handler:
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-@contextmanager
-def handled() -> Iterator[Handler]:
-    """Both signals, for the rest of the process. One that is ignored stays so: it is a background job's Ctrl-C."""
+def install() -> Handler:
+    """Takes both signals for the rest of the process. One that is ignored stays so: it is a background job's Ctrl-C."""
     handler = Handler()
     for number in STATUS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
     atexit.register(_ignore)  # the first registered is the last called
-    try:
-        yield handler
-    finally:
-        handler.working = False
+    return handler
 
 
 def _ignore() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bench import draw
-from ...bench.arguments import number, whole
+from ...bench.arguments import input_file, number, whole
 from ...bench.screen import Screen
 from ...placement.caching.policies import POLICIES
 from ...placement.caching.simulate import SCOPES
@@ -22,7 +22,7 @@ UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate cache`."""
     add = parser.add_argument
-    add("trace", type=Path, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
+    add("trace", type=input_file, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
     add("--budget", metavar="X", help="device memory for experts: a share of them all, 25%%, or bytes, 8GiB")
     add("--slots", type=whole, metavar="N", help="instead: experts of each layer in device memory")
     add(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bench.arguments import limit, number, seed, whole
+from ...bench.arguments import input_file, limit, number, seed, whole
 from ...bench.machine import need
 from ...bench.output import write_text
 from ...bench.screen import Screen
@@ -35,7 +35,7 @@ OBJECTIVES = ("time", "transitions", "copies", "load")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate place`."""
     add = parser.add_argument
-    add("trace", type=Path, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
+    add("trace", type=input_file, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
     add("--nodes", type=whole, required=True, metavar="N")
     add("--gpus-per-node", type=whole, required=True, metavar="M")
     add("--slots-per-gpu", type=whole, metavar="S", help="in a layer; more than the experts need hold replicas")
@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare", action="store_true", help=f"beside {', '.join(OTHERS)} at the same slots")
     add("--explain", action="store_true", help="where the cost is, layer by layer and GPU by GPU")
     add("--plot", type=Path, metavar="FILE", help="draw it into an HTML page")
-    add("--migrate-from", type=Path, metavar="FILE", help="a placement, ours or another system's: what has to move")
+    add(
+        "--migrate-from",
+        type=input_file,
+        metavar="FILE",
+        help="a placement, ours or another system's: what has to move",
+    )
     add("--relabel", action="store_true", help="GPUs may change names to move less")
     add("--expert-bytes", type=number, default=6.0 * 7168 * 2048, metavar="B", help="of one expert, for the migration")
     add(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...bench.arguments import number, positive, seed
+from ...bench.arguments import input_file, number, positive, seed
 from ...bench.machine import need
 from ...bench.screen import Screen
 from ...placement.traces.file import TraceFile
@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sample", type=number, metavar="X", default=1.0, help="the share of sequences to keep (default: all)")
     add("--weights", action="store_true", help="keep the router's weights too")
     add("--seed", type=seed, metavar="S", default=0, help="of samples, generated and dealt out (default: %(default)s)")
-    add("--from", dest="source", type=Path, metavar="FILE", help="convert what another program recorded")
+    add("--from", dest="source", type=input_file, metavar="FILE", help="convert what another program recorded")
     add("--format", choices=READERS, help="of --from (default: told by what the file holds)")
     add("--top-k", type=positive, metavar="K", help="of --from, where it does not say itself")
     add("--experts", type=positive, metavar="E", help="of --from, where it does not say itself")
     add("--generate", action="store_true", help="a synthetic trace, like one of DeepSeek-V2-Lite on two tasks")
-    add("--show", type=Path, metavar="TRACE", help="what a trace says: loads, affinity between layers")
-    add("--against", type=Path, metavar="TRACE", help="with --show: the drift from there to another trace")
+    add("--show", type=input_file, metavar="TRACE", help="what a trace says: loads, affinity between layers")
+    add("--against", type=input_file, metavar="TRACE", help="with --show: the drift from there to another trace")
     add("--output", type=Path, metavar="TRACE", help="the trace file to write, .npz (default for MODEL: trace.npz)")
     add("--json", action="store_true", help="print the figures as JSON on standard output, all else on standard error")
 
