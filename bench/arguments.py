@@ -11,6 +11,7 @@ from pathlib import Path
 MOST = 2**31 - 1  # of a count: more is a mistake, and what compiled code cannot count
 
 MOST_EFFORT = 1e6
+MOST_WORKERS = 4096
 
 
 def whole(text: str) -> int:
@@ -21,6 +22,14 @@ def whole(text: str) -> int:
 def positive(text: str) -> int:
     """A count of at least 1."""
     return _whole(text, 1, f"from 1 to {MOST}")
+
+
+def workers(text: str) -> int:
+    """How many threads or processes compute."""
+    value = positive(text)
+    if value > MOST_WORKERS:
+        raise ArgumentTypeError(f"must be at most {MOST_WORKERS}, got {text!r}")
+    return value
 
 
 def seed(text: str) -> int:
@@ -85,7 +94,7 @@ def output_file(text: str) -> Path:
 
 
 def input_file(text: str) -> Path:
-    """A file to read. What waits for a writer, or never ends, is none; one that is missing is said when it is opened."""
+    """A file to read, no pipe or device. One that is missing is said when it is opened."""
     path = Path(text)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ArgumentTypeError(f"must be a file, got the pipe or device {text!r}")

@@ -50,6 +50,8 @@ def check(path: Path, who: str) -> None:
         raise ValueError(f"{who}: --plot must end in .png or .svg, got {path}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{who}: the folder of {path} must exist, got none")
+    if path.is_dir():
+        raise ValueError(f"{who}: --plot must be a file, got the folder {path}")
     machine.need(f"{who}: --plot", "matplotlib", "plot")
 
 

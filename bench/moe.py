@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .arguments import device, limit, number, output, positive
+from .arguments import device, limit, number, output, positive, workers
 from .case import Bench, GiB, Settings
 from .figures import FIGURES, PEAKS, run_figures
 from .hardware import describe
@@ -48,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtypes", nargs="+", choices=list(DTYPES), metavar="DTYPE", help="of fp32, bf16, fp16 (default: fp32 bf16)")
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help="of forward, train (default: both)")
     add("--rivals", nargs="*", choices=[*RIVALS, "plain"], metavar="RIVAL", help=f"of {', '.join([*RIVALS, 'plain'])}")
-    add("--threads", type=positive, metavar="N", help="threads for everybody (default: torch's choice)")
+    add("--threads", type=workers, metavar="N", help="threads for everybody (default: torch's choice)")
     add("--budget", type=number, metavar="S", help="seconds of sampling per case (default: 10; 2 with --quick)")
     add("--limit", type=limit, default=20.0, metavar="S", help="skip what would take longer per call (default: 20)")
-    add("--memory-limit", type=number, default=4.0, metavar="GiB", help="skip what would need more memory (default: 4)")
+    add("--memory-limit", type=limit, default=4.0, metavar="GiB", help="skip what would need more memory (default: 4)")
     add("--no-peak", action="store_true", help="leave out the peak memory of training (a process for each)")
     add("--device", type=device, default="cpu", help="cpu (default) or cuda")
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's own time, with --threads 1 only")
@@ -112,7 +112,7 @@ def _measure(args: argparse.Namespace, report: dict[str, Any], show, screen: Scr
         bounds=("matmuls", "read") if args.figures else ("matmuls", "dense", "read"),
         budget_s=budget,
         limit_s=args.limit,
-        memory_bytes=int(args.memory_limit * GiB),
+        memory_bytes=int(min(args.memory_limit, 2**20) * GiB),
         device=args.device,
         clock=args.clock,
         peaks=() if args.no_peak or args.quick else PEAKS,

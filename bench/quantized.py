@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import Quantized, Routing, grouped_ffn, quantize
-from .arguments import number, output, whole
+from .arguments import number, output, whole, workers
 from .hardware import headgate_form
-from .machine import processor
+from .machine import must_fit, processor
 from .measure import CLOCKS, Contestant, interleave
 from .output import write_json
 from .screen import Screen
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=whole, default=8, metavar="K", help="default: %(default)s")
     add("--hidden", type=whole, default=2048, metavar="D", help="default: %(default)s")
     add("--intermediate", type=whole, default=768, metavar="F", help="default: %(default)s")
-    add("--threads", type=whole, metavar="N", help="for everybody (default: torch's choice)")
+    add("--threads", type=workers, metavar="N", help="for everybody (default: torch's choice)")
     add(
         "--budget",
         type=number,
@@ -53,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
             )
     if min(args.rows) < 1 or args.top_k > args.experts or args.hidden % 2 or args.intermediate % 2:
         raise ValueError("bench quantized: rows must be at least 1, top-k at most experts, and sizes even")
+    weights = 3.0 * args.experts * args.hidden * args.intermediate
+    need = 6 * weights + 4 * max(args.rows) * (args.hidden + 80 * args.experts)
+    must_fit("bench quantized: --experts, --hidden, --intermediate and --rows", need)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     if args.clock == "cpu" and torch.get_num_threads() > 1:

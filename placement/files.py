@@ -24,8 +24,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (not error.filename or error.filename == str(temporary)) and error.errno:
-            error.filename, error.filename2 = str(path), None  # a full disk does not say which file
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # a full disk does not say which file
         raise
 
 

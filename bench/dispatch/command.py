@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ...dispatch.wire import FORMATS
 from .. import report as plain
-from ..arguments import number, output, positive
+from ..arguments import number, output, positive, workers
 from ..hardware import describe
 from ..output import write_json
 from ..screen import Bar, Screen
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="end the run after this long without news (default: 120)",
     )
-    add("--threads", type=positive, metavar="N", help="with --overhead: threads (default: torch's choice)")
+    add("--threads", type=workers, metavar="N", help="with --overhead: threads (default: torch's choice)")
     add(
         "--clock",
         choices=("wall", "cpu"),
@@ -188,8 +188,8 @@ def _refuse(args: argparse.Namespace) -> str | None:
     """Why these options cannot be served, before anything is started."""
     if args.budget is not None and not args.budget > 0:
         return f"--budget must be positive, got {args.budget}"
-    if not args.timeout > 0:
-        return f"--timeout must be positive, got {args.timeout}"
+    if not 0 < args.timeout < 1e6:
+        return f"--timeout must be positive and below 1e6, got {args.timeout}"
     if not 0 <= args.skew < 10:
         return f"--skew must be between 0 and 10, got {args.skew}"
     if args.overhead:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...kernels.chip import CHIPS, Chip
 from .. import children, machine, screen
-from ..arguments import output, positive
+from ..arguments import output, positive, workers
 from ..output import write_json
 from ..shapes import DTYPES
 from .build import Job, build_all, cuobjdump, job_of
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help=f"of {', '.join(PASSES)} (default: all)")
     add("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"], metavar="DTYPE", help="default: bf16")
     add("--limit", type=positive, metavar="N", help="at most N configurations of each kernel, chip and pass")
-    add("--processes", type=positive, default=machine.cores(), metavar="N", help="default: %(default)s")
+    add("--processes", type=workers, default=machine.cores(), metavar="N", help="default: %(default)s")
     add("--cache", metavar="DIR", help="Triton's cache (default: a temporary one, so that everything is built)")
     add("--all", action="store_true", help="print every configuration, not one line per kernel and chip")
     add("--json", type=output, metavar="FILE", help="write every configuration to FILE; - for standard output")

@@ -225,6 +225,9 @@ def cases(
 def run(args: argparse.Namespace) -> int:
     """Prints and writes; always 0."""
     chip = CHIPS.get(args.chip, H200)
+    for name in ("bandwidth", "tflops"):
+        if (ceiling := getattr(args, name)) is not None and not ceiling > 0:
+            raise ValueError(f"roofline: --{name} must be above 0, got {ceiling}")
     roof = Roof.of(chip, args.bandwidth, args.tflops)
     if min(args.tokens or [1]) < 1:
         raise ValueError(f"roofline: --tokens must be at least 1, got {min(args.tokens)}")

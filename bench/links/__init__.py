@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 
 from ...placement.cluster.links import Link, Links
@@ -85,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     found = points(*published)
     used = [_changed(links, args.inside, args.across) for links in published]
     rows = [row(sizes, ranks, tokens, *used) for tokens in args.tokens for ranks in args.ranks]
+    if not all(isfinite(us) for line in rows for us in line["modelled_us"].values()):
+        raise ValueError(f"links: times must be finite, got others with {_second(sizes)}, or with these links")
     screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
     lines = [
         FIRST,

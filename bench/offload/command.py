@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from ..arguments import effort, input_file, output, whole
+from ..arguments import effort, input_file, output, workers
 from ..placement import table
 from ..placement.case import case_of
 from .rows import ROWS, generation
@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=input_file,
         metavar="TRACE",
-        help="a trace file (default: generated like DeepSeek-V2-Lite)",
+        help="a file (default: generated like DeepSeek-V2-Lite)",
     )
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"some of {', '.join(ROWS)}")
     add("--effort", type=effort, default=1.0, metavar="X", help="of what is repeated (default: 1)")
     add(
         "--threads",
-        type=whole,
+        type=workers,
         metavar="N",
         help="of torch in batching and generation (default: torch's choice)",
     )
@@ -56,8 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the rows as they are done; always 0."""
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"offload: --threads must be at least 1, got {args.threads}")
         import torch
 
         torch.set_num_threads(args.threads)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=input_file,
         metavar="TRACE",
-        help="a trace file (default: generated like DeepSeek-V2-Lite)",
+        help="a file (default: generated like DeepSeek-V2-Lite)",
     )
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"some of {', '.join(ROWS)}")
     add("--effort", type=effort, default=1.0, metavar="X", help="of every search, and of the bounds (default: 1)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def _check(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace, case: Case) -> Plan:
     layers, experts = case.judge.shape[0], case.judge.num_experts
     size = _bytes(args.expert_bytes, "--expert-bytes")
+    if not size >= 1:
+        raise ValueError(f"cache: --expert-bytes must be at least 1, got {args.expert_bytes}")
     slots = args.slots if args.budget is None else _slots(args.budget, "--budget", layers, experts, size)
     host = None if args.host_budget is None else _slots(args.host_budget, "--host-budget", layers, experts, size)
     times = Times(size, args.link_GBps, args.disk_GBps, args.compute_us / 1e6, args.expert_us / 1e6)
@@ -94,9 +97,12 @@ def _bytes(text: str, option: str) -> float:
     number = text.strip().rstrip("BbIiKkMmGgTt")
     unit = text.strip()[len(number) :].upper() or "B"
     try:
-        return float(number) * UNITS[unit]
+        found = float(number) * UNITS[unit]
     except (ValueError, KeyError):
-        raise ValueError(f"cache: {option} must be bytes such as 16MB or 8GiB, got {text}") from None
+        found = math.nan
+    if not (math.isfinite(found) and found >= 0):
+        raise ValueError(f"cache: {option} must be bytes such as 16MB or 8GiB, got {text}")
+    return found
 
 
 def _slots(text: str, option: str, layers: int, experts: int, expert_bytes: float) -> int:
@@ -105,12 +111,14 @@ def _slots(text: str, option: str, layers: int, experts: int, expert_bytes: floa
         try:
             found = float(text.strip()[:-1]) / 100 * experts
         except ValueError:
-            raise ValueError(f"cache: {option} must be a share such as 25% or bytes, got {text}") from None
+            found = math.inf
+        if math.isinf(found):
+            raise ValueError(f"cache: {option} must be a share such as 25% or bytes, got {text}")
     else:
         found = _bytes(text, option) / (expert_bytes * layers)
     if not found + 1e-9 >= 1:
         raise ValueError(f"cache: {option} must be enough for one expert of each layer, got {text}")
-    return min(int(found + 1e-9), experts)
+    return int(min(found + 1e-9, experts))
 
 
 def _draw(found: dict[str, Any], path: Path, title: str) -> None:

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--migrate-from",
         type=input_file,
         metavar="FILE",
-        help="a placement, ours or another system's: what has to move",
+        help="a placement, ours or another system's: what must move",
     )
     add("--relabel", action="store_true", help="GPUs may change names to move less")
     add("--expert-bytes", type=number, default=6.0 * 7168 * 2048, metavar="B", help="of one expert, for the migration")
@@ -149,6 +149,8 @@ def _check(args: argparse.Namespace) -> None:
     for path in (args.output, args.plot, args.export and Path(args.export[1])):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"place: the folder of {path} must exist, got none")
+        if path is not None and path.is_dir():
+            raise ValueError(f"place: outputs must be files, got the folder {path}")
 
 
 def _same_model(before: Placement, source: Trace | TraceFile, topology: Topology, args: argparse.Namespace) -> None:

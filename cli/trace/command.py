@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bench.arguments import input_file, number, positive, seed
-from ...bench.machine import need
+from ...bench.machine import must_fit, need
 from ...bench.screen import Screen
 from ...placement.traces.file import TraceFile
 from ...placement.traces.generate import like_deepseek_v2_lite
@@ -68,6 +68,7 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
             return loads(made, str(args.source)) | {"told": told}
     elif args.generate:
         output = args.output or Path("trace.npz")
+        must_fit("trace: --tokens", 200.0 * (args.tokens or 0))  # 26 layers, 6 experts to a token
         like_deepseek_v2_lite(args.tokens or 20_000, args.seed).save(output)
         made = TraceFile(output)
     else:

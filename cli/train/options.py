@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bench.arguments import number, seed, whole
+from ...bench.machine import must_fit
 from ...dispatch.fold import ATTENTION, EXPERTS, Sizes
 from ...dispatch.wire import FORMATS
 from ..demo.tour import Shape
@@ -53,12 +54,21 @@ class Options:
             raise ValueError(f"train: --wire must be one of {', '.join(FORMATS)}, got {self.wire!r}")
         if self.every is not None and self.checkpoint is None:
             raise ValueError(f"train: --every must come with --checkpoint, got {self.every} without it")
+        if self.checkpoint is not None and self.checkpoint.exists() and not self.checkpoint.is_dir():
+            raise ValueError(f"train: --checkpoint must be a folder, got the file {self.checkpoint}")
+        must_fit("train: the model and a batch", self._least_bytes())
         if self.shape.hidden % (2 * self.shape.heads):
             raise ValueError(
                 f"train: --hidden must be a multiple of twice --heads ({self.shape.heads}), got {self.shape.hidden}"
             )
         if self.shape.top_k > self.shape.experts:
             raise ValueError(f"train: --top-k must be at most --experts ({self.shape.experts}), got {self.shape.top_k}")
+
+    def _least_bytes(self) -> float:
+        """Of fp32 weights, which every rank makes before it keeps its part, and of token ids."""
+        s = self.shape
+        layer = s.hidden * (4 * s.hidden + s.experts * (3 * s.ffn + 1))
+        return 4.0 * s.layers * layer + 8.0 * self.batch * s.length
 
     @property
     def parts(self) -> int:

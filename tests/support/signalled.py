@@ -37,7 +37,7 @@ class Process:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / ".inductor")}  # torch makes it when it is imported
-        self.files = [open(folder / name, "w+") for name in (".out", ".err")]
+        self.files = [(folder / name).open("w+") for name in (".out", ".err")]
         self.process = subprocess.Popen(
             [HEADGATE, *argv], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=self.files[0],
             stderr=self.files[1], start_new_session=True, preexec_fn=_foreground,
