@@ -13,6 +13,7 @@
 | traces/ | where tokens went, and what is counted from it |
 | cluster/ | nodes, GPUs, links, and the rows sent over them |
 | compiled.py, files.py | numba's cache across files; files written whole or not at all |
+| lookup.py | the files of a room by their names |
 
 The files of a room answer here too, under their own names and when they are first asked for:
 `headgate.placement.rebalance` is `placement/live/rebalance.py`. Who may import whom: tests/test_house.py.
