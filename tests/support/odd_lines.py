@@ -78,7 +78,7 @@ LINES = {
 }
 LONG = {
     "bench dispatch": ("--overhead",),
-    "bench moe": ("--unscaled",),
+    "bench moe": ("--unscaled", "--figures", "--budget", "--shapes"),
     "bench sweep": ("--device",),
 }  # options that make them work for long
 CONFIG = {
