@@ -78,6 +78,11 @@ def test_links_of_a_router_that_takes_few_nodes(capsys):
     assert "hierarchical" in capsys.readouterr().out
 
 
+def test_links_of_one_rank(capsys):
+    assert cli.main("bench links --ranks 1 --tokens 16".split()) == 0
+    assert "1.00x" in capsys.readouterr().out
+
+
 def test_an_error_that_no_check_foresees_is_one_line(monkeypatch, capsys):
     from headgate.cli import doctor
 
