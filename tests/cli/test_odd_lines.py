@@ -79,7 +79,7 @@ def test_links_of_a_router_that_takes_few_nodes(capsys):
 
 
 def test_links_of_one_rank(capsys):
-    assert cli.main("bench links --ranks 1 --tokens 16".split()) == 0
+    assert cli.main(["bench", "links", "--ranks", "1", "--tokens", "16"]) == 0
     assert "1.00x" in capsys.readouterr().out
 
 
