@@ -25,8 +25,8 @@ from ...dispatch.agreement import together
 from ..experts import Experts
 from ..hf.experts import cuts_of_experts, is_decorated
 from ..hf.experts import refusal as refused
-from ..shards import Cut, Shards, shards_of
 from ..regular import LONGEST, shown
+from ..shards import Cut, Shards, shards_of
 from ..shared import SharedExpert
 from .chunks import Chunks
 from .kept import entries_of, pack, unpack

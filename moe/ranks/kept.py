@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 _DEEPEST = 100
-_RULE = "must be None, a bool, a number, text, bytes, a strided tensor, an array of numbers, or a list, tuple or dict of these"
+_RULE = (
+    "must be None, a bool, a number, text, bytes, a strided tensor, an array of numbers, "
+    "or a list, tuple or dict of these"
+)
 
 
 def pack(key: str, value: Any, what: str) -> dict[str, Tensor]:

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -149,7 +150,7 @@ def _entries(tensors: Mapping[Any, Any], budget: int) -> dict[str, Any]:
         apart = len({p.offsets for p in pieces}) == len(pieces) or not prod(size)
         covered = sum(prod(p.sizes) for p in pieces) == prod(size)
         _check(inside and apart and covered, f"{shown(key)} must have chunks that make up {shown(tuple(size))}")
-        found[key] = TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype.text]), size, pieces)
+        found[key] = TensorStorageMetadata(TensorProperties(dtype=DTYPES[cast(Name, dtype).text]), size, pieces)
     return found
 
 
@@ -192,9 +193,8 @@ def _check_files(
         os.close(file)
         spans.sort()
         if spans[-1][1] > size:
-            raise fault(
-                WHO, path, f"must have entries that must lie inside the file {name} of {size} bytes, got {spans[-1]}"
-            )
-        for (_, end), (begin, _) in zip(spans, spans[1:], strict=False):
+            rule = f"must have entries that must lie inside the file {shown(name)} of {size} bytes, got {spans[-1]}"
+            raise fault(WHO, path, rule)
+        for (_, end), (begin, _) in pairwise(spans):
             if begin < end:
                 raise fault(WHO, path, f"must have entries that must not overlap, got two at {begin} of {name}")

@@ -126,7 +126,7 @@ class _Entry:
         data = bytearray(self.records[self.name].file_size)
         with self.archive.open(self.records[self.name]) as content:
             at = memoryview(data)
-            while got := content.readinto(at):
+            while got := content.readinto(at):  # type: ignore[attr-defined]
                 at = at[got:]
         if not data:
             return torch.empty(self.sizes, dtype=self.dtype)

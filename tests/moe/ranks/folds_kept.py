@@ -57,7 +57,7 @@ def a_checkpoint_of_one_process_goes_to_any_fold():
 def a_save_that_fails_keeps_the_last_checkpoint():
     mine, optimizer = trained(some_folds()[1])
     headgate.save_checkpoint(folder("kept"), mine, optimizer, extra="first")
-    with pytest.raises(ValueError, match="save_checkpoint: extra must be .*, got object"):
+    with pytest.raises(ValueError, match=r"save_checkpoint: extra must be .*, got object"):
         headgate.save_checkpoint(folder("kept"), mine, optimizer, extra=object())
     in_the_way = folder("kept").with_name("kept.partial")
     if dist.get_rank() == 0:
