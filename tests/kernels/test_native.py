@@ -135,7 +135,7 @@ case "$*" in *-shared*-o*) cp {built} "$last";; esac
 
 @needs_compiler
 def test_a_library_without_our_functions_is_not_taken(tmp_path, monkeypatch):
-    (tmp_path / "none.cpp").write_text("extern \"C\" int nothing() { return 0; }\n")
+    (tmp_path / "none.cpp").write_text('extern "C" int nothing() { return 0; }\n')
     script, real = tmp_path / "other-c++", shutil.which("g++")
     script.write_text(f"""#!/bin/sh
 for last; do :; done
