@@ -8,9 +8,18 @@ import pytest
 import torch
 
 from headgate.kernels import (
-    Quantized, Routing, combine_outputs, expert_outputs, grouped_ffn, grouped_linear, plan, quantize, router_logits,
+    Quantized,
+    Routing,
+    combine_outputs,
+    expert_outputs,
+    grouped_ffn,
+    grouped_linear,
+    plan,
+    quantize,
+    router_logits,
     topk,
 )  # fmt: skip
+from headgate.kernels.activation import as_activation
 from headgate.kernels.topk import SCORES
 
 E = 5
@@ -165,3 +174,20 @@ def test_topk_compiles_on_any_layout(score, k):
                 torch.ops.headgate.topk.default, (lay(randn(tokens, E)), k, None, score, 1, 1, "top2", True, 1.5),
                 test_utils=["test_faketensor"],
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_products_compile_on_any_layout(layout, cpu_form):
+    lay, ops, only = LAYOUTS[layout], torch.ops.headgate, {"test_utils": ["test_faketensor"]}
+    offsets = torch.tensor([0, 2, 2, 5, 6, 7])
+    x, w, b = lay(randn(7, 6)), lay(randn(E, 4, 6)), lay(randn(E, 4))
+    torch.library.opcheck(ops.router_logits.default, (x, lay(randn(E, 6)), lay(randn(E))), **only)
+    torch.library.opcheck(ops.grouped_linear.default, (x, offsets, w, b, False), **only)
+    torch.library.opcheck(
+        ops.grouped_linear_backward.default, (lay(randn(7, 4)), x, offsets, w, b, False, [True] * 3), **only
+    )
+    torch.library.opcheck(ops.plan.default, (lay(ids_of[7]), E), **only)
+    rows, weights, w1, w2, b1, b2 = (lay(t) for t in ffn_inputs(7))
+    inputs = (rows, lay(ids_of[7]), weights, w1, None, w2, b1, b2)
+    form = ("silu", as_activation("silu", True).params, True, False, False)
+    torch.library.opcheck(ops.grouped_ffn.default, (*inputs, *form, False), **only)
