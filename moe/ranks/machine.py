@@ -44,9 +44,9 @@ def read(data: bytes, allowed: Callable[[str], bool]) -> Any:
         for opcode, argument, _ in pickletools.genops(data):
             machine.step(opcode.name, argument)
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"a pickle in order, got {type(error).__name__} in it") from error
+        raise ValueError(f"the pickle must be in order, got {type(error).__name__} in it") from error
     if len(machine.stack) != 1 or machine.marks:
-        raise ValueError(f"a pickle of one thing, got {len(machine.stack)}")
+        raise ValueError(f"the pickle must hold one thing, got {len(machine.stack)}")
     return machine.stack[0]
 
 
@@ -87,21 +87,21 @@ class _Machine:
         elif name in ("REDUCE", "NEWOBJ"):
             called, args = self.pop(2)
             if not isinstance(called, Name) or not isinstance(args, tuple):
-                raise ValueError("calls of names only")
+                raise ValueError("calls must be of names, with a tuple")
             stack.append(Record(called.text, args))
         elif name == "BUILD":
             (state,) = self.pop(1)
             if not isinstance(stack[-1], Record):
-                raise ValueError("states of records only")
+                raise ValueError("states must be of records")
             stack[-1].state = state
         elif name == "BINPERSID":
             stack.append(Record("persistent", tuple(self.pop(1))))
         elif name not in ("PROTO", "FRAME", "STOP"):
-            raise ValueError(f"plain data only, got the opcode {name}")
+            raise ValueError(f"the pickle must be plain data, got the opcode {name}")
 
     def pop(self, n: int) -> list[Any]:
         if len(self.stack) - n < (self.marks[-1] if self.marks else 0):
-            raise ValueError("enough on its stack")
+            raise ValueError("the pickle must be in order, got too few things for a step")
         values = self.stack[-n:]
         del self.stack[-n:]
         return values
@@ -115,10 +115,10 @@ class _Machine:
     def set_items(self, flat: list[Any]) -> None:
         keys, values = flat[::2], flat[1::2]
         if not all(isinstance(key, str | int | Record) for key in keys):
-            raise ValueError("text, numbers or records as keys of dicts")
+            raise ValueError("keys of dicts must be text, numbers or records")
         dict.update(self.stack[-1], zip(keys, values, strict=True))
 
     def name(self, text: str) -> None:
         if not self.allowed(text):
-            raise ValueError(f"names on the list, got {text[:60]}")
+            raise ValueError(f"names must be on the list, got {text[:60]}")
         self.stack.append(Name(text))

@@ -55,11 +55,11 @@ def metadata_of(folder: Path) -> Metadata:
     try:
         top = _state(read(data, _NAMES.__contains__), f"{_META}Metadata")
         tensors, places = top["state_dict_metadata"], top["storage_data"]
-        _check(type(tensors) is dict and type(places) is dict, "dicts of entries")
+        _check(type(tensors) is dict and type(places) is dict, "state_dict_metadata and storage_data must be dicts")
         for key, entry in tensors.items():
             if isinstance(entry, Record) and entry.name == _BYTES:
                 raise _Pickled(key)
-        _check(signed, f"a checkpoint with its {OURS}, got one without")
+        _check(signed, f"{OURS} must be beside it, got none")
         entries = _entries(tensors, len(data))
         storage = dict(_storage(index, info) for index, info in places.items())
     except _Pickled as error:
@@ -69,8 +69,12 @@ def metadata_of(folder: Path) -> Metadata:
             "save_checkpoint wrote it; trusted=True reads it",
         ) from None  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        words = str(error) if isinstance(error, ValueError) else f"its fields, got {type(error).__name__}: {error}"
-        raise fault(WHO, path, f"must hold {words}") from error
+        words = (
+            str(error)
+            if isinstance(error, ValueError)
+            else f"its fields must be there, got {type(error).__name__}: {error}"
+        )
+        raise fault(WHO, path, f"must be undamaged: {words}") from error
     _check_files(folder, entries, storage)
     return Metadata(entries, None, storage, StorageMeta())
 
@@ -107,8 +111,10 @@ def _check_digest(folder: Path, data: bytes) -> bool:
 
 def _state(record: Any, name: str) -> Mapping[str, Any]:
     """The fields of a record, which must be of this name."""
-    _check(isinstance(record, Record) and record.name == name, f"{name.split()[1]}, got {shown(record)}")
-    _check(type(record.state) is dict, f"the fields of {name.split()[1]}")
+    _check(
+        isinstance(record, Record) and record.name == name, f"an entry must be {name.split()[1]}, got {shown(record)}"
+    )
+    _check(type(record.state) is dict, f"{name.split()[1]} must have fields")
     return record.state
 
 
@@ -131,16 +137,19 @@ def _entries(tensors: Mapping[Any, Any], budget: int) -> dict[str, Any]:
     """Checked, and no more of chunks than the file has bytes: one list could stand in many entries."""
     found: dict[str, Any] = {}
     for key, entry in tensors.items():
-        _check(type(key) is str, f"text as keys, got {shown(key)}")
+        _check(type(key) is str, f"keys must be text, got {shown(key)}")
         state = _state(entry, f"{_META}TensorStorageMetadata")
         properties, size, chunks = state["properties"], _size(state["size"], f"size of {key}"), state["chunks"]
         fits = isinstance(properties, Record) and properties.name == f"{_META}TensorProperties"
-        _check(fits and type(properties.state) is tuple, f"TensorProperties of {key}")
+        _check(fits and type(properties.state) is tuple, f"properties of {shown(key)} must be TensorProperties")
         dtype = properties.state[0] if properties.state else None
-        _check(isinstance(dtype, Name) and dtype.text in DTYPES, f"dtype of {key} must be torch's, got {shown(dtype)}")
-        _check(type(chunks) is list, f"chunks of {key}")
+        _check(
+            isinstance(dtype, Name) and dtype.text in DTYPES,
+            f"dtype of {shown(key)} must be torch's, got {shown(dtype)}",
+        )
+        _check(type(chunks) is list, f"chunks of {shown(key)} must be a list")
         budget -= 1 + len(chunks)
-        _check(budget >= 0, "each chunk once")
+        _check(budget >= 0, "each chunk must be written once")
         pieces = [_chunk(chunk, key) for chunk in chunks]
         inside = all(
             len(p.offsets) == len(p.sizes) == len(size)
@@ -162,10 +171,10 @@ def _chunk(record: Any, key: str) -> ChunkStorageMetadata:
 def _storage(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
     at, place = _state(index, f"{_META}MetadataIndex"), _state(info, f"{_FILES}_StorageInfo")
     key, name = at["fqn"], place["relative_path"]
-    _check(type(key) is str, f"fqn as text, got {shown(key)}")
+    _check(type(key) is str, f"fqn must be text, got {shown(key)}")
     fits = type(name) is str and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
     _check(fits, f"relative_path must be the name of a file in the folder, got {shown(repr(name))}")
-    _check(not place.get("transform_descriptors"), "entries without transform_descriptors")
+    _check(not place.get("transform_descriptors"), "transform_descriptors must not be there")
     offset = None if at.get("offset") is None else _size(at["offset"], f"offset of {key}")
     where = _StorageInfo(name, _whole(place["offset"], "offset"), _whole(place["length"], "length"))
     return MetadataIndex(key, offset), where
@@ -193,8 +202,8 @@ def _check_files(
         os.close(file)
         spans.sort()
         if spans[-1][1] > size:
-            rule = f"must have entries that must lie inside the file {shown(name)} of {size} bytes, got {spans[-1]}"
+            rule = f"must have entries inside the file {shown(name)} of {size} bytes, got {spans[-1]}"
             raise fault(WHO, path, rule)
         for (_, end), (begin, _) in pairwise(spans):
             if begin < end:
-                raise fault(WHO, path, f"must have entries that must not overlap, got two at {begin} of {name}")
+                raise fault(WHO, path, f"must have entries that do not overlap, got two at {begin} of {shown(name)}")

@@ -152,7 +152,7 @@ def refused(folder, what=(ValueError, FileNotFoundError)):
 def test_a_pickle_in_place_of_the_metadata_is_not_run(folder, tmp_path):
     (folder / "headgate.json").unlink()
     (folder / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "run")))
-    assert ".metadata must hold names on the list, got posix system" in refused(folder)
+    assert ".metadata must be undamaged: names must be on the list, got posix system" in refused(folder)
     assert not (tmp_path / "run").exists()
 
 
@@ -290,7 +290,7 @@ def put(field, value, where="storage_data", key="model/1.weight"):
         (put("relative_path", "../a/__0_0.distcp"), "file in the folder, got '../a"),
         (put("relative_path", "/etc/passwd"), "file in the folder, got '/etc/passwd'"),
         (put("relative_path", 7), "relative_path must be the name of a file"),
-        (put("offset", 10**9), "must lie inside the file"),
+        (put("offset", 10**9), "must have entries inside the file"),
         (put("offset", -5), "offset must be a whole number of at least 0, got -5"),
         (put("length", True), "length must be a whole number of at least 0, got True"),
         (put("length", 2**70), "length must be a whole number"),
@@ -313,7 +313,7 @@ def test_chunks_cannot_share_bytes(folder):
             info.offset, info.length = infos[0].offset, max(i.length for i in infos)
 
     rewritten(folder, change)
-    assert "must not overlap" in refused(folder, ValueError)
+    assert "must have entries that do not overlap" in refused(folder, ValueError)
 
 
 def test_a_pipe_in_place_of_a_file_is_refused_at_once(folder):
