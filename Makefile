@@ -34,7 +34,7 @@ SPREAD = -n $(JOBS) --dist loadscope --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 
 # The C++ forms watched by their own build, which lies beside the others. libstdc++ first, too: torch throws across both.
-WATCHED = CXX="$(CURDIR)/tests/support/sanitizing-c++" HEADGATE_CACHE="$(abspath $(VENV))/sanitized" OMP_NUM_THREADS=2 \
+WATCHED = CXX="$(CURDIR)/tests/support/sanitizing_cxx" HEADGATE_CACHE="$(abspath $(VENV))/sanitized" OMP_NUM_THREADS=2 \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
 SANITIZED = $(WATCHED) $(BIN)/pytest -k "native or watches" tests/kernels/test_native.py::test_the_library_watches_itself
 

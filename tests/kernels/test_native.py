@@ -149,7 +149,7 @@ case "$*" in *-shared*-o*) exec {real} -shared -fPIC {tmp_path / "none.cpp"} -o 
     assert "lacks hg_" in state.why
 
 
-@pytest.mark.skipif(not os.environ.get("CXX", "").endswith("/sanitizing-c++"), reason="for make test-sanitized")
+@pytest.mark.skipif(not os.environ.get("CXX", "").endswith("/sanitizing_cxx"), reason="for make test-sanitized")
 def test_the_library_watches_itself():
     """Where the build failed, the tests of the compiled form would be skipped."""
     assert native.status().form == "native", native.status()
