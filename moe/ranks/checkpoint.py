@@ -369,7 +369,7 @@ def _groups_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict
 
 def _check_fits(state: Mapping[str, Any], saved: Mapping[str, Any], path: Path_) -> None:
     for key, here in state.items():
-        what = key.partition("/")[2]
+        what = key.partition("/")[2] or key
         if key not in saved:
             raise ValueError(f"load_checkpoint: path must hold {what}, got a checkpoint without it: {path}")
         there = getattr(saved[key], "size", None)

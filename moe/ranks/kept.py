@@ -70,7 +70,7 @@ def _encode(x: Any, path: str, tensors: list[Tensor], left: int) -> Any:
     if isinstance(x, np.generic) or kind is np.ndarray:
         try:
             return {"$array": _add(tensors, torch.from_numpy(np.array(x)))}
-        except TypeError:
+        except (TypeError, ValueError):
             raise ValueError(f"{path} {_RULE}, got an array of {x.dtype}") from None
     raise ValueError(f"{path} {_RULE}, got {kind.__name__}")
 

@@ -21,6 +21,8 @@ EXTRA = {
     "step": 3, "best": float("inf"), "names": ["a", None, True], "shape": (1, (2, "x")), "seed": 2**80, 7: "seven",
     "$tensor": 0, "raw": b"\x00\xff", "order": OrderedDict(b=1), "size": torch.Size([2]),
     "mean": torch.arange(3.0), "empty": torch.empty(0, 2), "one": torch.tensor(2, dtype=torch.int16),
+    "fp8": torch.ones(3).to(torch.float8_e4m3fn), "complex": torch.ones(2, dtype=torch.complex64),
+    "turned": torch.arange(6.0).reshape(2, 3).T, "bools": torch.tensor([True, False]), "half": torch.ones(2).bfloat16(),
     "array": np.arange(6, dtype=np.uint32).reshape(2, 3), "number": np.float64(0.5),
 }  # fmt: skip
 
@@ -87,7 +89,8 @@ class Odd:
         ((lambda: 0,), r"extra\[0\] must be .*, got function"),
         ({(1, Odd()): 2}, r"extra: keys of dicts must be .*, got tuple"),
         ({"t": torch.zeros(2).to_sparse()}, r"extra\['t'\] must be .* strided .*, got torch.sparse_coo"),
-        ({"t": np.array(["x"])}, r"extra\['t'\] must be .*, got an array of"),
+        ({"t": np.array(["x"])}, r"extra\['t'\] must be .*, got an array of <U1"),
+        ([np.zeros(2, ">f4")], r"extra\[0\] must be .*, got an array of >f4"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path, extra, words):
