@@ -36,7 +36,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 # The C++ forms watched by their own build, which lies beside the others. libstdc++ first, too: torch throws across both.
 WATCHED = CXX="$(CURDIR)/tests/support/sanitizing_cxx" HEADGATE_CACHE="$(abspath $(VENV))/sanitized" OMP_NUM_THREADS=2 \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
-SANITIZED = $(WATCHED) $(BIN)/pytest -k "native or watches" tests/kernels/test_native.py::test_the_library_watches_itself
+SANITIZED = $(WATCHED) $(BIN)/pytest -k "(native and not test_native) or watches" tests/kernels/test_native.py::test_the_library_watches_itself
 
 .PHONY: setup demo test test-all test-sanitized test-newest durations bench lint types docs wheel clean
 .DEFAULT_GOAL := setup
@@ -62,7 +62,7 @@ test-all: $(STAMP)
 	$(SANITIZED) tests/kernels/test_layouts.py tests/kernels/test_plan.py -m "not slow"
 
 test-sanitized: $(STAMP)
-	$(SANITIZED) tests/kernels --ignore tests/kernels/test_native.py $(ARGS)
+	$(SANITIZED) tests/kernels $(ARGS)
 
 durations: $(STAMP)
 	$(PYTEST) -m "not slow" --durations=30 --module-budget=30 $(ARGS)
