@@ -183,7 +183,10 @@ def _values(source: _Source, module: nn.Module, optimizer: torch.optim.Optimizer
 
     def values() -> dict[str, Any]:
         try:
-            return {key: _value(key, kept) for key in keys}
+            found = {key: _value(key, kept) for key in keys}
+            if not isinstance(found[_OTHER], dict):
+                raise ValueError(f"{_OTHER} must be a dict, got {type(found[_OTHER]).__name__}")
+            return found
         except ValueError as error:
             raise ValueError(f"load_checkpoint: {error} in {source.folder}"[:LONGEST]) from error
 
