@@ -62,13 +62,13 @@ class Guard:
             raise self.refusal(field, rule, value)
 
     def refusal(self, field: str, rule: str, value: object) -> Refused:
-        whole = f"{self.what}: {_cut(field, 80)} of {self._name} must be {_cut(rule, 120)}, got {_said(value)}"
+        whole = f"{self.what}: {_cut(field, 80)} of {self._name} must be {_cut(rule, 120)}, got {shown(value, 160)}"
         return Refused(_cut(whole, LONGEST))
 
     def damaged(self, kind: str, error: object, field: str = "") -> Refused:
         """That the file, or a field of it, is not what it should be, as somebody else's parser says it."""
         where = f"{_cut(field, 80)} of {self._name}" if field else self._name
-        text = _said(error) or type(error).__name__
+        text = shown(error, 160) or type(error).__name__
         return Refused(_cut(f"{self.what}: {where} must be {_cut(kind, 120)}, got {text}", LONGEST))
 
     @property
@@ -274,18 +274,34 @@ def opened(path: str | os.PathLike[str], what: str, max_bytes: int | None = None
 
 def open_file(path: str | os.PathLike[str], what: str, max_bytes: int | None = None) -> Opened:
     """`opened` for who keeps the file open; close it."""
-    where = Path(path)
+    handle = open_regular(path, what)
+    size = os.fstat(handle).st_size
+    left = max(TIMES * size, SMALL_bytes) if max_bytes is None else max_bytes
+    return Opened(Path(path), what, left, os.fdopen(handle, "rb"), size)
+
+
+def open_regular(path: str | os.PathLike[str], what: str) -> int:
+    """The file, open for reading. Raises OSError, and ValueError at once where it is a pipe, a device or a folder."""
     try:
-        handle = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
     except ValueError as error:  # a NUL in the name
-        raise Refused(_cut(f"{what}: path must be a file's name, got {error}", LONGEST)) from error
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode):
+        raise fault(what, "path", f"must be a file's name, got {error}") from error
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
         os.close(handle)
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
-        raise Guard(where, what).damaged("a regular file", kind)
-    left = max(TIMES * found.st_size, SMALL_bytes) if max_bytes is None else max_bytes
-    return Opened(where, what, left, os.fdopen(handle, "rb"), found.st_size)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"
+        raise fault(what, path, f"must be a regular file, got {kind}")
+    os.set_blocking(handle, True)
+    return handle
+
+
+def read_regular(path: str | os.PathLike[str], what: str, most: int | None = None) -> bytes:
+    """All of the file. Raises as open_regular, and ValueError where it has more than `most` bytes."""
+    with open(open_regular(path, what), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise fault(what, path, f"must have at most {most} bytes, got {size}")
+        return file.read()
 
 
 def folder(path: Path, what: str, files: Iterable[Path], max_bytes: int | None = None) -> Guard:
@@ -322,18 +338,28 @@ def whole(guard: Guard, value: Any, field: str, low: int, high: int) -> int:
     return value
 
 
-def _said(value: object) -> str:
+def shown(value: object, most: int = 60) -> str:
+    """A value as errors show it: in one short line that any terminal takes."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist() if value.size < 9 else f"{value.dtype} {list(value.shape)}"
     if isinstance(value, str | BaseException):
         text = " ".join(str(value)[:1000].split())
+    elif isinstance(value, int) and value.bit_length() > 128:  # Python writes no number of more than 4300 digits
+        text = f"a number of {value.bit_length()} bits"
     else:
-        if isinstance(value, np.ndarray):
-            value = value.tolist() if value.size < 9 else f"{value.dtype} {list(value.shape)}"
-        plain = isinstance(value, str | bool | int | float | np.generic | np.dtype)
-        try:
-            text = str(value) if plain else reprlib.repr(value)
-        except ValueError:  # Python writes no number of more than 4300 digits
-            text = "a number of thousands of digits"
-    return _cut(text, 160)
+        text = str(value) if isinstance(value, int | float | np.generic | np.dtype) else _REPR.repr(value)
+    return _cut("".join(c if c.isprintable() else "?" for c in text), most)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxother = _REPR.maxstring = 80
+
+
+def fault(what: str, path: str | os.PathLike[str], rule: str) -> Refused:
+    """The error of a loader with rules of its own: `what: path rule`, in one line."""
+    rule = shown(rule, 190)
+    name, room = str(path), LONGEST - len(f"{what}: ... {rule}")
+    return Refused(f"{what}: {name if len(name) <= room else '...' + name[-room:]} {rule}")
 
 
 def _cut(text: str, most: int) -> str:

@@ -55,7 +55,7 @@ def forward(
     renormalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = (logits if logits.dtype == torch.float64 else logits.float()).contiguous()  # as the fake says
     _check_finite(logits, bias)
     scores = score_of(logits, score)
     choice = logits if score == "topk_softmax" else scores

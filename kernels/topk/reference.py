@@ -46,7 +46,7 @@ def topk_reference(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(weights [T, K], scores [T, E], expert_ids int32 [T, K], counts int32 [E]) of `logits` [T, E]; see `topk`."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = (logits if logits.dtype == torch.float64 else logits.float()).contiguous()
     scores = score_of(logits, score)
     choice = (logits if score == "topk_softmax" else scores).detach()
     if bias is not None:

@@ -241,3 +241,42 @@ def test_weights_that_are_no_numbers_are_refused(format, value):
     w[0, 1, 2] = value
     with pytest.raises(ValueError, match="w must be finite"):
         quantize(w, format)
+
+
+@pytest.mark.parametrize("block", [(0, 0), (-1, 128), (128, 0), (1.0, 32.0), (1,), (1, 2, 3), 128, (True, 128), "ab"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_block_that_is_none_is_refused(format, block):
+    with pytest.raises(ValueError, match="quantize: block must be "):
+        quantize(torch.randn(2, 4, 128), format, block=block)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 128), (2, 0, 128), (2, 4, 0)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_without_an_element_are_refused(format, shape):
+    with pytest.raises(ValueError, match="quantize: w must have at least one element, got"):
+        quantize(torch.empty(shape), format)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+def test_scales_that_their_type_cannot_hold_are_refused(format):
+    w = torch.randn(2, 8, 128)
+    for factor in (1e30, 1e-7):
+        with pytest.raises(ValueError, match=r"quantize: scale_dtype must hold scales of .*, got torch.float16"):
+            quantize(w * factor, format, scale_dtype=torch.float16)
+        for dtype in (torch.float32, torch.bfloat16):
+            got = quantize(w * factor, format, scale_dtype=dtype).dequantize(torch.float32)
+            assert (got - w * factor).abs().max() < 0.1 * (w * factor).abs().max()
+    with pytest.raises(TypeError, match=r"quantize: scale_dtype must be fp32, bf16 or fp16, got torch.int32"):
+        quantize(w, format, scale_dtype=torch.int32)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("factor", [1e-45, 1e-41, 1e-38, 1e37])
+def test_the_smallest_and_the_largest_weights_stay_numbers(format, factor):
+    """A block of a dead expert beside others."""
+    w = torch.zeros(2, 8, 256)
+    w[0] = torch.randn(8, 256).clamp(-3, 3)
+    w[1, :, ::2] = w[0, :, ::2].sign() * factor
+    got = quantize(w, format).dequantize(torch.float32)
+    assert got.isfinite().all()
+    assert (got - w).abs().amax((1, 2)).le(torch.tensor([0.6, max(0.3 * factor, 1e-38)])).all()

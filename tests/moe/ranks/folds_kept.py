@@ -80,18 +80,21 @@ def a_checkpoint_with_shared_experts_cut_over_tp_moves_like_any():
         dist.barrier()
 
 
-class Unpicklable:
-    def __reduce__(self):
-        raise OSError("no space left")
-
-
 @check
 def a_save_that_fails_keeps_the_last_checkpoint():
     mine, optimizer = trained(some_folds()[1])
     headgate.save_checkpoint(folder("kept"), mine, optimizer, extra="first")
-    with pytest.raises(BaseException, match="no space left"):
-        headgate.save_checkpoint(folder("kept"), mine, optimizer, extra=Unpicklable())
+    with pytest.raises(ValueError, match=r"save_checkpoint: extra must be .*, got object"):
+        headgate.save_checkpoint(folder("kept"), mine, optimizer, extra=object())
+    in_the_way = folder("kept").with_name("kept.partial")
+    if dist.get_rank() == 0:
+        in_the_way.write_text("")
     dist.barrier()
+    with pytest.raises(BaseException, match="File exists"):
+        headgate.save_checkpoint(folder("kept"), mine, optimizer, extra="lost")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        in_the_way.unlink()
     assert headgate.load_checkpoint(folder("kept"), mine, optimizer) == "first"
     headgate.save_checkpoint(folder("kept"), mine, optimizer, extra="second")
     assert headgate.load_checkpoint(folder("kept"), mine) == "second"
