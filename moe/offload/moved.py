@@ -13,6 +13,7 @@ from ...kernels.quantized import Quantized
 from ..elsewhere import send_elsewhere
 from .forms import Form
 from .host import Store
+from .stand_in import stand_back, stand_in
 
 
 class Seen(NamedTuple):
@@ -46,6 +47,7 @@ class Moved:
             now = moved._put(ours, data)
             now.requires_grad_(False)
             moved.now[ours] = Seen(now, now._version, now.data_ptr())
+            stand_in(now, f"{name}.{form.names[ours]}")
         return moved
 
     def restore(self, store: Store, index: int, device: torch.device) -> None:
@@ -68,8 +70,14 @@ class Moved:
             self.put_back(back)
 
     def put_back(self, weights: Mapping[str, Tensor]) -> None:
+        self.leave()
         for ours, data in weights.items():
             self._put(ours, data).requires_grad_(self.learning[ours])
+
+    def leave(self) -> None:
+        """Nobody serves the module any more; its parameters hold what they hold."""
+        for parameter, _, _ in self.now.values():
+            stand_back(parameter)
         send_elsewhere(self.module, None)
 
     def _put(self, ours: str, data: Tensor) -> nn.Parameter:
@@ -85,15 +93,18 @@ class Moved:
         return parameter
 
     def check(self) -> None:
-        """Raises RuntimeError where somebody has changed, moved or exchanged the weights."""
+        """Raises RuntimeError where somebody has changed, moved or exchanged the weights, or an adapter computes them."""
         for ours, (parameter, version, address) in self.now.items():
             name = self.form.names[ours]
-            found = getattr(self.module, name)
-            if found is not parameter or found._version != version or found.data_ptr() != address:
+            found, about = getattr(self.module, name), vars(parameter)["_about"]
+            if not isinstance(found, nn.Parameter):
                 raise RuntimeError(
-                    f"offload: {self.name}.{name} must stay as it was when it was offloaded, got other weights; "
-                    "close the Offload before weights change"
+                    f"offload: {about.name} must stay a parameter, got one that is computed (a LoRA adapter on it, a "
+                    "parametrization): close the Offload, and merge or remove what computes it before the next"
                 )
+            same = found is parameter and found._version == version and found.data_ptr() == address
+            if not same or about.changed():
+                raise about.refusal()
 
 
 def move_others(model: nn.Module, found: Sequence[tuple[str, nn.Module, Form]], device: torch.device) -> None:

@@ -205,7 +205,7 @@ class Offload:
                 for one in self._moved:
                     one.check()
             while self._moved and not restore:
-                send_elsewhere(self._moved.pop().module, None)
+                self._moved.pop().leave()
             while self._moved:
                 last = len(self._moved) - 1
                 self._moved[last].restore(self._store, last, self.engine.arena.device)
