@@ -93,7 +93,7 @@ class Moved:
         return parameter
 
     def check(self) -> None:
-        """Raises RuntimeError where somebody has changed, moved or exchanged the weights, or an adapter computes them."""
+        """Raises RuntimeError where somebody has changed, moved or exchanged the weights, or adapters compute them."""
         for ours, (parameter, version, address) in self.now.items():
             name = self.form.names[ours]
             found, about = getattr(self.module, name), vars(parameter)["_about"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import gcd
 from typing import Any
@@ -20,6 +20,7 @@ from ...dispatch import DISPATCHERS, AllGather, Dispatcher, Fold, Hierarchical, 
 from ...dispatch.agreement import together
 from ...dispatch.wire import Wires
 from ...placement.cluster.links import Links
+from ..adapters import cut_adapter, unwrapped, wrappers_in
 from ..experts import Experts
 from ..hf.experts import cuts_of_experts
 from ..hf.swap import is_swapped, replace, restore, swapped_experts
@@ -28,28 +29,13 @@ from ..losses import TokenRanks
 from ..shards import Cut, Shards, cut_experts, shards_of
 from ..shared import SharedExpert
 from .agree import same_on_every_rank
-from .sync import GradientSync, Share, gradient_of, norm_of
+from .owners import Parallel, owners, sharded_experts, watch
+from .sync import GradientSync, gradient_of, norm_of
 
 ACTIVATIONS = ("sharded", "replicated")
 ADAPT_EVERY = 100  # calls between two looks at what "auto" goes by
 _PARALLEL = "_headgate_parallel"
 Make = Callable[[dist.ProcessGroup], Dispatcher]
-
-
-@dataclass(eq=False)
-class Parallel:
-    """What a parallelized module remembers: its fold, its experts by name, and how gradients are made right."""
-
-    fold: Fold
-    experts: dict[str, nn.Module]
-    sync: GradientSync = field(repr=False)
-    seen: set[nn.Parameter] = field(default_factory=set, repr=False)  # those whose gradients are made right
-
-    def expert_parameters(self) -> set[nn.Parameter]:
-        return {p for experts in self.experts.values() for p in experts.parameters(recurse=False)}
-
-    def __deepcopy__(self, memo: object) -> Parallel:
-        raise TypeError("parallelize: a module must be copied before it is parallelized: its hooks stay behind")
 
 
 def parallelize(
@@ -104,7 +90,7 @@ def parallelize(
         if foreign and is_swapped(module):
             restore(module)
         raise
-    layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
+    layers = {id(unwrapped(m.experts)): m for m in module.modules() if isinstance(m, MoE)}
     links = choose.links()
     for name, experts in found.items():
         layer = layers.get(id(experts))
@@ -113,12 +99,16 @@ def parallelize(
         how: dict[str, Any] = {"replicated": choose.replicated, "every": ADAPT_EVERY if dispatcher == "auto" else 0}
         shards = Shards(fold, num_experts, cuts, make, choose.inner(name), **how)
         experts.spread(shards) if isinstance(experts, Experts) else cut_experts(experts, shards)
+        for _, wrapper, inside in wrappers_in(module):
+            if inside is experts:
+                cut_adapter(wrapper, shards)
         if layer is not None:
             layer.token_ranks = choose.token_ranks()
-    parallel = Parallel(fold, found, GradientSync())
+    parallel = Parallel(fold, found, GradientSync(), choose.replicated, fsdp)
     vars(module)[_PARALLEL] = parallel
-    (_shard_fully if fsdp else _synchronise)(module, parallel, choose.replicated)
+    (_shard_fully if fsdp else _synchronise)(module, parallel)
     parallel.seen |= {p for p in module.parameters() if p.requires_grad}
+    watch(module, parallel)
     return module
 
 
@@ -151,6 +141,7 @@ def _survey(
     found = dict([*_ours(module), *swapped_experts(module)])
     if not found:
         raise ValueError(nothing)
+    _check_adapters(module, found, fsdp and choose.fold.size("edp") > 1)
     owner: dict[nn.Parameter, str] = {}
     for name, experts in found.items():
         for parameter in experts.parameters(recurse=False):
@@ -175,6 +166,21 @@ def _check(module: nn.Module, fold: Fold, fsdp: bool) -> None:
             raise ValueError(
                 f"parallelize: module must have DTensors over the tp ranks {tp} only, got {name} over "
                 f"{parameter.device_mesh}; for FSDP2 see fsdp"
+            )
+
+
+def _check_adapters(module: nn.Module, found: dict[str, nn.Module], sharded: bool) -> None:
+    experts = {id(each): name for name, each in found.items()}
+    for name, wrapper, inside in wrappers_in(module):
+        if id(inside) not in experts:
+            continue
+        if sharded:
+            raise ValueError(sharded_experts(name))
+        weight = getattr(inside, wrapper.parameter_name)
+        if weight.dim() != 3:
+            raise ValueError(
+                "parallelize: LoRA on experts must be on weights [E, ., .], got it on "
+                f"{experts[id(inside)]}.{wrapper.parameter_name} {tuple(weight.shape)}"
             )
 
 
@@ -293,32 +299,24 @@ class _Choice:
         return TokenRanks(f.group(*names), f.size("dp", "cp"), f.group(*names[1:]))
 
 
-def _synchronise(module: nn.Module, parallel: Parallel, replicated: bool) -> None:
-    """The share of every parameter's gradient: experts over edp, everything else over the ranks whose tokens it saw."""
-    f, mine = parallel.fold, parallel.expert_parameters()
-    average, tp = f.size("dp", "cp"), f.size("tp")
-    experts = Share(f.group("edp"), f.size("edp") / average)
-    sharded = Share(f.group("dp", "cp"), 1.0)
-    rest = sharded if replicated else Share(f.group("dp", "cp", "tp"), float(tp))
-    for parameter in module.parameters():
-        share = experts if parameter in mine else sharded if isinstance(parameter, DTensor) else rest
-        parallel.sync.add(parameter, share)
+def _synchronise(module: nn.Module, parallel: Parallel) -> None:
+    for parameter, owner in owners(module, parallel).items():
+        parallel.sync.add(parameter, owner.share)
 
 
-def _shard_fully(module: nn.Module, parallel: Parallel, replicated: bool) -> None:
+def _shard_fully(module: nn.Module, parallel: Parallel) -> None:
     """FSDP2 over the ranks that hold the same, with the sums and averages of `_synchronise`."""
-    f = parallel.fold
-    average = f.size("dp", "cp")
-    for experts in parallel.experts.values():
-        if f.size("edp") > 1:
+    f, of = parallel.fold, owners(module, parallel)
+    average, mine = f.size("dp", "cp"), parallel.expert_parameters() | parallel.factors(module).keys()
+    if f.size("edp") > 1:
+        for experts in parallel.experts.values():
             _divide(fully_shard(experts, mesh=f.experts["edp"]), average)
-        else:
-            for parameter in experts.parameters(recurse=False):
-                parallel.sync.add(parameter, Share(f.group("edp"), 1 / average))
-    rest = set(module.parameters()) - parallel.expert_parameters()
-    if rest:
-        mesh = f.flat(*(("dp", "cp") if replicated else ("dp", "cp", "tp")))
-        _divide(fully_shard(module, mesh=mesh, ignored_params=parallel.expert_parameters()), average)
+    else:
+        for parameter in mine:
+            parallel.sync.add(parameter, of[parameter].share)
+    if set(module.parameters()) - mine:
+        mesh = f.flat(*(("dp", "cp") if parallel.replicated else ("dp", "cp", "tp")))
+        _divide(fully_shard(module, mesh=mesh, ignored_params=mine), average)
 
 
 def _divide(module: FSDPModule, average: int) -> None:
@@ -332,10 +330,12 @@ def is_parallel(module: nn.Module) -> bool:
 
 
 def parallel_of(module: nn.Module) -> Parallel:
-    """What parallelize left at the module. Raises ValueError where it has not been parallelized."""
-    if not is_parallel(module):
+    """What parallelize left at the module, or at the one inside it (a PeftModel's). Raises ValueError where it has not
+    been parallelized."""
+    inside = [part for part in module.modules() if is_parallel(part)]
+    if not is_parallel(module) and len(inside) != 1:
         raise ValueError(f"{type(module).__name__} must be parallelized (headgate.parallelize), got one that is not")
-    return vars(module)[_PARALLEL]
+    return vars(inside[0])[_PARALLEL]
 
 
 def _known(who: str, module: nn.Module) -> Parallel:
@@ -344,8 +344,8 @@ def _known(who: str, module: nn.Module) -> Parallel:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter not in parallel.seen:
             raise ValueError(
-                f"{who}: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}: "
-                "load_state_dict(assign=True), to_empty and unfreezing come before it"
+                f"{who}: module must have the parameters that parallelize or a forward pass saw, got a new or unfrozen "
+                f"one, {name}: run a forward pass first, from which on its gradients are made right"
             )
     return parallel
 
@@ -379,11 +379,10 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
     if not isinstance(max_norm, int | float) or not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm must be a positive number, got {max_norm!r}")
     parallel = _known("clip_grad_norm_", module)
-    f, mine = parallel.fold, parallel.expert_parameters()
     gradients = {p: gradient_of(p) for p in module.parameters() if p.grad is not None}
-    ranks = {p: f.size("edp") if p in mine else f.sizes.stage for p in gradients}
-    pieces = [piece for p, grad in gradients.items() for piece in parallel.sync.pieces(p, grad, ranks[p])]
-    device = next((grad.device for grad in gradients.values()), torch.device(f.device_type))
+    of = owners(module, parallel)
+    pieces = [piece for p, grad in gradients.items() for piece in parallel.sync.pieces(p, grad, of[p].ranks.size())]
+    device = next((grad.device for grad in gradients.values()), torch.device(parallel.fold.device_type))
     norm = norm_of(pieces, device)
     if norm > max_norm:
         for grad in gradients.values():

@@ -1,0 +1,16 @@
+"""LoRA and parallelize on 2 and 4 gloo ranks: adapters.py holds the checks."""
+
+from pathlib import Path
+
+import pytest
+from ranks_runner import cases_of, checks_of, passed_on_every_rank, ranks_fixture
+
+pytest.importorskip("peft")
+ADAPTERS = Path(__file__).with_name("adapters.py")
+results = ranks_fixture(ADAPTERS, seconds=400)
+SLOW = dict.fromkeys(checks_of(ADAPTERS), (2,))
+
+
+@pytest.mark.parametrize(("size", "check"), cases_of(ADAPTERS, [2, 4], SLOW))
+def test_on_every_rank(results, size, check):
+    passed_on_every_rank(results(size), check)
