@@ -26,6 +26,7 @@ class Parallel:
     sync: GradientSync = field(repr=False)
     replicated: bool = False
     fsdp: bool = False
+    sharded: set[tuple[nn.Module, str]] = field(default_factory=set, repr=False)  # whose parameters FSDP2 exchanges
     seen: set[nn.Parameter] = field(default_factory=set, repr=False)  # those whose gradients are made right
 
     def expert_parameters(self) -> set[nn.Parameter]:
@@ -92,10 +93,10 @@ def adopt(module: nn.Module, parallel: Parallel) -> None:
     """Parameters that parallelize did not see get the values that the first of their ranks has, as under DDP, and their
     gradients are made right from now on. Every rank must come by with the same ones."""
     new = {
-        parameter: name
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and parameter not in parallel.seen
-        if not (parallel.fsdp and isinstance(parameter, DTensor))  # FSDP2's own
+        parameter: f"{name}.{leaf}"
+        for name, part in module.named_modules()
+        for leaf, parameter in part.named_parameters(recurse=False)
+        if parameter.requires_grad and parameter not in parallel.seen and (part, leaf) not in parallel.sharded
     }
     if not new:
         return

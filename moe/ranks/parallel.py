@@ -317,6 +317,12 @@ def _shard_fully(module: nn.Module, parallel: Parallel) -> None:
     if set(module.parameters()) - mine:
         mesh = f.flat(*(("dp", "cp") if parallel.replicated else ("dp", "cp", "tp")))
         _divide(fully_shard(module, mesh=mesh, ignored_params=mine), average)
+    parallel.sharded |= {
+        (part, leaf)
+        for part in module.modules()
+        for leaf, p in part.named_parameters(recurse=False)
+        if isinstance(p, DTensor)
+    }
 
 
 def _divide(module: FSDPModule, average: int) -> None:
