@@ -350,8 +350,8 @@ def _known(who: str, module: nn.Module) -> Parallel:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter not in parallel.seen:
             raise ValueError(
-                f"{who}: module must have the parameters that parallelize or a forward pass saw, got a new or unfrozen "
-                f"one, {name}: run a forward pass first, from which on its gradients are made right"
+                f"{who}: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}: run a "
+                "forward pass first, from which on its gradients are made right"
             )
     return parallel
 
