@@ -1,8 +1,8 @@
 """PEFT's LoRA on the stacked weights of experts (`target_parameters`): which adapter is on which parameter, and the
 part of it that belongs to some of the experts.
 
-A `ParamWrapper` stands around the experts module and makes the weight a computed one, base + scaling * B A, while a call
-lasts. It is known here by what it has: PEFT itself is not imported.
+A `ParamWrapper` stands around the experts module and makes the weight a computed one, base + scaling * B A, while a
+call lasts. It is known here by what it has: PEFT itself is not imported.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ class Factor:
     """One of the two matrices of an adapter on a weight [E, ., .]: A [E * r, in], a row of blocks of one expert each,
     or B [out, r * E], of which neighbouring columns are different experts'. `cut`: how [E, r, in or out] is cut."""
 
-    linear: nn.Linear
+    linear: Any  # an nn.Linear without bias
     is_a: bool
     experts: int
     cut: Cut
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.linear.weight
 
     def by_expert(self, t: Tensor) -> Tensor:
         """[E, r, in or out]: a view of t, which has the parameter's shape."""
@@ -54,7 +58,7 @@ class Factor:
 
     def keep(self, shards: Shards) -> None:
         """Leaves this rank's part of the matrix, as a new parameter."""
-        full = self.linear.weight
+        full = self.parameter
         part = self.cut.of(self.by_expert(full.detach()), shards.held, shards.etp, shards.fold.rank("etp"))
         weight = part.flatten(0, 1) if self.is_a else part.permute(2, 1, 0).flatten(1).contiguous()
         self.linear.weight = nn.Parameter(weight, requires_grad=full.requires_grad)

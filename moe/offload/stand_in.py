@@ -40,7 +40,7 @@ class About:
         )
 
     def _checksum(self) -> int:
-        return zlib.crc32(self.whole.cpu().reshape(-1).view(torch.uint8).numpy())
+        return zlib.crc32(memoryview(self.whole.cpu().reshape(-1).view(torch.uint8).numpy()))
 
 
 class StandIn(Tensor):
@@ -111,9 +111,14 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[StandIn]:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     with torch._C.DisableTorchFunctionSubclass():
-        return torch._C._is_alias_of(a, b) and (a.shape, a.stride(), a.dtype, a.storage_offset()) == (
+        return _alias(a, b) and (a.shape, a.stride(), a.dtype, a.storage_offset()) == (
             b.shape, b.stride(), b.dtype, b.storage_offset()
         )  # fmt: skip
+
+
+def _alias(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one storage, on meta too."""
+    return torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]
 
 
 def _guarded(result: Any, sources: list[StandIn]) -> Any:
@@ -122,7 +127,7 @@ def _guarded(result: Any, sources: list[StandIn]) -> Any:
         result.flags.writeable = False
     if not isinstance(result, Tensor) or isinstance(result, StandIn):
         return result
-    source = next((s for s in sources if torch._C._is_alias_of(result, s)), None)
+    source = next((s for s in sources if _alias(result, s)), None)
     if source is None:
         return result
     view = result.as_subclass(StandIn)

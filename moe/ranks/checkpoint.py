@@ -177,7 +177,7 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Piece:
-    """How a parameter with a dimension of experts is kept: `arrange` brings it, or a state of its shape, to [E, ...]."""
+    """How a parameter with a dimension of experts is kept: `arrange` gives it, or a state of its shape, as [E, ...]."""
 
     cut: Cut
     shards: Shards | None
@@ -205,12 +205,13 @@ def _cuts(module: nn.Module) -> Mapping[str, _Piece]:
         else:
             continue
         whole, of_module[id(m)] = _plain(name), (cuts, shards)
-        found |= {f"{whole}.{parameter}" if whole else parameter: _Piece(cut, shards) for parameter, cut in cuts.items()}
+        pieces = {parameter: _Piece(cut, shards) for parameter, cut in cuts.items()}
+        found |= {f"{whole}.{parameter}" if whole else parameter: piece for parameter, piece in pieces.items()}
     names = {parameter: _plain(name) for name, parameter in module.named_parameters()}
     for _, wrapper, inside in wrappers_in(module):
-        cuts, shards = of_module.get(id(inside), ({}, None))
-        for factor in factors_of(wrapper, cuts) if wrapper.parameter_name in cuts else ():
-            found[names[factor.linear.weight]] = _Piece(factor.cut, shards, factor.by_expert)
+        of, shards = of_module.get(id(inside), ({}, None))
+        for factor in factors_of(wrapper, of) if wrapper.parameter_name in of else ():
+            found[names[factor.parameter]] = _Piece(factor.cut, shards, factor.by_expert)
     return found
 
 

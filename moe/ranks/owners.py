@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ...dispatch import Fold, collectives
@@ -38,7 +39,7 @@ class Parallel:
         for _, wrapper, inside in wrappers_in(module):
             if id(inside) in mine:
                 shards: Any = shards_of(inside)
-                found |= {factor.linear.weight: factor for factor in factors_of(wrapper, shards.cuts)}
+                found |= {factor.parameter: factor for factor in factors_of(wrapper, shards.cuts)}
         return found
 
     def __deepcopy__(self, memo: object) -> Parallel:
@@ -71,6 +72,38 @@ def owners(module: nn.Module, parallel: Parallel) -> dict[nn.Parameter, Owner]:
     return {parameter: of(parameter) for parameter in module.parameters()}
 
 
+def synchronise(module: nn.Module, parallel: Parallel) -> None:
+    for parameter, owner in owners(module, parallel).items():
+        parallel.sync.add(parameter, owner.share)
+
+
+def shard_fully(module: nn.Module, parallel: Parallel) -> None:
+    """FSDP2 over the ranks that hold the same, with the sums and averages of `synchronise`."""
+    f, of = parallel.fold, owners(module, parallel)
+    average, mine = f.size("dp", "cp"), parallel.expert_parameters() | parallel.factors(module).keys()
+    if f.size("edp") > 1:
+        for experts in parallel.experts.values():
+            _divide(fully_shard(experts, mesh=f.experts["edp"]), average)
+    else:
+        for parameter in mine:
+            parallel.sync.add(parameter, of[parameter].share)
+    if set(module.parameters()) - mine:
+        mesh = f.flat(*(("dp", "cp") if parallel.replicated else ("dp", "cp", "tp")))
+        _divide(fully_shard(module, mesh=mesh, ignored_params=mine), average)
+    parallel.sharded |= {
+        (part, leaf)
+        for part in module.modules()
+        for leaf, p in part.named_parameters(recurse=False)
+        if isinstance(p, DTensor)
+    }
+
+
+def _divide(module: FSDPModule, average: int) -> None:
+    """Gradients become the sum over the mesh's ranks divided by `average`, not by how many they are."""
+    module.set_force_sum_reduction_for_comms(True)  # or FSDP2 asks gloo for a sum that only NCCL has
+    module.set_gradient_divide_factor(average)
+
+
 def watch(module: nn.Module, parallel: Parallel) -> None:
     """Whatever forward pass begins with, it begins with a look for parameters that are new or unfrozen.
 
@@ -101,7 +134,7 @@ def adopt(module: nn.Module, parallel: Parallel) -> None:
     if not new:
         return
     if parallel.fsdp and parallel.fold.size("edp") > 1 and (factors := new.keys() & parallel.factors(module).keys()):
-        raise ValueError(sharded_experts(new[factors.pop()]))
+        raise ValueError(_sharded_experts(new[factors.pop()]))
     of = owners(module, parallel)
     _same_values([(parameter, of[parameter].ranks) for parameter in new])
     for parameter in new:
@@ -109,7 +142,23 @@ def adopt(module: nn.Module, parallel: Parallel) -> None:
     parallel.seen |= new.keys()
 
 
-def sharded_experts(name: str) -> str:
+def check_adapters(module: nn.Module, found: Mapping[str, nn.Module], sharded: bool) -> None:
+    """Raises ValueError for LoRA on experts `found` that cannot be cut, or where FSDP2 has `sharded` the experts."""
+    experts = {id(each): name for name, each in found.items()}
+    for name, wrapper, inside in wrappers_in(module):
+        if id(inside) not in experts:
+            continue
+        if sharded:
+            raise ValueError(_sharded_experts(name))
+        weight = getattr(inside, wrapper.parameter_name)
+        if weight.dim() != 3:
+            raise ValueError(
+                "parallelize: LoRA on experts must be on weights [E, ., .], got it on "
+                f"{experts[id(inside)]}.{wrapper.parameter_name} {tuple(weight.shape)}"
+            )
+
+
+def _sharded_experts(name: str) -> str:
     return f"parallelize: fsdp must be False, or edp 1, where LoRA is on the experts, got True with {name}"
 
 

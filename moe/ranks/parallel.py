@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ...dispatch import DISPATCHERS, AllGather, Dispatcher, Fold, Hierarchical, Local, SliceAllReduce, measure
@@ -29,7 +29,7 @@ from ..losses import TokenRanks
 from ..shards import Cut, Shards, cut_experts, shards_of
 from ..shared import SharedExpert
 from .agree import same_on_every_rank
-from .owners import Parallel, owners, sharded_experts, watch
+from .owners import Parallel, check_adapters, owners, shard_fully, synchronise, watch
 from .sync import GradientSync, gradient_of, norm_of
 
 ACTIVATIONS = ("sharded", "replicated")
@@ -70,7 +70,8 @@ def parallelize(
     of each rank's loss, where the tp ranks of one have one loss together. So expert gradients are summed over all ranks
     that sent rows and over edp, all others (router, shared expert) over the stage, and divided by dp * cp. Several
     backward passes to a step: see `no_sync`. The norm over all ranks: `clip_grad_norm_`. The losses and the capacity of
-    MoE layers go by the whole batch of the stage.
+    MoE layers go by the whole batch of the stage. LoRA on experts is cut with them. Parameters that come later, on
+    every rank alike, get the values of their first rank and are synchronised from the next forward pass on.
 
     Every rank must call it. Raises ValueError / TypeError, on every rank and before anything is changed: a module
     without experts or parallelized already; E not divisible by ep, or F (with biases D too) by etp, by name; experts
@@ -106,7 +107,7 @@ def parallelize(
             layer.token_ranks = choose.token_ranks()
     parallel = Parallel(fold, found, GradientSync(), choose.replicated, fsdp)
     vars(module)[_PARALLEL] = parallel
-    (_shard_fully if fsdp else _synchronise)(module, parallel)
+    (shard_fully if fsdp else synchronise)(module, parallel)
     parallel.seen |= {p for p in module.parameters() if p.requires_grad}
     watch(module, parallel)
     return module
@@ -141,7 +142,7 @@ def _survey(
     found = dict([*_ours(module), *swapped_experts(module)])
     if not found:
         raise ValueError(nothing)
-    _check_adapters(module, found, fsdp and choose.fold.size("edp") > 1)
+    check_adapters(module, found, fsdp and choose.fold.size("edp") > 1)
     owner: dict[nn.Parameter, str] = {}
     for name, experts in found.items():
         for parameter in experts.parameters(recurse=False):
@@ -166,21 +167,6 @@ def _check(module: nn.Module, fold: Fold, fsdp: bool) -> None:
             raise ValueError(
                 f"parallelize: module must have DTensors over the tp ranks {tp} only, got {name} over "
                 f"{parameter.device_mesh}; for FSDP2 see fsdp"
-            )
-
-
-def _check_adapters(module: nn.Module, found: dict[str, nn.Module], sharded: bool) -> None:
-    experts = {id(each): name for name, each in found.items()}
-    for name, wrapper, inside in wrappers_in(module):
-        if id(inside) not in experts:
-            continue
-        if sharded:
-            raise ValueError(sharded_experts(name))
-        weight = getattr(inside, wrapper.parameter_name)
-        if weight.dim() != 3:
-            raise ValueError(
-                "parallelize: LoRA on experts must be on weights [E, ., .], got it on "
-                f"{experts[id(inside)]}.{wrapper.parameter_name} {tuple(weight.shape)}"
             )
 
 
@@ -299,38 +285,6 @@ class _Choice:
         return TokenRanks(f.group(*names), f.size("dp", "cp"), f.group(*names[1:]))
 
 
-def _synchronise(module: nn.Module, parallel: Parallel) -> None:
-    for parameter, owner in owners(module, parallel).items():
-        parallel.sync.add(parameter, owner.share)
-
-
-def _shard_fully(module: nn.Module, parallel: Parallel) -> None:
-    """FSDP2 over the ranks that hold the same, with the sums and averages of `_synchronise`."""
-    f, of = parallel.fold, owners(module, parallel)
-    average, mine = f.size("dp", "cp"), parallel.expert_parameters() | parallel.factors(module).keys()
-    if f.size("edp") > 1:
-        for experts in parallel.experts.values():
-            _divide(fully_shard(experts, mesh=f.experts["edp"]), average)
-    else:
-        for parameter in mine:
-            parallel.sync.add(parameter, of[parameter].share)
-    if set(module.parameters()) - mine:
-        mesh = f.flat(*(("dp", "cp") if parallel.replicated else ("dp", "cp", "tp")))
-        _divide(fully_shard(module, mesh=mesh, ignored_params=mine), average)
-    parallel.sharded |= {
-        (part, leaf)
-        for part in module.modules()
-        for leaf, p in part.named_parameters(recurse=False)
-        if isinstance(p, DTensor)
-    }
-
-
-def _divide(module: FSDPModule, average: int) -> None:
-    """Gradients become the sum over the mesh's ranks divided by `average`, not by how many they are."""
-    module.set_force_sum_reduction_for_comms(True)  # or FSDP2 asks gloo for a sum that only NCCL has
-    module.set_gradient_divide_factor(average)
-
-
 def is_parallel(module: nn.Module) -> bool:
     return _PARALLEL in vars(module)
 
@@ -350,8 +304,8 @@ def _known(who: str, module: nn.Module) -> Parallel:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter not in parallel.seen:
             raise ValueError(
-                f"{who}: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}: run a "
-                "forward pass first, from which on its gradients are made right"
+                f"{who}: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}: "
+                "run a forward pass first, from which on its gradients are made right"
             )
     return parallel
 

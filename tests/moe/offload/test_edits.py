@@ -206,7 +206,7 @@ def test_edits_of_other_weights_take_effect(stack, tmp_path, store):
         if store == "few bits":  # rounded
             offloaded.close()
             whole.load_state_dict(stack.state_dict())
-            offloaded = start(stack, "file", tmp_path)  # noqa: PLW2901
+            offloaded = start(stack, "file", tmp_path)
         run(stack)
         edit(whole)
         edit(stack)

@@ -320,7 +320,7 @@ def what_does_not_go_is_refused_by_name():
     with pytest.raises(ValueError, match=r"lora_A.default.weight must be the same on every rank"):
         headgate.parallelize(adapted(built(olmoe), BOTH, seed=dist.get_rank()), fold)
     biases = adapted(built(Layers), {"target_parameters": ["experts.b_down"]})
-    with pytest.raises(ValueError, match=r"LoRA on experts must be on weights \[E, ., .\], got it on .*b_down \(8, 16\)"):
+    with pytest.raises(ValueError, match=r"LoRA on experts must be on weights \[E, ., .\], got it on .*b_down"):
         headgate.parallelize(biases, fold)
     copies = make_fold(Sizes.of({"dp": n}, {"edp": n}, 1, n))
     with pytest.raises(ValueError, match="fsdp must be False, or edp 1, where LoRA is on the experts, got True with"):
