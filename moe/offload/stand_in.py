@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _SETS_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _HARMLESS = {"requires_grad_", "detach_", "rename_"}
+_OPERATORS = "add sub mul matmul truediv div floordiv mod pow lshift rshift and or xor".split()
+_IN_PLACE = {"__setitem__", *(f"__i{operator}__" for operator in _OPERATORS)}
 
 
 @dataclass(eq=False)
@@ -40,7 +42,8 @@ class About:
         )
 
     def _checksum(self) -> int:
-        return zlib.crc32(memoryview(self.whole.cpu().reshape(-1).view(torch.uint8).numpy()))
+        memory: Any = self.whole.cpu().reshape(-1).view(torch.uint8).numpy()
+        return zlib.crc32(memory)
 
 
 class StandIn(Tensor):
@@ -73,17 +76,19 @@ class StandIn(Tensor):
         raise self._about.refusal()
 
     def __deepcopy__(self, memo: Any) -> Tensor:
-        return copy.deepcopy(plain(self), memo)
+        memo[id(self)] = copy.deepcopy(plain(self), memo)
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)
 
 
-def stand_in(parameter: nn.Parameter, name: str) -> None:
+def stand_in(parameter: nn.Parameter, name: str) -> About:
     """The parameter refuses edits from now on."""
     about = About(name, parameter.detach())
     parameter.__class__ = StandIn  # type: ignore[assignment]
     vars(parameter).update(_about=about, _is_param=True)  # torch's mark of a parameter
+    return about
 
 
 def stand_back(parameter: nn.Parameter) -> None:
@@ -103,8 +108,8 @@ def plain(t: Tensor) -> Tensor:
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[StandIn]:
     """The stand-ins that torch's function `func` would write into."""
     name = getattr(func, "__name__", "").split(".")[0]
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
-    if in_place or func == _SETS_DATA or name == "__setitem__" or (name.startswith("__i") and name != "__invert__"):
+    trailing = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+    if trailing or name in _IN_PLACE or func == _SETS_DATA:
         yield from (t for t in tree_leaves(args[:1]) if isinstance(t, StandIn))
     yield from (t for t in tree_leaves(kwargs.get("out")) if isinstance(t, StandIn))
 

@@ -105,6 +105,10 @@ def another_parameter(stack, w):
     stack.blocks[1].experts.w_down = nn.Parameter(torch.ones_like(w, device="cpu"), requires_grad=False)
 
 
+def swapped_tensors(stack, w):
+    torch.utils.swap_tensors(w, nn.Parameter(torch.ones_like(w)))
+
+
 def another_dtype(stack, w):
     stack.blocks[1].experts.half()
 
@@ -113,7 +117,7 @@ AT_ONCE = [
     add_to_data, add_to_a_view_of_data, replace_data, replace_data_by_the_same_shape, in_place, set_item, out, foreach,
     initialise, set_, load_state_dict, another_dtype,
 ]  # fmt: skip
-LATER = [dlpack, numpy_by_dlpack, another_parameter]
+LATER = [dlpack, numpy_by_dlpack, another_parameter, swapped_tensors]
 WHEN = pytest.mark.parametrize("when", ["before the first forward", "between forwards", "before close"])
 
 
@@ -170,6 +174,11 @@ def test_what_only_reads_goes_on_working(stack, tmp_path, store):
     assert isinstance(w, nn.Parameter)
     for got in (w.numpy(), np.asarray(w), np.from_dlpack(w), torch.from_dlpack(w), copy.deepcopy(w), w.data.clone()):
         assert torch.equal(torch.as_tensor(np.array(got)), whole[NAME])
+    assert all(torch.equal(row, want) for row, want in zip(w, whole[NAME], strict=True))
+    assert torch.equal(torch.stack(w.unbind()), whole[NAME])
+    assert int(w.sum() > 0) == int(whole[NAME].sum() > 0)
+    twice = copy.deepcopy([w, w])
+    assert twice[0] is twice[1]
     clone = w.data.clone()
     clone += 1
     torch.zeros_like(clone).copy_(w)
