@@ -72,8 +72,7 @@ class Moved:
 
     def put_back(self, weights: Mapping[str, Tensor]) -> None:
         for ours, data in weights.items():
-            if ours in self.now:
-                stand_back(self.now[ours].parameter)
+            stand_back(self.now[ours].parameter)
             self._put(ours, data).requires_grad_(self.learning[ours])
         send_elsewhere(self.module, None)
 
