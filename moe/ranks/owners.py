@@ -122,15 +122,20 @@ def watch(module: nn.Module, parallel: Parallel) -> None:
         part.register_forward_pre_hook(before)
 
 
-def adopt(module: nn.Module, parallel: Parallel) -> None:
-    """Parameters that parallelize did not see get the values that the first of their ranks has, as under DDP, and their
-    gradients are made right from now on. Every rank must come by with the same ones."""
-    new = {
-        parameter: f"{name}.{leaf}"
+def newcomers(module: nn.Module, parallel: Parallel) -> dict[nn.Parameter, str]:
+    """The parameters, with their names, whose gradients nobody makes right."""
+    return {
+        parameter: f"{name}.{leaf}" if name else leaf
         for name, part in module.named_modules()
         for leaf, parameter in part.named_parameters(recurse=False)
         if parameter.requires_grad and parameter not in parallel.seen and (part, leaf) not in parallel.sharded
     }
+
+
+def adopt(module: nn.Module, parallel: Parallel) -> None:
+    """Parameters that parallelize did not see get the values that the first of their ranks has, as under DDP, and their
+    gradients are made right from now on. Every rank must come by with the same ones."""
+    new = newcomers(module, parallel)
     if not new:
         return
     if parallel.fsdp and parallel.fold.size("edp") > 1 and (factors := new.keys() & parallel.factors(module).keys()):

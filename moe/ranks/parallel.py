@@ -29,7 +29,7 @@ from ..losses import TokenRanks
 from ..shards import Cut, Shards, cut_experts, shards_of
 from ..shared import SharedExpert
 from .agree import same_on_every_rank
-from .owners import Parallel, check_adapters, owners, shard_fully, synchronise, watch
+from .owners import Parallel, adopt, check_adapters, newcomers, owners, shard_fully, synchronise, watch
 from .sync import GradientSync, gradient_of, norm_of
 
 ACTIVATIONS = ("sharded", "replicated")
@@ -298,22 +298,13 @@ def parallel_of(module: nn.Module) -> Parallel:
     return vars(inside[0])[_PARALLEL]
 
 
-def _known(who: str, module: nn.Module) -> Parallel:
-    """What parallelize left; ValueError where parameters came later, whose gradients nobody makes right."""
-    parallel = parallel_of(module)
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter not in parallel.seen:
-            raise ValueError(
-                f"{who}: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}: "
-                "run a forward pass first, from which on its gradients are made right"
-            )
-    return parallel
-
-
 @contextmanager
 def no_sync(module: nn.Module) -> Iterator[None]:
-    """No exchange of gradients inside: for all but the last of several backward passes to one optimizer step."""
-    parallel = _known("no_sync", module)
+    """No exchange of gradients inside: for all but the last of several backward passes to one optimizer step.
+
+    Every rank must come by: parameters that are new or unfrozen are synchronised from here on."""
+    parallel = parallel_of(module)
+    adopt(module, parallel)
     if not parallel.sync.on:  # inside another
         yield
         return
@@ -338,7 +329,12 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
     """
     if not isinstance(max_norm, int | float) or not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm must be a positive number, got {max_norm!r}")
-    parallel = _known("clip_grad_norm_", module)
+    parallel = parallel_of(module)
+    for name in newcomers(module, parallel).values():
+        raise ValueError(
+            f"clip_grad_norm_: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}"
+            ": run a forward pass first, from which on its gradients are made right"
+        )
     gradients = {p: gradient_of(p) for p in module.parameters() if p.grad is not None}
     of = owners(module, parallel)
     pieces = [piece for p, grad in gradients.items() for piece in parallel.sync.pieces(p, grad, of[p].ranks.size())]

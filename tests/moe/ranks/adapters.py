@@ -187,6 +187,22 @@ def lora_after():
 
 
 @check
+def lora_after_and_gradients_that_add_up():
+    """The first of two backward passes, which no_sync holds back, finds the adapters; so does the model around."""
+    for fold, how in folds():
+        whole = adapted(built(olmoe), ATTENTION, seed=20)
+        mine = headgate.parallelize(built(olmoe), fold, **how)
+        mine = adapted(mine, ATTENTION, seed=20 + dist.get_rank())
+        ids, g, part = batch(fold)
+        for _ in range(2):
+            step(whole, ids, g / fold.size("dp", "cp"))
+        with headgate.no_sync(mine):
+            step(mine, ids[part], g[part])
+        step(mine, ids[part], g[part])
+        same(whole, mine, lambda p: p.grad, f"{fold}: gradient")
+
+
+@check
 def lora_on_experts_after():
     """Ranks with the same experts agree; with one process's values, so do the gradients."""
     for make, targets in FORMS:
