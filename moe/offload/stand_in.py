@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 _SETS_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _HARMLESS = {"requires_grad_", "detach_", "rename_"}
 _IN_PLACE = {
-    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ifloordiv__", "__imod__", "__ipow__",
-    "__ilshift__", "__irshift__", "__iand__", "__ior__", "__ixor__",
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ifloordiv__", "__imod__",
+    "__ipow__", "__ilshift__", "__irshift__", "__iand__", "__ior__", "__ixor__",
 }  # fmt: skip
 
 
