@@ -7,13 +7,13 @@ call lasts. It is known here by what it has: PEFT itself is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from .shards import Cut, Shards
+from .shards import Cut, Shards, shards_of
 
 
 def wrappers_in(model: nn.Module) -> Iterator[tuple[str, Any, nn.Module]]:
@@ -77,8 +77,16 @@ def factors_of(wrapper: Any, cuts: Mapping[str, Cut]) -> list[Factor]:
     return found
 
 
-def cut_adapter(wrapper: Any, shards: Shards) -> None:
-    """Leaves this rank the part of an adapter that belongs to its part of the experts."""
+def cut_adapters(model: nn.Module, experts: Sequence[nn.Module]) -> None:
+    """Leaves this rank the parts of adapters that belong to its part of the `experts` of a model."""
+    for _, wrapper, inside in wrappers_in(model):
+        if any(inside is each for each in experts):
+            shards = shards_of(inside)
+            assert shards is not None
+            _cut_adapter(wrapper, shards)
+
+
+def _cut_adapter(wrapper: Any, shards: Shards) -> None:
     factors = factors_of(wrapper, shards.cuts)
     for factor in factors:
         factor.keep(shards)

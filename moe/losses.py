@@ -29,7 +29,7 @@ class TokenRanks:
     `group`: every rank that holds tokens of the batch, each its own. `average`: the router's gradients are summed over
     `group` and then divided by this (the group's size under DDP). `sequence`: the ranks of `group` that hold parts of
     the same sequences, all of the same ones in the same order; None: every sequence is whole on its rank. It matters
-    for losses of each sequence only. Every rank of `group` must take part in every call, with no tokens too.
+    for losses of each sequence or rank only. Every rank of `group` must take part in every call, with no tokens too.
 
     Raises ValueError where `average` is not positive or this rank is not in a group.
     """
@@ -54,7 +54,8 @@ def load_balancing_loss(routing: Routing, *, sequences: int | None = None, ranks
 
     Source: Lepikhin et al., GShard (2020); Fedus et al., Switch Transformers (2021), equations 4-6. For softmax scores
     it equals transformers' `load_balancing_loss_func`. Scores that do not sum to one (sigmoid) are divided by their sum
-    (DeepSeek-V3, equation 19). The gradient goes through P alone: counts have none.
+    (DeepSeek-V3, equation 19). The gradient goes through P alone: counts have none. Megatron-Core's value is this over
+    K; GShard's and Tutel's is that of first choices alone. See MoE's `load_balancing_norm`, `load_balancing_choice`.
 
     `sequences` S: the tokens are S sequences of T / S; each has its own loss, and the mean is returned (DeepSeek-V3,
     equation 17). `ranks`: the batch is that of all these ranks (Qiu et al., Demons in the Detail, 2025), whatever share

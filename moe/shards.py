@@ -83,7 +83,7 @@ class Shards:
     A change of degree moves no weight and changes no gradient: the parts are the same. `outer` makes the dispatcher of
     an ep group, `inner` that of ranks with slices of the same experts; with `replicated` rows only r = etp makes sense.
     With `every` > 0 the degree that moves fewest bytes for the rows of the moment is taken anew every so many calls, by
-    an all-reduce of one number; `why()` says by which figures.
+    an all-reduce of one number; `why()` says by which figures. `shared`: a shared expert, which every token goes to.
 
     `held`: the experts of this rank, those of `slots`, its slots out of S. By `place` they are what a placement says;
     before they are E/ep in a row, and a slot is an expert.
@@ -99,9 +99,10 @@ class Shards:
         *,
         replicated: bool = False,
         every: int = 0,
+        shared: bool = False,
     ) -> None:
         self.etp = fold.size("etp")
-        self.fold, self.num_experts, self.cuts = fold, num_experts, dict(cuts)
+        self.fold, self.num_experts, self.cuts, self.shared = fold, num_experts, dict(cuts), shared
         self._outer, self._inner, self.replicated, self._every = outer, inner, replicated, every
         self.weight_bytes, self._calls, self._bytes = 0, 0, dict[int, float]()
         self._due, self._pending = False, Pending()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import inspect
 import io
+import operator
 import re
 import shlex
 from itertools import zip_longest
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import headgate
 from headgate import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,6 +118,28 @@ def test_files_that_are_named_exist(document):
     here = (ROOT, document.parent)
     named = [p for p in paths if not re.search(r"(^|[/_])(x|op)\b", p)]
     assert not [p for p in named if not any((folder / p).exists() for folder in here)]
+
+
+def test_what_other_libraries_flags_are_called_here_is_there():
+    """Tables of coming.md: each `name=` is a parameter of something public, each `headgate.name` resolves."""
+    page = (ROOT / "docs" / "coming.md").read_text()
+    rows = [row.split("|")[-2] for row in page.splitlines() if row.startswith("| ")]
+    code = [c for row in rows for c in re.findall(r"`([^`]+)`", row)]
+    takers = [headgate.MoE, headgate.Experts, headgate.Capacity, headgate.Fold, headgate.parallelize,
+              headgate.grouped_ffn, *headgate.moe.ROUTERS.values()]  # fmt: skip
+    known = {name for taker in takers for name in inspect.signature(taker).parameters}
+    known |= {"edp", "ep", "etp", "dp", "cp", "tp"}
+    arguments = {name for c in code for name in re.findall(r"\b(\w+)=", c)}
+    assert len(arguments) > 35
+    assert not arguments - known
+    names = {name for c in code for name in re.findall(r"\bheadgate\.([\w.]+)", c)}
+    for name in names:
+        operator.attrgetter(name)(headgate)
+    layer = headgate.MoE(8, 4, 4, 2, router="sigmoid", capacity=1.0)
+    layer(torch.randn(3, 8))
+    for name in ("aux_losses", "last_routing.counts", "last_overflow", "aux_scale", "router.expert_bias"):
+        assert f"`{name}`" in page
+        assert operator.attrgetter(name)(layer) is not None
 
 
 def test_the_readme_is_short():

@@ -22,7 +22,7 @@ NOT_OURS = {"tests", "docs", "build", "dist", "headgate-demo", "__pycache__"}
 # floor -> the floors below it, and the packages of others, beside the standard library, that it may import
 FLOORS = {
     "kernels": (set(), {"torch", "numpy", "triton", "cupy"}),
-    "placement": (set(), {"numpy", "scipy", "numba", "pyarrow"}),
+    "placement": (set(), {"numpy", "scipy", "numba", "pyarrow", "yaml"}),
     "dispatch": ({"kernels", "placement"}, {"torch", "numpy", "deep_ep"}),
     "moe": ({"dispatch", "kernels", "placement"}, {"torch", "numpy", "transformers", "safetensors"}),
 }
@@ -30,14 +30,15 @@ FLOORS = {
 PLACEMENT: dict[str, set[str]] = {
     "__init__": set(),
     "files": set(),
+    "careful": set(),
     "slots": set(),
     "compiled": set(),
     "cluster": set(),
-    "traces": {"files"},
-    "placement": {"cluster", "files"},
+    "traces": {"careful", "files"},
+    "placement": {"careful", "cluster", "files"},
     "cost": {"cluster"},
-    "formats": {"placement", "cluster", "files"},
-    "caching": {"traces", "cluster", "compiled", "files"},
+    "formats": {"placement", "careful", "cluster", "files"},
+    "caching": {"traces", "careful", "cluster", "compiled", "files"},
     "walk": {"cost", "placement", "traces"},
     "problem": {"cost", "placement", "cluster", "slots"},
     "live": {"walk", "placement", "traces", "cluster", "slots"},

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...bench.machine import need
 from ...bench.screen import Screen
+from ...placement.careful import opened
 from ...placement.cluster.topology import Topology
 from ...placement.files import write_whole
 from ...placement.formats import EXPORTS, export, import_map
@@ -159,15 +160,10 @@ def _same_model(before: Placement, source: Trace | TraceFile, topology: Topology
 
 def _earlier(path: Path, topology: Topology) -> Placement:
     """Our own file, or another system's."""
-    try:
-        return Placement.load(path)
-    except ValueError as error:
-        if path.suffix == ".json" and "expert_of_slot" in path.read_text(errors="replace"):
-            raise
-        try:
-            return import_map(path, topology)
-        except ValueError:
-            raise error from None
+    with opened(path, "place") as file:
+        text = file.stream.read()
+    ours = path.suffix == ".json" and b"physical_to_logical_map" not in text and text.lstrip()[:1] != b"["
+    return Placement.load(path) if ours else import_map(path, topology)
 
 
 def _split(source: Trace | TraceFile, share: float, seed: int) -> tuple[Trace | TraceFile, Trace | None]:

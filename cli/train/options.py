@@ -9,6 +9,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+from ...dispatch import ENGINES
 from ...dispatch.fold import ATTENTION, EXPERTS, Sizes
 from ...dispatch.wire import FORMATS
 from ..demo.tour import Shape
@@ -50,6 +51,8 @@ class Options:
             raise ValueError(f"train: --lr must be more than 0, got {self.learning_rate}")
         if self.wire not in FORMATS:
             raise ValueError(f"train: --wire must be one of {', '.join(FORMATS)}, got {self.wire!r}")
+        if self.dispatcher in ENGINES:
+            raise ValueError(f"train: --dispatcher must be one that moves fp32 rows, got {self.dispatcher!r}")
         if self.every is not None and self.checkpoint is None:
             raise ValueError(f"train: --every must come with --checkpoint, got {self.every} without it")
         if self.shape.hidden % (2 * self.shape.heads):

@@ -51,7 +51,7 @@ def forward(
     score: str,
     groups: int,
     topk_groups: int,
-    group_score: str,
+    group_score: int,
     renormalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

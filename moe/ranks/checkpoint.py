@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def save_checkpoint(
 
     The format is torch.distributed.checkpoint's. Keys are "model/NAME" and "optimizer/FIELD/NAME" with the names and
     the shapes that one process would have, without torch.compile's `_orig_mod`; a weight with gate and up rows is kept
-    as NAME.0 and NAME.1, a LoRA matrix on experts as [E, r, in or out].
+    as NAME.0 and NAME.1, but for that of a shared expert, which is one tensor. A LoRA matrix on experts is kept as
+    [E, r, in or out].
 
     Raises, on every rank, ValueError where the optimizer holds parameters that the module has not or keeps state of
     another shape for experts (Adafactor), or experts were given a dispatcher by hand; OSError and torch's
@@ -200,6 +201,9 @@ def _cuts(module: nn.Module) -> Mapping[str, _Piece]:
                     f"got {m.dispatcher} given to it by hand"
                 )
             cuts = m.cuts()
+        elif isinstance(m, Experts):  # a shared expert that is whole: its adapters alone are arranged, in one tensor
+            of_module[id(m)] = {weight: replace(cut, blocks=1) for weight, cut in m.cuts().items()}, None
+            continue
         elif is_decorated(m) and refused(m) is None:
             cuts = cuts_of_experts(name, m, 1)[1]
         else:
@@ -219,6 +223,11 @@ def _pieces(name: str, t: Tensor, piece: _Piece) -> Iterator[tuple[str, Tensor]]
     """t, this rank's part of a parameter or of a state of its shape: (key, view of t with its place in the whole)."""
     cut, shards = piece.cut, piece.shards
     held = piece.arrange(t.to_local() if isinstance(t, DTensor) else t)
+    if shards is not None and shards.shared:  # one tensor, as where nobody has cut it
+        here = shards.held if len(held) else []  # FSDP2 leaves the one expert to one rank
+        rank, etp = (0, 1) if cut.everywhere else (shards.fold.rank("etp"), shards.etp)
+        yield name, Chunks(held, here, 1, cut.ffn, rank, etp, cut.blocks)
+        return
     for block, view in enumerate(held.unflatten(cut.ffn, (cut.blocks, -1)).unbind(cut.ffn)):
         key = name if cut.blocks == 1 else f"{name}.{block}"
         if shards is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,21 +25,29 @@ class Parallel:
     fold: Fold
     experts: dict[str, nn.Module]
     sync: GradientSync = field(repr=False)
+    shared: dict[str, nn.Module] = field(default_factory=dict)  # shared experts that are cut over tp
     replicated: bool = False
     fsdp: bool = False
     sharded: set[tuple[nn.Module, str]] = field(default_factory=set, repr=False)  # whose parameters FSDP2 exchanges
     seen: set[nn.Parameter] = field(default_factory=set, repr=False)  # those whose gradients are made right
 
-    def expert_parameters(self) -> set[nn.Parameter]:
-        return {p for experts in self.experts.values() for p in experts.parameters(recurse=False)}
+    def cut(self) -> Iterator[tuple[nn.Module, Fold]]:
+        """The modules that are cut, and over which fold each."""
+        for module in (*self.experts.values(), *self.shared.values()):
+            shards = shards_of(module)
+            assert shards is not None
+            yield module, shards.fold
 
-    def factors(self, module: nn.Module) -> dict[nn.Parameter, Factor]:
-        """The parameters of LoRA adapters on experts."""
-        mine, found = {id(experts) for experts in self.experts.values()}, dict[nn.Parameter, Factor]()
+    def cut_parameters(self) -> dict[nn.Parameter, Fold]:
+        return {p: fold for module, fold in self.cut() for p in module.parameters(recurse=False)}
+
+    def factors(self, module: nn.Module) -> dict[nn.Parameter, tuple[Factor, Fold]]:
+        """The parameters of LoRA adapters on what is cut."""
+        folds, found = {id(part): fold for part, fold in self.cut()}, dict[nn.Parameter, tuple[Factor, Fold]]()
         for _, wrapper, inside in wrappers_in(module):
-            if id(inside) in mine:
+            if id(inside) in folds:
                 shards: Any = shards_of(inside)
-                found |= {factor.parameter: factor for factor in factors_of(wrapper, shards.cuts)}
+                found |= {f.parameter: (f, folds[id(inside)]) for f in factors_of(wrapper, shards.cuts)}
         return found
 
     def __deepcopy__(self, memo: object) -> Parallel:
@@ -57,14 +65,14 @@ class Owner:
 def owners(module: nn.Module, parallel: Parallel) -> dict[nn.Parameter, Owner]:
     """Experts are summed over edp, what an adapter has once for all slices of an expert over etp too, everything else
     over the ranks whose tokens it saw."""
-    f, mine, factors = parallel.fold, parallel.expert_parameters(), parallel.factors(module)
+    f, cut, factors = parallel.fold, parallel.cut_parameters(), parallel.factors(module)
     average, stage = f.size("dp", "cp"), f.group("dp", "cp", "tp")
 
     def of(parameter: nn.Parameter) -> Owner:
-        factor = factors.get(parameter)
-        if factor is not None or parameter in mine:
+        if parameter in factors or parameter in cut:
+            factor, over = factors.get(parameter) or (None, cut[parameter])
             names = ("edp", "etp") if factor is not None and factor.cut.everywhere else ("edp",)
-            return Owner(Share(f.group(*names), f.size(*names) / average), f.group(*names))
+            return Owner(Share(over.group(*names), over.size(*names) / average), over.group(*names))
         if parallel.replicated or isinstance(parameter, DTensor):
             return Owner(Share(f.group("dp", "cp"), 1.0), stage)
         return Owner(Share(stage, float(f.size("tp"))), stage)
@@ -80,16 +88,19 @@ def synchronise(module: nn.Module, parallel: Parallel) -> None:
 def shard_fully(module: nn.Module, parallel: Parallel) -> None:
     """FSDP2 over the ranks that hold the same, with the sums and averages of `synchronise`."""
     f, of = parallel.fold, owners(module, parallel)
-    average, mine = f.size("dp", "cp"), parallel.expert_parameters() | parallel.factors(module).keys()
-    if f.size("edp") > 1:
-        for experts in parallel.experts.values():
-            _divide(fully_shard(experts, mesh=f.experts["edp"]), average)
-    else:
-        for parameter in mine:
-            parallel.sync.add(parameter, of[parameter].share)
-    if set(module.parameters()) - mine:
+    average, factors = f.size("dp", "cp"), parallel.factors(module)
+    for experts, over in parallel.cut():
+        if over.size("edp") > 1:
+            _divide(fully_shard(experts, mesh=over.experts["edp"]), average)
+        else:
+            for parameter in experts.parameters(recurse=False):
+                parallel.sync.add(parameter, of[parameter].share)
+    for parameter in factors:
+        parallel.sync.add(parameter, of[parameter].share)
+    cut = parallel.cut_parameters().keys() | factors.keys()
+    if set(module.parameters()) - cut:
         mesh = f.flat(*(("dp", "cp") if parallel.replicated else ("dp", "cp", "tp")))
-        _divide(fully_shard(module, mesh=mesh, ignored_params=mine), average)
+        _divide(fully_shard(module, mesh=mesh, ignored_params=cut), average)
     parallel.sharded |= {
         (part, leaf)
         for part in module.modules()
@@ -138,8 +149,9 @@ def adopt(module: nn.Module, parallel: Parallel) -> None:
     new = newcomers(module, parallel)
     if not new:
         return
-    if parallel.fsdp and parallel.fold.size("edp") > 1 and (factors := new.keys() & parallel.factors(module).keys()):
-        raise ValueError(_sharded_experts(new[factors.pop()]))
+    for parameter, (_, over) in parallel.factors(module).items() if parallel.fsdp else ():
+        if parameter in new and over.size("edp") > 1:
+            raise ValueError(_sharded_experts(new[parameter]))
     of = owners(module, parallel)
     _same_values([(parameter, of[parameter].ranks) for parameter in new])
     for parameter in new:

@@ -40,10 +40,10 @@ def check(function):
 class Layers(nn.Module):
     """Two of our own layers."""
 
-    def __init__(self):
+    def __init__(self, **options):
         super().__init__()
         self.table = nn.Embedding(32, D)
-        self.layers = nn.ModuleList(headgate.MoE(D, F, E, K, bias=True) for _ in range(2))
+        self.layers = nn.ModuleList(headgate.MoE(D, F, E, K, bias=True, **options) for _ in range(2))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.table(input_ids)
@@ -71,7 +71,7 @@ def built(make, seed: int = 3) -> nn.Module:
         for p in model.parameters():
             if p.dim() > 1:
                 p.normal_(std=p.shape[-1] ** -0.5)
-    if make is not Layers:
+    if not isinstance(model, Layers):
         headgate.replace(model)
     return model
 
@@ -122,7 +122,8 @@ def part_of(name: str, whole: Tensor, mine: nn.Module) -> Tensor:
     if shards is None:
         return whole
     is_a, ffn = ".lora_A." in name, "down" in wrapper.parameter_name
-    t = whole.view(E, R, -1) if is_a else whole.view(whole.shape[0], R, E).permute(2, 1, 0)
+    experts = shards.num_experts
+    t = whole.view(experts, R, -1) if is_a else whole.view(whole.shape[0], R, experts).permute(2, 1, 0)
     t = t[shards.held.start : shards.held.stop]
     if is_a == ffn:  # A of the second weight and B of the first have F
         cut = shards.cuts[wrapper.parameter_name]
@@ -220,6 +221,52 @@ def lora_on_experts_after():
                     if p.requires_grad:
                         p.copy_(part_of(name, full[name], mine))
             compare(fold, whole, mine, f"{make.__name__} {fold}")
+
+
+def with_shared() -> nn.Module:
+    return Layers(shared_intermediate_size=8)
+
+
+@check
+def lora_on_shared_experts_cut_over_tp():
+    """Whose ranks have tokens of their own, or the same."""
+    n = dist.get_world_size()
+    targets = {"target_parameters": [*OURS["target_parameters"], "ffn.w_gate_up", "ffn.w_down"]}
+    for tokens in ("sharded", "replicated"):
+        experts = {"ep": n} if tokens == "sharded" else {"edp": n // 2, "ep": 2}
+        fold = make_fold(Sizes.of({"dp": n // 2, "tp": 2}, experts, 1, n))
+        for order in ("before", "after"):
+            whole, mine = built(with_shared), built(with_shared)
+            how = {"activations": tokens, "cut_shared": True}
+            if order == "before":
+                mine = headgate.parallelize(adapted(mine, targets), fold, **how)
+            else:
+                mine = adapted(headgate.parallelize(mine, fold, **how), targets)
+            whole = adapted(whole, targets)
+            torch.manual_seed(11)
+            ids, g = torch.randint(2, 32, (2 * n, LENGTH)), torch.randn(2 * n, LENGTH, 1)
+            parts = n if tokens == "sharded" else n // 2
+            part = slice(*(2 * n // parts * (i + dist.get_rank() * parts // n) for i in (0, 1)))
+            if order == "after":
+                with torch.no_grad():
+                    answer(mine, ids[part])
+                step(mine, ids[part], g[part])
+                for p in mine.parameters():
+                    p.grad = None
+                full = dict(whole.named_parameters())
+                with torch.no_grad():
+                    for name, p in mine.named_parameters():
+                        if p.requires_grad:
+                            p.copy_(part_of(name, full[name], mine))
+            want = step(whole, ids, g * 2 / n)
+            close(step(mine, ids[part], g[part]), want[part], f"{tokens} {order}: y")
+            same(whole, mine, lambda p: p.grad, f"{tokens} {order}: gradient")
+            if order == "before":
+                headgate.save_checkpoint(folder("shared"), mine)
+                other = adapted(built(with_shared, seed=4), targets, seed=8)
+                headgate.load_checkpoint(folder("shared"), other)
+                same(other, mine, lambda p: p.detach(), f"{tokens}: checkpoint")
+                dist.barrier()
 
 
 @check
