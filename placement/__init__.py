@@ -14,6 +14,7 @@
 | cluster/ | nodes, GPUs, links, and the rows sent over them |
 | compiled.py, files.py | numba's cache across files; files written whole or not at all |
 | careful.py | the one way to read a file that a stranger may have written |
+| lookup.py | the files of a room by their names |
 
 The files of a room answer here too, under their own names and when they are first asked for:
 `headgate.placement.rebalance` is `placement/live/rebalance.py`. Who may import whom: tests/test_house.py.

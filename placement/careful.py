@@ -106,7 +106,7 @@ class Guard:
             least, most = int(found.min()), int(found.max())
             rule = str(low) if low == high else f"in {low} .. {high}"
             self.rule(low <= least and most <= high, field, rule, least if least < low else most)
-        return found.astype(np.int64)
+        return found.astype(np.int64, order="C")
 
     def numbers(self, value: object, field: str, *, shape: tuple[int | None, ...], dtype: type) -> NDArray:
         """Fractions of such a shape and exactly such a type, finite."""
@@ -114,7 +114,7 @@ class Guard:
         self.rule(found.dtype == dtype, field, str(np.dtype(dtype)), found.dtype)
         self._shape(found, field, shape)
         self.rule(np.isfinite(found).all(), field, "finite", "NaN or Inf")
-        return found
+        return found.astype(dtype, order="C", copy=False)  # compiled code would be compiled for another order
 
     def _shape(self, found: NDArray, field: str, shape: tuple[int | None, ...]) -> None:
         fits = found.ndim == len(shape) and all(w in (None, n) for n, w in zip(found.shape, shape, strict=True))

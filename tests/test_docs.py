@@ -10,6 +10,8 @@ import io
 import operator
 import re
 import shlex
+import subprocess
+import sys
 from itertools import zip_longest
 from pathlib import Path
 
@@ -158,6 +160,31 @@ def test_messages_are_those_of_the_code():
         holders = [source for source in sources if max(parts, key=len) in source]
         pattern = re.compile(".{0,80}?".join(map(re.escape, parts)))
         assert any(pattern.search(source) for source in holders), message
+
+
+NAMES = """
+import sys
+import headgate
+for name in sys.argv[1:]:
+    found = headgate
+    try:
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
+    except AttributeError as error:
+        print(name, error)
+"""
+
+
+def test_names_that_are_printed_resolve_after_a_plain_import():
+    """`headgate.placement.rebalance` and the like, in one fresh process."""
+    pages = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *DOCS]
+    names = {
+        name for page in pages for name in re.findall(r"(?<![\w/.(])headgate(?:\.[A-Za-z_]\w*)+", page.read_text())
+    }
+    assert len(names) >= 50
+    done = subprocess.run([sys.executable, "-c", NAMES, *sorted(names)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
 
 
 def joined(source: str) -> str:

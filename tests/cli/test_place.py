@@ -204,5 +204,6 @@ def test_every_row_of_the_table(tmp_path, capsys):
 
 
 def test_effort_must_be_something(capsys):
-    assert cli.main(["bench", "placement", "--effort", "0"]) == 2
-    assert "--effort must be above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "placement", "--effort", "0"])
+    assert "--effort: must be above 0" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ MOST_s, MOST_MiB, LONGEST = 2.0, 256, 300
 
 
 def main(folder: Path, first: int, count: int, names: list[str]) -> None:
+    warnings.simplefilter("ignore")  # numpy's, on headers of Python 2
     limit = 8 << 30  # of addresses: what takes more gets MemoryError, and is found by its memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for name in names:

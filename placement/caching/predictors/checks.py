@@ -62,10 +62,11 @@ def _ngram(file: Guard, arrays: Arrays) -> Arrays:
         here = places[end - size : end]  # n tokens before each are compared
         file.rule(not size or int(here.min()) >= n, f"places of {n + 1} tokens", f"from {n} on", here.min(initial=0))
     share = file.numbers(arrays["share"], "share", shape=(layers, experts), dtype=np.float32)
-    return {
-        "ids": ids.astype(np.int32), "tokens": tokens, "share": share, "keys": arrays["keys"], "places": places,
-        "sizes": sizes,
-    } | _curve(file, arrays, layers, experts)  # fmt: skip
+    keys = np.ascontiguousarray(arrays["keys"])
+    found = {
+        "ids": ids.astype(np.int32), "tokens": tokens, "share": share, "keys": keys, "places": places, "sizes": sizes,
+    }  # fmt: skip
+    return found | _curve(file, arrays, layers, experts)
 
 
 def _sizes(file: Guard, found: NDArray, name: str) -> tuple[int, int]:
