@@ -27,15 +27,19 @@ class Cut:
 
     `blocks`: how many parts of that dimension, one after the other, are each cut for itself (2 for gate and up rows).
     `whole`: a bias of the experts' outputs, cut over D, that each rank of etp adds in its own columns.
+    `everywhere`: each rank of etp has all of it.
     """
 
     ffn: int
     blocks: int = 1
     whole: bool = False
+    everywhere: bool = False
 
     def of(self, full: Tensor, held: Sequence[int], etp: int, rank: int) -> Tensor:
         """The part [len(held), ...] of `full` [E, ...] that is this rank's, as a new contiguous tensor."""
         experts = full[held.start : held.stop] if isinstance(held, range) else full[list(held)]
+        if self.everywhere:
+            return experts.clone(memory_format=torch.contiguous_format)
         part = experts.unflatten(self.ffn, (self.blocks, etp, -1))
         return (
             part.select(self.ffn + 1, rank).flatten(self.ffn, self.ffn + 1).clone(memory_format=torch.contiguous_format)

@@ -180,7 +180,7 @@ def test_names_that_are_printed_resolve_after_a_plain_import():
     pages = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *DOCS]
     names = {
         name for page in pages for name in re.findall(r"(?<![\w/.(])headgate(?:\.[A-Za-z_]\w*)+", page.read_text())
-    }
+    } - {"headgate.json"}  # a file
     assert len(names) >= 50
     done = subprocess.run([sys.executable, "-c", NAMES, *sorted(names)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

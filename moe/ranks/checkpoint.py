@@ -6,9 +6,9 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from ...dispatch import collectives
 from ...dispatch.agreement import together
 from ...placement.careful import LONGEST, shown
+from ..adapters import factors_of, wrappers_in
 from ..experts import Experts
 from ..hf.experts import cuts_of_experts, is_decorated
 from ..hf.experts import refusal as refused
@@ -54,7 +55,8 @@ def save_checkpoint(
 
     The format is torch.distributed.checkpoint's. Keys are "model/NAME" and "optimizer/FIELD/NAME" with the names and
     the shapes that one process would have, without torch.compile's `_orig_mod`; a weight with gate and up rows is kept
-    as NAME.0 and NAME.1, but for that of a shared expert, which is one tensor.
+    as NAME.0 and NAME.1, but for that of a shared expert, which is one tensor. A LoRA matrix on experts is kept as
+    [E, r, in or out].
 
     Raises, on every rank, ValueError where `extra`, or what module and optimizer keep, has something else in it, where
     the optimizer holds parameters that the module has not or keeps state of another shape for experts (Adafactor), or
@@ -254,10 +256,20 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _cuts(module: nn.Module) -> Mapping[str, tuple[Cut, Shards | None]]:
+@dataclass(frozen=True)
+class _Piece:
+    """How a parameter with a dimension of experts is kept: `arrange` gives it, or a state of its shape, as [E, ...]."""
+
+    cut: Cut
+    shards: Shards | None
+    arrange: Callable[[Tensor], Tensor] = lambda t: t
+
+
+def _cuts(module: nn.Module) -> Mapping[str, _Piece]:
     """The parameters with a dimension of experts, by their full names: cut in this process or not."""
     shared = {id(part) for m in module.modules() if isinstance(m, SharedExpert) for part in m.modules()}
-    found: dict[str, tuple[Cut, Shards | None]] = {}
+    found: dict[str, _Piece] = {}
+    of_module: dict[int, tuple[Mapping[str, Cut], Shards | None]] = {}
     for name, m in module.named_modules():
         shards = shards_of(m)
         if shards is not None:
@@ -269,21 +281,32 @@ def _cuts(module: nn.Module) -> Mapping[str, tuple[Cut, Shards | None]]:
                     f"got {m.dispatcher} given to it by hand"
                 )
             cuts = m.cuts()
+        elif isinstance(m, Experts):  # a shared expert that is whole: its adapters alone are arranged, in one tensor
+            of_module[id(m)] = {weight: replace(cut, blocks=1) for weight, cut in m.cuts().items()}, None
+            continue
         elif is_decorated(m) and refused(m) is None:
             cuts = cuts_of_experts(name, m, 1)[1]
         else:
             continue
-        whole = _plain(name)
-        found |= {f"{whole}.{parameter}" if whole else parameter: (cut, shards) for parameter, cut in cuts.items()}
+        whole, of_module[id(m)] = _plain(name), (cuts, shards)
+        pieces = {parameter: _Piece(cut, shards) for parameter, cut in cuts.items()}
+        found |= {f"{whole}.{parameter}" if whole else parameter: piece for parameter, piece in pieces.items()}
+    names = {parameter: _plain(name) for name, parameter in module.named_parameters()}
+    for _, wrapper, inside in wrappers_in(module):
+        of, shards = of_module.get(id(inside), ({}, None))
+        for factor in factors_of(wrapper, of) if wrapper.parameter_name in of else ():
+            found[names[factor.parameter]] = _Piece(factor.cut, shards, factor.by_expert)
     return found
 
 
-def _pieces(name: str, t: Tensor, cut: Cut, shards: Shards | None) -> Iterator[tuple[str, Tensor]]:
+def _pieces(name: str, t: Tensor, piece: _Piece) -> Iterator[tuple[str, Tensor]]:
     """t, this rank's part of a parameter or of a state of its shape: (key, view of t with its place in the whole)."""
-    held = t.to_local() if isinstance(t, DTensor) else t
+    cut, shards = piece.cut, piece.shards
+    held = piece.arrange(t.to_local() if isinstance(t, DTensor) else t)
     if shards is not None and shards.shared:  # one tensor, as where nobody has cut it
         here = shards.held if len(held) else []  # FSDP2 leaves the one expert to one rank
-        yield name, Chunks(held, here, 1, cut.ffn, shards.fold.rank("etp"), shards.etp, cut.blocks)
+        rank, etp = (0, 1) if cut.everywhere else (shards.fold.rank("etp"), shards.etp)
+        yield name, Chunks(held, here, 1, cut.ffn, rank, etp, cut.blocks)
         return
     for block, view in enumerate(held.unflatten(cut.ffn, (cut.blocks, -1)).unbind(cut.ffn)):
         key = name if cut.blocks == 1 else f"{name}.{block}"
@@ -299,9 +322,9 @@ def _pieces(name: str, t: Tensor, cut: Cut, shards: Shards | None) -> Iterator[t
             continue
         over_edp: Placement = Shard(0) if isinstance(t, DTensor) else Replicate()
         shape = list(view.shape)
-        shape[0], shape[cut.ffn] = shards.num_experts, shape[cut.ffn] * shards.etp
+        shape[0], shape[cut.ffn] = shards.num_experts, shape[cut.ffn] * (1 if cut.everywhere else shards.etp)
         whole = torch.empty(shape, device="meta")
-        places = [Shard(0), over_edp, Shard(cut.ffn)]
+        places = [Shard(0), over_edp, Replicate() if cut.everywhere else Shard(cut.ffn)]
         sizes: dict[str, Any] = {"shape": whole.shape, "stride": whole.stride()}
         yield key, DTensor.from_local(view, shards.fold.experts, places, run_check=False, **sizes)
 
@@ -311,13 +334,13 @@ def _module_entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for own, value in module.state_dict().items():
         name = _plain(own)
         if name in cuts:
-            yield from _pieces(name, value.detach(), *cuts[name])
+            yield from _pieces(name, value.detach(), cuts[name])
         elif isinstance(value, Tensor):
             yield name, value
 
 
 def _optimizer_entries(
-    cuts: Mapping[str, tuple[Cut, Shards | None]], name: str, parameter: Tensor, field: str, value: Any
+    cuts: Mapping[str, _Piece], name: str, parameter: Tensor, field: str, value: Any
 ) -> Iterator[tuple[str, Any]]:
     alike = isinstance(value, Tensor) and value.shape == parameter.shape
     if name in cuts and isinstance(value, Tensor) and value.dim() and not alike:
@@ -326,7 +349,7 @@ def _optimizer_entries(
             f"{tuple(value.shape)} for {name} {tuple(parameter.shape)}"
         )
     if name in cuts and alike:
-        for key, piece in _pieces(name, value, *cuts[name]):
+        for key, piece in _pieces(name, value, cuts[name]):
             yield f"{_STATE}/{field}/{key}", piece
     elif isinstance(value, Tensor):
         yield f"{_STATE}/{field}/{name}", value
@@ -410,7 +433,7 @@ def _fresh_state(
     on_device = any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)
     fields = sorted({key.split("/")[1] for key in saved if key.startswith((f"{_STATE}/", f"{_STATE_OTHER}/"))})
     for parameter, name in _named(module, optimizer):
-        keys = [name, f"{name}.0"] if name in cuts and cuts[name][0].blocks > 1 else [name]
+        keys = [name, f"{name}.0"] if name in cuts and cuts[name].cut.blocks > 1 else [name]
         state: dict[str, Any] = {}
         for field in fields:
             there = next((saved[k] for k in (f"{_STATE}/{field}/{key}" for key in keys) if k in saved), None)

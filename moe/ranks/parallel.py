@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ...dispatch import AllToAll, Fold, Local
 from ...dispatch.agreement import together
 from ...dispatch.deep_ep import check_sizes
+from ..adapters import cut_adapters, unwrapped
 from ..experts import Experts
 from ..hf.experts import cuts_of_experts, flags
 from ..hf.swap import is_swapped, replace, restore, swapped_experts
@@ -24,33 +24,10 @@ from ..shards import Cut, Shards, cut_experts, shards_of
 from ..shared import SharedExpert
 from .agree import same_on_every_rank
 from .choice import ADAPT_EVERY, Choice, Make
-from .sync import GradientSync, Share, gradient_of, norm_of
+from .owners import Parallel, adopt, check_adapters, newcomers, owners, shard_fully, synchronise, watch
+from .sync import GradientSync, gradient_of, norm_of
 
 _PARALLEL = "_headgate_parallel"
-
-
-@dataclass(eq=False)
-class Parallel:
-    """What a parallelized module remembers: its fold, its experts by name, and how gradients are made right."""
-
-    fold: Fold
-    experts: dict[str, nn.Module]
-    sync: GradientSync = field(repr=False)
-    shared: dict[str, nn.Module] = field(default_factory=dict)  # shared experts that are cut over tp
-    seen: set[nn.Parameter] = field(default_factory=set, repr=False)  # those whose gradients are made right
-
-    def cut(self) -> Iterator[tuple[nn.Module, Fold]]:
-        """The modules that are cut, and over which fold each."""
-        for module in (*self.experts.values(), *self.shared.values()):
-            shards = shards_of(module)
-            assert shards is not None
-            yield module, shards.fold
-
-    def cut_parameters(self) -> dict[nn.Parameter, Fold]:
-        return {p: fold for module, fold in self.cut() for p in module.parameters(recurse=False)}
-
-    def __deepcopy__(self, memo: object) -> Parallel:
-        raise TypeError("parallelize: a module must be copied before it is parallelized: its hooks stay behind")
 
 
 def parallelize(
@@ -90,7 +67,8 @@ def parallelize(
     of each rank's loss, where the tp ranks of one have one loss together. So expert gradients are summed over all ranks
     that sent rows and over edp, all others (router, shared expert) over the stage, and divided by dp * cp. Several
     backward passes to a step: see `no_sync`. The norm over all ranks: `clip_grad_norm_`. The losses and the capacity of
-    MoE layers go by the whole batch of the stage.
+    MoE layers go by the whole batch of the stage. LoRA on experts is cut with them. Parameters that come later, on
+    every rank alike, get the values of their first rank and are synchronised from the next forward pass on.
 
     Every rank must call it. Raises ValueError / TypeError, on every rank and before anything is changed: a module
     without experts or parallelized already; E not divisible by ep, or F (with biases D too) by etp, or by tp with
@@ -105,14 +83,14 @@ def parallelize(
     stage, foreign = fold.group("dp", "cp", "tp"), _is_foreign(module)
     try:
         found, plans = together(lambda: _survey(module, choose, fsdp), stage)
-        shared = together(lambda: _survey_shared(module, fold) if cut_shared else {}, stage)
+        shared = together(lambda: _survey_shared(module, fold, fsdp) if cut_shared else {}, stage)
         options = {**choose.options(), "fsdp": fsdp, "cut_shared": cut_shared}
         same_on_every_rank(module, options, stage, torch.device(fold.device_type))
     except (ValueError, TypeError):
         if foreign and is_swapped(module):
             restore(module)
         raise
-    layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
+    layers = {id(unwrapped(m.experts)): m for m in module.modules() if isinstance(m, MoE)}
     links = choose.links()
     for name, experts in found.items():
         layer = layers.get(id(experts))
@@ -127,10 +105,12 @@ def parallelize(
     for name, experts in shared.items():
         how = {"replicated": choose.replicated, "shared": True}
         experts.spread(Shards(over_tp, 1, experts.cuts(), AllToAll, choose.inner(name), **how))
-    parallel = Parallel(fold, found, GradientSync(), dict(shared))
+    cut_adapters(module, [*found.values(), *shared.values()])
+    parallel = Parallel(fold, found, GradientSync(), dict(shared), choose.replicated, fsdp)
     vars(module)[_PARALLEL] = parallel
-    (_shard_fully if fsdp else _synchronise)(module, parallel, choose.replicated)
+    (shard_fully if fsdp else synchronise)(module, parallel)
     parallel.seen |= {p for p in module.parameters() if p.requires_grad}
+    watch(module, parallel)
     return module
 
 
@@ -163,25 +143,28 @@ def _survey(
     found = dict([*_ours(module), *swapped_experts(module)])
     if not found:
         raise ValueError(nothing)
+    check_adapters(module, found, fsdp and choose.fold.size("edp") > 1)
     owner: dict[nn.Parameter, str] = {}
     for name, experts in found.items():
         for parameter in experts.parameters(recurse=False):
             if owner.setdefault(parameter, name) != name:
                 raise ValueError(f"parallelize: experts must not share parameters, got {owner[parameter]} and {name}")
     if choose.engine is not None:
-        layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
+        layers = {id(unwrapped(m.experts)): m for m in module.modules() if isinstance(m, MoE)}
         for experts in found.values():
             top_k = _top_k(module, layers.get(id(experts)))
             check_sizes(choose.max_tokens or 0, _hidden_size(experts), top_k)
     return found, {name: _plan(name, experts, choose.fold) for name, experts in found.items()}
 
 
-def _survey_shared(module: nn.Module, fold: Fold) -> dict[str, Experts]:
+def _survey_shared(module: nn.Module, fold: Fold, fsdp: bool) -> dict[str, Experts]:
     """The shared experts by name. Raises ValueError where there are none, or they cannot be cut over tp."""
-    found = {f"{n}.ffn" if n else "ffn": m.ffn for n, m in module.named_modules() if isinstance(m, SharedExpert)}
+    parts = ((f"{n}.ffn" if n else "ffn", m) for n, m in module.named_modules() if isinstance(m, SharedExpert))
+    found: dict[str, Any] = {name: unwrapped(part.ffn) for name, part in parts}
     if not found:
         rule = "come with shared experts"
         raise ValueError(f"parallelize: cut_shared must {rule}, got a {type(module).__name__} without any")
+    check_adapters(module, found, fsdp and fold.size("dp", "cp") > 1)
     for name, experts in found.items():
         _check_cuts(name, experts, experts.cuts(), "tp", fold.size("tp"))
     return found
@@ -244,69 +227,26 @@ def _check_cuts(what: str, experts: nn.Module, cuts: dict[str, Cut], ranks: str,
             )
 
 
-def _synchronise(module: nn.Module, parallel: Parallel, replicated: bool) -> None:
-    """The share of every parameter's gradient: experts over edp, everything else over the ranks whose tokens it saw."""
-    f, cut = parallel.fold, parallel.cut_parameters()
-    average, tp = f.size("dp", "cp"), f.size("tp")
-    sharded = Share(f.group("dp", "cp"), 1.0)
-    rest = sharded if replicated else Share(f.group("dp", "cp", "tp"), float(tp))
-    for parameter in module.parameters():
-        if parameter in cut:
-            over = cut[parameter]
-            parallel.sync.add(parameter, Share(over.group("edp"), over.size("edp") / average))
-        else:
-            parallel.sync.add(parameter, sharded if isinstance(parameter, DTensor) else rest)
-
-
-def _shard_fully(module: nn.Module, parallel: Parallel, replicated: bool) -> None:
-    """FSDP2 over the ranks that hold the same, with the sums and averages of `_synchronise`."""
-    f = parallel.fold
-    average = f.size("dp", "cp")
-    for experts, over in parallel.cut():
-        if over.size("edp") > 1:
-            _divide(fully_shard(experts, mesh=over.experts["edp"]), average)
-        else:
-            for parameter in experts.parameters(recurse=False):
-                parallel.sync.add(parameter, Share(over.group("edp"), 1 / average))
-    cut = set(parallel.cut_parameters())
-    if set(module.parameters()) - cut:
-        mesh = f.flat(*(("dp", "cp") if replicated else ("dp", "cp", "tp")))
-        _divide(fully_shard(module, mesh=mesh, ignored_params=cut), average)
-
-
-def _divide(module: FSDPModule, average: int) -> None:
-    """Gradients become the sum over the mesh's ranks divided by `average`, not by how many they are."""
-    module.set_force_sum_reduction_for_comms(True)  # or FSDP2 asks gloo for a sum that only NCCL has
-    module.set_gradient_divide_factor(average)
-
-
 def is_parallel(module: nn.Module) -> bool:
     return _PARALLEL in vars(module)
 
 
 def parallel_of(module: nn.Module) -> Parallel:
-    """What parallelize left at the module. Raises ValueError where it has not been parallelized."""
-    if not is_parallel(module):
+    """What parallelize left at the module, or at the one inside it (a PeftModel's). Raises ValueError where it has not
+    been parallelized."""
+    inside = [part for part in module.modules() if is_parallel(part)]
+    if not is_parallel(module) and len(inside) != 1:
         raise ValueError(f"{type(module).__name__} must be parallelized (headgate.parallelize), got one that is not")
-    return vars(module)[_PARALLEL]
-
-
-def _known(who: str, module: nn.Module) -> Parallel:
-    """What parallelize left; ValueError where parameters came later, whose gradients nobody makes right."""
-    parallel = parallel_of(module)
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter not in parallel.seen:
-            raise ValueError(
-                f"{who}: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}: "
-                "load_state_dict(assign=True), to_empty and unfreezing come before it"
-            )
-    return parallel
+    return vars(inside[0])[_PARALLEL]
 
 
 @contextmanager
 def no_sync(module: nn.Module) -> Iterator[None]:
-    """No exchange of gradients inside: for all but the last of several backward passes to one optimizer step."""
-    parallel = _known("no_sync", module)
+    """No exchange of gradients inside: for all but the last of several backward passes to one optimizer step.
+
+    Every rank must come by: parameters that are new or unfrozen are synchronised from here on."""
+    parallel = parallel_of(module)
+    adopt(module, parallel)
     if not parallel.sync.on:  # inside another
         yield
         return
@@ -331,12 +271,16 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
     """
     if not isinstance(max_norm, int | float) or not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm must be a positive number, got {max_norm!r}")
-    parallel = _known("clip_grad_norm_", module)
-    f, cut = parallel.fold, parallel.cut_parameters()
+    parallel = parallel_of(module)
+    for name in newcomers(module, parallel).values():
+        raise ValueError(
+            f"clip_grad_norm_: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}"
+            ": run a forward pass first, from which on its gradients are made right"
+        )
     gradients = {p: gradient_of(p) for p in module.parameters() if p.grad is not None}
-    ranks = {p: cut[p].size("edp") if p in cut else f.sizes.stage for p in gradients}
-    pieces = [piece for p, grad in gradients.items() for piece in parallel.sync.pieces(p, grad, ranks[p])]
-    device = next((grad.device for grad in gradients.values()), torch.device(f.device_type))
+    of = owners(module, parallel)
+    pieces = [piece for p, grad in gradients.items() for piece in parallel.sync.pieces(p, grad, of[p].ranks.size())]
+    device = next((grad.device for grad in gradients.values()), torch.device(parallel.fold.device_type))
     norm = norm_of(pieces, device)
     if norm > max_norm:
         for grad in gradients.values():
