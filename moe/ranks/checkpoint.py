@@ -6,9 +6,9 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ...dispatch import collectives
 from ...dispatch.agreement import together
 from ...placement.careful import LONGEST, shown
-from ..adapters import factors_of, wrappers_in
-from ..experts import Experts
-from ..hf.experts import cuts_of_experts, is_decorated
-from ..hf.experts import refusal as refused
-from ..shards import Cut, Shards, shards_of
-from ..shared import SharedExpert
-from .chunks import Chunks
 from .kept import entries_of, pack, unpack
 from .metadata import METADATA, metadata_of, sign
 from .parallel import is_parallel, parallel_of
+from .pieces import Piece, cuts_in, module_entries, pieces, plain
 from .reading import CheckedReader
 
 _MODEL, _STATE, _GROUPS, _EXTRA, _OTHER = "model", "optimizer", "optimizer_groups", "extra", "model_other"
@@ -124,7 +117,7 @@ def load_checkpoint(
     groups, mine = values[_GROUPS], _groups_of(module, optimizer)
     together(lambda: _check_groups(mine, groups), ranks)
     fresh = _fresh_state(module, optimizer, source.saved, values)
-    cuts = _cuts(module)
+    cuts = cuts_in(module)
     for parameter, name in _named(module, optimizer):
         for field, value in fresh.get(parameter, {}).items():
             if isinstance(value, Tensor) and f"{_STATE_OTHER}/{field}/{name}" not in values:
@@ -160,7 +153,7 @@ def _begin(
         raise FileNotFoundError(f"load_checkpoint: path must be a folder that save_checkpoint wrote, got {path}")
     metadata = None if trusted else metadata_of(folder)
     saved = (metadata or dcp.FileSystemReader(folder).read_metadata()).state_dict_metadata
-    state = {f"{_MODEL}/{key}": t for key, t in _module_entries(module)}
+    state = {f"{_MODEL}/{key}": t for key, t in module_entries(module)}
     _check_fits({**state, _EXTRA: None, _OTHER: None}, saved, path)
     if optimizer is not None:
         _named(module, optimizer)
@@ -211,7 +204,7 @@ def _end(module: nn.Module, values: Mapping[str, Any]) -> Any:
     """Gives the module what is no tensor; the checkpoint's extra."""
     other = values[_OTHER]
     if other:
-        own = {_plain(name): name for name in module.state_dict()}
+        own = {plain(name): name for name in module.state_dict()}
         module.load_state_dict({own.get(name, name): value for name, value in other.items()}, strict=False)
     return values[_EXTRA]
 
@@ -251,96 +244,8 @@ def _quietly(ranks: dist.ProcessGroup | None) -> Iterator[None]:
 # --- what is kept under which key ---------------------------------------------------------------------------------
 
 
-def _plain(name: str) -> str:
-    """The name that a parameter has without torch.compile, which puts `_orig_mod` before what it has wrapped."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """How a parameter with a dimension of experts is kept: `arrange` gives it, or a state of its shape, as [E, ...]."""
-
-    cut: Cut
-    shards: Shards | None
-    arrange: Callable[[Tensor], Tensor] = lambda t: t
-
-
-def _cuts(module: nn.Module) -> Mapping[str, _Piece]:
-    """The parameters with a dimension of experts, by their full names: cut in this process or not."""
-    shared = {id(part) for m in module.modules() if isinstance(m, SharedExpert) for part in m.modules()}
-    found: dict[str, _Piece] = {}
-    of_module: dict[int, tuple[Mapping[str, Cut], Shards | None]] = {}
-    for name, m in module.named_modules():
-        shards = shards_of(m)
-        if shards is not None:
-            cuts = shards.cuts
-        elif isinstance(m, Experts) and id(m) not in shared:
-            if len(m.local_experts) != m.num_experts:
-                raise ValueError(
-                    f"checkpoint: {name or 'the module'} must be cut by parallelize where ranks share its experts, "
-                    f"got {m.dispatcher} given to it by hand"
-                )
-            cuts = m.cuts()
-        elif isinstance(m, Experts):  # a shared expert that is whole: its adapters alone are arranged, in one tensor
-            of_module[id(m)] = {weight: replace(cut, blocks=1) for weight, cut in m.cuts().items()}, None
-            continue
-        elif is_decorated(m) and refused(m) is None:
-            cuts = cuts_of_experts(name, m, 1)[1]
-        else:
-            continue
-        whole, of_module[id(m)] = _plain(name), (cuts, shards)
-        pieces = {parameter: _Piece(cut, shards) for parameter, cut in cuts.items()}
-        found |= {f"{whole}.{parameter}" if whole else parameter: piece for parameter, piece in pieces.items()}
-    names = {parameter: _plain(name) for name, parameter in module.named_parameters()}
-    for _, wrapper, inside in wrappers_in(module):
-        of, shards = of_module.get(id(inside), ({}, None))
-        for factor in factors_of(wrapper, of) if wrapper.parameter_name in of else ():
-            found[names[factor.parameter]] = _Piece(factor.cut, shards, factor.by_expert)
-    return found
-
-
-def _pieces(name: str, t: Tensor, piece: _Piece) -> Iterator[tuple[str, Tensor]]:
-    """t, this rank's part of a parameter or of a state of its shape: (key, view of t with its place in the whole)."""
-    cut, shards = piece.cut, piece.shards
-    held = piece.arrange(t.to_local() if isinstance(t, DTensor) else t)
-    if shards is not None and shards.shared:  # one tensor, as where nobody has cut it
-        here = shards.held if len(held) else []  # FSDP2 leaves the one expert to one rank
-        rank, etp = (0, 1) if cut.everywhere else (shards.fold.rank("etp"), shards.etp)
-        yield name, Chunks(held, here, 1, cut.ffn, rank, etp, cut.blocks)
-        return
-    for block, view in enumerate(held.unflatten(cut.ffn, (cut.blocks, -1)).unbind(cut.ffn)):
-        key = name if cut.blocks == 1 else f"{name}.{block}"
-        if shards is None:
-            yield key, view
-            continue
-        if view.device.type != shards.fold.device_type:  # a DTensor would be made of a copy
-            raise ValueError(
-                f"checkpoint: {name} must be on the fold's device, {shards.fold.device_type}, got {view.device.type}"
-            )
-        if shards.placement is not None:
-            yield key, Chunks(view, shards.held, shards.num_experts, cut.ffn, shards.fold.rank("etp"), shards.etp)
-            continue
-        over_edp: Placement = Shard(0) if isinstance(t, DTensor) else Replicate()
-        shape = list(view.shape)
-        shape[0], shape[cut.ffn] = shards.num_experts, shape[cut.ffn] * (1 if cut.everywhere else shards.etp)
-        whole = torch.empty(shape, device="meta")
-        places = [Shard(0), over_edp, Replicate() if cut.everywhere else Shard(cut.ffn)]
-        sizes: dict[str, Any] = {"shape": whole.shape, "stride": whole.stride()}
-        yield key, DTensor.from_local(view, shards.fold.experts, places, run_check=False, **sizes)
-
-
-def _module_entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    cuts = _cuts(module)
-    for own, value in module.state_dict().items():
-        name = _plain(own)
-        if name in cuts:
-            yield from _pieces(name, value.detach(), cuts[name])
-        elif isinstance(value, Tensor):
-            yield name, value
-
-
 def _optimizer_entries(
-    cuts: Mapping[str, _Piece], name: str, parameter: Tensor, field: str, value: Any
+    cuts: Mapping[str, Piece], name: str, parameter: Tensor, field: str, value: Any
 ) -> Iterator[tuple[str, Any]]:
     alike = isinstance(value, Tensor) and value.shape == parameter.shape
     if name in cuts and isinstance(value, Tensor) and value.dim() and not alike:
@@ -349,7 +254,7 @@ def _optimizer_entries(
             f"{tuple(value.shape)} for {name} {tuple(parameter.shape)}"
         )
     if name in cuts and alike:
-        for key, piece in _pieces(name, value, cuts[name]):
+        for key, piece in pieces(name, value, cuts[name]):
             yield f"{_STATE}/{field}/{key}", piece
     elif isinstance(value, Tensor):
         yield f"{_STATE}/{field}/{name}", value
@@ -358,12 +263,12 @@ def _optimizer_entries(
 
 
 def _state_of(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    state: dict[str, Any] = {f"{_MODEL}/{key}": t for key, t in _module_entries(module)}
-    other = {_plain(k): v for k, v in module.state_dict().items() if not isinstance(v, Tensor)}
+    state: dict[str, Any] = {f"{_MODEL}/{key}": t for key, t in module_entries(module)}
+    other = {plain(k): v for k, v in module.state_dict().items() if not isinstance(v, Tensor)}
     state |= pack(_OTHER, other, "save_checkpoint: module.state_dict()")
     if optimizer is None:
         return state
-    cuts = _cuts(module)
+    cuts = cuts_in(module)
     for parameter, name in _named(module, optimizer):
         for field, value in optimizer.state.get(parameter, {}).items():
             state |= dict(_optimizer_entries(cuts, name, parameter, field, value))
@@ -371,7 +276,7 @@ def _state_of(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
 
 
 def _named(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, str]]:
-    names = {parameter: _plain(name) for name, parameter in module.named_parameters()}
+    names = {parameter: plain(name) for name, parameter in module.named_parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in held:
         if parameter not in names:
@@ -429,7 +334,7 @@ def _fresh_state(
 ) -> dict[nn.Parameter, dict[str, Any]]:
     """The optimizer's state for every field that the checkpoint has: tensors in this fold's shapes, to be filled, and
     the values that are no tensors."""
-    cuts, fresh = _cuts(module), dict[nn.Parameter, dict[str, Any]]()
+    cuts, fresh = cuts_in(module), dict[nn.Parameter, dict[str, Any]]()
     on_device = any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)
     fields = sorted({key.split("/")[1] for key in saved if key.startswith((f"{_STATE}/", f"{_STATE_OTHER}/"))})
     for parameter, name in _named(module, optimizer):

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import headgate
+from headgate.moe.offload import FileStore, Layer
 from headgate.placement.caching import predict
 from headgate.placement.caching.policies.learned import Learned
 from headgate.placement.caching.policies.state import Setting
@@ -137,6 +139,45 @@ def used_learned(path: Path) -> Any:
     return content(found.weights), content(state.tables)
 
 
+def experts_file(folder: Path) -> list[Path]:
+    weights = [{"w": torch.arange(24.0).reshape(4, 3, 2)}]
+    FileStore.write(
+        folder / "experts.safetensors", [Layer.of("mlp", (range(4), weights[0]))], lambda i: weights
+    ).close()
+    return [folder / "experts.safetensors"]
+
+
+def used_experts(path: Path) -> Any:
+    store = FileStore(path, verify=True)
+    try:
+        shapes = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in store.layers[0].kind(0).parts}
+        found = []
+        for expert in range(store.layers[0].experts):
+            store.read(0, expert, shapes)
+            found.append([t.tolist() for t in shapes.values()])
+        return content(store.layers), found
+    except OSError as error:  # a checksum that does not fit: `verify` is documented to raise this
+        raise ValueError(str(error)) from error
+    finally:
+        store.close()
+
+
+def a_module(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return headgate.MoE(hidden_size=4, intermediate_size=2, num_experts=4, top_k=2)
+
+
+def checkpoint(folder: Path) -> list[Path]:
+    headgate.save_checkpoint(folder / "step", a_module(0), extra={"step": 1})
+    return [folder / "step"]
+
+
+def used_checkpoint(path: Path) -> Any:
+    module = a_module(1)
+    extra = headgate.load_checkpoint(path, module)
+    return extra, [t.tolist() for t in module.state_dict().values()]
+
+
 # --- others' ---------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +269,8 @@ LOADERS = {
     "import_map": Loader(maps, lambda path: content(import_map(path, TWO))),
     "predict.load": Loader(predictors, used_predictor),
     "Learned.load": Loader(learned, used_learned),
+    "FileStore": Loader(experts_file, used_experts),
+    "load_checkpoint": Loader(checkpoint, used_checkpoint, share=0.1),
     "read sglang": Loader(sglang, recording),
     "read vllm": Loader(vllm, recording),
     "read router-logits": Loader(router_logits, recording),
