@@ -150,10 +150,13 @@ def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     So an auxiliary loss trains its layer without a word in the training loop (as Megatron-LM's MoEAuxLossAutoScaler,
     but with the scale in the caller's hand: multiply `loss` by what the main loss is multiplied by).
     """
-    return _Attach.apply(y, loss)
+    attach = _Attach if torch.compiler.is_compiling() else _AttachAnywhere
+    return attach.apply(y, loss)
 
 
 class _Attach(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(y: Tensor, loss: Tensor) -> Tensor:
         return y.view_as(y)
@@ -165,3 +168,11 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, grad.new_ones((), dtype=ctx.dtype)
+
+
+class _AttachAnywhere(_Attach):
+    """The same for forward-mode AD, too, which torch.compile does not take."""
+
+    @staticmethod
+    def jvp(ctx, y: Tensor, loss: Tensor) -> Tensor:
+        return y.view_as(y)

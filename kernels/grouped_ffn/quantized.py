@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import chip
 from ..activation import Activation
 from ..quantized import PER_BYTE, Quantized
-from . import plain, quantized_on_cpu
+from ..transforms import backward_of, implement, register_composite, register_second_backward, run
+from . import composite, plain, quantized_on_cpu
 from .thin_tiles import counted
 
 _ARGS = (
@@ -129,10 +130,26 @@ def _backward_on_cuda(
     return out[0], out[1], out[5], out[6]
 
 
-torch.library.impl("headgate::grouped_ffn_quantized", "CompositeExplicitAutograd", _forward)
-torch.library.impl("headgate::grouped_ffn_quantized", "cuda", _forward_on_cuda)
-torch.library.impl("headgate::grouped_ffn_quantized_backward", "CompositeExplicitAutograd", _backward)
-torch.library.impl("headgate::grouped_ffn_quantized_backward", "cuda", _backward_on_cuda)
+def _composite(
+    rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
+) -> tuple[Tensor, Tensor]:
+    first, second, last = widened(rows.dtype, unpacked(w1, w_up, w2, formats, blocks))
+    form = (kind, params, gated, False, interleaved, keep)
+    return composite.forward(rows, expert_ids, weights, first, second, last, b1, b2, *form)
+
+
+def _without_h(rows, expert_ids, weights, w1, w_up, w2, b1, b2, _h, *form) -> Tensor:
+    return _composite(rows, expert_ids, weights, w1, w_up, w2, b1, b2, *form, False)[0]
+
+
+_TENSORS = (0, 2, 6, 7)  # those of _ARGS that have a gradient
+_composite_backward = backward_of(_without_h, _TENSORS)
+implement("grouped_ffn_quantized", "CompositeExplicitAutograd", _forward)
+implement("grouped_ffn_quantized", "cuda", _forward_on_cuda)
+implement("grouped_ffn_quantized_backward", "CompositeExplicitAutograd", _backward)
+implement("grouped_ffn_quantized_backward", "cuda", _backward_on_cuda)
+register_composite("grouped_ffn_quantized", _composite)
+register_composite("grouped_ffn_quantized_backward", _composite_backward)
 
 
 @torch.library.register_fake("headgate::grouped_ffn_quantized")
@@ -165,19 +182,16 @@ def _gradients(ctx, grad_y, _grad_h):
     w1, w_up, w2 = packed[:2], packed[2:4] if ctx.pair else [], packed[-2:]
     g = ctx.needs_input_grad
     needs = [g[0], g[2], g[6], g[7]]
-    out = torch.ops.headgate.grouped_ffn_quantized_backward(
-        grad_y, rows, ids, weights, w1, w_up, w2, b1, b2, h, *ctx.form, needs
-    )
+    out = run(
+        torch.ops.headgate.grouped_ffn_quantized_backward, _composite_backward,
+        grad_y, rows, ids, weights, w1, w_up, w2, b1, b2, h, *ctx.form, needs,
+    )  # fmt: skip
     d = [o if need else None for o, need in zip(out, needs, strict=True)]
     return d[0], None, d[1], [None] * 2, [None] * len(w_up), [None] * 2, d[2], d[3], *(None,) * 7
 
 
-def _second_backward(ctx, *_grads):
-    raise NotImplementedError("grouped_ffn: second derivatives are not offered")
-
-
 torch.library.register_autograd("headgate::grouped_ffn_quantized", _gradients, setup_context=_setup_context)
-torch.library.register_autograd("headgate::grouped_ffn_quantized_backward", _second_backward)
+register_second_backward("grouped_ffn_quantized_backward", _composite_backward, _TENSORS)
 
 
 def check(w_gate_up: object, w_up: object, w_down: object, transposed: bool, op: str) -> None:
@@ -200,7 +214,8 @@ def call(tensors: list[Any], act: Activation, interleaved: bool) -> Tensor:
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weights, b1, b2))
     packed = [[] if w is None else [w.data, w.scale] for w in (w1, w_up, w2)]
     blocks = [min(n, 2**31 - 1) for n in (*w1.block, *w2.block)]
-    return torch.ops.headgate.grouped_ffn_quantized(
+    return run(
+        torch.ops.headgate.grouped_ffn_quantized, _composite,
         rows, expert_ids, weights, *packed, b1, b2, [w1.format, w2.format], blocks,
         act.kind, act.params, act.gated, interleaved, keep,
     )[0]  # fmt: skip

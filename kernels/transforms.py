@@ -1,0 +1,146 @@
+"""What torch.func's transforms and forward-mode AD find in place of an operator.
+
+An operator's kernels see plain numbers: torch would hand them no tangent (so that a derivative came out as zero) and
+takes no gradient of theirs inside torch.func. So every operator also has a form in plain torch, that any transform can
+differentiate and batch. It runs where a transform is at work; elsewhere nothing of it is asked.
+
+    register_composite   torch.func: grad, vjp, jvp, vmap and what is made of them, called on the operator too
+    run              forward-mode AD without torch.func (torch.autograd.forward_ad), in public functions
+    implement        a kernel, which refuses a tensor that carries a tangent
+    backward_of      the composite form of a backward operator, from that of the operator itself
+    register_second_backward     second derivatives of the kernels' gradients, by that form
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from .chip import say_once
+
+_FUNC = "FuncTorchDynamicLayerFrontMode"  # the dispatch key at which torch.func takes up a call
+
+
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def under_transform() -> bool:
+    """Whether a transform of torch.func, or a level of forward-mode AD, is at work: tensors may be more than they show,
+    and must not be kept beyond the call."""
+    return _in_forward_mode() or torch._C._are_functorch_transforms_active()
+
+
+def refuse_transforms(who: str, instead: str) -> None:
+    """Raises NotImplementedError, in the name of `who`, where a transform is at work."""
+    if under_transform():
+        raise NotImplementedError(f"{who}: transforms of torch.func and forward-mode AD are not offered; {instead}")
+
+
+def register_composite(op: str, composite: Callable[..., Any]) -> None:
+    """Under torch.func headgate::`op` is `composite`, of the same arguments: operations of torch that it can take
+    apart."""
+
+    def under_func(*args):
+        say_once(op, "a transform of torch.func is at work", "operations of torch that it can take apart")
+        return composite(*args)
+
+    torch.library.impl(f"headgate::{op}", _FUNC, under_func)
+
+
+def run(op: Callable[..., Any], composite: Callable[..., Any], *args: Any) -> Any:
+    """op(*args), or composite(*args) in forward-mode AD."""
+    return composite(*args) if _in_forward_mode() else op(*args)
+
+
+def implement(op: str, key: str, kernel: Callable[..., Any]) -> None:
+    """Registers a kernel of headgate::`op` for dispatch key `key`."""
+
+    def of_plain_numbers(*args):
+        if _in_forward_mode():
+            _refuse_tangents(op, args)
+        return kernel(*args)
+
+    torch.library.impl(f"headgate::{op}", key, of_plain_numbers)
+
+
+def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
+    for t in tree_leaves(args):
+        if isinstance(t, Tensor) and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: an operator must be given no tangent (its kernels would lose it), got a dual tensor; call "
+                f"headgate.kernels"
+            )
+
+
+def readable(t: Tensor) -> bool:
+    """Whether the values of integers `t` can be looked at: not under vmap, nor where a graph is traced."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return type(t.sum().item()) is int
+    except RuntimeError:
+        return False
+
+
+def backward_of(function: Callable[..., Any], places: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """(grad, *args, needs) -> the gradients of function(*args) for the args at `places`, empty where not needed."""
+
+    def backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *args, needs = args
+        found = _pull_back(function, args, [p for p, need in zip(places, needs, strict=True) if need], grad)
+        return tuple(grad.new_empty(0) if d is None else d for d in map(found.get, places))
+
+    return backward
+
+
+def register_second_backward(op: str, composite: Callable[..., Any], places: Sequence[int]) -> None:
+    """Makes headgate::`op` (grad, *args, needs) differentiable, in grad and the args at `places`, as `composite` is."""
+    behind = (0, *(p + 1 for p in places))  # `places` are those of args
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        leaves, ctx.form = tree_flatten(inputs)
+        ctx.save_for_backward(*(t if isinstance(t, Tensor) else None for t in leaves))
+        ctx.others = [None if isinstance(t, Tensor) else t for t in leaves]
+        ctx.set_materialize_grads(False)
+
+    def second_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        leaves = [o if t is None else t for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        args = tree_unflatten(leaves, ctx.form)
+        asked = [i for i, grad in enumerate(grads) if grad is not None]
+
+        def function(*args: Any) -> tuple[Tensor, ...]:
+            out = composite(*args)
+            return tuple(out[i] for i in asked)
+
+        wanted = [p for p in behind if ctx.needs_input_grad[p]]
+        found = _pull_back(function, args, wanted, tuple(grads[i] for i in asked))
+        return tuple(found.get(i, _none_for(arg)) for i, arg in enumerate(args))
+
+    torch.library.register_autograd(f"headgate::{op}", second_backward, setup_context=setup_context)
+
+
+def _pull_back(
+    function: Callable[..., Any], args: Sequence[Any], places: Sequence[int], grads: Any
+) -> dict[int, Tensor]:
+    """The gradients of the args at `places` that are there, for `grads` of function(*args); in plain torch, to be
+    differentiated again."""
+    places = [p for p in places if args[p] is not None]
+
+    def of_them(*values: Tensor) -> Any:
+        given = dict(zip(places, values, strict=True))
+        return function(*(given.get(i, arg) for i, arg in enumerate(args)))
+
+    _, pull = torch.func.vjp(of_them, *(args[p] for p in places))
+    return dict(zip(places, pull(grads), strict=True))
+
+
+def _none_for(arg: Any) -> Any:
+    """No gradient, as autograd wants it for an argument of an operator: one None for each of a list of tensors."""
+    tensors = isinstance(arg, list) and all(isinstance(t, Tensor) for t in arg)
+    return [None] * len(arg) if tensors else None
