@@ -4,11 +4,12 @@ An operator's kernels see plain numbers: torch would hand them no tangent (so th
 takes no gradient of theirs inside torch.func. So every operator also has a form in plain torch, that any transform can
 differentiate and batch. It runs where a transform is at work; elsewhere nothing of it is asked.
 
-    register_composite   torch.func: grad, vjp, jvp, vmap and what is made of them, called on the operator too
-    run              forward-mode AD without torch.func (torch.autograd.forward_ad), in public functions
-    implement        a kernel, which refuses a tensor that carries a tangent
-    backward_of      the composite form of a backward operator, from that of the operator itself
-    register_second_backward     second derivatives of the kernels' gradients, by that form
+    register_composite        torch.func: grad, vjp, jvp, vmap and what is made of them; of the operator itself, too
+    run                       forward-mode AD without torch.func (torch.autograd.forward_ad), in public functions
+    implement                 a kernel, which refuses a tensor that carries a tangent
+    backward_of               the composite form of a backward operator, from that of its operator
+    register_second_backward  second derivatives, by the composite form
+    refuse_transforms         for what has no such form
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .chip import say_once
 
@@ -27,26 +28,66 @@ _FUNC = "FuncTorchDynamicLayerFrontMode"  # the dispatch key at which torch.func
 
 
 def _in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def under_transform() -> bool:
-    """Whether a transform of torch.func, or a level of forward-mode AD, is at work: tensors may be more than they show,
+    """Whether a transform of torch.func, or a level of forward-mode AD, is at work: a tensor may be more than it shows,
     and must not be kept beyond the call."""
     return _in_forward_mode() or torch._C._are_functorch_transforms_active()
 
 
-def refuse_transforms(who: str, instead: str) -> None:
-    """Raises NotImplementedError, in the name of `who`, where a transform is at work."""
-    if under_transform():
-        raise NotImplementedError(f"{who}: transforms of torch.func and forward-mode AD are not offered; {instead}")
+def _tensors(args: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None
+
+
+def _any_tangent(args: Any) -> bool:
+    return any(map(_has_tangent, _tensors(args)))
+
+
+def _is_transformed(t: Tensor) -> bool:
+    """Whether a transform is at work on t: a batch or a graph at any of torch.func's levels, or a tangent.
+
+    Whatever is made inside a transform is a tensor of its level, but need not have any of these. A tangent below
+    another level does not show: with one about, every such tensor counts.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if _in_forward_mode() or torch._C._functorch.is_batchedtensor(t) or t.requires_grad:
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return _in_forward_mode() and _has_tangent(t)
+
+
+def _any_transformed(args: Any) -> bool:
+    return any(map(_is_transformed, _tensors(args)))
+
+
+def _inside(t: Any) -> Any:
+    """A tensor without torch.func's levels."""
+    while isinstance(t, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
+def refuse_transforms(who: str, instead: str, *args: Any) -> None:
+    """Raises NotImplementedError, in the name of `who`, where a transform is at work on one of `args`."""
+    if under_transform() and _any_transformed(args):
+        raise NotImplementedError(
+            f"{who}: tensors must not be those of a transform (torch.func, forward-mode AD), got one; {instead}"
+        )
 
 
 def register_composite(op: str, composite: Callable[..., Any]) -> None:
-    """Under torch.func headgate::`op` is `composite`, of the same arguments: operations of torch that it can take
-    apart."""
+    """Makes headgate::`op` `composite`, of the same arguments, for tensors of a transform of torch.func."""
 
-    def under_func(*args):
+    def under_func(*args: Any) -> Any:
+        if not _any_transformed(args):  # one is at work, but on other tensors
+            with torch._C._DisableFuncTorch():
+                return getattr(torch.ops.headgate, op)(*tree_map(_inside, args))
         say_once(op, "a transform of torch.func is at work", "operations of torch that it can take apart")
         return composite(*args)
 
@@ -54,28 +95,23 @@ def register_composite(op: str, composite: Callable[..., Any]) -> None:
 
 
 def run(op: Callable[..., Any], composite: Callable[..., Any], *args: Any) -> Any:
-    """op(*args), or composite(*args) in forward-mode AD."""
-    return composite(*args) if _in_forward_mode() else op(*args)
+    """op(*args), or composite(*args) where one of args carries a tangent; in a graph, where one may."""
+    carried = _in_forward_mode() and (torch.compiler.is_compiling() or _any_tangent(args))
+    return composite(*args) if carried else op(*args)
 
 
 def implement(op: str, key: str, kernel: Callable[..., Any]) -> None:
     """Registers a kernel of headgate::`op` for dispatch key `key`."""
 
-    def of_plain_numbers(*args):
-        if _in_forward_mode():
-            _refuse_tangents(op, args)
+    def of_plain_numbers(*args: Any) -> Any:
+        if _in_forward_mode() and _any_tangent(args):
+            raise NotImplementedError(
+                f"headgate::{op}: tensors must carry no tangent, which a kernel would lose, got one that does; "
+                f"call headgate.kernels, or take torch.func.jvp"
+            )
         return kernel(*args)
 
     torch.library.impl(f"headgate::{op}", key, of_plain_numbers)
-
-
-def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
-    for t in tree_leaves(args):
-        if isinstance(t, Tensor) and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None:
-            raise NotImplementedError(
-                f"{op}: an operator must be given no tangent (its kernels would lose it), got a dual tensor; call "
-                f"headgate.kernels"
-            )
 
 
 def readable(t: Tensor) -> bool:
