@@ -10,8 +10,8 @@ import torch
 from func_transforms import EACH, ONE, batched, looped
 from torch.autograd import forward_ad
 from torch.testing import assert_close
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import headgate.kernels as kernels
 from headgate.kernels import GPT_OSS, Activation, Routing
@@ -265,7 +265,7 @@ def test_what_is_forward_only_refuses_a_transform_by_name(transformed, itself):
         return out
 
     with pytest.raises(
-        NotImplementedError, match="expert_outputs: tensors must .*grouped_ffn|headgate::expert_outputs"
+        NotImplementedError, match=r"expert_outputs: tensors must .*grouped_ffn|headgate::expert_outputs"
     ):
         transformed(f, new(R, D))
 
