@@ -50,7 +50,8 @@ def _any_tangent(args: Any) -> bool:
 
 
 def _is_transformed(t: Tensor) -> bool:
-    """Whether a transform is at work on t: a batch or a graph at any of torch.func's levels, or a tangent.
+    """Whether a transform is at work on t: a batch or a graph at any of torch.func's levels, or a tangent; or a graph
+    below them, of which torch.func lets an operator make no node.
 
     Whatever is made inside a transform is a tensor of its level, but need not have any of these. A tangent below
     another level does not show: with one about, every such tensor counts.
@@ -59,7 +60,7 @@ def _is_transformed(t: Tensor) -> bool:
         if _in_forward_mode() or torch._C._functorch.is_batchedtensor(t) or t.requires_grad:
             return True
         t = torch._C._functorch.get_unwrapped(t)
-    return _in_forward_mode() and _has_tangent(t)
+    return t.requires_grad or (_in_forward_mode() and _has_tangent(t))
 
 
 def _any_transformed(args: Any) -> bool:

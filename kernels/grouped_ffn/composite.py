@@ -6,6 +6,8 @@ traced graph, it meets all rows, of which others count as zero: E / K times the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,15 +22,21 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     act = Activation.from_params(kind, gated, params)
     ups, down = views(w1, w_up, w2, transposed)
+    each = [*map(_apart, ups)], _apart(down), *map(_apart, (b1, b2))
+    y = rows.new_zeros(rows.shape[0], down.shape[2], dtype=wide_of(rows.dtype))
     with no_autocast(rows.device):
-        y = _sum(rows, expert_ids, weights, ups, down, b1, b2, act, interleaved)
-    return y, y.new_empty(0, sum(u.shape[2] for u in ups))
+        y = _add(y, rows, expert_ids, weights, *each, act, interleaved)
+    return y.to(rows.dtype), rows.new_empty(0, sum(u.shape[2] for u in ups))
 
 
-def _sum(rows, expert_ids, weights, ups, down, b1, b2, act, interleaved) -> Tensor:
-    wide, own = wide_of(rows.dtype), readable(expert_ids)
-    y = rows.new_zeros(rows.shape[0], down.shape[2], dtype=wide)
-    for e in range(down.shape[0]):
+def _apart(w: Any) -> Any:
+    """The experts' own weights: their gradients meet once, not an expert at a time in a tensor for all."""
+    return w.unbind(0) if isinstance(w, Tensor) else w
+
+
+def _add(y, rows, expert_ids, weights, ups, down, b1, b2, act, interleaved) -> Tensor:
+    wide, own = y.dtype, readable(expert_ids)
+    for e in range(len(down)):
         chosen = expert_ids == e
         scale = torch.where(chosen, weights.to(wide), 0).sum(1, keepdim=True)
         here = chosen.any(1)
@@ -41,7 +49,7 @@ def _sum(rows, expert_ids, weights, ups, down, b1, b2, act, interleaved) -> Tens
             x = torch.where(here[:, None], rows.to(wide), 0)
             out = _one(x, e, ups, down, b1, b2, act, interleaved)
             y = y + torch.where(here[:, None], out * scale, 0)
-    return y.to(rows.dtype)
+    return y
 
 
 def _one(x, e, ups, down, b1, b2, act, interleaved) -> Tensor:

@@ -44,6 +44,9 @@ class _Widened:
     def transpose(self, _one: int, _two: int) -> _Widened:
         return _Widened(self.weight, self.dtype, not self.turned)
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def __getitem__(self, e: int) -> Tensor:
         one = self.weight.expert(e, self.dtype)
         return one.T if self.turned else one

@@ -19,8 +19,8 @@ def composite(x: Tensor, offsets: Tensor, w: Tensor, b: Tensor | None, transpose
         w = w if transposed else w.transpose(1, 2)
         y = x.new_zeros(x.shape[0], w.shape[2], dtype=wide)
         place = torch.arange(x.shape[0], device=x.device)
-        for e in range(w.shape[0]):
+        for e, right in enumerate(w.unbind(0)):
             here = ((place >= offsets[e]) & (place < offsets[e + 1]))[:, None]
-            own = torch.where(here, x.to(wide), 0) @ w[e].to(wide)
+            own = torch.where(here, x.to(wide), 0) @ right.to(wide)
             y = y + torch.where(here, own if b is None else own + b[e].to(wide), 0)
         return y.to(x.dtype)

@@ -305,6 +305,18 @@ def test_tensors_beside_a_transform_keep_the_kernels():
     assert_close(got, want.sum())
 
 
+def test_parameters_beside_a_transform_still_learn():
+    """torch.func lets no operator add to a graph outside of it: the parameters are reached in plain torch."""
+    operator, reference, args = ffn(bias=True)
+    found = []
+    for f in (operator, reference):
+        leaves = [t.clone().requires_grad_() for t in args]
+        slope, y = torch.func.grad_and_value(lambda s, f=f, leaves=leaves: (s * f(*leaves)).sum())(torch.tensor(2.0))
+        (slope + y).backward()
+        found.append([t.grad for t in leaves])
+    close(*found)
+
+
 def test_says_once_that_it_is_slower():
     say_once.cache_clear()
     with pytest.warns(UserWarning, match="grouped_ffn: a transform of torch.func is at work"):

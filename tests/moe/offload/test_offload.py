@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from func_transforms import ONE
 from offload_cases import Stack
 from torch import nn
 
@@ -278,6 +279,17 @@ def test_a_model_that_is_forgotten_leaves_no_thread(tmp_path):
 def test_gradients_are_refused(stack, tmp_path):
     with headgate.offload(stack, "25%", "lru", None, tmp_path), pytest.raises(ValueError, match="call the model under"):
         stack(x=calls()[0])
+
+
+@pytest.mark.parametrize("name", ["jvp", "forward_ad", "grad"])
+def test_transforms_are_refused_and_what_stands_beside_one_is_not(name, stack, tmp_path):
+    x = calls()[0]
+    with headgate.offload(stack, "25%", "lru", None, tmp_path), torch.no_grad():
+        want = stack(x=x)
+        with pytest.raises((NotImplementedError, ValueError), match="offload: (tensors must not be those of a|rows and)"):
+            ONE[name](lambda x: stack(x=x), (x,))
+        scale = torch.func.grad(lambda s: (s * stack(x=x)).sum())(torch.ones(()))
+    torch.testing.assert_close(scale, want.sum())
 
 
 def test_close_twice_and_use_after(stack, tmp_path):
