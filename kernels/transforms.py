@@ -75,10 +75,10 @@ def _inside(t: Any) -> Any:
 
 
 def refuse_transforms(who: str, instead: str, *args: Any) -> None:
-    """Raises NotImplementedError, in the name of `who`, where a transform is at work on one of `args`."""
-    if under_transform() and _any_transformed(args):
+    """Raises NotImplementedError, in the name of `who`, inside torch.func and where one of `args` carries a tangent."""
+    if torch._C._are_functorch_transforms_active() or (_in_forward_mode() and _any_tangent(args)):
         raise NotImplementedError(
-            f"{who}: tensors must not be those of a transform (torch.func, forward-mode AD), got one; {instead}"
+            f"{who}: tensors must not be those of a transform (torch.func, forward-mode AD), got some; {instead}"
         )
 
 
@@ -107,8 +107,7 @@ def implement(op: str, key: str, kernel: Callable[..., Any]) -> None:
     def of_plain_numbers(*args: Any) -> Any:
         if _in_forward_mode() and _any_tangent(args):
             raise NotImplementedError(
-                f"headgate::{op}: tensors must carry no tangent, which a kernel would lose, got one that does; "
-                f"call headgate.kernels, or take torch.func.jvp"
+                f"headgate::{op}: tensors must carry no tangent, which the kernel would lose, got one that does"
             )
         return kernel(*args)
 

@@ -31,7 +31,7 @@ class Group(NamedTuple):
 
 def refuse_gradients(rows: Tensor, routing: Routing) -> None:
     """Raises ValueError where one is asked for, NotImplementedError where a transform is at work on rows or weights."""
-    refuse_transforms("offload", "close the Offload first", rows, routing.weights)
+    refuse_transforms("offload", "call the model outside of it, or close the Offload first", rows, routing.weights)
     if torch.is_grad_enabled() and (rows.requires_grad or routing.weights.requires_grad):
         raise ValueError(
             "offload: rows and router weights must not ask for a gradient, which ends at experts elsewhere: "

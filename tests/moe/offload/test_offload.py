@@ -13,6 +13,7 @@ import torch
 from func_transforms import ONE
 from offload_cases import Stack
 from torch import nn
+from torch.autograd import forward_ad
 
 import headgate
 from headgate.moe.offload import Engine, FileStore, HostStore, Layer
@@ -282,14 +283,13 @@ def test_gradients_are_refused(stack, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["jvp", "forward_ad", "grad"])
-def test_transforms_are_refused_and_what_stands_beside_one_is_not(name, stack, tmp_path):
+def test_transforms_are_refused(name, stack, tmp_path):
     x = calls()[0]
     with headgate.offload(stack, "25%", "lru", None, tmp_path), torch.no_grad():
-        want = stack(x=x)
-        with pytest.raises((NotImplementedError, ValueError), match="offload: (tensors must not be those of a|rows and)"):
+        with pytest.raises(NotImplementedError, match="offload: tensors must not be those of a transform"):
             ONE[name](lambda x: stack(x=x), (x,))
-        scale = torch.func.grad(lambda s: (s * stack(x=x)).sum())(torch.ones(()))
-    torch.testing.assert_close(scale, want.sum())
+        with forward_ad.dual_level():  # nobody's tangent
+            stack(x=x)
 
 
 def test_close_twice_and_use_after(stack, tmp_path):
