@@ -1,8 +1,8 @@
 """What torch.func's transforms and forward-mode AD find in place of an operator.
 
 An operator's kernels see plain numbers: torch would hand them no tangent (so that a derivative came out as zero) and
-takes no gradient of theirs inside torch.func. So every operator also has a form in plain torch, that any transform can
-differentiate and batch. It runs where a transform is at work; elsewhere nothing of it is asked.
+takes no gradient of theirs inside torch.func. So every operator also has a composite form, in operations of torch, which
+any transform can differentiate and batch. It runs where a transform is at work; elsewhere nothing of it is asked.
 
     register_composite        torch.func: grad, vjp, jvp, vmap and what is made of them; of the operator itself, too
     run                       forward-mode AD without torch.func (torch.autograd.forward_ad), in public functions
@@ -115,8 +115,8 @@ def implement(op: str, key: str, kernel: Callable[..., Any]) -> None:
 
 
 def readable(t: Tensor) -> bool:
-    """Whether the values of integers `t` can be looked at: not under vmap, nor where a graph is traced."""
-    if torch.compiler.is_compiling():
+    """Whether the values of integers `t` can be looked at: not under vmap, nor where a graph is traced or captured."""
+    if torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     try:
         return type(t.sum().item()) is int
@@ -128,8 +128,8 @@ def backward_of(function: Callable[..., Any], places: Sequence[int]) -> Callable
     """(grad, *args, needs) -> the gradients of function(*args) for the args at `places`, empty where not needed."""
 
     def backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        *args, needs = args
-        found = _pull_back(function, args, [p for p, need in zip(places, needs, strict=True) if need], grad)
+        *inputs, needs = args
+        found = _pull_back(function, inputs, [p for p, need in zip(places, needs, strict=True) if need], grad)
         return tuple(grad.new_empty(0) if d is None else d for d in map(found.get, places))
 
     return backward
@@ -172,7 +172,7 @@ def _pull_back(
         given = dict(zip(places, values, strict=True))
         return function(*(given.get(i, arg) for i, arg in enumerate(args)))
 
-    _, pull = torch.func.vjp(of_them, *(args[p] for p in places))
+    pull: Any = torch.func.vjp(of_them, *(args[p] for p in places))[1]
     return dict(zip(places, pull(grads), strict=True))
 
 

@@ -22,10 +22,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     act = Activation.from_params(kind, gated, params)
     ups, down = views(w1, w_up, w2, transposed)
-    each = [*map(_apart, ups)], _apart(down), *map(_apart, (b1, b2))
     y = rows.new_zeros(rows.shape[0], down.shape[2], dtype=wide_of(rows.dtype))
+    first, last, b1, b2 = [_apart(u) for u in ups], _apart(down), _apart(b1), _apart(b2)
     with no_autocast(rows.device):
-        y = _add(y, rows, expert_ids, weights, *each, act, interleaved)
+        y = _add(y, rows, expert_ids, weights, first, last, b1, b2, act, interleaved)
     return y.to(rows.dtype), rows.new_empty(0, sum(u.shape[2] for u in ups))
 
 
@@ -62,4 +62,4 @@ def _one(x, e, ups, down, b1, b2, act, interleaved) -> Tensor:
 
 def without_h(rows, expert_ids, weights, w1, w_up, w2, b1, b2, _h, *form) -> Tensor:
     """y of the arguments of grouped_ffn_backward."""
-    return forward(rows, expert_ids, weights, w1, w_up, w2, b1, b2, *form, False)[0]
+    return forward(rows, expert_ids, weights, w1, w_up, w2, b1, b2, *(*form, False))[0]

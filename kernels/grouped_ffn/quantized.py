@@ -142,7 +142,7 @@ def _composite(
 
 
 def _without_h(rows, expert_ids, weights, w1, w_up, w2, b1, b2, _h, *form) -> Tensor:
-    return _composite(rows, expert_ids, weights, w1, w_up, w2, b1, b2, *form, False)[0]
+    return _composite(rows, expert_ids, weights, w1, w_up, w2, b1, b2, *(*form, False))[0]
 
 
 _TENSORS = (0, 2, 6, 7)  # those of _ARGS that have a gradient

@@ -360,7 +360,16 @@ class _Floats(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("make", [p.values[1] for p in cases(["value"])])
+def outputs():
+    routing, slots = kernels.topk(torch.randn(R, E), K), torch.arange(E, dtype=torch.int32)
+    return (
+        lambda x, w1, w2: kernels.expert_outputs(x, routing, w1, w2, slots, new(R * K, D)),
+        None,
+        (new(R, D), new(E, 2 * F, D), new(E, D, F)),
+    )
+
+
+@pytest.mark.parametrize("make", [*(p.values[1] for p in cases(["value"])), outputs])
 def test_numbers_in_a_graph_are_finite(make):
     """A graph in a file is JSON, which knows no infinity."""
     operator, _, args = make()
