@@ -1,7 +1,7 @@
 """What torch.func's transforms and forward-mode AD find in place of an operator.
 
 An operator's kernels see plain numbers: torch would hand them no tangent (so that a derivative came out as zero) and
-takes no gradient of theirs inside torch.func. So every operator also has a composite form, in operations of torch, which
+takes no gradient of theirs inside torch.func. So every operator also has a composite form: operations of torch, which
 any transform can differentiate and batch. It runs where a transform is at work; elsewhere nothing of it is asked.
 
     register_composite        torch.func: grad, vjp, jvp, vmap and what is made of them; of the operator itself, too

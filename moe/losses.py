@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dispatch import collectives
 from ..kernels.routing import Routing
+from ..kernels.transforms import refuse_transforms
 
 _EPS = 1e-20
 
@@ -101,6 +102,7 @@ def over_batch(
     each = tokens // max(parts, 1)
     if ranks is None:
         return (weigh(counts.to(sums.dtype), max(each, 1)) * sums).sum() / max(parts, 1)
+    refuse_transforms("TokenRanks", "numbers move between ranks: take them on one rank", sums)
     group = ranks.group if sequences is None else ranks.sequence
     size = sums.new_full((1,), each, dtype=torch.float64)
     whole = torch.cat([counts.flatten().double(), sums.detach().flatten().double(), size])
