@@ -19,7 +19,7 @@ from . import composite, plain, quantized_on_cpu
 from .thin_tiles import counted
 
 _ARGS = (
-    "Tensor rows, Tensor expert_ids, Tensor weights, Tensor[] w_gate_up, Tensor[] w_up, Tensor[] w_down, "
+    "Tensor rows, Tensor expert_ids, Tensor weights, Tensor[] w_gate_up, Tensor[]? w_up, Tensor[] w_down, "
     "Tensor? b_gate_up, Tensor? b_down"
 )
 _FORM = "str[] formats, int[] blocks, str activation, float[] params, bool gated, bool interleaved"
@@ -173,8 +173,8 @@ def _(grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, formats, blocks,
 def _setup_context(ctx, inputs, output):
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, *form, keep = inputs
     assert keep, "the public function keeps h whenever a gradient will be asked for"
-    ctx.save_for_backward(rows, expert_ids, weights, *w1, *w_up, *w2, b1, b2, output[1])
-    ctx.form, ctx.pair = form, bool(w_up)
+    ctx.save_for_backward(rows, expert_ids, weights, *w1, *(w_up or ()), *w2, b1, b2, output[1])
+    ctx.form, ctx.w_up = form, None if w_up is None else [None] * len(w_up)
     ctx.set_materialize_grads(False)
 
 
@@ -182,7 +182,7 @@ def _gradients(ctx, grad_y, _grad_h):
     if grad_y is None:
         return (None,) * 15
     rows, ids, weights, *packed, b1, b2, h = ctx.saved_tensors
-    w1, w_up, w2 = packed[:2], packed[2:4] if ctx.pair else [], packed[-2:]
+    w1, w_up, w2 = packed[:2], packed[2:-2] or None, packed[-2:]
     g = ctx.needs_input_grad
     needs = [g[0], g[2], g[6], g[7]]
     out = run(
@@ -190,7 +190,7 @@ def _gradients(ctx, grad_y, _grad_h):
         grad_y, rows, ids, weights, w1, w_up, w2, b1, b2, h, *ctx.form, needs,
     )  # fmt: skip
     d = [o if need else None for o, need in zip(out, needs, strict=True)]
-    return d[0], None, d[1], [None] * 2, [None] * len(w_up), [None] * 2, d[2], d[3], *(None,) * 7
+    return d[0], None, d[1], [None] * 2, ctx.w_up, [None] * 2, d[2], d[3], *(None,) * 7
 
 
 torch.library.register_autograd("headgate::grouped_ffn_quantized", _gradients, setup_context=_setup_context)
@@ -215,7 +215,7 @@ def call(tensors: list[Any], act: Activation, interleaved: bool) -> Tensor:
     """The operator on what the public function has checked: rows to b_down in its order."""
     rows, expert_ids, weights, w1, w_up, w2, b1, b2 = tensors
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weights, b1, b2))
-    packed = [[] if w is None else [w.data, w.scale] for w in (w1, w_up, w2)]
+    packed = [None if w is None else [w.data, w.scale] for w in (w1, w_up, w2)]  # AOTInductor forgets empty lists
     blocks = [min(n, 2**31 - 1) for n in (*w1.block, *w2.block)]
     return run(
         torch.ops.headgate.grouped_ffn_quantized, _composite,
