@@ -24,7 +24,7 @@ _ARGS = (
 )
 _FORM = "str[] formats, int[] blocks, str activation, float[] params, bool gated, bool interleaved"
 
-# As headgate::grouped_ffn. Each of w_gate_up, w_up (or nothing) and w_down is (data, scale); `formats` and `blocks`
+# As headgate::grouped_ffn. Each of w_gate_up, w_up (or None) and w_down is (data, scale); `formats` and `blocks`
 # (rows, columns) are those of the first and of the last.
 torch.library.define("headgate::grouped_ffn_quantized", f"({_ARGS}, {_FORM}, bool keep) -> (Tensor, Tensor)")
 torch.library.define(
