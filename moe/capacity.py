@@ -15,6 +15,7 @@ from ..dispatch import collectives
 from ..dispatch.wire import pack, unpack
 from ..kernels.plan import plan
 from ..kernels.routing import Routing
+from ..kernels.transforms import refuse_transforms
 from .losses import TokenRanks
 
 DROPS, SCOPES = ("weight", "position", "choice"), ("rank", "batch")
@@ -89,6 +90,8 @@ def limit(routing: Routing, capacity: Capacity, ranks: TokenRanks | None = None)
     every rank's ids and weights, K for each of max T tokens. It waits for the device once, since C depends on all
     ranks' tokens.
     """
+    if ranks is not None:
+        refuse_transforms("TokenRanks", "numbers move between ranks: take them on one rank", routing.weights)
     if ranks is None or capacity.scope == "rank":
         tokens, k = routing.expert_ids.shape
         bound = capacity.of(tokens, k, routing.num_experts)

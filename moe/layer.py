@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..dispatch.protocol import Dispatcher
 from ..kernels.activation import Activation
 from ..kernels.routing import Routing
+from ..kernels.transforms import under_transform
 from .balance import Coef, balancing_losses, check_balancing
 from .capacity import Capacity, Overflow, limit
 from .experts import Experts
@@ -142,14 +143,16 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self._tokens(x)
         routing = kept = self._route(tokens)
+        overflow = None
         if self.capacity is not None:
-            kept, self.last_overflow = limit(routing, self.capacity, self.token_ranks)
+            kept, overflow = limit(routing, self.capacity, self.token_ranks)
         y = self._experts(tokens, kept)
         if self.shared is not None:
             y = y + self.shared(tokens)
         if self.training and routing.scores is not None:
             y = self._with_losses(y, routing, sequences=math.prod(x.shape[:-2]))
-        self.last_routing = replace(kept.detach(), logits=None)
+        if not under_transform():
+            self.last_routing, self.last_overflow = replace(kept.detach(), logits=None), overflow
         return y if x.dim() == 2 else y.reshape(x.shape)
 
     def _experts(self, tokens: Tensor, routing: Routing) -> Tensor:
@@ -185,6 +188,8 @@ class MoE(nn.Module):
         if self.z_loss_coef:
             losses["z_loss"] = z_loss(routing, ranks=self.token_ranks)
             total = total + self.z_loss_coef * losses["z_loss"]
+        if under_transform():  # which does not show what asks for a gradient
+            return attach_loss(y, total * self.aux_scale)
         self.aux_losses = {name: loss.detach() for name, loss in losses.items()}
         return attach_loss(y, total * self.aux_scale) if total.requires_grad else y
 

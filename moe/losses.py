@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dispatch import collectives
 from ..kernels.routing import Routing
+from ..kernels.transforms import refuse_transforms
 
 _EPS = 1e-20
 
@@ -102,6 +103,7 @@ def over_batch(
     each = tokens // max(parts, 1)
     if ranks is None:
         return (weigh(counts.to(sums.dtype), max(each, 1)) * sums).sum() / max(parts, 1)
+    refuse_transforms("TokenRanks", "numbers move between ranks: take them on one rank", sums)
     group = ranks.group if sequences is None else ranks.sequence
     size = sums.new_full((1,), each, dtype=torch.float64)
     whole = torch.cat([counts.flatten().double(), sums.detach().flatten().double(), size])
@@ -151,10 +153,13 @@ def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     So an auxiliary loss trains its layer without a word in the training loop (as Megatron-LM's MoEAuxLossAutoScaler,
     but with the scale in the caller's hand: multiply `loss` by what the main loss is multiplied by).
     """
-    return _Attach.apply(y, loss)
+    attach = _Attach if torch.compiler.is_compiling() else _AttachAnywhere
+    return attach.apply(y, loss)
 
 
 class _Attach(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(y: Tensor, loss: Tensor) -> Tensor:
         return y.view_as(y)
@@ -166,3 +171,11 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, grad.new_ones((), dtype=ctx.dtype)
+
+
+class _AttachAnywhere(_Attach):
+    """The same for forward-mode AD, too, which torch.compile does not take."""
+
+    @staticmethod
+    def jvp(ctx, y: Tensor, loss: Tensor) -> Tensor:
+        return y.view_as(y)

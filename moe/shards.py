@@ -15,6 +15,7 @@ from ..dispatch.all_to_all import destinations
 from ..dispatch.pending import Pending
 from ..dispatch.replicas import Chooser, Placed, Replicas
 from ..kernels.routing import Routing
+from ..kernels.transforms import refuse_transforms
 from ..placement.placement import Placement
 
 _SHARDS = "_headgate_shards"
@@ -201,6 +202,7 @@ class Shards:
 
     def gathered(self, name: str, w: Tensor) -> Tensor:
         """The parameter `name`, of which w is this rank's part, as this degree computes with it; differentiable."""
+        refuse_transforms("parallelize", "weights move between ranks: take them on one rank", w)
         cut = self.cuts[name]
         if cut.whole:
             return self._padded(w)

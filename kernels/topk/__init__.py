@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..chip import say_once, why_not
 from ..routing import Routing
+from ..transforms import implement, register_composite, run
 from . import on_cpu
 from .reference import EPS, best_of, topk_reference
 
@@ -36,9 +37,10 @@ torch.library.define(
     "(Tensor logits, int k, Tensor? bias, str score, int groups, int topk_groups, int group_score, bool renormalize, "
     "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-torch.library.impl("headgate::topk", "cpu", on_cpu.forward)
-torch.library.impl("headgate::topk", "cuda", _topk_on_cuda)
-torch.library.impl("headgate::topk", "CompositeExplicitAutograd", topk_reference)
+implement("topk", "cpu", on_cpu.forward)
+implement("topk", "cuda", _topk_on_cuda)
+implement("topk", "CompositeExplicitAutograd", topk_reference)
+register_composite("topk", topk_reference)
 
 
 @torch.library.register_fake("headgate::topk")
@@ -136,9 +138,10 @@ def topk(
     """
     _check(logits, k, score, bias, groups, topk_groups, group_score, scale)
     bias = None if bias is None else bias.detach()
-    weights, scores, ids, counts = torch.ops.headgate.topk(
-        logits, k, bias, score, groups, topk_groups, best_of(group_score), renormalize, scale
-    )
+    weights, scores, ids, counts = run(
+        torch.ops.headgate.topk, topk_reference,
+        logits, k, bias, score, groups, topk_groups, best_of(group_score), renormalize, scale,
+    )  # fmt: skip
     return Routing(ids, weights, logits.shape[1], counts, scores, logits)
 
 

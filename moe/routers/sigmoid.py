@@ -9,6 +9,7 @@ from torch import Tensor
 from ...dispatch import collectives
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
+from ...kernels.transforms import under_transform
 from .router import Router, warn_of_constant_weights
 
 
@@ -86,7 +87,7 @@ class SigmoidRouter(Router):
             renormalize=self.renormalize,
             scale=self.scale,
         )
-        if self.training and not _runs_again():
+        if self.training and not under_transform() and not _runs_again():
             assert routing.counts is not None
             self.load = routing.counts if self.load is None else self.load + routing.counts
         return routing

@@ -191,9 +191,27 @@ class TestGroupedFfn:
     def test_the_operator_keeps_its_promises(self):
         w1, w2, leaves, ids = self.problem("mxfp4")
         args = (leaves["rows"], ids.int(), leaves["weights"], [w1.data, w1.scale], [], [w2.data, w2.scale], None, None)
-        form = (["mxfp4", "mxfp4"], [1, 32, 1, 32], "silu", [1.0, float("inf"), 0.0, 0.0, 1.0], True, False, True)
+        form = (["mxfp4", "mxfp4"], [1, 32, 1, 32], "silu", [1.0, 0.0, 0.0, 0.0, 1.0], True, False, True)
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(torch.ops.headgate.grouped_ffn_quantized.default, (*args, *form), test_utils=tests)
+        for w_up in (None, []):  # the second as in graphs of before
+            args = (*args[:4], w_up, *args[5:])
+            torch.library.opcheck(torch.ops.headgate.grouped_ffn_quantized.default, (*args, *form), test_utils=tests)
+
+    @pytest.mark.slow  # C++ is compiled
+    @pytest.mark.filterwarnings("ignore")
+    def test_ahead_of_time_package(self, tmp_path):
+        w1, w2, leaves, ids = self.problem("int8")
+        leaves = {n: t.detach() for n, t in leaves.items()}
+
+        class Call(torch.nn.Module):
+            def forward(_, rows):
+                return self.run(w1, w2, {**leaves, "rows": rows}, ids)
+
+        exported = torch.export.export(Call(), (leaves["rows"],), strict=False)
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "call.pt2"))
+        with torch.no_grad():
+            got = torch._inductor.aoti_load_package(path)(leaves["rows"])
+        torch.testing.assert_close(got, self.run(w1, w2, leaves, ids))
 
     def test_compiles_whole(self):
         w1, w2, leaves, ids = self.problem("fp8")

@@ -10,8 +10,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from func_transforms import ONE
 from offload_cases import Stack
 from torch import nn
+from torch.autograd import forward_ad
 
 import headgate
 from headgate.moe.offload import Engine, FileStore, HostStore, Layer
@@ -281,6 +283,16 @@ def test_a_model_that_is_forgotten_leaves_no_thread(tmp_path):
 def test_gradients_are_refused(stack, tmp_path):
     with headgate.offload(stack, "25%", "lru", None, tmp_path), pytest.raises(ValueError, match="call the model under"):
         stack(x=calls()[0])
+
+
+@pytest.mark.parametrize("name", ["jvp", "forward_ad", "grad"])
+def test_transforms_are_refused(name, stack, tmp_path):
+    x = calls()[0]
+    with headgate.offload(stack, "25%", "lru", None, tmp_path), torch.no_grad():
+        with pytest.raises(NotImplementedError, match="offload: tensors must not be those of a transform"):
+            ONE[name](lambda x: stack(x=x), (x,))
+        with forward_ad.dual_level():  # nobody's tangent
+            stack(x=x)
 
 
 def test_close_twice_and_use_after(stack, tmp_path):

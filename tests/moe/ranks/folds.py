@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from folds_cases import CHECKS, D, E, K, check, compare, layer, make_fold, once, parts, some_folds
+from func_transforms import ONE
 from ranks_compare import close
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -212,6 +213,20 @@ def a_switch_of_degree_moves_no_weight_and_changes_no_number():
                 close(b, a, f"{fold} r={degree}")
         with pytest.raises(ValueError, match=f"set_degree: degree must be 0 or divide etp = {etp}, got 3"):
             headgate.set_degree(mine, 3)
+
+
+@check
+def transforms_are_refused_by_name():
+    """Whether rows travel or weights, experts' or only the losses' numbers."""
+    size, x = dist.get_world_size(), torch.randn(4, D)
+    mine = headgate.parallelize(layer(), make_fold(Fold({"dp": size}, {"etp": size}).sizes))
+    balanced = layer(load_balancing_scope="global", load_balancing_group=dist.group.WORLD)
+    for who, made, degree in (("AllGather", mine, size), ("parallelize", mine, 0), ("TokenRanks", balanced, None)):
+        if degree is not None:
+            headgate.set_degree(made, degree)
+        for name in ("grad", "jvp"):
+            with pytest.raises(NotImplementedError, match=f"{who}: tensors must not be those of a transform"):
+                ONE[name](made, (x,))
 
 
 @check
