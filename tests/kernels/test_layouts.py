@@ -171,7 +171,7 @@ def test_topk_compiles_on_any_layout(score, k):
     for tokens in (7, 300):
         for lay in LAYOUTS.values():
             torch.library.opcheck(
-                torch.ops.headgate.topk.default, (lay(randn(tokens, E)), k, None, score, 1, 1, "top2", True, 1.5),
+                torch.ops.headgate.topk.default, (lay(randn(tokens, E)), k, None, score, 1, 1, 2, True, 1.5),
                 test_utils=["test_faketensor"],
             )  # fmt: skip
 

@@ -94,6 +94,13 @@ def _value(value: object, rng: Random) -> object:
     return rng.choice(ODD)
 
 
+def _safetensors(good: bytes, rng: Random) -> bytes:
+    """A value of the header, or a number of the text inside it, becomes another; the length fits."""
+    size = int.from_bytes(good[:8], "little")
+    header = (_json if rng.random() < 0.5 else _text)(good[8 : 8 + size], rng)
+    return len(header).to_bytes(8, "little") + header + good[8 + size :]
+
+
 def _npy(good: bytes, rng: Random) -> bytes:
     """Another shape, type or order in the header, of the old length or not; numbers in the data."""
     size = int.from_bytes(good[8:10], "little")
@@ -189,4 +196,5 @@ def _pickle(good: bytes, rng: Random) -> bytes:
 
 _KINDS: dict[str, Callable[[bytes, Random], bytes]] = {
     "json": _json, "jsonl": _json, "csv": _text, "txt": _text, "yaml": _text, "npy": _npy, "npz": _zip, "pt": _zip,
+    "safetensors": _safetensors,
 }  # fmt: skip
