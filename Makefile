@@ -7,6 +7,7 @@
 #   make test-newest  the tests with the newest torch, transformers, peft     make wheel   the wheel, in DIST
 #                     and triton, in an environment of their own              make docs    the pages, in build/docs
 #   make durations    make test, and which modules are above their budget     make bench   speed beside rivals
+#   make test-sanitized  the tests of the C++ forms, built with sanitizers (needs g++; test-all runs some of them)
 #
 # PYTHON      a Python >= 3.11 to build the environment from (found by itself)
 # VENV        where the environment lives; NEWEST: that of `make test-newest`
@@ -32,7 +33,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SPREAD = -n $(JOBS) --dist loadscope --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 
-.PHONY: setup demo test test-all test-newest durations bench lint types docs wheel clean
+# The C++ forms watched by their own build, which lies beside the others. libstdc++ first, too: torch throws across both.
+WATCHED = CXX="$(CURDIR)/tests/support/sanitizing_cxx" HEADGATE_CACHE="$(abspath $(VENV))/sanitized" OMP_NUM_THREADS=2 \
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
+SANITIZED = $(WATCHED) $(BIN)/pytest -k "(native and not test_native) or watches" tests/kernels/test_native.py::test_the_library_watches_itself
+
+.PHONY: setup demo test test-all test-sanitized test-newest durations bench lint types docs wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -53,6 +59,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) $(ARGS)
+	$(SANITIZED) tests/kernels/test_layouts.py tests/kernels/test_plan.py -m "not slow"
+
+test-sanitized: $(STAMP)
+	$(SANITIZED) tests/kernels $(ARGS)
 
 durations: $(STAMP)
 	$(PYTEST) -m "not slow" --durations=30 --module-budget=30 $(ARGS)

@@ -10,6 +10,8 @@ _WHERE = {
     "MoE": "moe.layer",
     "Experts": "moe.experts",
     "Capacity": "moe.capacity",
+    "TokenRanks": "moe.losses",
+    "update_biases": "moe.bias",
     "replace": "moe.hf",
     "restore": "moe.hf",
     "record": "moe.record",

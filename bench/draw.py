@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..placement.files import write_whole
 from . import machine
+from .output import write_text
 
 # A page knows these by name (html.py); `accent` is for what is ours, `quiet` for what it is compared with.
 PALETTE = {
@@ -48,6 +50,8 @@ def check(path: Path, who: str) -> None:
         raise ValueError(f"{who}: --plot must end in .png or .svg, got {path}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{who}: the folder of {path} must exist, got none")
+    if path.is_dir():
+        raise ValueError(f"{who}: --plot must be a file, got the folder {path}")
     machine.need(f"{who}: --plot", "matplotlib", "plot")
 
 
@@ -57,9 +61,9 @@ def write(path: Path, width: float, height: float, fill: Callable[[Any], None]) 
         figure = _figure(width, height)
         fill(figure)
         if path.suffix == ".svg":
-            path.write_text(_svg(figure), encoding="utf-8")
+            write_text(path, _svg(figure))
         else:
-            figure.savefig(path, dpi=72 * SHARPNESS, facecolor="white")
+            write_whole(path, lambda file: figure.savefig(file, format="png", dpi=72 * SHARPNESS, facecolor="white"))
 
 
 def inline(picture: Picture, caption: str, width: float = 420, height: float = 140) -> str:

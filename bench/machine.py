@@ -36,6 +36,15 @@ def memory_bytes() -> int:
         return 0
 
 
+def must_fit(what: str, least_bytes: float) -> None:
+    """Raises ValueError where something needs more memory than the machine has."""
+    there = memory_bytes()
+    if there and least_bytes > there:
+        raise ValueError(
+            f"{what} must fit into memory, {there / 1e9:.0f} GB, got what needs {least_bytes / 1e9:,.0f} GB at least"
+        )
+
+
 def version(distribution: str) -> str | None:
     """The installed version, or None."""
     try:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .arguments import device, limit, number, output, positive, workers
 from .case import Bench, GiB, Settings
 from .figures import FIGURES, PEAKS, run_figures
 from .hardware import describe
+from .output import write_json
 from .report import case_lines, figure_lines, legend, machine_lines
 from .rivals import ABOUT, IMPLEMENTATIONS
 from .screen import Screen
@@ -44,28 +41,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokens",
         nargs="+",
-        type=_positive,
+        type=positive,
         metavar="T",
         help=f"tokens per call (default: {' '.join(map(str, TOKENS))})",
     )
     add("--dtypes", nargs="+", choices=list(DTYPES), metavar="DTYPE", help="of fp32, bf16, fp16 (default: fp32 bf16)")
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help="of forward, train (default: both)")
     add("--rivals", nargs="*", choices=[*RIVALS, "plain"], metavar="RIVAL", help=f"of {', '.join([*RIVALS, 'plain'])}")
-    add("--threads", type=_positive, metavar="N", help="threads for everybody (default: torch's choice)")
-    add("--budget", type=float, metavar="S", help="seconds of sampling per case (default: 10; 2 with --quick)")
-    add("--limit", type=float, default=20.0, metavar="S", help="skip what would take longer per call (default: 20)")
-    add("--memory-limit", type=float, default=4.0, metavar="GiB", help="skip what would need more memory (default: 4)")
+    add("--threads", type=workers, metavar="N", help="threads for everybody (default: torch's choice)")
+    add("--budget", type=number, metavar="S", help="seconds of sampling per case (default: 10; 2 with --quick)")
+    add("--limit", type=limit, default=20.0, metavar="S", help="skip what would take longer per call (default: 20)")
+    add("--memory-limit", type=limit, default=4.0, metavar="GiB", help="skip what would need more memory (default: 4)")
     add("--no-peak", action="store_true", help="leave out the peak memory of training (a process for each)")
-    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--device", type=device, default="cpu", help="cpu (default) or cuda")
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's own time, with --threads 1 only")
-    add("--json", metavar="FILE", help="write everything, all samples included, to FILE; - for standard output")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    add(
+        "--json",
+        type=output,
+        metavar="FILE",
+        help="write everything, all samples too, to FILE; - for standard output",
+    )
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
@@ -81,7 +76,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes; 0, or 1 where Headgate's own numbers were refused or nothing could be written, 2 for
-    options that do not go together. Ctrl-C keeps what was measured."""
+    options that do not go together, 130 after Ctrl-C, which keeps what was measured."""
     problem = _refuse(args)
     if problem:
         print(f"headgate bench moe: {problem}", file=sys.stderr)
@@ -101,14 +96,13 @@ def run(args: argparse.Namespace) -> int:
         _measure(args, report, show, screen)
     except KeyboardInterrupt:
         interrupted = True
-        print("\ninterrupted; what was measured is kept", file=sys.stderr)
+        print("headgate: bench moe: interrupted; what was measured is kept", file=sys.stderr)
     report["seconds"] = time.monotonic() - began
     if "figures" in report:
         show(figure_lines(report["figures"]))
-    if args.json:
-        _write(args.json, report)
+    write_json(args.json, report)
     wrong = [c for c in report["cases"] if "refused" in c["implementations"].get("headgate", {})]
-    return 1 if wrong or interrupted else 0
+    return 130 if interrupted else 1 if wrong else 0
 
 
 def _measure(args: argparse.Namespace, report: dict[str, Any], show, screen: Screen) -> None:
@@ -118,7 +112,7 @@ def _measure(args: argparse.Namespace, report: dict[str, Any], show, screen: Scr
         bounds=("matmuls", "read") if args.figures else ("matmuls", "dense", "read"),
         budget_s=budget,
         limit_s=args.limit,
-        memory_bytes=int(args.memory_limit * GiB),
+        memory_bytes=int(min(args.memory_limit, 2**20) * GiB),
         device=args.device,
         clock=args.clock,
         peaks=() if args.no_peak or args.quick else PEAKS,
@@ -151,14 +145,6 @@ def _refuse(args: argparse.Namespace) -> str | None:
             import transformers  # noqa: F401
         except ImportError:
             return "eager, batched_mm and grouped_mm need transformers (pip install 'headgate[hf]'); or --rivals sorted"
-    return _unwritable(args.json) if args.json else None
-
-
-def _unwritable(where: str) -> str | None:
-    """Why --json cannot go there."""
-    folder = Path(where).resolve().parent
-    if where != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        return f"--json must name a file in a folder that can be written to, got {where}"
     return None
 
 
@@ -168,15 +154,3 @@ def _plain(args: argparse.Namespace) -> dict[str, Any]:
         "memory_limit", "no_peak", "device", "clock",
     )}  # fmt: skip
     return {k: v for k, v in vars(args).items() if k in kept}
-
-
-def _write(where: str, report: Mapping[str, Any]) -> None:
-    text = json.dumps(report, indent=1) + "\n"
-    if where == "-":
-        sys.stdout.write(text)
-        return
-    target = Path(where)
-    # beside the target and renamed: nobody finds half a file
-    with tempfile.NamedTemporaryFile("w", dir=target.resolve().parent, delete=False, suffix=".tmp") as f:
-        f.write(text)
-    os.replace(f.name, target)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..kernels import Quantized, Routing, grouped_ffn, quantize
+from .arguments import number, output, whole, workers
 from .hardware import headgate_form
-from .machine import processor
+from .machine import must_fit, processor
 from .measure import CLOCKS, Contestant, interleave
+from .output import write_json
 from .screen import Screen
 
 FORMATS = ("int8", "int4", "mxfp4")
@@ -27,17 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate bench quantized`."""
     parser.epilog = EXAMPLE
     add = parser.add_argument
-    add("--rows", nargs="+", type=int, default=[1, 2, 4], metavar="R", help="tokens per call (default: 1 2 4)")
-    add("--experts", type=int, default=64, metavar="E", help="default: %(default)s")
-    add("--top-k", type=int, default=8, metavar="K", help="default: %(default)s")
-    add("--hidden", type=int, default=2048, metavar="D", help="default: %(default)s")
-    add("--intermediate", type=int, default=768, metavar="F", help="default: %(default)s")
-    add("--threads", type=int, metavar="N", help="for everybody (default: torch's choice)")
+    add("--rows", nargs="+", type=whole, default=[1, 2, 4], metavar="R", help="tokens per call (default: 1 2 4)")
+    add("--experts", type=whole, default=64, metavar="E", help="default: %(default)s")
+    add("--top-k", type=whole, default=8, metavar="K", help="default: %(default)s")
+    add("--hidden", type=whole, default=2048, metavar="D", help="default: %(default)s")
+    add("--intermediate", type=whole, default=768, metavar="F", help="default: %(default)s")
+    add("--threads", type=workers, metavar="N", help="for everybody (default: torch's choice)")
     add(
-        "--budget", type=float, default=10.0, metavar="S", help="seconds of sampling per row of the table (default: 10)"
+        "--budget",
+        type=number,
+        default=10.0,
+        metavar="S",
+        help="seconds of sampling for each row (default: 10)",
     )
     add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: the process's own time, with --threads 1 only")
-    add("--json", metavar="FILE", help="write the figures to FILE; - for standard output")
+    add("--json", type=output, metavar="FILE", help="write the figures to FILE; - for standard output")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
             )
     if min(args.rows) < 1 or args.top_k > args.experts or args.hidden % 2 or args.intermediate % 2:
         raise ValueError("bench quantized: rows must be at least 1, top-k at most experts, and sizes even")
+    weights = 3.0 * args.experts * args.hidden * args.intermediate
+    need = 6 * weights + 4 * max(args.rows) * (args.hidden + 80 * args.experts)
+    must_fit("bench quantized: --experts, --hidden, --intermediate and --rows", need)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     if args.clock == "cpu" and torch.get_num_threads() > 1:
@@ -57,9 +64,7 @@ def run(args: argparse.Namespace) -> int:
         found = measure(args, Screen(out=sys.stderr if args.json == "-" else sys.stdout))
     finally:
         torch.set_num_threads(before)
-    if args.json:
-        text = json.dumps(found, indent=1)
-        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n", encoding="utf-8")
+    write_json(args.json, found)
     return 0
 
 

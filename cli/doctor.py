@@ -167,12 +167,25 @@ def _config(path: Path) -> Any:
         raise ValueError(f"doctor: MODEL must be a transformers model folder or its config.json, got {path}")
     try:
         return AutoConfig.from_pretrained(file, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"doctor: MODEL must be a config that transformers can read, got {file} ({first})") from error
+    except Exception as error:  # a stranger's file in another library: whatever it says
+        said = _first_line(error)
+        raise ValueError(f"doctor: MODEL must be a config that transformers can read, got {file} ({said})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _build(config: Any) -> Any:
+    """Raises ValueError where transformers cannot."""
+    try:
+        return _built(config)
+    except Exception as error:
+        said = _first_line(error)
+        raise ValueError(f"doctor: MODEL must be a model that transformers can build, got {said}") from error
+
+
+def _built(config: Any) -> Any:
     import transformers
 
     for name in config.architectures or ():
@@ -181,7 +194,7 @@ def _build(config: Any) -> Any:
     for kind in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         if type(config) in kind._model_mapping:
             return kind.from_config(config)
-    raise ValueError(f"doctor: MODEL must be of a type that transformers can build, got {config.model_type}")
+    raise ValueError(f"a {config.model_type}")
 
 
 def _room() -> float:
@@ -206,7 +219,7 @@ def _forward(model: Any, config: Any) -> str | None:
         with torch.no_grad():
             model.eval()(**inputs)
     except Exception as error:  # a model with inputs of its own: what it says is the finding
-        return f"its forward pass on token ids failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"its forward pass on token ids failed: {type(error).__name__}: {_first_line(error)}"
     return None
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.routing import Routing
+from ..kernels.transforms import refuse_transforms
 from . import collectives
 from .rollcall import sign_in
 from .wire import FORMATS, Wires
@@ -73,6 +74,7 @@ class Agreement:
         for what, t in (("x", x), ("routing.weights", routing.weights)):
             if t.dtype not in _DTYPES:
                 raise TypeError(f"{self.who}: {what} must be one of {', '.join(map(str, _DTYPES))}, got {t.dtype}")
+        refuse_transforms(self.who, "rows move between ranks: take them on one rank", x, routing.weights)
         wires, grad = self.wires, torch.is_grad_enabled()
         gradients = grad * (x.requires_grad + 2 * routing.weights.requires_grad)
         self.calls += 1

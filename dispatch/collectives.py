@@ -52,6 +52,12 @@ def all_gather_objects(thing: T, group: dist.ProcessGroup) -> list[T]:
 
 
 @named
+def broadcast(x: Tensor, group: dist.ProcessGroup) -> None:
+    """x, in place, becomes that of the group's first rank."""
+    dist.broadcast(x, dist.get_process_group_ranks(group)[0], group=group)
+
+
+@named
 def barrier(group: dist.ProcessGroup) -> None:
     """Waits until every rank of the group is here."""
     dist.barrier(group)

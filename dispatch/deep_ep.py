@@ -113,7 +113,7 @@ class DeepEP:
         buffer: Any = None,
         name: str = "",
     ) -> None:
-        _check_sizes(max_tokens, hidden_size, top_k)
+        check_sizes(max_tokens, hidden_size, top_k)
         self.agreement = Agreement("DeepEP", group, name, Wires())
         self.max_tokens, self.hidden_size, self.top_k = max_tokens, hidden_size, top_k
         self.deterministic = deterministic
@@ -207,7 +207,7 @@ class DeepEP:
         return f"DeepEP({self.agreement}, max_tokens={self.max_tokens})"
 
 
-def _check_sizes(max_tokens: int, hidden_size: int, top_k: int) -> None:
+def check_sizes(max_tokens: int, hidden_size: int, top_k: int) -> None:
     if max_tokens < 1:
         raise ValueError(f"DeepEP: max_tokens must be at least 1, got {max_tokens}")
     if hidden_size < 1 or hidden_size % WIDTH:

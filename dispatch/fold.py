@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import log, prod
 
@@ -182,6 +183,14 @@ class Fold:
     def of(cls, sizes: Sizes, **options) -> Fold:
         attention = {n: getattr(sizes, n) for n in ATTENTION}
         return cls(attention, {n: getattr(sizes, n) for n in EXPERTS}, sizes.pp, **options)
+
+    def over_tp(self) -> Fold:
+        """The same ranks for experts that every token goes to: cut over tp, and alike on all others. The ranks of a
+        stage must come by."""
+        s, twin = self.sizes, copy.copy(self)
+        twin.sizes, twin._by_name = replace(s, edp=s.dp * s.cp, ep=1, etp=s.tp), {}
+        twin.experts = twin._mesh("ep", "edp", "etp")
+        return twin
 
     @property
     def stage(self) -> int:

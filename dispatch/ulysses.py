@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.transforms import refuse_transforms
 from . import collectives
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,6 +30,7 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor, attend: Attend, group: dist.Process
     _check(q, k, v, size)
     if size == 1:
         return attend(q, k, v)
+    refuse_transforms("ulysses", "rows move between ranks: take them on one rank", q, k, v)
     heads = [t.shape[1] // size for t in (q, k, v)]
     parts = [t.unflatten(1, (size, -1)) for t in (q, k, v)]
     mine = _Exchange.apply(torch.cat(parts, 2).flatten(1, 2), 1, 2, group)

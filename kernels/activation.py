@@ -57,6 +57,9 @@ class Activation:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"activation: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name, number in (("alpha", self.alpha), ("up_shift", self.up_shift)):
+            if not math.isfinite(number):
+                raise ValueError(f"activation: {name} must be finite, got {number}")
         if not self.limit > 0:
             raise ValueError(f"activation: limit must be positive, got {self.limit}")
         if self.slope_at_limit not in (0.0, 1.0):
@@ -66,12 +69,16 @@ class Activation:
 
     @property
     def params(self) -> list[float]:
-        """What travels through an operator's schema: [alpha, limit, up_shift, clamp_after, slope_at_limit]."""
-        return [self.alpha, self.limit, self.up_shift, float(self.clamp_after), self.slope_at_limit]
+        """What travels through an operator's schema: [alpha, limit, up_shift, clamp_after, slope_at_limit].
+
+        No limit is 0: a graph in a file is JSON, which has no infinity.
+        """
+        limit = 0.0 if self.limit == math.inf else self.limit
+        return [self.alpha, limit, self.up_shift, float(self.clamp_after), self.slope_at_limit]
 
     @classmethod
     def from_params(cls, kind: str, gated: bool, params: list[float]) -> Activation:
-        return cls(kind, gated, params[0], params[1], params[2], bool(params[3]), params[4])
+        return cls(kind, gated, params[0], params[1] or math.inf, params[2], bool(params[3]), params[4])
 
     def phi(self, g: Tensor) -> Tensor:
         """phi(g), elementwise, differentiable."""

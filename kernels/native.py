@@ -31,6 +31,13 @@ _SOURCES = [
     "expert_outputs/on_cpu.cpp",
     "plan/on_cpu.cpp",
 ]
+_SYMBOLS = (
+    "hg_grouped_ffn_forward",
+    "hg_grouped_ffn_backward",
+    "hg_grouped_ffn_quantized",
+    "hg_combine_outputs",
+    "hg_plan",
+)
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -73,7 +80,11 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
 
 def _build() -> tuple[ctypes.CDLL | None, Status]:
     # clang++ is taken only when asked for: it would bring an OpenMP runtime of its own beside torch's
-    command = shlex.split(os.environ.get("CXX") or "g++")
+    asked = os.environ.get("CXX") or "g++"
+    try:
+        command = shlex.split(asked)
+    except ValueError as error:
+        return None, Status("plain", f"CXX must be a command as a shell reads it, got {asked!r} ({error})")
     if not command or shutil.which(command[0]) is None:
         return None, Status("plain", f"no C++ compiler found (looked for {' '.join(command)}; install g++ or set CXX)")
     if sys.platform != "linux":
@@ -84,15 +95,21 @@ def _build() -> tuple[ctypes.CDLL | None, Status]:
     try:
         key = _key(command, flags)
         target = _cache_dir() / f"headgate-{key}.so"
-        if not target.exists():
+        if not _is_whole(target):
             with _alone(target.with_suffix(".lock")):
-                if not target.exists():
+                if not _is_whole(target):
+                    if os.path.lexists(target):
+                        words = f"headgate: the compiled form in {target} is damaged; it is built again"
+                        warnings.warn(words, stacklevel=2)
                     _compile(command, flags, target)
         lib = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         words = detail.decode(errors="replace") if isinstance(detail, bytes) else detail
         return None, Status("plain", f"building the C++ form with {' '.join(command)} failed: {words.strip()[:500]}")
+    lacking = [name for name in _SYMBOLS if not hasattr(lib, name)]
+    if lacking:
+        return None, Status("plain", f"what {' '.join(command)} built lacks {', '.join(lacking)}: {target}")
     return lib, Status("native", f"C++ compiled by {' '.join(command)} for this CPU ({_isa()})", str(target))
 
 
@@ -104,10 +121,10 @@ def _key(command: list[str], flags: list[str]) -> str:
     # what the compiler makes of `native` here: a cache on a shared home directory serves several kinds of machine
     seen = subprocess.run(
         [*command, *flags[:1], *flags[-1:], "-dM", "-E", "-x", "c++", "-"],
-        input="", capture_output=True, text=True, check=True, timeout=60,
+        input="", capture_output=True, text=True, errors="replace", check=True, timeout=60,
     )  # fmt: skip
     digest.update(seen.stdout.encode())
-    digest.update(" ".join([*command, *flags]).encode())
+    digest.update(" ".join([*command, *flags, "with its digest"]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -141,6 +158,14 @@ def _alone(lock: Path):
             lock.unlink(missing_ok=True)  # who waits has it open, and finds the library built
 
 
+def _is_whole(target: Path) -> bool:
+    """Whether the library ends with the digest of what comes before. A damaged one would kill the process."""
+    if not target.is_file():
+        return False
+    data = target.read_bytes()
+    return hashlib.sha256(data[:-32]).digest() == data[-32:]
+
+
 def _compile(command: list[str], flags: list[str], target: Path) -> None:
     """Builds beside the target and renames, so that processes starting together never see half a library."""
     handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
@@ -149,8 +174,10 @@ def _compile(command: list[str], flags: list[str], target: Path) -> None:
         sources = [str(_HERE / s) for s in _SOURCES]
         subprocess.run(
             [*command, *flags, f"-I{_HERE}", *sources, "-o", name],
-            capture_output=True, text=True, check=True, timeout=300,
+            capture_output=True, text=True, errors="replace", check=True, timeout=300,
         )  # fmt: skip
+        with open(name, "r+b") as built:  # loaders ignore what comes after a library
+            built.write(hashlib.sha256(built.read()).digest())
         os.replace(name, target)
     finally:
         if os.path.exists(name):

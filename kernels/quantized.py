@@ -24,6 +24,7 @@ FORMATS = tuple(PER_BYTE)
 _DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8, "mxfp4": torch.uint8}
 _BLOCKS = {"fp8": (128, 128), "int8": (1, 128), "int4": (1, 128), "mxfp4": (1, 32)}  # by default
 _GROUPS = (32, 64, 128)  # columns of one int8 or int4 scale
+_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TOP = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # what the largest weight of a block becomes
 _E2M1_MAX_EXPONENT = 2
@@ -31,6 +32,20 @@ _E2M1_MAX_EXPONENT = 2
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _check_block(who: str, format: str, block: tuple[int, int], columns: int) -> None:
+    whole = isinstance(block, tuple | list) and all(hasattr(n, "__index__") and not isinstance(n, bool) for n in block)
+    if not whole or len(block) != 2:
+        raise ValueError(f"{who}: block must be (rows, columns), two whole numbers, got {block!r}")
+    down, across = block
+    if format == "fp8":
+        if down < 1 or across < 1 or (across % 16 and across < columns):
+            rule = f"positive, its columns a multiple of 16 or all of {columns}"
+            raise ValueError(f"{who}: block must be {rule}, got {block}")
+    elif down != 1 or across not in ((32,) if format == "mxfp4" else _GROUPS):
+        rule = "(1, 32)" if format == "mxfp4" else "(1, 32), (1, 64) or (1, 128)"
+        raise ValueError(f"{who}: block must be {rule} for {format!r}, got {block}")
 
 
 @dataclass(frozen=True)
@@ -68,22 +83,14 @@ class Quantized:
         if self.format == "mxfp4":
             if self.scale.dtype != torch.uint8:
                 raise TypeError(f"Quantized: scale must be torch.uint8 for 'mxfp4', got {self.scale.dtype}")
-        elif self.scale.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        elif self.scale.dtype not in _SCALES:
             raise TypeError(f"Quantized: scale must be fp32, bf16 or fp16, got {self.scale.dtype}")
         self._check_block()
 
     def _check_block(self) -> None:
         rows, columns = self.shape[1:]
+        _check_block("Quantized", self.format, self.block, columns)
         down, across = self.block
-        if self.format == "fp8":
-            if down < 1 or across < 1 or (across % 16 and across < columns):
-                raise ValueError(
-                    f"Quantized: block must be positive, its columns a multiple of 16 or all of {columns}, "
-                    f"got {self.block}"
-                )
-        elif down != 1 or across not in ((32,) if self.format == "mxfp4" else _GROUPS):
-            rule = "(1, 32)" if self.format == "mxfp4" else "(1, 32), (1, 64) or (1, 128)"
-            raise ValueError(f"Quantized: block must be {rule} for {self.format!r}, got {self.block}")
         want = (self.shape[0], _cdiv(rows, down), _cdiv(columns, across))
         if tuple(self.scale.shape) != want:
             raise ValueError(
@@ -145,7 +152,9 @@ def quantize(
 ) -> Quantized:
     """Weights w [E, O, I] to the nearest numbers of `format`. `block` is by default (128, 128) for "fp8", (1, 128)
     for "int8" and "int4", and (1, 32) for "mxfp4". Scales take the largest magnitude of each block to the format's
-    largest ("mxfp4": to its largest power of two, as the OCP standard has it)."""
+    largest ("mxfp4": to its largest power of two, as the OCP standard has it). Raises ValueError naming argument, rule
+    and value; also where `scale_dtype` cannot hold a scale to one part in 16, as fp16 cannot that of weights near 1e30
+    or 1e-6."""
     if format not in FORMATS:
         raise ValueError(f"quantize: format must be one of {', '.join(FORMATS)}, got {format!r}")
     if w.dim() != 3 or not w.dtype.is_floating_point:
@@ -154,16 +163,20 @@ def quantize(
         raise ValueError(f"quantize: I must be even for {format!r}, got {w.shape[2]}")
     if w.device.type != "meta" and not w.isfinite().all():
         raise ValueError("quantize: w must be finite, got NaN or Inf among its weights")
-    block = block or _BLOCKS[format]
-    w = w.detach().float()
+    if min(w.shape) < 1:
+        raise ValueError(f"quantize: w must have at least one element, got {tuple(w.shape)}")
+    if scale_dtype not in _SCALES:
+        raise TypeError(f"quantize: scale_dtype must be fp32, bf16 or fp16, got {scale_dtype}")
+    block = _BLOCKS[format] if block is None else block
+    _check_block("quantize", format, block, w.shape[2])
+    w = w.detach().float().contiguous()
     largest = _largest(w, block)
     if format == "mxfp4":
         exponent = torch.frexp(largest).exponent - 1 - _E2M1_MAX_EXPONENT
         scale = torch.where(largest > 0, exponent + 127, 127).clamp(0, 254).to(torch.uint8)
         data = _pack(_nearest_e2m1(w / _spread(_powers(scale), block, w.shape)))
     else:
-        top = _TOP[format]
-        scale = torch.where(largest > 0, largest / top, 1.0).to(scale_dtype)
+        scale = _scales(largest, _TOP[format], scale_dtype)
         data = _nearest(w / _spread(scale.float(), block, w.shape), format)
     return Quantized(data, scale, format, block)
 
@@ -193,6 +206,17 @@ def _largest(w: Tensor, block: tuple[int, int]) -> Tensor:
     down, across = min(block[0], rows), min(block[1], columns)
     w = torch.nn.functional.pad(w.abs(), (0, -columns % across, 0, -rows % down))
     return w.reshape(e, _cdiv(rows, down), down, _cdiv(columns, across), across).amax((2, 4))
+
+
+def _scales(largest: Tensor, top: float, dtype: torch.dtype) -> Tensor:
+    """Those of blocks with these largest magnitudes; 1 where all weights are zero, or too small for any scale."""
+    exact = largest / top
+    scale = exact.to(dtype)
+    meant = largest >= torch.finfo(torch.float32).tiny
+    if scale.device.type != "meta" and ((scale.float() - exact).abs() > exact / 16).logical_and(meant).any():
+        least, most = exact[exact > 0].min().item(), exact.max().item()
+        raise ValueError(f"quantize: scale_dtype must hold scales of {least:.1e} to {most:.1e}, got {dtype}")
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def _powers(scale: Tensor) -> Tensor:

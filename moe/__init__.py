@@ -1,5 +1,6 @@
 """Second floor: the nn.Modules that users put into models. `hf` swaps them into somebody else's."""
 
+from ..placement.lookup import files_of
 from .capacity import Capacity, Overflow
 from .experts import Experts
 from .layer import MoE
@@ -19,12 +20,4 @@ __all__ = [
     "TokenRanks",
 ]
 
-
-def __getattr__(name: str):
-    """A room or file of this folder by its name, without an import of its own: `headgate.moe.offload`."""
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = files_of(__name__)

@@ -15,9 +15,10 @@ from ..dispatch import collectives
 from ..dispatch.wire import pack, unpack
 from ..kernels.plan import plan
 from ..kernels.routing import Routing
+from ..kernels.transforms import refuse_transforms
 from .losses import TokenRanks
 
-DROPS, SCOPES = ("weight", "position"), ("rank", "batch")
+DROPS, SCOPES = ("weight", "position", "choice"), ("rank", "batch")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Capacity:
     """An expert takes at most C = ceil(factor * T * K / E) pairs: `factor` times its share of an even load.
 
     `drop` says which pairs stay: "weight" the C largest weights, the first ones among equals; "position" the first C
-    in the order of the tokens. (Megatron-LM's moe_token_drop_policy "probs" and "position".) `scope` "rank": T is this
+    in the order of the tokens; "choice" the first C in the order of the choices: all tokens' first choices before any
+    second one, each in the order of the tokens. (Megatron-LM's moe_token_drop_policy "probs" and "position"; GShard's
+    and Tutel's order is "choice".) `scope` "rank": T is this
     rank's, and each rank chooses for itself; "batch": T is the whole batch's, and the choice is that of one process
     with all tokens in rank order. `pad` promises whoever moves the pairs that no expert has more than C of them
     (`Routing.capacity`), so that its shapes can depend on T alone; it must come with scope "rank", where C is the same
@@ -83,9 +86,12 @@ def limit(routing: Routing, capacity: Capacity, ranks: TokenRanks | None = None)
     it was limited. `ranks`: the ranks of scope "batch" and of `dropped_total`; None: this one is alone.
 
     Cost: scope "rank" does not wait for the device; with `ranks` it is one all-reduce of one number. Scope "batch" is
-    one all-gather of E + 1 numbers for "position"; for "weight" one of a number, and one of every rank's ids and
-    weights, K for each of max T tokens. It waits for the device once, since C depends on all ranks' tokens.
+    one all-gather of E + 1 numbers for "position", of K E + 1 for "choice"; for "weight" one of a number, and one of
+    every rank's ids and weights, K for each of max T tokens. It waits for the device once, since C depends on all
+    ranks' tokens.
     """
+    if ranks is not None:
+        refuse_transforms("TokenRanks", "numbers move between ranks: take them on one rank", routing.weights)
     if ranks is None or capacity.scope == "rank":
         tokens, k = routing.expert_ids.shape
         bound = capacity.of(tokens, k, routing.num_experts)
@@ -94,7 +100,7 @@ def limit(routing: Routing, capacity: Capacity, ranks: TokenRanks | None = None)
         dropped = gone.sum()
         total = dropped if ranks is None else collectives.all_reduce(dropped, ranks.group)
     else:
-        among = _by_position if capacity.drop == "position" else _by_weight
+        among = _by_weight if capacity.drop == "weight" else _in_turn
         place, bound, total = among(routing, capacity, ranks)
         gone = place >= bound
         dropped = gone.sum()
@@ -116,24 +122,32 @@ def _places(ids: Tensor, weights: Tensor, experts: int, drop: str) -> Tensor:
         order = weights.detach().flatten().sort(descending=True, stable=True).indices
         queue = plan(ids.flatten()[order][:, None], experts)
         row = torch.empty_like(queue.row_of_pair).scatter(0, order, queue.row_of_pair)
+    elif drop == "choice":
+        queue = plan(ids.T.reshape(-1, 1), experts)
+        row = queue.row_of_pair.view(ids.T.shape).T
     else:
         queue = plan(ids, experts)
         row = queue.row_of_pair
     first = queue.offsets[ids.long().clamp(0, experts - 1)]
-    return torch.where(valid, row.view_as(ids) - first, -1)
+    return torch.where(valid, row.reshape(ids.shape) - first, -1)
 
 
-def _by_position(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple[Tensor, int, Tensor]:
-    """(places in the queues of the whole batch, C, pairs that go on all ranks): tokens of lower ranks come first."""
-    ids, experts = routing.expert_ids, routing.num_experts
-    mine = F.pad(_counts(ids, experts), (0, 1), value=ids.shape[0])
-    table = collectives.all_gather(mine[None], ranks.group)  # [G, E + 1]
-    counts, tokens = table[:, :-1], table[:, -1]
-    bound = capacity.of(int(tokens.sum()), ids.shape[1], experts)
-    before = counts[: dist.get_rank(ranks.group)].sum(0)
-    place = _places(ids, routing.weights, experts, "position")
-    place = torch.where(place >= 0, place + before[ids.long().clamp(0, experts - 1)], -1)
-    return place, bound, (counts.sum(0) - bound).clamp_min(0).sum()
+def _in_turn(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple[Tensor, int, Tensor]:
+    """(places in the queues of the whole batch, C, pairs that go on all ranks): tokens of lower ranks come first, in
+    one round over all pairs for "position", in one for each k for "choice"."""
+    ids, experts, (tokens, k) = routing.expert_ids, routing.num_experts, routing.expert_ids.shape
+    rounds = ids.T if capacity.drop == "choice" else ids.reshape(1, -1)
+    mine = torch.stack([_counts(round_, experts) for round_ in rounds])  # [rounds, E]
+    table = collectives.all_gather(F.pad(mine.flatten(), (0, 1), value=tokens)[None], ranks.group)
+    counts = table[:, :-1].unflatten(1, mine.shape)  # [G, rounds, E]
+    bound = capacity.of(int(table[:, -1].sum()), k, experts)
+    total = counts.sum(0)
+    earlier = (total - mine).cumsum(0) - (total - mine)  # others' pairs of earlier rounds
+    before = earlier + counts[: dist.get_rank(ranks.group)].sum(0)
+    place = _places(ids, routing.weights, experts, capacity.drop)
+    expert = ids.long().clamp(0, experts - 1)
+    ahead = before.expand(k, experts).T[expert, torch.arange(k, device=ids.device)]
+    return torch.where(place >= 0, place + ahead, -1), bound, (total.sum(0) - bound).clamp_min(0).sum()
 
 
 def _by_weight(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple[Tensor, int, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,12 @@ class Experts(nn.Module):
     Weights, as transformers stores them: `w_gate_up` [E, 2F, D] (gate rows first; [E, F, D] when not gated) and
     `w_down` [E, D, F]; with `bias` also `b_gate_up` [E, 2F] or [E, F] and `b_down` [E, D]. `activation` is a name, or
     an Activation, which says itself whether it is gated. `dispatcher` brings each row to the rank of its experts and
-    back; None: this rank holds them all.
+    back; None: this rank holds them all. With `weights_on_input` a weight multiplies its expert's input, not its output
+    (Llama 4; Megatron-Core's moe_apply_probs_on_input, which takes K = 1 only):
+
+        y[t] = sum_k W_down_e act(W_gate_up_e (weights[t, k] * x[t]))
+
+    The rows of all R * K pairs are then made before the experts run.
 
     With a dispatcher over several ranks the weights are [E/G, ...], those of `local_experts` (a range of expert
     numbers); routing still counts over all E. A rank draws the initial values of all E experts and keeps its own: with
@@ -50,6 +55,7 @@ class Experts(nn.Module):
         activation: str | Activation = "silu",
         gated: bool = True,
         bias: bool = False,
+        weights_on_input: bool = False,
         dispatcher: Dispatcher | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -64,7 +70,7 @@ class Experts(nn.Module):
         if dispatcher is not None and (isinstance(dispatcher, type) or not isinstance(dispatcher, Dispatcher)):
             raise TypeError(f"Experts: dispatcher must be an object such as AllToAll(group), got {dispatcher!r}")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.activation = as_activation(activation, gated)
+        self.activation, self.weights_on_input = as_activation(activation, gated), weights_on_input
         self.dispatcher = Local() if dispatcher is None else dispatcher
         self.local_experts: Sequence[int] = self.dispatcher.local_experts(num_experts)
 
@@ -96,14 +102,19 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         rows, local, ticket = self.dispatcher.dispatch(x, routing)
+        y = by_pairs(rows, local, self._compute) if self.weights_on_input else self._compute(rows, local)
+        return self.dispatcher.combine(y, ticket)
+
+    def _compute(self, rows: Tensor, routing: Routing) -> Tensor:
+        """The weighted sums [R, D] of the experts that are here."""
         elsewhere = elsewhere_of(self)
         if elsewhere is not None:  # headgate.offload
-            return self.dispatcher.combine(elsewhere(rows, local), ticket)
+            return elsewhere(rows, routing)
         w_gate_up, w_down, b_gate_up, b_down = (weight_of(self, name) for name in WEIGHTS)
         assert w_gate_up is not None
         assert w_down is not None
-        y = grouped_ffn(rows, local, w_gate_up, w_down, b_gate_up=b_gate_up, b_down=b_down, activation=self.activation)
-        return self.dispatcher.combine(y, ticket)
+        act = self.activation
+        return grouped_ffn(rows, routing, w_gate_up, w_down, b_gate_up=b_gate_up, b_down=b_down, activation=act)
 
     def cuts(self) -> dict[str, Cut]:
         """How each parameter is cut where the experts are spread over ranks: E over ep, F over etp."""
@@ -121,5 +132,15 @@ class Experts(nn.Module):
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, activation={self.activation.kind!r}, "
             f"gated={self.activation.gated}, bias={self.b_down is not None}, dispatcher={self.dispatcher}"
+            + (", weights_on_input=True" if self.weights_on_input else "")
             + ("" if len(self.local_experts) == self.num_experts else f", local_experts={self.local_experts}")
         )
+
+
+def by_pairs(rows: Tensor, routing: Routing, compute: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+    """sum_k compute(weights[r, k] * rows[r]) [R, D]: each pair is a row of its own, with weight 1."""
+    shape, weights = routing.expert_ids.shape, routing.weights
+    pairs = (rows[:, None] * weights[:, :, None]).flatten(0, 1).to(rows.dtype)
+    one = Routing(routing.expert_ids.reshape(-1, 1), torch.ones_like(weights).view(-1, 1), routing.num_experts)
+    y = compute(pairs, one).unflatten(0, shape)
+    return y.sum(1, dtype=torch.float64 if y.dtype == torch.float64 else torch.float32).to(y.dtype)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ..dispatch.protocol import Dispatcher
 from ..kernels.activation import Activation
 from ..kernels.routing import Routing
+from ..kernels.transforms import under_transform
+from .balance import Coef, balancing_losses, check_balancing
 from .capacity import Capacity, Overflow, limit
 from .experts import Experts
-from .losses import TokenRanks, attach_loss, load_balancing_loss, z_loss
+from .forced import FORCED, forced
+from .losses import TokenRanks, attach_loss, z_loss
 from .routers import ROUTERS
 from .shared import SharedExpert
-
-SCOPES = ("batch", "sequence", "global")
 
 
 class MoE(nn.Module):
@@ -28,19 +29,42 @@ class MoE(nn.Module):
     `router`: a name in ROUTERS ("softmax", "sigmoid", "bilevel"), made with `router_options` (see SoftmaxRouter,
     SigmoidRouter, BilevelRouter), or a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see
     Experts. With `shared_intermediate_size` > 0 every token also passes a shared expert of that size, weighted by a
-    sigmoid gate if `shared_gate`.
+    sigmoid gate if `shared_gate`. With `latent_size` L > 0 the experts work on L numbers in place of D: a projection
+    D -> L before rows are dispatched, one L -> D after they are combined; router and shared expert see D (Nemotron 3,
+    Megatron-Core's moe_latent_size). `weights_on_input`: see Experts.
 
     `capacity`: how many pairs an expert takes, a Capacity or its factor; None: all. A token goes without the experts
     that dropped it. `last_overflow` says what was dropped in the last forward (see Overflow).
 
-    While training, `load_balancing_coef` times the router's balancing loss (see `load_balancing_loss`) and
-    `z_loss_coef` times the z-loss run backward with y: the training loop does not change. They see the choice before
-    `capacity` limits it. `load_balancing_scope`: "batch" (all tokens of a call), "sequence" (x [B, S, D]: each sequence
-    for itself) or "global" (all ranks of `load_balancing_group`, whose gradients are averaged, as by DDP). The group
-    becomes `token_ranks`, which can be set to a TokenRanks for any scope: the batch of losses and of `capacity` is then
-    that of all these ranks. Where the main loss is multiplied (gradient accumulation by 1/n, a loss scale in fp16), set
-    `aux_scale`, a number or a 0-d tensor, to the same. `aux_losses` holds the last training forward's losses, detached
-    and before their coefficients, for reading: "load_balancing" always, "z_loss" where it has a coefficient.
+    While training, `load_balancing_coef` times the router's balancing loss and `z_loss_coef` times the z-loss run
+    backward with y: the training loop does not change. They see the choice before `capacity` limits it. Each layer adds
+    its own loss: losses of several layers are summed, not averaged. By default that is
+
+        load_balancing_coef * E * sum_e f_e P_e,   f_e = tokens that chose e / T,   P_e = mean score of e
+
+    so that an even load gives coef * K. A coefficient from elsewhere means the same only with the same convention:
+
+    load_balancing_norm    "none": as above (Switch, transformers). "topk": divided by the choices counted for a token,
+                           so that an even load gives coef (Megatron-Core, DeepSeek-V3)
+    load_balancing_choice  what f counts. "routed": all K choices as they were made. "scores": the K best raw scores,
+                           without the router's bias and groups (DeepSeek-V3's equation 18, Megatron-Core). "first": a
+                           token's first choice only (GShard, Tutel, DeepSpeed)
+    load_balancing_scope   whose tokens are one batch. "batch": all of a call, over many ranks those of all of them.
+                           "rank": those of this rank, or of its cp x tp group (Megatron-Core's aux_loss); the value is
+                           the mean over the groups. "sequence": x [B, S, D], each sequence for itself. "global": all
+                           ranks of `load_balancing_group`, whose gradients are averaged, as by DDP
+
+    Several losses at once: `load_balancing_coef` takes a coefficient for each scope, {"rank": 1e-2, "sequence": 1e-4}.
+    A router with a `balancing_loss` of its own (bilevel) says itself what it counts and how it is normed.
+
+    `token_ranks`, a TokenRanks, says whose tokens make the whole batch of losses and of `capacity`; the group and
+    `parallelize` set it, and so may you. Where the main loss is multiplied (gradient accumulation by 1/n, a loss scale
+    in fp16), set `aux_scale`, a number or a 0-d tensor, to the same. `aux_losses` holds the last training forward's
+    losses, detached and before their coefficients, for reading: "load_balancing" always ("load_balancing_SCOPE" for
+    each of several), "z_loss" where it has a coefficient.
+
+    `force_load_balancing`, for benchmarks: the chosen experts are replaced, while training or not, by "random" or by
+    "round_robin" ones, so that the load is even; see `headgate.moe.forced`.
 
     `last_routing` is the Routing of the last forward as its experts had it, detached and without logits; None before
     the first.
@@ -68,25 +92,38 @@ class MoE(nn.Module):
         activation: str | Activation = "silu",
         gated: bool = True,
         bias: bool = False,
+        weights_on_input: bool = False,
+        latent_size: int = 0,
         shared_intermediate_size: int = 0,
         shared_gate: bool = False,
         dispatcher: Dispatcher | None = None,
         capacity: Capacity | float | None = None,
-        load_balancing_coef: float = 0.0,
+        load_balancing_coef: Coef = 0.0,
         load_balancing_scope: str = "batch",
+        load_balancing_choice: str = "routed",
+        load_balancing_norm: str = "none",
         load_balancing_group: dist.ProcessGroup | None = None,
         z_loss_coef: float = 0.0,
+        force_load_balancing: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check(num_experts, top_k, shared_intermediate_size, shared_gate, load_balancing_coef, z_loss_coef)
-        _check_scope(load_balancing_scope, load_balancing_group)
+        _check(num_experts, top_k, shared_intermediate_size, latent_size, shared_gate, z_loss_coef)
+        if force_load_balancing not in (None, *FORCED):
+            known = ", ".join(FORCED)
+            raise ValueError(f"MoE: force_load_balancing must be one of {known} or None, got {force_load_balancing!r}")
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         form: dict[str, Any] = {"activation": activation, "gated": gated, "bias": bias, **where}
         self.router = _router(router, router_options, hidden_size, num_experts, top_k, **where)
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, dispatcher=dispatcher, **form)
+        balancing = (load_balancing_coef, load_balancing_scope, load_balancing_choice, load_balancing_norm)
+        check_balancing(self.router, *balancing, load_balancing_group)
+        inner = latent_size or hidden_size
+        self.latent_down = nn.Linear(hidden_size, inner, bias=bias, **where) if latent_size else None
+        of_experts = {"weights_on_input": weights_on_input, "dispatcher": dispatcher, **form}
+        self.experts = Experts(num_experts, inner, intermediate_size, **of_experts)
+        self.latent_up = nn.Linear(inner, hidden_size, bias=bias, **where) if latent_size else None
         self.shared = (
             SharedExpert(hidden_size, shared_intermediate_size, gate=shared_gate, **form)
             if shared_intermediate_size
@@ -95,7 +132,9 @@ class MoE(nn.Module):
         self.capacity = capacity if capacity is None or isinstance(capacity, Capacity) else Capacity(capacity)
         self.load_balancing_coef, self.z_loss_coef = load_balancing_coef, z_loss_coef
         self.load_balancing_scope, group = load_balancing_scope, load_balancing_group
+        self.load_balancing_choice, self.load_balancing_norm = load_balancing_choice, load_balancing_norm
         self.token_ranks = None if group is None else TokenRanks(group, average=group.size())
+        self.force_load_balancing = force_load_balancing
         self.aux_scale: float | Tensor = 1.0
         self.aux_losses: dict[str, Tensor] = {}
         self.last_routing: Routing | None = None
@@ -104,15 +143,22 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self._tokens(x)
         routing = kept = self._route(tokens)
+        overflow = None
         if self.capacity is not None:
-            kept, self.last_overflow = limit(routing, self.capacity, self.token_ranks)
-        y = self.experts(tokens, kept)
+            kept, overflow = limit(routing, self.capacity, self.token_ranks)
+        y = self._experts(tokens, kept)
         if self.shared is not None:
             y = y + self.shared(tokens)
         if self.training and routing.scores is not None:
             y = self._with_losses(y, routing, sequences=math.prod(x.shape[:-2]))
-        self.last_routing = replace(kept.detach(), logits=None)
+        if not under_transform():
+            self.last_routing, self.last_overflow = replace(kept.detach(), logits=None), overflow
         return y if x.dim() == 2 else y.reshape(x.shape)
+
+    def _experts(self, tokens: Tensor, routing: Routing) -> Tensor:
+        if self.latent_down is None or self.latent_up is None:
+            return self.experts(tokens, routing)
+        return self.latent_up(self.experts(self.latent_down(tokens), routing))
 
     def _tokens(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -125,20 +171,25 @@ class MoE(nn.Module):
         routing = self.router(tokens)
         if not isinstance(routing, Routing):
             raise TypeError(f"MoE: router must return a Routing, got {type(routing).__name__}")
-        return routing
+        return routing if self.force_load_balancing is None else forced(routing, self.force_load_balancing)
 
     def _with_losses(self, y: Tensor, routing: Routing, sequences: int) -> Tensor:
         """y with this step's losses attached to its backward pass; notes their values in `aux_losses`."""
-        balancing_loss = getattr(self.router, "balancing_loss", load_balancing_loss)
-        balance = balancing_loss(
-            routing if self.load_balancing_coef else routing.detach(),
-            sequences=sequences if self.load_balancing_scope == "sequence" else None,
-            ranks=self.token_ranks,
+        losses, total = balancing_losses(
+            self.router,
+            routing,
+            self.load_balancing_coef,
+            self.load_balancing_scope,
+            self.load_balancing_choice,
+            self.load_balancing_norm,
+            sequences,
+            self.token_ranks,
         )
-        losses, total = {"load_balancing": balance}, self.load_balancing_coef * balance
         if self.z_loss_coef:
             losses["z_loss"] = z_loss(routing, ranks=self.token_ranks)
             total = total + self.z_loss_coef * losses["z_loss"]
+        if under_transform():  # which does not show what asks for a gradient
+            return attach_loss(y, total * self.aux_scale)
         self.aux_losses = {name: loss.detach() for name, loss in losses.items()}
         return attach_loss(y, total * self.aux_scale) if total.requires_grad else y
 
@@ -162,27 +213,17 @@ def _router(router, options, hidden_size: int, num_experts: int, top_k: int, dev
     return router
 
 
-def _check(num_experts, top_k, shared_intermediate_size, shared_gate, load_balancing_coef, z_loss_coef) -> None:
-    sizes = {"num_experts": num_experts, "top_k": top_k, "shared_intermediate_size": shared_intermediate_size}
-    for name, size in sizes.items():
+def _check(num_experts, top_k, shared_intermediate_size, latent_size, shared_gate, z_loss_coef) -> None:
+    optional = {"shared_intermediate_size": shared_intermediate_size, "latent_size": latent_size}
+    for name, size in {"num_experts": num_experts, "top_k": top_k, **optional}.items():
         if not hasattr(size, "__index__"):
             raise TypeError(f"MoE: {name} must be an integer, got {size!r}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"MoE: top_k must be between 1 and num_experts ({num_experts}), got {top_k}")
-    if shared_intermediate_size < 0:
-        raise ValueError(f"MoE: shared_intermediate_size must not be negative, got {shared_intermediate_size}")
+    for name, size in optional.items():
+        if size < 0:
+            raise ValueError(f"MoE: {name} must not be negative, got {size}")
     if shared_gate and not shared_intermediate_size:
         raise ValueError("MoE: shared_gate must come with shared_intermediate_size > 0, got 0")
-    for name, coef in (("load_balancing_coef", load_balancing_coef), ("z_loss_coef", z_loss_coef)):
-        if not (coef >= 0 and math.isfinite(coef)):
-            raise ValueError(f"MoE: {name} must be finite and not negative, got {coef}")
-
-
-def _check_scope(scope: str, group: dist.ProcessGroup | None) -> None:
-    if scope not in SCOPES:
-        raise ValueError(f"MoE: load_balancing_scope must be one of {', '.join(SCOPES)}, got {scope!r}")
-    if (scope == "global") != (group is not None):
-        raise ValueError(
-            "MoE: load_balancing_group must be given with load_balancing_scope='global' and only then, "
-            f"got scope {scope!r} and group {group}"
-        )
+    if not (z_loss_coef >= 0 and math.isfinite(z_loss_coef)):
+        raise ValueError(f"MoE: z_loss_coef must be finite and not negative, got {z_loss_coef}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dispatch import collectives
 from ..kernels.routing import Routing
+from ..kernels.transforms import refuse_transforms
 
 _EPS = 1e-20
 
@@ -29,7 +30,7 @@ class TokenRanks:
     `group`: every rank that holds tokens of the batch, each its own. `average`: the router's gradients are summed over
     `group` and then divided by this (the group's size under DDP). `sequence`: the ranks of `group` that hold parts of
     the same sequences, all of the same ones in the same order; None: every sequence is whole on its rank. It matters
-    for losses of each sequence only. Every rank of `group` must take part in every call, with no tokens too.
+    for losses of each sequence or rank only. Every rank of `group` must take part in every call, with no tokens too.
 
     Raises ValueError where `average` is not positive or this rank is not in a group.
     """
@@ -54,7 +55,8 @@ def load_balancing_loss(routing: Routing, *, sequences: int | None = None, ranks
 
     Source: Lepikhin et al., GShard (2020); Fedus et al., Switch Transformers (2021), equations 4-6. For softmax scores
     it equals transformers' `load_balancing_loss_func`. Scores that do not sum to one (sigmoid) are divided by their sum
-    (DeepSeek-V3, equation 19). The gradient goes through P alone: counts have none.
+    (DeepSeek-V3, equation 19). The gradient goes through P alone: counts have none. Megatron-Core's value is this over
+    K; GShard's and Tutel's is that of first choices alone. See MoE's `load_balancing_norm`, `load_balancing_choice`.
 
     `sequences` S: the tokens are S sequences of T / S; each has its own loss, and the mean is returned (DeepSeek-V3,
     equation 17). `ranks`: the batch is that of all these ranks (Qiu et al., Demons in the Detail, 2025), whatever share
@@ -101,6 +103,7 @@ def over_batch(
     each = tokens // max(parts, 1)
     if ranks is None:
         return (weigh(counts.to(sums.dtype), max(each, 1)) * sums).sum() / max(parts, 1)
+    refuse_transforms("TokenRanks", "numbers move between ranks: take them on one rank", sums)
     group = ranks.group if sequences is None else ranks.sequence
     size = sums.new_full((1,), each, dtype=torch.float64)
     whole = torch.cat([counts.flatten().double(), sums.detach().flatten().double(), size])
@@ -150,10 +153,13 @@ def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     So an auxiliary loss trains its layer without a word in the training loop (as Megatron-LM's MoEAuxLossAutoScaler,
     but with the scale in the caller's hand: multiply `loss` by what the main loss is multiplied by).
     """
-    return _Attach.apply(y, loss)
+    attach = _Attach if torch.compiler.is_compiling() else _AttachAnywhere
+    return attach.apply(y, loss)
 
 
 class _Attach(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(y: Tensor, loss: Tensor) -> Tensor:
         return y.view_as(y)
@@ -165,3 +171,11 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, grad.new_ones((), dtype=ctx.dtype)
+
+
+class _AttachAnywhere(_Attach):
+    """The same for forward-mode AD, too, which torch.compile does not take."""
+
+    @staticmethod
+    def jvp(ctx, y: Tensor, loss: Tensor) -> Tensor:
+        return y.view_as(y)

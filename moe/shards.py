@@ -15,6 +15,7 @@ from ..dispatch.all_to_all import destinations
 from ..dispatch.pending import Pending
 from ..dispatch.replicas import Chooser, Placed, Replicas
 from ..kernels.routing import Routing
+from ..kernels.transforms import refuse_transforms
 from ..placement.placement import Placement
 
 _SHARDS = "_headgate_shards"
@@ -27,15 +28,19 @@ class Cut:
 
     `blocks`: how many parts of that dimension, one after the other, are each cut for itself (2 for gate and up rows).
     `whole`: a bias of the experts' outputs, cut over D, that each rank of etp adds in its own columns.
+    `everywhere`: each rank of etp has all of it.
     """
 
     ffn: int
     blocks: int = 1
     whole: bool = False
+    everywhere: bool = False
 
     def of(self, full: Tensor, held: Sequence[int], etp: int, rank: int) -> Tensor:
         """The part [len(held), ...] of `full` [E, ...] that is this rank's, as a new contiguous tensor."""
         experts = full[held.start : held.stop] if isinstance(held, range) else full[list(held)]
+        if self.everywhere:
+            return experts.clone(memory_format=torch.contiguous_format)
         part = experts.unflatten(self.ffn, (self.blocks, etp, -1))
         return (
             part.select(self.ffn + 1, rank).flatten(self.ffn, self.ffn + 1).clone(memory_format=torch.contiguous_format)
@@ -79,7 +84,7 @@ class Shards:
     A change of degree moves no weight and changes no gradient: the parts are the same. `outer` makes the dispatcher of
     an ep group, `inner` that of ranks with slices of the same experts; with `replicated` rows only r = etp makes sense.
     With `every` > 0 the degree that moves fewest bytes for the rows of the moment is taken anew every so many calls, by
-    an all-reduce of one number; `why()` says by which figures.
+    an all-reduce of one number; `why()` says by which figures. `shared`: a shared expert, which every token goes to.
 
     `held`: the experts of this rank, those of `slots`, its slots out of S. By `place` they are what a placement says;
     before they are E/ep in a row, and a slot is an expert.
@@ -95,9 +100,10 @@ class Shards:
         *,
         replicated: bool = False,
         every: int = 0,
+        shared: bool = False,
     ) -> None:
         self.etp = fold.size("etp")
-        self.fold, self.num_experts, self.cuts = fold, num_experts, dict(cuts)
+        self.fold, self.num_experts, self.cuts, self.shared = fold, num_experts, dict(cuts), shared
         self._outer, self._inner, self.replicated, self._every = outer, inner, replicated, every
         self.weight_bytes, self._calls, self._bytes = 0, 0, dict[int, float]()
         self._due, self._pending = False, Pending()
@@ -196,6 +202,7 @@ class Shards:
 
     def gathered(self, name: str, w: Tensor) -> Tensor:
         """The parameter `name`, of which w is this rank's part, as this degree computes with it; differentiable."""
+        refuse_transforms("parallelize", "weights move between ranks: take them on one rank", w)
         cut = self.cuts[name]
         if cut.whole:
             return self._padded(w)

@@ -13,6 +13,8 @@
 | traces/ | where tokens went, and what is counted from it |
 | cluster/ | nodes, GPUs, links, and the rows sent over them |
 | compiled.py, files.py | numba's cache across files; files written whole or not at all |
+| careful.py | the one way to read a file that a stranger may have written |
+| lookup.py | the files of a room by their names |
 
 The files of a room answer here too, under their own names and when they are first asked for:
 `headgate.placement.rebalance` is `placement/live/rebalance.py`. Who may import whom: tests/test_house.py.
@@ -26,7 +28,7 @@ _ROOMS = {
     "cluster": "links topology volume",
     "bounds": "certify",
 }
-_HERE = "compiled cost files formats place placement problem slots walk"
+_HERE = "careful compiled cost files formats place placement problem slots walk"
 _WHERE = {name: f".{room}.{name}" for room, names in _ROOMS.items() for name in names.split()}
 _WHERE |= {name: f".{name}" for name in _HERE.split()}
 

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .careful import Opened, opened
 from .cluster.topology import Topology
 from .files import write_whole
 from .placement import Placement
@@ -102,54 +100,61 @@ def import_map(
     *,
     num_experts: int | None = None,
     layers: Sequence[int] | None = None,
+    max_bytes: int | None = None,
 ) -> Placement:
     """The placement in another system's file. `num_experts`: E, None for one more than the highest id in it; `layers`:
-    which rows to take, None for all.
+    which rows to take, None for all; `max_bytes` of memory that the file may fill: None for four times its size, or
+    64 MB.
 
-    Raises FileNotFoundError, or ValueError naming the file, field, rule and value.
+    Raises OSError where it is missing or may not be read, or ValueError naming the file, field, rule and value.
     """
-    try:
-        table = np.array(_read(Path(path)))
-        if table.ndim != 2 or not table.size or table.dtype.kind not in "iu":
-            raise ValueError(f"{MAP} must be whole numbers [L, S], got {table.dtype} {table.shape}")
+    with opened(path, "import_map", max_bytes) as file:
+        found = _read(file)
+        if isinstance(found, list):
+            fine = all(isinstance(row, list) and all(type(expert) is int for expert in row) for row in found)
+            fine = fine and len({len(row) for row in found}) == 1
+            file.rule(fine, MAP, "whole numbers [L, S]", found)
+        table = file.integers(found, MAP, shape=(None, None), low=0, high=2**31 - 2)
+        file.rule(table.size > 0, MAP, "[L, S], not empty", list(table.shape))
         if layers is not None:
             odd = [layer for layer in layers if not 0 <= layer < len(table)]
-            if odd:
-                raise ValueError(f"layers must be in 0 .. {len(table) - 1}, got {odd[0]}")
+            file.rule(not odd, "layers", f"in 0 .. {len(table) - 1}", odd[0] if odd else None)
             table = table[list(layers)]
-        return Placement(table, int(table.max()) + 1 if num_experts is None else num_experts, topology)
-    except FileNotFoundError:
-        raise
-    except (ValueError, TypeError, KeyError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"import_map: {path} must hold another system's placement, got {error}") from error
+        experts = int(table.max()) + 1 if num_experts is None else num_experts
+        rule = f"at most the S={table.shape[1]} slots, for every expert has one"
+        file.rule(experts <= table.shape[1], "num_experts", rule, experts)
+        try:
+            return Placement(table, experts, topology)
+        except (ValueError, TypeError) as error:
+            raise file.damaged("another system's placement", error) from error
 
 
-def _read(path: Path) -> Any:
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False)
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return _map_of({name: file[name] for name in file.files if name == MAP}, file.files)
-    if path.suffix in (".yaml", ".yml"):
-        return _trtllm_rows(path.read_text())
-    if path.suffix != ".json":
-        raise ValueError(f"a file that ends in {path.suffix or 'nothing'}, not .json, .npy, .npz or .yaml")
-    found = json.loads(path.read_text())
-    return found if isinstance(found, list) else _map_of(found, found)
+def _read(file: Opened) -> Any:
+    kind = file.path.suffix.lower()
+    if kind == ".npy":
+        return file.npy()
+    if kind == ".npz":
+        return _map_of(file, file.npz())
+    if kind in (".yaml", ".yml"):
+        return _trtllm_rows(file, file.yaml())
+    file.rule(kind == ".json", "ending", ".json, .npy, .npz or .yaml", kind or "nothing")
+    found = file.json("another system's placement")
+    return found if isinstance(found, list) else _map_of(file, found)
 
 
-def _map_of(found: Any, names: Any) -> Any:
-    if not isinstance(found, dict) or MAP not in found:
-        raise ValueError(f"no {MAP} among {list(names)[:9]}")
+def _map_of(file: Opened, found: Any) -> Any:
+    there = isinstance(found, dict) and MAP in found
+    file.rule(
+        there, "content", f"an object with {MAP}", list(found)[:9] if isinstance(found, dict) else type(found).__name__
+    )
     return found[MAP]
 
 
-def _trtllm_rows(text: str) -> list[list[int]]:
-    """The assignments of a YAML as TensorRT-LLM's own tools and `export` write it: a layer and its experts in brackets,
-    over one line or several."""
-    where = re.search(r"^initial_global_assignments:\s*\n((?:[ \t].*\n?|\s*\n)+)", text, re.MULTILINE)
-    rows = re.findall(r"(\d+)\s*:\s*\[([\d,\s]*)\]", where[1] if where else "")
-    if not rows:
-        raise ValueError("no initial_global_assignments with a line `layer: [expert, ...]` for each layer")
-    by_layer = sorted((int(layer), [int(e) for e in experts.split(",") if e.strip()]) for layer, experts in rows)
-    return [experts for _, experts in by_layer]
+def _trtllm_rows(file: Opened, found: Any) -> list[list[int]]:
+    """The assignments of a TensorRT-LLM configuration, in the order of their layers."""
+    rows = found.get("initial_global_assignments") if isinstance(found, dict) else None
+    rule = "initial_global_assignments, with `layer: [expert, ...]` for each layer"
+    fine = isinstance(rows, dict) and rows and all(type(layer) is int for layer in rows)
+    file.rule(bool(fine), "content", rule, type(rows).__name__)
+    assert isinstance(rows, dict)
+    return [rows[layer] for layer in sorted(rows)]

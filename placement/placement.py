@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .careful import Opened, opened, whole, without_unknown
 from .cluster.topology import Topology
 from .files import write_whole
 
@@ -100,30 +101,52 @@ class Placement:
         write_whole(Path(path), lambda file: file.write(text.encode()))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Placement:
-        """Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
-        text = Path(path).read_bytes()
-        try:
-            found = json.loads(text)
-            version = found["version"]
-            if version != VERSION:
-                raise ValueError(f"version must be {VERSION}, got {version}")
-            layers = [layer["expert_of_slot"] for layer in found["layers"]]
-            if len({len(layer) for layer in layers}) > 1:
-                raise ValueError(f"layers must have equally many slots, got {sorted({len(layer) for layer in layers})}")
-            return cls(
-                np.array(layers),
-                found["num_experts"],
-                Topology.from_json(found["topology"]),
-                np.array(found["slots_of_gpu"]) if "slots_of_gpu" in found else None,  # type: ignore[arg-type]
-                found.get("cost", {}),
-                found.get("bound", {}),
-                found.get("method", {}),
-            )
-        except KeyError as error:
-            raise ValueError(f"Placement: {path} must hold {error}") from error
-        except (ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"Placement: {path} must be a saved placement, got {error}") from error
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Placement:
+        """`max_bytes` of memory that it may fill: None for four times the file, or 64 MB.
+
+        Raises OSError where it is missing or may not be read, or ValueError naming the file and what is wrong with it.
+        """
+        with opened(path, "Placement", max_bytes) as file:
+            content = file.json("a saved placement")
+            file.rule(isinstance(content, dict) and "version" in content, "content", "an object with version", content)
+            file.rule(content["version"] == VERSION, "version", str(VERSION), content["version"])
+            found = without_unknown(file, content, "content", NEEDED, {"slots_of_gpu", *FIGURES})
+            experts = whole(file, found["num_experts"], "num_experts", 1, 2**31 - 1)
+            rows = _rows(file, found["layers"])
+            file.rule(experts <= rows.shape[1], "num_experts", f"at most S={rows.shape[1]}", experts)
+            slots: Any = found.get("slots_of_gpu")
+            if slots is not None:
+                slots = file.integers(slots, "slots_of_gpu", shape=(None,), low=0, high=rows.shape[1]).astype(np.int32)
+            for name in FIGURES:
+                _figures(file, name, found.get(name, {}))
+            try:
+                topology = Topology.from_json(found["topology"])
+                return cls(rows, experts, topology, slots, *(found.get(name, {}) for name in FIGURES))
+            except (ValueError, TypeError) as error:
+                raise file.damaged("a saved placement", str(error).removeprefix("Placement: ")) from error
+
+
+NEEDED = {"version", "num_experts", "topology", "layers"}
+FIGURES = ("cost", "bound", "method")
+
+
+def _rows(file: Opened, layers: Any) -> NDArray[np.int32]:
+    """expert_of_slot int32 [L, S]."""
+    file.rule(isinstance(layers, list) and bool(layers), "layers", "a list, not empty", layers)
+    rows = [without_unknown(file, layer, "a layer", {"expert_of_slot"}, set())["expert_of_slot"] for layer in layers]
+    file.rule(all(isinstance(row, list) for row in rows), "expert_of_slot", "a list in each layer", rows)
+    sizes = {len(row) for row in rows}
+    file.rule(len(sizes) == 1, "layers", "with equally many slots", sorted(sizes))
+    whole_ones = all(type(expert) is int for row in rows for expert in row)
+    file.rule(whole_ones, "expert_of_slot", "whole numbers", rows[0])
+    return file.integers(rows, "expert_of_slot", shape=(None, None), low=0, high=2**31 - 1).astype(np.int32)
+
+
+def _figures(file: Opened, name: str, found: Any) -> None:
+    """That `cost`, `bound` and `method` are objects which can be saved again."""
+    file.rule(isinstance(found, dict), name, "an object", found)
+    with file.watched(f"without NaN and Inf in {name}"):
+        json.dumps(found, allow_nan=False)
 
 
 def check(
@@ -137,7 +160,8 @@ def check(
         raise ValueError(f"Placement: num_experts must be at least 1, got {num_experts}")
     if slots_of_gpu.shape != (gpus,):
         raise ValueError(f"Placement: slots_of_gpu must be [G={gpus}], got {slots_of_gpu.shape}")
-    if slots_of_gpu.dtype.kind not in "iu" or (slots_of_gpu < 0).any() or slots_of_gpu.sum() != slots:
+    whole_ones = slots_of_gpu.dtype.kind in "iu" and not (slots_of_gpu < 0).any()
+    if not whole_ones or (slots_of_gpu > slots).any() or sum(slots_of_gpu.tolist()) != slots:  # numpy's sum may wrap
         raise ValueError(
             f"Placement: slots_of_gpu must be whole numbers with the sum S={slots}, got {slots_of_gpu.tolist()}"
         )

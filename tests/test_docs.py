@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import inspect
 import io
+import operator
 import re
 import shlex
+import subprocess
+import sys
 from itertools import zip_longest
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import headgate
 from headgate import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +122,28 @@ def test_files_that_are_named_exist(document):
     assert not [p for p in named if not any((folder / p).exists() for folder in here)]
 
 
+def test_what_other_libraries_flags_are_called_here_is_there():
+    """Tables of coming.md: each `name=` is a parameter of something public, each `headgate.name` resolves."""
+    page = (ROOT / "docs" / "coming.md").read_text()
+    rows = [row.split("|")[-2] for row in page.splitlines() if row.startswith("| ")]
+    code = [c for row in rows for c in re.findall(r"`([^`]+)`", row)]
+    takers = [headgate.MoE, headgate.Experts, headgate.Capacity, headgate.Fold, headgate.parallelize,
+              headgate.grouped_ffn, *headgate.moe.ROUTERS.values()]  # fmt: skip
+    known = {name for taker in takers for name in inspect.signature(taker).parameters}
+    known |= {"edp", "ep", "etp", "dp", "cp", "tp"}
+    arguments = {name for c in code for name in re.findall(r"\b(\w+)=", c)}
+    assert len(arguments) > 35
+    assert not arguments - known
+    names = {name for c in code for name in re.findall(r"\bheadgate\.([\w.]+)", c)}
+    for name in names:
+        operator.attrgetter(name)(headgate)
+    layer = headgate.MoE(8, 4, 4, 2, router="sigmoid", capacity=1.0)
+    layer(torch.randn(3, 8))
+    for name in ("aux_losses", "last_routing.counts", "last_overflow", "aux_scale", "router.expert_bias"):
+        assert f"`{name}`" in page
+        assert operator.attrgetter(name)(layer) is not None
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
@@ -133,6 +160,31 @@ def test_messages_are_those_of_the_code():
         holders = [source for source in sources if max(parts, key=len) in source]
         pattern = re.compile(".{0,80}?".join(map(re.escape, parts)))
         assert any(pattern.search(source) for source in holders), message
+
+
+NAMES = """
+import sys
+import headgate
+for name in sys.argv[1:]:
+    found = headgate
+    try:
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
+    except AttributeError as error:
+        print(name, error)
+"""
+
+
+def test_names_that_are_printed_resolve_after_a_plain_import():
+    """`headgate.placement.rebalance` and the like, in one fresh process."""
+    pages = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *DOCS]
+    names = {
+        name for page in pages for name in re.findall(r"(?<![\w/.(])headgate(?:\.[A-Za-z_]\w*)+", page.read_text())
+    } - {"headgate.json"}  # a file
+    assert len(names) >= 50
+    done = subprocess.run([sys.executable, "-c", NAMES, *sorted(names)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
 
 
 def joined(source: str) -> str:

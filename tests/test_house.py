@@ -22,7 +22,7 @@ NOT_OURS = {"tests", "docs", "build", "dist", "headgate-demo", "__pycache__"}
 # floor -> the floors below it, and the packages of others, beside the standard library, that it may import
 FLOORS = {
     "kernels": (set(), {"torch", "numpy", "triton", "cupy"}),
-    "placement": (set(), {"numpy", "scipy", "numba", "pyarrow"}),
+    "placement": (set(), {"numpy", "scipy", "numba", "pyarrow", "yaml"}),
     "dispatch": ({"kernels", "placement"}, {"torch", "numpy", "deep_ep"}),
     "moe": ({"dispatch", "kernels", "placement"}, {"torch", "numpy", "transformers", "safetensors"}),
 }
@@ -30,19 +30,21 @@ FLOORS = {
 PLACEMENT: dict[str, set[str]] = {
     "__init__": set(),
     "files": set(),
+    "careful": set(),
+    "lookup": set(),
     "slots": set(),
     "compiled": set(),
-    "cluster": set(),
-    "traces": {"files"},
-    "placement": {"cluster", "files"},
+    "cluster": {"lookup"},
+    "traces": {"careful", "files", "lookup"},
+    "placement": {"careful", "cluster", "files"},
     "cost": {"cluster"},
-    "formats": {"placement", "cluster", "files"},
-    "caching": {"traces", "cluster", "compiled", "files"},
+    "formats": {"placement", "careful", "cluster", "files"},
+    "caching": {"traces", "careful", "cluster", "compiled", "files", "lookup"},
     "walk": {"cost", "placement", "traces"},
     "problem": {"walk", "cost", "placement", "traces", "cluster", "slots"},
-    "live": {"walk", "placement", "traces", "cluster", "slots"},
-    "search": {"problem", "walk", "cost", "placement", "slots"},
-    "bounds": {"search", "problem"},
+    "live": {"walk", "placement", "traces", "cluster", "slots", "lookup"},
+    "search": {"problem", "walk", "cost", "placement", "slots", "lookup"},
+    "bounds": {"search", "problem", "lookup"},
     "place": {"bounds", "search", "problem", "walk", "placement", "traces", "cluster", "slots"},
 }
 MAX_LINES, MAX_FUNCTION = 450, 80

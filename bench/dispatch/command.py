@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from ...dispatch.wire import FORMATS
 from .. import report as plain
+from ..arguments import number, output, positive, workers
 from ..hardware import describe
-from ..moe import _positive, _unwritable, _write
+from ..output import write_json
 from ..screen import Bar, Screen
 from ..shapes import DTYPES, PASSES, Case
 from .contestants import CONTESTANTS, TRANSFORMERS, with_wires
@@ -45,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--overhead", action="store_true", help="measure the overhead of one rank's dispatcher and nothing else")
     add("--quick", action="store_true", help="one shape, fp32, two seconds a case")
-    add("--ranks", type=_positive, default=4, metavar="G", help="processes, one thread each (default: 4)")
-    add("--ranks-per-node", type=_positive, default=2, metavar="g", help="which count as one node (default: 2)")
+    add("--ranks", type=positive, default=4, metavar="G", help="processes, one thread each (default: 4)")
+    add("--ranks-per-node", type=positive, default=2, metavar="g", help="which count as one node (default: 2)")
     add("--shapes", nargs="+", choices=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)} (default: all)")
-    add("--tokens", type=_positive, metavar="T", help=f"of each rank (default: {TOKENS}; {LARGE} with --overhead)")
+    add("--tokens", type=positive, metavar="T", help=f"of each rank (default: {TOKENS}; {LARGE} with --overhead)")
     add("--dtypes", nargs="+", choices=list(DTYPES), metavar="DTYPE", help="of fp32, bf16, fp16 (default: fp32 bf16)")
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help="of forward, train (default: both)")
     add("--contestants", nargs="+", choices=list(CONTESTANTS), metavar="NAME", help=f"of {', '.join(CONTESTANTS)}")
@@ -61,37 +62,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--skew",
-        type=float,
+        type=number,
         default=0.0,
         metavar="S",
         help="deviation of the experts' log-popularities (default: 0, even)",
     )
     add(
         "--budget",
-        type=float,
+        type=number,
         metavar="S",
         help="seconds of timing per case (default: 8; 2 with --quick; 20 with --overhead)",
     )
     add(
         "--timeout",
-        type=float,
+        type=number,
         default=120.0,
         metavar="S",
         help="end the run after this long without news (default: 120)",
     )
-    add("--threads", type=_positive, metavar="N", help="with --overhead: threads (default: torch's choice)")
+    add("--threads", type=workers, metavar="N", help="with --overhead: threads (default: torch's choice)")
     add(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
         help="cpu: a process's own time, for a machine that does other work",
     )
-    add("--json", metavar="FILE", help="write everything, all samples included, to FILE; - for standard output")
+    add(
+        "--json",
+        type=output,
+        metavar="FILE",
+        help="write everything, all samples too, to FILE; - for standard output",
+    )
 
 
 def run(args: argparse.Namespace, command: Sequence[str] = RANK) -> int:
     """Measures, prints, writes; 0, or 1 where Headgate's own numbers were refused or a rank failed, 2 for options that
-    do not go together. Ctrl-C and a rank's failure keep what was measured. `command` starts a rank."""
+    do not go together, 130 after Ctrl-C, which keeps what was measured, as does a rank's failure. `command` starts
+    a rank."""
     problem = _refuse(args)
     if problem:
         print(f"headgate bench dispatch: {problem}", file=sys.stderr)
@@ -106,7 +113,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = RANK) -> int:
     machine = describe() | ({} if args.overhead else {"threads": 1, "ranks": args.ranks})
     report: dict[str, Any] = {"version": 1, "machine": machine, "settings": _plain(args), "cases": []}
     show([*plain.machine_lines(machine | {"load_1min": None}), *load_note(machine)])
-    began, failed = time.monotonic(), ""
+    began, failed, interrupted = time.monotonic(), "", False
     try:
         if args.overhead:
             failed = "; ".join(_overhead(args, report, show))
@@ -114,12 +121,12 @@ def run(args: argparse.Namespace, command: Sequence[str] = RANK) -> int:
             show([f"ranks     {args.ranks}, {args.ranks_per_node} a node, one thread each", *CAUTION, "", *legend()])
             _ranks(args, report, show, screen, command)
     except (KeyboardInterrupt, RuntimeError) as error:
-        failed = "bench dispatch: interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        print(f"\nheadgate {failed}; what was measured is kept", file=sys.stderr)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        failed = "bench dispatch: interrupted" if interrupted else str(error)
+        print(f"headgate: {failed}; what was measured is kept", file=sys.stderr)
     report["seconds"] = time.monotonic() - began
-    if args.json:
-        _write(args.json, report)
-    return 1 if failed or (not args.overhead and any_refused(report["cases"])) else 0
+    write_json(args.json, report)
+    return 130 if interrupted else 1 if failed or (not args.overhead and any_refused(report["cases"])) else 0
 
 
 def _ranks(args: argparse.Namespace, report: dict[str, Any], show, screen: Screen, command: Sequence[str]) -> None:
@@ -181,12 +188,10 @@ def _refuse(args: argparse.Namespace) -> str | None:
     """Why these options cannot be served, before anything is started."""
     if args.budget is not None and not args.budget > 0:
         return f"--budget must be positive, got {args.budget}"
-    if not args.timeout > 0:
-        return f"--timeout must be positive, got {args.timeout}"
+    if not 0 < args.timeout < 1e6:
+        return f"--timeout must be positive and below 1e6, got {args.timeout}"
     if not 0 <= args.skew < 10:
         return f"--skew must be between 0 and 10, got {args.skew}"
-    if args.json and (problem := _unwritable(args.json)):
-        return problem
     if args.overhead:
         if args.clock == "cpu" and args.threads != 1:
             return f"--clock cpu must come with --threads 1 here, got --threads {args.threads}"

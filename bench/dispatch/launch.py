@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import children
+
 # -P: a checkout's own folder must not come first on the path, where kernels/ would shadow another package
 RANK = (sys.executable, "-P", "-m", "headgate.bench.dispatch.rank")
 
@@ -30,7 +32,7 @@ def launch(job: dict[str, Any], tell: Callable[[dict[str, Any]], None], command:
         processes = []
         try:
             for rank in range(job["ranks"]):
-                with open(folder / f"{rank}.log", "w") as log:
+                with open(folder / f"{rank}.log", "w") as log, children.starting():
                     processes.append(
                         subprocess.Popen([*command, name, str(rank)], env=environment, stdout=log, stderr=log)
                     )

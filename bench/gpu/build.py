@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ...kernels.chip import Chip
+from .. import children
 from .record import Launched
 
 Spec = tuple[Any, ...]
@@ -218,7 +219,8 @@ class Builder:
         for job in jobs:
             if job not in self._found:
                 try:
-                    self._found[job] = self._pool.submit(build, job)
+                    with children.starting():
+                        self._found[job] = self._pool.submit(build, job)
                 except BrokenProcessPool as error:  # a compiler has died: `wait` goes on without the others
                     self._found[job] = Future()
                     self._found[job].set_exception(error)
@@ -242,25 +244,27 @@ class Builder:
             del self._found[job]
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        children.end(self._pool)
 
 
 def _run(jobs: Iterable[Job], processes: int, left: dict[Job, None]) -> Iterator[dict[str, Any]]:
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet)
     try:
-        running: dict[Future, Job] = {pool.submit(build, job): job for job in jobs}
+        with children.starting():
+            running: dict[Future, Job] = {pool.submit(build, job): job for job in jobs}
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 result = future.result()
                 left.pop(running.pop(future), None)
                 yield result
-    finally:  # also where nobody asks for the rest: what has not begun is not built
-        pool.shutdown(wait=False, cancel_futures=True)
+    finally:  # also where nobody asks for the rest
+        children.end(pool)
 
 
 def _quiet() -> None:
     """One thread a process: compiling needs no more; the compiler's advice on its own defaults is not ours to give."""
+    children.tidy_on_sigterm()
     warnings.filterwarnings("ignore", module="triton")
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ...kernels.chip import CHIPS, Chip
-from .. import machine, screen
+from .. import children, machine, screen
+from ..arguments import output, positive, workers
+from ..output import write_json
 from ..shapes import DTYPES
 from .build import Job, build_all, cuobjdump, job_of
 from .record import PASSES, record
@@ -40,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = f"of {names}, or sm_80 and the like (default: {' '.join(DEFAULT_CHIPS)})"
     add("--chips", nargs="+", type=chip_named, metavar="CHIP", help=about)
     add("--shapes", nargs="+", choices=list(STANDARD), metavar="SHAPE", help=f"of {', '.join(STANDARD)} (default: all)")
-    add("--tokens", nargs="+", type=int, metavar="T", help="tokens per call (default: 1 to 65536)")
+    add("--tokens", nargs="+", type=positive, metavar="T", help="tokens per call (default: 1 to 65536)")
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help=f"of {', '.join(PASSES)} (default: all)")
     add("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"], metavar="DTYPE", help="default: bf16")
-    add("--limit", type=int, metavar="N", help="at most N configurations of each kernel, chip and pass")
-    add("--processes", type=int, default=machine.cores(), metavar="N", help="default: %(default)s")
+    add("--limit", type=positive, metavar="N", help="at most N configurations of each kernel, chip and pass")
+    add("--processes", type=workers, default=machine.cores(), metavar="N", help="default: %(default)s")
     add("--cache", metavar="DIR", help="Triton's cache (default: a temporary one, so that everything is built)")
     add("--all", action="store_true", help="print every configuration, not one line per kernel and chip")
-    add("--json", metavar="FILE", help="write every configuration to FILE; - for standard output")
+    add("--json", type=output, metavar="FILE", help="write every configuration to FILE; - for standard output")
 
 
 def chip_named(name: str) -> Chip:
@@ -108,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     for r in bad:
         seen.say(f"{r['chip']}: {r['what']}: {fault(r)}")
     seen.say(f"{len(results)} builds, {len(bad)} at fault, {time.monotonic() - begin:.0f} s")
-    _write(args.json, {"version": 1, "triton": _triton_version(), "builds": results})
+    write_json(args.json, {"version": 1, "triton": _triton_version(), "builds": results})
     return 1 if bad or not results else 0
 
 
@@ -161,14 +160,6 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def _write(where: str | None, report: dict[str, Any]) -> None:
-    text = json.dumps(report, indent=1) + "\n"
-    if where == "-":
-        sys.stdout.write(text)
-    elif where:
-        Path(where).write_text(text)
-
-
 def _again(args: argparse.Namespace) -> int:
     """The same command in a process whose Triton compiles: kernels become interpreted ones where they are decorated."""
     command = ["--processes", str(args.processes)]
@@ -181,6 +172,7 @@ def _again(args: argparse.Namespace) -> int:
             command += [f"--{name}", str(getattr(args, name))]
     command += ["--all"] if args.all else []
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = "import argparse, sys; from headgate.bench.gpu.compile import add_arguments, run; "
+    code = "import argparse, sys; from headgate.bench.children import tidy_on_sigterm; tidy_on_sigterm(); "
+    code += "from headgate.bench.gpu.compile import add_arguments, run; "
     code += "parser = argparse.ArgumentParser(); add_arguments(parser); sys.exit(run(parser.parse_args()))"
-    return subprocess.run([sys.executable, "-P", "-c", code, *command], env=env).returncode
+    return children.run([sys.executable, "-P", "-c", code, *command], env)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.chip import Chip
-from .. import machine
+from .. import children, machine
+from ..arguments import device, number
+from ..output import write_json
 from ..screen import Screen
 from . import figures, measure
 from .measure import Case
@@ -50,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the JSON and the plot go (default: bench/results of the checkout)",
     )
-    add("--minutes", type=float, default=4.5, metavar="M", help="no case starts later (default: %(default)s)")
+    add("--minutes", type=number, default=4.5, metavar="M", help="no case starts later (default: %(default)s)")
     add("--only", nargs="+", metavar="TEXT", help="cases whose name holds one of these, such as sonic or qwen3/8/")
     add("--contestants", nargs="+", choices=list(RIVALS), metavar="NAME", help=f"of {', '.join(RIVALS)}")
     add("--commit", metavar="TEXT", help="what is measured, where the tree has no git (default: what git says)")
     add("--no-build", action="store_true", help="do not build the kernels of all cases in parallel beforehand")
-    add("--device", default="cuda", help=argparse.SUPPRESS)
+    add("--device", type=device, default="cuda", help=argparse.SUPPRESS)
 
 
 def plan() -> list[Case]:
@@ -77,7 +78,8 @@ def plan() -> list[Case]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints, writes. 0; 1 where Headgate's own numbers were refused or failed, or nothing was measured."""
+    """Measures, prints, writes. 0; 1 where Headgate's own numbers were refused or failed, or nothing was measured;
+    130 after Ctrl-C."""
     if not args.gpu_report:
         args.refuse("one of --gpu-report and the benchmarks must be given; headgate bench --help lists them")
     cases = [c for c in plan() if not args.only or any(text in f"{c.key}/" for text in args.only)]
@@ -125,10 +127,12 @@ class Report:
         self.banned: dict[str, str] = {}  # who has cost too much time already, and why
 
     def run(self) -> int:
+        interrupted = False
         try:
             self._measure()
         except KeyboardInterrupt:
-            print("\ninterrupted; what was measured is kept", file=sys.stderr)
+            interrupted = True
+            print("headgate: gpu-report: interrupted; what was measured is kept", file=sys.stderr)
         finally:
             if self.child is not None:
                 self.child.end()
@@ -136,6 +140,8 @@ class Report:
         self._finish()
         ours = [c.get("contestants", {}).get("headgate", {}) for c in self.found["cases"]]
         wrong = [c for c in ours if "refused" in c or "failed" in c]
+        if interrupted:
+            return 130
         return 1 if wrong or not any("forward" in c for c in ours) else 0
 
     def _measure(self) -> None:
@@ -147,10 +153,10 @@ class Report:
         if self.build and chip is not None:
             self._build(chip)
         roof = Roof(self.found["ceilings"]["copy_GBps"], self.found["ceilings"]["matmul_TFLOPs"])
-        for number, case in enumerate(self.cases):
+        for at, case in enumerate(self.cases):
             left = self.seconds - (time.monotonic() - self.began)
             if left < 3:
-                self.found["left_out"] = [c.key for c in self.cases[number:]]
+                self.found["left_out"] = [c.key for c in self.cases[at:]]
                 self.screen.say(f"out of time; left out: {', '.join(self.found['left_out'])}")
                 return
             result = self._one(case, min(PATIENCE_S, left + 30))
@@ -227,9 +233,7 @@ class Report:
         self.found["figures"] = figures.rows(self.found["cases"])
         name = self.found.get("device", {}).get("name", self.device).replace(" ", "-").lower()
         self.path = self.out / f"{self.stamp}-{name}-{self.found['commit'][:7]}.json"
-        with tempfile.NamedTemporaryFile("w", dir=self.out, delete=False, suffix=".tmp") as file:
-            file.write(json.dumps(self.found, indent=1) + "\n")
-        os.replace(file.name, self.path)
+        write_json(str(self.path), self.found)
 
     def _finish(self) -> None:
         self.screen.say("\n".join(["", *figures.lines(self.found["figures"])]))
@@ -258,7 +262,8 @@ class Child:
     def call(self, function: Callable[..., Any], *arguments: Any, patience_s: float = 120.0) -> Any:
         """Its result. Raises BrokenProcessPool where the child died, TimeoutError where it takes too long, in all or
         since its progress was last heard of."""
-        future: Future = self.pool.submit(function, *arguments)
+        with children.starting():
+            future: Future = self.pool.submit(function, *arguments)
         end = time.monotonic() + patience_s
         while not future.done() and time.monotonic() < end:
             wait([future], timeout=min(1.0, patience_s))
@@ -270,9 +275,7 @@ class Child:
         return self.progress.read_text()
 
     def end(self) -> None:
-        for process in list((getattr(self.pool, "_processes", None) or {}).values()):
-            process.kill()  # it may hang in the driver; it has nothing to tidy up
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        children.end(self.pool, patience_s=0.0)  # it may hang in the driver; it has nothing to tidy up
         self.progress.unlink(missing_ok=True)
 
 

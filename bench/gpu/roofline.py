@@ -8,15 +8,15 @@ reach under uniform routing. FLOPs are those of matrix products: 6NDF forward an
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ...kernels.chip import CHIPS, H200, Chip
 from ...kernels.grouped_ffn.thin_tiles import MAX_ROWS
+from ..arguments import number, output, whole
+from ..output import write_json
 from ..screen import Screen
 from ..shapes import Shape
 from .shapes import STANDARD, choice_of, experts_hit, tokens_of
@@ -203,12 +203,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--chip", choices=list(CHIPS), default="H200", help=f"of {', '.join(CHIPS)} (default: %(default)s)")
     add("--shapes", nargs="+", choices=list(STANDARD), metavar="SHAPE", help=f"of {', '.join(STANDARD)} (default: all)")
-    add("--tokens", nargs="+", type=int, metavar="T", help="tokens per call (default: 1 to 65536)")
+    add("--tokens", nargs="+", type=whole, metavar="T", help="tokens per call (default: 1 to 65536)")
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help=f"of {', '.join(PASSES)} (default: all)")
-    add("--bandwidth", type=float, metavar="GB/s", help="a measured ceiling in place of the datasheet's")
-    add("--tflops", type=float, metavar="N", help="a measured ceiling in place of the datasheet's")
+    add("--bandwidth", type=number, metavar="GB/s", help="a measured ceiling in place of the datasheet's")
+    add("--tflops", type=number, metavar="N", help="a measured ceiling in place of the datasheet's")
     add("--sums", action="store_true", help="print the passes only, not their launches")
-    add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
+    add("--json", type=output, metavar="FILE", help="write everything to FILE; - for standard output")
 
 
 def cases(
@@ -225,6 +225,9 @@ def cases(
 def run(args: argparse.Namespace) -> int:
     """Prints and writes; always 0."""
     chip = CHIPS.get(args.chip, H200)
+    for name in ("bandwidth", "tflops"):
+        if (ceiling := getattr(args, name)) is not None and not ceiling > 0:
+            raise ValueError(f"roofline: --{name} must be above 0, got {ceiling}")
     roof = Roof.of(chip, args.bandwidth, args.tflops)
     if min(args.tokens or [1]) < 1:
         raise ValueError(f"roofline: --tokens must be at least 1, got {min(args.tokens)}")
@@ -234,11 +237,7 @@ def run(args: argparse.Namespace) -> int:
     for case in found:
         screen.say("\n".join(lines(case, args.sums)))
     report = {"version": 1, "chip": chip.name, "bandwidth_GBps": roof.bandwidth_GBps, "tflops": roof.tflops}
-    text = json.dumps(report | {"passes": found}, indent=1) + "\n"
-    if args.json == "-":
-        sys.stdout.write(text)
-    elif args.json:
-        Path(args.json).write_text(text)
+    write_json(args.json, report | {"passes": found})
     return 0
 
 

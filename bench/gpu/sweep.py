@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,9 @@ from torch import Tensor
 from ...kernels.chip import H200, Chip, chip_of
 from ...kernels.quantized import FORMATS
 from .. import machine, screen
+from ..arguments import device, number, output, whole
 from ..check import TOLERANCE
+from ..output import write_json
 from ..shapes import DTYPES
 from .build import Builder
 from .compile import fault
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     add = parser.add_argument
     add("--shapes", nargs="+", choices=list(STANDARD), metavar="SHAPE", default=["qwen3"], help="default: qwen3")
-    add("--tokens", nargs="+", type=int, metavar="T", default=[4096], help="tokens per call (default: 4096)")
+    add("--tokens", nargs="+", type=whole, metavar="T", default=[4096], help="tokens per call (default: 4096)")
     add(
         "--gemms", nargs="+", choices=list(GEMMS), metavar="GEMM",
         help=f"of {', '.join(GEMMS)} (default: those that a model runs with T tokens)",
@@ -53,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--formats", nargs="+", choices=formats, default=["none"], metavar="FORMAT",
         help=f"of the weights: {', '.join(formats)}; but for none, forward products only (default: none)",
     )  # fmt: skip
-    add("--limit", type=int, default=24, metavar="N", help="tiles of each, the nearest first (default: %(default)s)")
-    add("--samples", type=int, default=8, metavar="N", help="times each is timed (default: %(default)s)")
-    add("--minutes", type=float, metavar="M", help="of all together: fewer tiles, the farthest first (default: any)")
+    add("--limit", type=whole, default=24, metavar="N", help="tiles of each, the nearest first (default: %(default)s)")
+    add("--samples", type=whole, default=8, metavar="N", help="times each is timed (default: %(default)s)")
+    add("--minutes", type=number, metavar="M", help="of all together: fewer tiles, the farthest first (default: any)")
     add("--dtype", choices=list(DTYPES), default="bf16", help="default: %(default)s")
-    add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
-    add("--device", default="cuda", help=argparse.SUPPRESS)
+    add("--json", type=output, metavar="FILE", help="write everything to FILE; - for standard output")
+    add("--device", type=device, default="cuda", help=argparse.SUPPRESS)
 
 
 class Sweep:
@@ -195,11 +195,7 @@ def run(args: argparse.Namespace) -> int:
             builder.close()
     seen.say("\n".join(table(results)))
     report = {"version": 2, "chip": chip.name, "torch": torch.__version__, "triton": machine.version("triton")}
-    text = json.dumps(report | {"sweeps": results}, indent=1) + "\n"
-    if args.json == "-":
-        sys.stdout.write(text)
-    elif args.json:
-        Path(args.json).write_text(text)
+    write_json(args.json, report | {"sweeps": results})
     return 1 if any(r["rank"] is None for r in results) else 0
 
 

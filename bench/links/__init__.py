@@ -6,13 +6,15 @@ Arithmetic alone. Every time that it prints beside a published one is modelled, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 
 from ...placement.cluster.links import Link, Links
 from .. import draw as pictures
+from ..arguments import number, output, whole
+from ..output import write_json
 from ..screen import Screen
 from .published import fitted, points
 from .variants import variant_lines
@@ -33,26 +35,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = Sizes()
     parser.epilog = EXAMPLE
     add = parser.add_argument
-    add("--ranks", nargs="+", type=int, default=RANKS, metavar="G", help="default: 8 to 2048")
-    add("--tokens", nargs="+", type=int, default=(16, 128, 4096), metavar="T", help="per rank (default: 16 128 4096)")
-    add("--ranks-per-node", type=int, default=sizes.ranks_per_node, metavar="N", help="default: %(default)s")
-    add("--hidden-size", type=int, default=sizes.hidden_size, metavar="D", help="default: %(default)s")
-    add("--experts", type=int, default=sizes.num_experts, metavar="E", help="default: %(default)s; at least the ranks")
-    add("--top-k", type=int, default=sizes.top_k, metavar="K", help="default: %(default)s")
+    add("--ranks", nargs="+", type=whole, default=RANKS, metavar="G", help="default: 8 to 2048")
+    add(
+        "--tokens",
+        nargs="+",
+        type=whole,
+        default=(16, 128, 4096),
+        metavar="T",
+        help="per rank (default: 16 128 4096)",
+    )
+    add("--ranks-per-node", type=whole, default=sizes.ranks_per_node, metavar="N", help="default: %(default)s")
+    add("--hidden-size", type=whole, default=sizes.hidden_size, metavar="D", help="default: %(default)s")
+    add(
+        "--experts",
+        type=whole,
+        default=sizes.num_experts,
+        metavar="E",
+        help="default: %(default)s; at least the ranks",
+    )
+    add("--top-k", type=whole, default=sizes.top_k, metavar="K", help="default: %(default)s")
     add(
         "--at-most-nodes",
-        type=int,
+        type=whole,
         metavar="M",
         default=sizes.at_most_nodes,
         help="nodes that the router takes first; 0: no limit (default: %(default)s)",
     )
     both = [sizes.dispatch_bytes, sizes.combine_bytes]
-    add("--bytes", nargs=2, type=float, default=both, metavar=("THERE", "BACK"), help="per number (default: 1 2)")
+    add("--bytes", nargs=2, type=number, default=both, metavar=("THERE", "BACK"), help="per number (default: 1 2)")
     for name, what in (("inside", "inside a node"), ("across", "between nodes")):
         link = f"the links {what}, both ways (default: the fit)"
-        add(f"--{name}", nargs=2, type=float, metavar=("US", "GB/s"), help=link)
+        add(f"--{name}", nargs=2, type=number, metavar=("US", "GB/s"), help=link)
     add("--plot", metavar="FILE", help="draw it: .png or .svg")
-    add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
+    add("--json", type=output, metavar="FILE", help="write everything to FILE; - for standard output")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     found = points(*published)
     used = [_changed(links, args.inside, args.across) for links in published]
     rows = [row(sizes, ranks, tokens, *used) for tokens in args.tokens for ranks in args.ranks]
+    if not all(isfinite(us) for line in rows for us in line["modelled_us"].values()):
+        raise ValueError(f"links: times must be finite, got others with {_second(sizes)}, or with these links")
     screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
     lines = [
         FIRST,
@@ -101,11 +118,7 @@ def run(args: argparse.Namespace) -> int:
         "published": [asdict(p) | {"error": p.error} for p in found],
         "modelled": rows,
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if args.json == "-":
-        sys.stdout.write(text)
-    elif args.json:
-        Path(args.json).write_text(text)
+    write_json(args.json, report)
     return 0
 
 

@@ -102,7 +102,9 @@ def winner_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         shown: list[tuple[str, ...]] = [("ranks", *OURS, *BESIDE, "wins")]
         for r in (r for r in rows if r["tokens"] == tokens):
             times = (f"{r['modelled_us'][name]:,.0f}" for name in (*OURS, *BESIDE))
-            rest = min(us for name in OURS if (us := r["modelled_us"][name]) > r["modelled_us"][r["wins"]])
-            shown.append((str(r["ranks"]), *times, f"{r['wins']}, {rest / r['modelled_us'][r['wins']]:.2f}x"))
+            best = r["modelled_us"][r["wins"]]
+            rest = min((us for name in OURS if (us := r["modelled_us"][name]) > best), default=best)
+            times_as_long = rest / best if best else 1.0  # one rank sends nothing
+            shown.append((str(r["ranks"]), *times, f"{r['wins']}, {times_as_long:.2f}x"))
         lines += table(shown, left=(len(shown[0]) - 1,))
     return lines

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 
+from ..arguments import effort, input_file, output, workers
 from ..placement import table
 from ..placement.case import case_of
 from .rows import ROWS, generation
@@ -24,10 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate bench offload`."""
     parser.epilog = EXAMPLE
     add = parser.add_argument
-    add("trace", nargs="?", type=Path, metavar="TRACE", help="a trace file (default: generated like DeepSeek-V2-Lite)")
+    add(
+        "trace",
+        nargs="?",
+        type=input_file,
+        metavar="TRACE",
+        help="a file (default: generated like DeepSeek-V2-Lite)",
+    )
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"some of {', '.join(ROWS)}")
-    add("--effort", type=float, default=1.0, metavar="X", help="of what is repeated (default: 1)")
-    add("--threads", type=int, metavar="N", help="torch's threads in batching and generation (default: torch's choice)")
+    add("--effort", type=effort, default=1.0, metavar="X", help="of what is repeated (default: 1)")
+    add(
+        "--threads",
+        type=workers,
+        metavar="N",
+        help="of torch in batching and generation (default: torch's choice)",
+    )
     add(
         "--device",
         default="cpu",
@@ -39,16 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=EXPERTS,
         help=f"whose sizes the experts have on cuda (default: {EXPERTS[0]})",
     )
-    add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
+    add("--json", type=output, metavar="FILE", help="write everything to FILE; - for standard output")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the rows as they are done; always 0."""
-    if not args.effort > 0:
-        raise ValueError(f"offload: --effort must be above 0, got {args.effort}")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"offload: --threads must be at least 1, got {args.threads}")
         import torch
 
         torch.set_num_threads(args.threads)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...placement.placement import Placement
 from ...placement.traces.generate import like_deepseek_v2_lite
-from ...placement.traces.trace import Trace
+from ...placement.traces.trace import Trace, domain_of
 from ...placement.walk import walk
 
 TOKENS = 16_000
@@ -40,8 +40,8 @@ def case_of(path: Path | None, seed: int = 0) -> Case:
         domain = (np.arange(TOKENS) >= TOKENS // 2).astype(np.int64)
     else:
         trace = Trace.load(path)
-        with np.load(path) as file:
-            domain = np.asarray(file["domain"] if "domain" in file.files else np.zeros(trace.shape[1]), np.int64)
+        found = domain_of(path, trace.shape[1])
+        domain = np.zeros(trace.shape[1], np.int64) if found is None else found
     first = np.zeros(len(domain), bool)
     for one in np.unique(domain):
         where = np.flatnonzero(domain == one)

@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 
 from .. import html, machine
+from ..arguments import effort, input_file, output, output_file
+from ..output import write_text
 from . import table
 from .case import Case, case_of
 from .rows import ROWS, Row
@@ -21,17 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate bench placement`."""
     parser.epilog = EXAMPLE
     add = parser.add_argument
-    add("trace", nargs="?", type=Path, metavar="TRACE", help="a trace file (default: generated like DeepSeek-V2-Lite)")
+    add(
+        "trace",
+        nargs="?",
+        type=input_file,
+        metavar="TRACE",
+        help="a file (default: generated like DeepSeek-V2-Lite)",
+    )
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"some of {', '.join(ROWS)}")
-    add("--effort", type=float, default=1.0, metavar="X", help="of every search, and of the bounds (default: 1)")
-    add("--plot", type=Path, metavar="FILE", help="the table as an HTML page")
-    add("--json", metavar="FILE", help="write everything to FILE; - for standard output")
+    add("--effort", type=effort, default=1.0, metavar="X", help="of every search, and of the bounds (default: 1)")
+    add("--plot", type=output_file, metavar="FILE", help="the table as an HTML page")
+    add("--json", type=output, metavar="FILE", help="write everything to FILE; - for standard output")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the rows as they are done; always 0."""
-    if not args.effort > 0:
-        raise ValueError(f"placement: --effort must be above 0, got {args.effort}")
     case = case_of(args.trace)
     screen = table.screen_for(case, args.json)
     screen.say("load: busiest GPU / mean, averaged over layers. CPU s: processor seconds, compiled beforehand.")
@@ -63,4 +69,4 @@ def _draw(path: Path, case: Case, found: dict[str, Row]) -> None:
         f"<section><h2>{escape(row.title)}</h2>{html.table([row.head, *row.lines])}</section>" for row in found.values()
     )
     about = f"{escape(case.name)}; {escape(machine.processor())}"
-    path.write_text(html.page("headgate bench placement", "Placements, side by side", about, parts), encoding="utf-8")
+    write_text(path, html.page("headgate bench placement", "Placements, side by side", about, parts))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from .. import machine
+from ..output import write_json
 from ..screen import Screen
 from .case import Case
 from .rows import Row
@@ -37,12 +36,5 @@ def fill(
 
 def write(case: Case, found: Mapping[str, Row], to: str | None) -> None:
     """Everything as JSON to the file `to`; "-": standard output; None: nowhere."""
-    if to is None:
-        return
-    text = json.dumps(
-        {"case": case.name, "machine": machine.processor(), "rows": {k: asdict(r) for k, r in found.items()}}
-    )
-    if to == "-":
-        print(text)
-    else:
-        Path(to).write_text(text + "\n")
+    rows = {name: asdict(row) for name, row in found.items()}
+    write_json(to, {"case": case.name, "machine": machine.processor(), "rows": rows})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from ...bench import draw
+from ...bench.arguments import input_file, number, whole
 from ...bench.screen import Screen
 from ...placement.caching.policies import POLICIES
 from ...placement.caching.simulate import SCOPES
@@ -21,31 +23,31 @@ UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate cache`."""
     add = parser.add_argument
-    add("trace", type=Path, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
+    add("trace", type=input_file, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
     add("--budget", metavar="X", help="device memory for experts: a share of them all, 25%%, or bytes, 8GiB")
-    add("--slots", type=int, metavar="N", help="instead: experts of each layer in device memory")
+    add("--slots", type=whole, metavar="N", help="instead: experts of each layer in device memory")
     add(
         "--policies", nargs="+", choices=list(POLICIES), metavar="NAME", help=f"of {', '.join(POLICIES)} (default: all)"
     )
-    add("--batch", type=int, default=1, metavar="N", help="tokens of a forward pass (default: %(default)s)")
+    add("--batch", type=whole, default=1, metavar="N", help="tokens of a forward pass (default: %(default)s)")
     add("--scope", choices=SCOPES, default="layer", help="slots of each layer, or of all (default: %(default)s)")
     add(
         "--fit-share",
-        type=float,
+        type=number,
         default=0.5,
         metavar="X",
         help="learn from a domain's first tokens, judge on the rest",
     )
     add("--prefetch", choices=AHEAD, help="fetch ahead: what will be needed, layers in order, or what a predictor says")
-    add("--horizon", type=int, default=1, metavar="N", help="so many layers ahead (default: %(default)s)")
-    add("--most", type=int, default=4, metavar="N", help="fetches for a step at most (default: %(default)s)")
+    add("--horizon", type=whole, default=1, metavar="N", help="so many layers ahead (default: %(default)s)")
+    add("--most", type=whole, default=4, metavar="N", help="fetches for a step at most (default: %(default)s)")
     add("--expert-bytes", default="16MB", metavar="B", help="of one expert (default: %(default)s)")
-    add("--link-GBps", type=float, default=25.0, metavar="X", help="host to device (default: %(default)s)")
+    add("--link-GBps", type=number, default=25.0, metavar="X", help="host to device (default: %(default)s)")
     add("--host-budget", metavar="X", help="host memory for experts, as --budget; the rest is on disk (default: all)")
-    add("--disk-GBps", type=float, default=3.0, metavar="X", help="disk to host (default: %(default)s)")
-    add("--compute-us", type=float, default=100.0, metavar="X",
+    add("--disk-GBps", type=number, default=3.0, metavar="X", help="disk to host (default: %(default)s)")
+    add("--compute-us", type=number, default=100.0, metavar="X",
         help="of a layer beside its experts (default: %(default)s)")  # fmt: skip
-    add("--expert-us", type=float, default=10.0, metavar="X", help="of one expert (default: %(default)s)")
+    add("--expert-us", type=number, default=10.0, metavar="X", help="of one expert (default: %(default)s)")
     add("--plot", type=Path, metavar="FILE", help="draw hit rates over slots: .png or .svg")
     add("--json", action="store_true", help="print the figures as JSON on standard output, all else on standard error")
 
@@ -81,6 +83,8 @@ def _check(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace, case: Case) -> Plan:
     layers, experts = case.judge.shape[0], case.judge.num_experts
     size = _bytes(args.expert_bytes, "--expert-bytes")
+    if not size >= 1:
+        raise ValueError(f"cache: --expert-bytes must be at least 1, got {args.expert_bytes}")
     slots = args.slots if args.budget is None else _slots(args.budget, "--budget", layers, experts, size)
     host = None if args.host_budget is None else _slots(args.host_budget, "--host-budget", layers, experts, size)
     times = Times(size, args.link_GBps, args.disk_GBps, args.compute_us / 1e6, args.expert_us / 1e6)
@@ -93,9 +97,12 @@ def _bytes(text: str, option: str) -> float:
     number = text.strip().rstrip("BbIiKkMmGgTt")
     unit = text.strip()[len(number) :].upper() or "B"
     try:
-        return float(number) * UNITS[unit]
+        found = float(number) * UNITS[unit]
     except (ValueError, KeyError):
-        raise ValueError(f"cache: {option} must be bytes such as 16MB or 8GiB, got {text}") from None
+        found = math.nan
+    if not (math.isfinite(found) and found >= 0):
+        raise ValueError(f"cache: {option} must be bytes such as 16MB or 8GiB, got {text}")
+    return found
 
 
 def _slots(text: str, option: str, layers: int, experts: int, expert_bytes: float) -> int:
@@ -104,12 +111,14 @@ def _slots(text: str, option: str, layers: int, experts: int, expert_bytes: floa
         try:
             found = float(text.strip()[:-1]) / 100 * experts
         except ValueError:
-            raise ValueError(f"cache: {option} must be a share such as 25% or bytes, got {text}") from None
+            found = math.inf
+        if math.isinf(found):
+            raise ValueError(f"cache: {option} must be a share such as 25% or bytes, got {text}")
     else:
         found = _bytes(text, option) / (expert_bytes * layers)
     if not found + 1e-9 >= 1:
         raise ValueError(f"cache: {option} must be enough for one expert of each layer, got {text}")
-    return min(int(found + 1e-9), experts)
+    return int(min(found + 1e-9, experts))
 
 
 def _draw(found: dict[str, Any], path: Path, title: str) -> None:

@@ -16,7 +16,7 @@ from ...placement.caching.predict import foretell
 from ...placement.caching.simulate import Prefetch, Simulation, foreseen, perfect, simulate
 from ...placement.caching.steps import Steps, steps_of
 from ...placement.caching.tiers import Times, loads_of, stall
-from ...placement.traces.trace import Trace
+from ...placement.traces.trace import Trace, domain_of
 
 AHEAD = ("perfect", "next", "popular", "transition", "ridge", "path")  # what --prefetch may name
 SEGMENTS = (4, 16, 64, 256)
@@ -36,10 +36,9 @@ def case_of(path: Path, share: float) -> Case:
     """
     trace = Trace.load(path)
     tokens = trace.shape[1]
-    with np.load(path) as file:
-        domain = np.asarray(file["domain"]) if "domain" in file.files else np.zeros(tokens, np.int64)
-    if domain.shape != (tokens,):
-        raise ValueError(f"cache: domain of {path} must be [T={tokens}], got {domain.shape}")
+    domain = domain_of(path, tokens)
+    if domain is None:
+        domain = np.zeros(tokens, np.int64)
     first = np.zeros(tokens, bool)
     for one in np.unique(domain):
         where = np.flatnonzero(domain == one)

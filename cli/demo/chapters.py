@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from ...bench.output import write_text
 from ...bench.screen import Screen
 from . import caching, files, placement, report, routing, sample, speed, swap, text, train
 from .model import parameters, quiet, tokenizer
@@ -76,11 +77,11 @@ def _keep(tour: Tour, chapters: list[Chapter], seconds: float) -> None:
         kept.add("placement.json")
         tour.placement.save(folder / "placement.json")
         screen.say(f"  {folder / 'placement.json'}: the GPU of every expert, with cost and bound")
-    files.write_text(folder / "report.html", report.page(tour, chapters))
+    write_text(folder / "report.html", report.page(tour, chapters))
     screen.say(f"  {folder / 'report.html'}: everything with pictures; open it in a browser")
     report.write_sheet(folder / "report.png", tour.metrics)
     screen.say(f"  {folder / 'report.png'}: its main pictures on one sheet")
-    files.write_text(folder / files.MARK, json.dumps(tour.metrics, indent=1))
+    write_text(folder / files.MARK, json.dumps(tour.metrics, indent=1))
     screen.say(f"  {folder / files.MARK}: every figure")
     files.clear(folder, kept)
     screen.say(f"\n{spoken(seconds)} in all")

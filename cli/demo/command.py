@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from ...bench.arguments import seed, whole
 from ...bench.machine import need
 from ...bench.screen import Screen
 
@@ -16,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--text", type=Path, metavar="FILE", help="train on this file (default: Python's own library)")
     add("--output", type=Path, metavar="DIR", default=Path("headgate-demo"), help="default: %(default)s")
-    add("--steps", type=int, metavar="N", help="training steps (default: what fits in about 90 s)")
-    add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    add("--steps", type=whole, metavar="N", help="training steps (default: what fits in about 90 s)")
+    add("--seed", type=seed, default=0, metavar="S", help="default: %(default)s")
     add("--json", action="store_true", help="print the figures as JSON on standard output, all else on standard error")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -38,31 +39,21 @@ def prepare(folder: Path, need_bytes: int) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """The whole text or, on an error, the file as it was."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """Lets `fill` write into a temporary folder beside `path`, then puts it in the place of `path`."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    old = temporary.with_name(temporary.name + "-old")
     try:
+        temporary.mkdir()
         fill(temporary)
-        temporary.chmod(0o777 & ~_umask())
-        old = temporary.with_name(temporary.name + "-old")
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def clear(folder: Path, keep: set[str]) -> None:
@@ -73,9 +64,3 @@ def clear(folder: Path, keep: set[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import os
+import stat
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,12 +70,22 @@ def read_corpus(path: Path | None, length: int, who: str = "demo") -> Corpus:
 
 def _from_file(path: Path, who: str) -> Corpus:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_promptly) as file:
             content = np.frombuffer(file.read(MOST_BYTES), np.uint8)
     except OSError as error:
         raise ValueError(f"{who}: --text must be a file that can be read, got {path} ({error.strerror})") from error
     split = len(content) * 9 // 10
     return Corpus(content[:split], content[split:], str(path))
+
+
+def _promptly(path: str, flags: int) -> int:
+    """Opens a file, or a pipe without waiting for somebody who writes. Raises OSError for a device."""
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISCHR(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "a device")
+    os.set_blocking(handle, True)
+    return handle
 
 
 def _from_library(who: str) -> Corpus:

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from ...bench.arguments import input_file, limit, number, seed, whole
 from ...bench.machine import need
+from ...bench.output import write_text
 from ...bench.screen import Screen
+from ...placement.careful import opened
 from ...placement.cluster.topology import Topology
-from ...placement.files import write_whole
 from ...placement.formats import EXPORTS, export, import_map
 from ...placement.live.migrate import Migration, migrate
 from ...placement.place import open_source, place, sampled
@@ -34,28 +36,33 @@ OBJECTIVES = ("time", "transitions", "copies", "load")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate place`."""
     add = parser.add_argument
-    add("trace", type=Path, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
-    add("--nodes", type=int, required=True, metavar="N")
-    add("--gpus-per-node", type=int, required=True, metavar="M")
-    add("--slots-per-gpu", type=int, metavar="S", help="in a layer; more than the experts need hold replicas")
-    add("--slots", type=int, nargs="+", metavar="S", help="slots of each GPU, where they differ")
-    add("--speed", type=float, nargs="+", metavar="X", help="speed of each GPU, where they differ")
+    add("trace", type=input_file, metavar="TRACE", help="a routing trace (.npz), as `headgate trace` writes it")
+    add("--nodes", type=whole, required=True, metavar="N")
+    add("--gpus-per-node", type=whole, required=True, metavar="M")
+    add("--slots-per-gpu", type=whole, metavar="S", help="in a layer; more than the experts need hold replicas")
+    add("--slots", type=whole, nargs="+", metavar="S", help="slots of each GPU, where they differ")
+    add("--speed", type=number, nargs="+", metavar="X", help="speed of each GPU, where they differ")
     add("--links", default="h800-cx7", metavar="MACHINE", help="a preset of links (default: %(default)s)")
     add("--method", choices=list(METHODS), default="auto", help="default: %(default)s")
     add("--objective", choices=OBJECTIVES, default="time", help="what is to be small (default: %(default)s)")
-    add("--max-load", type=float, metavar="X", help="busiest GPU over the mean at most, averaged over layers")
-    add("--scenarios", type=int, metavar="Q", help="also stand the loads of Q kinds of sequences in the trace")
-    add("--groups", type=int, default=1, metavar="n", help="groups of experts that stay on one node each")
-    add("--pin", type=int, nargs=3, action="append", metavar=("LAYER", "EXPERT", "GPU"), help="again for more")
-    add("--time-limit", type=float, default=60.0, metavar="s", help="default: %(default)s")
-    add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
-    add("--hold-out", type=float, default=0.0, metavar="X", help="fit without this share of the sequences, judge on it")
+    add("--max-load", type=number, metavar="X", help="busiest GPU over the mean at most, averaged over layers")
+    add("--scenarios", type=whole, metavar="Q", help="also stand the loads of Q kinds of sequences in the trace")
+    add("--groups", type=whole, default=1, metavar="n", help="groups of experts that stay on one node each")
+    add("--pin", type=whole, nargs=3, action="append", metavar=("LAYER", "EXPERT", "GPU"), help="again for more")
+    add("--time-limit", type=limit, default=60.0, metavar="s", help="default: %(default)s")
+    add("--seed", type=seed, default=0, metavar="S", help="default: %(default)s")
+    add("--hold-out", type=number, default=0.0, metavar="X", help="fit without this share of sequences, judge on it")
     add("--compare", action="store_true", help=f"beside {', '.join(OTHERS)} at the same slots")
     add("--explain", action="store_true", help="where the cost is, layer by layer and GPU by GPU")
     add("--plot", type=Path, metavar="FILE", help="draw it into an HTML page")
-    add("--migrate-from", type=Path, metavar="FILE", help="a placement, ours or another system's: what has to move")
+    add(
+        "--migrate-from",
+        type=input_file,
+        metavar="FILE",
+        help="a placement, ours or another system's: what must move",
+    )
     add("--relabel", action="store_true", help="GPUs may change names to move less")
-    add("--expert-bytes", type=float, default=6.0 * 7168 * 2048, metavar="B", help="of one expert, for the migration")
+    add("--expert-bytes", type=number, default=6.0 * 7168 * 2048, metavar="B", help="of one expert, for the migration")
     add(
         "--output",
         type=Path,
@@ -143,6 +150,8 @@ def _check(args: argparse.Namespace) -> None:
     for path in (args.output, args.plot, args.export and Path(args.export[1])):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"place: the folder of {path} must exist, got none")
+        if path is not None and path.is_dir():
+            raise ValueError(f"place: outputs must be files, got the folder {path}")
 
 
 def _same_model(before: Placement, source: Trace | TraceFile, topology: Topology, args: argparse.Namespace) -> None:
@@ -159,15 +168,10 @@ def _same_model(before: Placement, source: Trace | TraceFile, topology: Topology
 
 def _earlier(path: Path, topology: Topology) -> Placement:
     """Our own file, or another system's."""
-    try:
-        return Placement.load(path)
-    except ValueError as error:
-        if path.suffix == ".json" and "expert_of_slot" in path.read_text(errors="replace"):
-            raise
-        try:
-            return import_map(path, topology)
-        except ValueError:
-            raise error from None
+    with opened(path, "place") as file:
+        text = file.stream.read()
+    ours = path.suffix == ".json" and b"physical_to_logical_map" not in text and text.lstrip()[:1] != b"["
+    return Placement.load(path) if ours else import_map(path, topology)
 
 
 def _split(source: Trace | TraceFile, share: float, seed: int) -> tuple[Trace | TraceFile, Trace | None]:
@@ -274,7 +278,7 @@ def _migration(migration: Migration, args: argparse.Namespace) -> dict[str, Any]
     path = args.output.with_name(args.output.stem + ".migration.json")
     steps = [asdict(step) for step in migration.steps]
     text = json.dumps({"version": 1, "from": str(args.migrate_from), "to": str(args.output), "steps": steps})
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
     return {
         "steps": str(path),
         "moved": migration.moved,

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bench import draw, html
+from ...bench.output import write_text
 from ...placement.cost import Cost
-from ...placement.files import write_whole
 from ...placement.placement import Placement
 from ...placement.search.simple import linear
 from ...placement.traces.statistics import statistics
@@ -28,7 +28,7 @@ def write(path: Path, placement: Placement, trace: Trace, rows: dict[str, dict[s
     )
     body = f"<section>{pictures(placement, trace, rows)}</section>"
     text = html.page("headgate place", "Where the experts live", about, body)
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def pictures(placement: Placement, trace: Trace, rows: dict[str, dict[str, Any]]) -> str:

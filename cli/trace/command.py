@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...bench.machine import need
+from ...bench.arguments import input_file, number, positive, seed
+from ...bench.machine import must_fit, need
 from ...bench.screen import Screen
 from ...placement.traces.file import TraceFile
 from ...placement.traces.generate import like_deepseek_v2_lite
@@ -21,19 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="record: the folder of a transformers MoE model, with its weights")
     add("--text", type=Path, metavar="FILE", help="what it reads (default: Python's own library)")
-    add("--tokens", type=_positive, metavar="N", help="how many tokens (default: 20000; of --from: all)")
-    add("--length", type=_positive, metavar="N", default=512, help="of a sequence (default: %(default)s)")
-    add("--batch", type=_positive, metavar="N", default=4, help="sequences to a pass (default: %(default)s)")
-    add("--sample", type=float, metavar="X", default=1.0, help="the share of sequences to keep (default: all)")
+    add("--tokens", type=positive, metavar="N", help="how many tokens (default: 20000; of --from: all)")
+    add("--length", type=positive, metavar="N", default=512, help="of a sequence (default: %(default)s)")
+    add("--batch", type=positive, metavar="N", default=4, help="sequences to a pass (default: %(default)s)")
+    add("--sample", type=number, metavar="X", default=1.0, help="the share of sequences to keep (default: all)")
     add("--weights", action="store_true", help="keep the router's weights too")
-    add("--seed", type=int, metavar="S", default=0, help="of samples, generated and dealt out (default: %(default)s)")
-    add("--from", dest="source", type=Path, metavar="FILE", help="convert what another program recorded")
+    add("--seed", type=seed, metavar="S", default=0, help="of samples, generated and dealt out (default: %(default)s)")
+    add("--from", dest="source", type=input_file, metavar="FILE", help="convert what another program recorded")
     add("--format", choices=READERS, help="of --from (default: told by what the file holds)")
-    add("--top-k", type=_positive, metavar="K", help="of --from, where it does not say itself")
-    add("--experts", type=_positive, metavar="E", help="of --from, where it does not say itself")
+    add("--top-k", type=positive, metavar="K", help="of --from, where it does not say itself")
+    add("--experts", type=positive, metavar="E", help="of --from, where it does not say itself")
     add("--generate", action="store_true", help="a synthetic trace, like one of DeepSeek-V2-Lite on two tasks")
-    add("--show", type=Path, metavar="TRACE", help="what a trace says: loads, affinity between layers")
-    add("--against", type=Path, metavar="TRACE", help="with --show: the drift from there to another trace")
+    add("--show", type=input_file, metavar="TRACE", help="what a trace says: loads, affinity between layers")
+    add("--against", type=input_file, metavar="TRACE", help="with --show: the drift from there to another trace")
     add("--output", type=Path, metavar="TRACE", help="the trace file to write, .npz (default for MODEL: trace.npz)")
     add("--json", action="store_true", help="print the figures as JSON on standard output, all else on standard error")
 
@@ -67,6 +68,7 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
             return loads(made, str(args.source)) | {"told": told}
     elif args.generate:
         output = args.output or Path("trace.npz")
+        must_fit("trace: --tokens", 200.0 * (args.tokens or 0))  # 26 layers, 6 experts to a token
         like_deepseek_v2_lite(args.tokens or 20_000, args.seed).save(output)
         made = TraceFile(output)
     else:
@@ -95,10 +97,3 @@ def _converted(args: argparse.Namespace, told: list[str]) -> TraceFile | Statist
             return found
         raise ValueError(f"trace: --output must be given for a trace of tokens, got none for {args.source}")
     return convert(args.source, args.output, args.format, **options)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

@@ -9,6 +9,9 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+from ...bench.arguments import number, seed, whole
+from ...bench.machine import must_fit
+from ...dispatch import ENGINES
 from ...dispatch.fold import ATTENTION, EXPERTS, Sizes
 from ...dispatch.wire import FORMATS
 from ..demo.tour import Shape
@@ -50,14 +53,25 @@ class Options:
             raise ValueError(f"train: --lr must be more than 0, got {self.learning_rate}")
         if self.wire not in FORMATS:
             raise ValueError(f"train: --wire must be one of {', '.join(FORMATS)}, got {self.wire!r}")
+        if self.dispatcher in ENGINES:
+            raise ValueError(f"train: --dispatcher must be one that moves fp32 rows, got {self.dispatcher!r}")
         if self.every is not None and self.checkpoint is None:
             raise ValueError(f"train: --every must come with --checkpoint, got {self.every} without it")
+        if self.checkpoint is not None and self.checkpoint.exists() and not self.checkpoint.is_dir():
+            raise ValueError(f"train: --checkpoint must be a folder, got the file {self.checkpoint}")
+        must_fit("train: the model and a batch", self._least_bytes())
         if self.shape.hidden % (2 * self.shape.heads):
             raise ValueError(
                 f"train: --hidden must be a multiple of twice --heads ({self.shape.heads}), got {self.shape.hidden}"
             )
         if self.shape.top_k > self.shape.experts:
             raise ValueError(f"train: --top-k must be at most --experts ({self.shape.experts}), got {self.shape.top_k}")
+
+    def _least_bytes(self) -> float:
+        """Of fp32 weights, which every rank makes before it keeps its part, and of token ids."""
+        s = self.shape
+        layer = s.hidden * (4 * s.hidden + s.experts * (3 * s.ffn + 1))
+        return 4.0 * s.layers * layer + 8.0 * self.batch * s.length
 
     @property
     def parts(self) -> int:
@@ -136,24 +150,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fold", f"sizes of {', '.join(NAMES)}; one left out is 1 (default: dp = ranks, ep as far as experts allow)",
         metavar="SIZES")  # fmt: skip
     parser.add_argument("--elastic", action="store_true", help="with other ranks than the fold's, take the nearest")
-    add("--steps", "optimizer steps", type=int, default=Options.steps)
-    add("--batch", "sequences to a step, over all ranks", type=int, default=Options.batch)
-    add("--micro", "micro-batches that a step's batch is cut into (default: pp)", type=int)
+    add("--steps", "optimizer steps", type=whole, default=Options.steps)
+    add("--batch", "sequences to a step, over all ranks", type=whole, default=Options.batch)
+    add("--micro", "micro-batches that a step's batch is cut into (default: pp)", type=whole)
     add(
         "--lr",
         "the highest learning rate",
-        type=float,
+        type=number,
         default=Options.learning_rate,
         metavar="X",
         dest="learning_rate",
     )
-    add("--seed", "of weights and batches", type=int, default=Options.seed, metavar="S")
+    add("--seed", "of weights and batches", type=seed, default=Options.seed, metavar="S")
     add("--text", "train on this file (default: Python's own library)", type=Path, metavar="FILE")
     add("--checkpoint", "keep a checkpoint here, and go on from it where there is one", type=Path, metavar="DIR")
-    add("--every", "write it every N steps too, not only at the end", type=int)
+    add("--every", "write it every N steps too, not only at the end", type=whole)
     add("--dispatcher", "how rows reach their experts (default: by the fold)", metavar="NAME")
     add("--wire", f"format of rows on the way: {', '.join(FORMATS)}", default=Options.wire, metavar="FORMAT")
-    add("--timeout", "seconds that a rank waits for another", type=int, default=Options.timeout, metavar="S")
+    add("--timeout", "seconds that a rank waits for another", type=whole, default=Options.timeout, metavar="S")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on standard output")
     for f in fields(Shape):
-        add(f"--{f.name.replace('_', '-')}", f"the model's {f.name}", type=int, default=f.default)
+        add(f"--{f.name.replace('_', '-')}", f"the model's {f.name}", type=whole, default=f.default)

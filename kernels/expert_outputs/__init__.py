@@ -15,6 +15,7 @@ from ..chip import say_once
 from ..grouped_ffn.checks import check
 from ..quantized import Quantized
 from ..routing import Routing, narrow_ids
+from ..transforms import implement, refuse_transforms, register_composite, run
 from . import on_cpu, on_gpu, plain
 from .reference import combine_outputs_reference, expert_outputs_reference
 
@@ -32,17 +33,25 @@ torch.library.define(
     "headgate::combine_outputs",
     "(Tensor out, Tensor expert_ids, Tensor weights, int num_experts, ScalarType dtype) -> Tensor",
 )
-torch.library.impl("headgate::expert_outputs", "cpu", on_cpu.expert_outputs)
-torch.library.impl("headgate::expert_outputs", "cuda", on_gpu.expert_outputs)
-torch.library.impl("headgate::combine_outputs", "cpu", on_cpu.combine_outputs)
-torch.library.impl("headgate::combine_outputs", "cuda", on_gpu.combine_outputs)
-torch.library.impl("headgate::combine_outputs", "CompositeExplicitAutograd", plain.combine_outputs)
 
 
-@torch.library.impl("headgate::expert_outputs", "CompositeExplicitAutograd")
-def _(rows, *rest):
+def _anywhere(rows, *rest):
     say_once("expert_outputs", f"{rows.device.type} has no kernel of its own yet", "a loop of matmuls over experts")
     plain.expert_outputs(rows, *rest)
+
+
+def _refuse(*_args):
+    refuse_transforms("expert_outputs", "it is forward only and writes into `out`: call grouped_ffn")
+
+
+implement("expert_outputs", "cpu", on_cpu.expert_outputs)
+implement("expert_outputs", "cuda", on_gpu.expert_outputs)
+implement("expert_outputs", "CompositeExplicitAutograd", _anywhere)
+implement("combine_outputs", "cpu", on_cpu.combine_outputs)
+implement("combine_outputs", "cuda", on_gpu.combine_outputs)
+implement("combine_outputs", "CompositeExplicitAutograd", plain.combine_outputs)
+register_composite("expert_outputs", _refuse)
+register_composite("combine_outputs", combine_outputs_reference)
 
 
 @torch.library.register_fake("headgate::expert_outputs")
@@ -133,7 +142,8 @@ def combine_outputs(out: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor
     _check_out("combine_outputs", out, routing, dtype, None, routing.expert_ids.device)
     _refuse_gradients("combine_outputs", out=out, weights=routing.weights)
     ids = narrow_ids(routing.expert_ids, routing.num_experts)
-    return torch.ops.headgate.combine_outputs(out, ids, routing.weights, routing.num_experts, dtype)
+    args = (out, ids, routing.weights, routing.num_experts, dtype)
+    return run(torch.ops.headgate.combine_outputs, combine_outputs_reference, *args)
 
 
 def _parts(w: Tensor | Quantized | None) -> list[Tensor]:

@@ -10,7 +10,8 @@ from ..autocast import under_autocast
 from ..chip import say_once
 from ..quantized import Quantized
 from ..routing import Routing
-from . import on_cpu, on_gpu, plain, quantized
+from ..transforms import backward_of, implement, register_composite, register_second_backward, run
+from . import composite, on_cpu, on_gpu, plain, quantized
 from .checks import check
 from .reference import grouped_ffn_reference
 
@@ -30,19 +31,24 @@ torch.library.define(
     f"(Tensor grad, {_ARGS}, Tensor h, {_FORM}, bool[] needs) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-torch.library.impl("headgate::grouped_ffn", "cpu", on_cpu.forward)
-torch.library.impl("headgate::grouped_ffn_backward", "cpu", on_cpu.backward)
-torch.library.impl("headgate::grouped_ffn", "cuda", on_gpu.forward)
-torch.library.impl("headgate::grouped_ffn_backward", "cuda", on_gpu.backward)
 
 
-@torch.library.impl("headgate::grouped_ffn", "CompositeExplicitAutograd")
-def _(rows, *rest):
+def _anywhere(rows, *rest):
     say_once("grouped_ffn", f"{rows.device.type} has no kernel of its own yet", "a loop of matmuls over experts")
     return plain.forward(rows, *rest)
 
 
-torch.library.impl("headgate::grouped_ffn_backward", "CompositeExplicitAutograd", plain.backward)
+implement("grouped_ffn", "cpu", on_cpu.forward)
+implement("grouped_ffn", "cuda", on_gpu.forward)
+implement("grouped_ffn", "CompositeExplicitAutograd", _anywhere)
+implement("grouped_ffn_backward", "cpu", on_cpu.backward)
+implement("grouped_ffn_backward", "cuda", on_gpu.backward)
+implement("grouped_ffn_backward", "CompositeExplicitAutograd", plain.backward)
+
+_TENSORS = (0, 2, 3, 4, 5, 6, 7)  # those of _ARGS that have a gradient
+_composite_backward = backward_of(composite.without_h, _TENSORS)
+register_composite("grouped_ffn", composite.forward)
+register_composite("grouped_ffn_backward", _composite_backward)
 
 
 @torch.library.register_fake("headgate::grouped_ffn")
@@ -76,17 +82,14 @@ def _backward(ctx, grad_y, _grad_h):
     *tensors, h = ctx.saved_tensors
     g = ctx.needs_input_grad
     needs = [g[0], g[2], g[3], g[4], g[5], g[6], g[7]]
-    out = torch.ops.headgate.grouped_ffn_backward(grad_y, *tensors, h, *ctx.form, needs)
+    backward = torch.ops.headgate.grouped_ffn_backward
+    out = run(backward, _composite_backward, grad_y, *tensors, h, *ctx.form, needs)
     d = [o if need else None for o, need in zip(out, needs, strict=True)]
     return d[0], None, d[1], d[2], d[3], d[4], d[5], d[6], *(None,) * 6
 
 
-def _second_backward(ctx, *_grads):
-    raise NotImplementedError("grouped_ffn: second derivatives are not offered")
-
-
 torch.library.register_autograd("headgate::grouped_ffn", _backward, setup_context=_setup_context)
-torch.library.register_autograd("headgate::grouped_ffn_backward", _second_backward)
+register_second_backward("grouped_ffn_backward", _composite_backward, _TENSORS)
 
 
 def grouped_ffn(
@@ -117,7 +120,8 @@ def grouped_ffn(
 
     For backward only rows, the pre-activation (R*K*2F elements) and the routing are kept; the activation is recomputed
     and the router-weight gradient is <dA', A>, so the experts' outputs need not be (Guo et al., SonicMoE, 2025).
-    Under autocast the inputs are cast to autocast's dtype first. Second derivatives raise NotImplementedError.
+    Under autocast the inputs are cast to autocast's dtype first. Second derivatives, and the transforms of torch.func,
+    are taken in plain torch.
 
     Cost: 6*N*D*F FLOPs forward, 12*N*D*F backward, N = live pairs.
     Raises ValueError / TypeError naming argument, rule and value; IndexError for an expert id below -1 (CPU).
@@ -144,4 +148,4 @@ def grouped_ffn(
         return quantized.call(tensors, act, interleaved)
     keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
     form = (act.kind, act.params, act.gated, transposed, interleaved)
-    return torch.ops.headgate.grouped_ffn(*tensors, *form, keep)[0]
+    return run(torch.ops.headgate.grouped_ffn, composite.forward, *tensors, *form, keep)[0]

@@ -14,7 +14,7 @@ from ..activation import Activation
 from ..plan import plan
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -24,7 +24,7 @@ def views(w1: Tensor, w_up: Tensor | None, w2: Tensor, transposed: bool) -> tupl
     return [w if transposed else w.transpose(1, 2) for w in ups], w2 if transposed else w2.transpose(1, 2)
 
 
-def _split(h: Tensor, act: Activation, interleaved: bool) -> tuple[Tensor, ...]:
+def split(h: Tensor, act: Activation, interleaved: bool) -> tuple[Tensor, ...]:
     if not act.gated:
         return (h,)
     return (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
@@ -49,7 +49,7 @@ def one_expert(x, e, ups, down, b1, b2, act, interleaved) -> tuple[Tensor, Tenso
     h = torch.cat([x @ u[e] for u in ups], 1) if len(ups) > 1 else x @ ups[0][e]
     if b1 is not None:
         h += b1[e]
-    out = act(*(s.to(_wide(x.dtype)) for s in _split(h, act, interleaved))).to(x.dtype) @ down[e]
+    out = act(*(s.to(wide_of(x.dtype)) for s in split(h, act, interleaved))).to(x.dtype) @ down[e]
     if b2 is not None:
         out += b2[e]
     return h, out
@@ -60,7 +60,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     act = Activation.from_params(kind, gated, params)
     ups, down = views(w1, w_up, w2, transposed)
-    wide, k = _wide(rows.dtype), expert_ids.shape[1]
+    wide, k = wide_of(rows.dtype), expert_ids.shape[1]
     pair, offsets = live_pairs(expert_ids, w2.shape[0])
     width = sum(u.shape[2] for u in ups)
     h_all = rows.new_empty(pair.numel() if keep else 0, width)
@@ -84,7 +84,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     act = Activation.from_params(kind, gated, params)
     ups, down = views(w1, w_up, w2, transposed)
-    wide, k, dtype = _wide(rows.dtype), expert_ids.shape[1], rows.dtype
+    wide, k, dtype = wide_of(rows.dtype), expert_ids.shape[1], rows.dtype
     pair, offsets = live_pairs(expert_ids, w2.shape[0])
     scale = weights.reshape(-1).to(wide)
     want_x, want_s, want_1, want_up, want_2, want_b1, want_b2 = needs
@@ -102,7 +102,7 @@ def backward(
         t = p // k
         s = scale[p, None]
         g = grad[t]
-        parts = _split(h_all[lo:hi].to(wide), act, interleaved)
+        parts = split(h_all[lo:hi].to(wide), act, interleaved)
         a = act(*parts)
         da = (g @ down[e].T).to(wide)
         if want_s:

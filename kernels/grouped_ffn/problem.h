@@ -18,7 +18,7 @@ struct Args {
   int64_t dtype, threads;
   int64_t R, K, E, D, F, O;  // rows, experts per row, experts, input, intermediate and output size
   int64_t kind, gated, interleaved;
-  const float* params;       // alpha, limit, up_shift, clamp_after, slope_at_limit
+  const float* params;       // alpha, limit (0: none), up_shift, clamp_after, slope_at_limit
   const int32_t* ids;        // [R, K]
   const float* weights;      // [R, K]
   const void* rows;
@@ -108,12 +108,13 @@ struct Problem {
 
   explicit Problem(const Args& args)
       : a(args),
-        act{int(args.kind), bool(args.gated), args.params[0], args.params[1], args.params[2], args.params[3] != 0,
-            edge_of(args.params[1], args.params[4])},
+        act{int(args.kind), bool(args.gated), args.params[0], limit_of(args), args.params[2], args.params[3] != 0,
+            edge_of(limit_of(args), args.params[4])},
         order(args.ids, args.R * args.K, args.E),
         D(args.D), F(args.F), O(args.O), K(args.K), W(args.gated ? 2 * F : F), threads(args.threads),
         gated(args.gated), pair_of_tensors(args.wu) {}
 
+  static float limit_of(const Args& args) { return args.params[1] ? args.params[1] : INFINITY; }
   int count(int e) const { return order.offsets[e + 1] - order.offsets[e]; }
   int live() const { return order.offsets[a.E]; }
   const int32_t* pairs(int e) const { return order.pair_of_row.data() + order.offsets[e]; }

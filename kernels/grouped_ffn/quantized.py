@@ -14,16 +14,17 @@ from torch import Tensor
 from .. import chip
 from ..activation import Activation
 from ..quantized import PER_BYTE, Quantized
-from . import plain, quantized_on_cpu
+from ..transforms import backward_of, implement, register_composite, register_second_backward, run
+from . import composite, plain, quantized_on_cpu
 from .thin_tiles import counted
 
 _ARGS = (
-    "Tensor rows, Tensor expert_ids, Tensor weights, Tensor[] w_gate_up, Tensor[] w_up, Tensor[] w_down, "
+    "Tensor rows, Tensor expert_ids, Tensor weights, Tensor[] w_gate_up, Tensor[]? w_up, Tensor[] w_down, "
     "Tensor? b_gate_up, Tensor? b_down"
 )
 _FORM = "str[] formats, int[] blocks, str activation, float[] params, bool gated, bool interleaved"
 
-# As headgate::grouped_ffn. Each of w_gate_up, w_up (or nothing) and w_down is (data, scale); `formats` and `blocks`
+# As headgate::grouped_ffn. Each of w_gate_up, w_up (or None) and w_down is (data, scale); `formats` and `blocks`
 # (rows, columns) are those of the first and of the last.
 torch.library.define("headgate::grouped_ffn_quantized", f"({_ARGS}, {_FORM}, bool keep) -> (Tensor, Tensor)")
 torch.library.define(
@@ -42,6 +43,9 @@ class _Widened:
 
     def transpose(self, _one: int, _two: int) -> _Widened:
         return _Widened(self.weight, self.dtype, not self.turned)
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def __getitem__(self, e: int) -> Tensor:
         one = self.weight.expert(e, self.dtype)
@@ -129,10 +133,26 @@ def _backward_on_cuda(
     return out[0], out[1], out[5], out[6]
 
 
-torch.library.impl("headgate::grouped_ffn_quantized", "CompositeExplicitAutograd", _forward)
-torch.library.impl("headgate::grouped_ffn_quantized", "cuda", _forward_on_cuda)
-torch.library.impl("headgate::grouped_ffn_quantized_backward", "CompositeExplicitAutograd", _backward)
-torch.library.impl("headgate::grouped_ffn_quantized_backward", "cuda", _backward_on_cuda)
+def _composite(
+    rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep
+) -> tuple[Tensor, Tensor]:
+    first, second, last = widened(rows.dtype, unpacked(w1, w_up, w2, formats, blocks))
+    form = (kind, params, gated, False, interleaved, keep)
+    return composite.forward(rows, expert_ids, weights, first, second, last, b1, b2, *form)
+
+
+def _without_h(rows, expert_ids, weights, w1, w_up, w2, b1, b2, _h, *form) -> Tensor:
+    return _composite(rows, expert_ids, weights, w1, w_up, w2, b1, b2, *(*form, False))[0]
+
+
+_TENSORS = (0, 2, 6, 7)  # those of _ARGS that have a gradient
+_composite_backward = backward_of(_without_h, _TENSORS)
+implement("grouped_ffn_quantized", "CompositeExplicitAutograd", _forward)
+implement("grouped_ffn_quantized", "cuda", _forward_on_cuda)
+implement("grouped_ffn_quantized_backward", "CompositeExplicitAutograd", _backward)
+implement("grouped_ffn_quantized_backward", "cuda", _backward_on_cuda)
+register_composite("grouped_ffn_quantized", _composite)
+register_composite("grouped_ffn_quantized_backward", _composite_backward)
 
 
 @torch.library.register_fake("headgate::grouped_ffn_quantized")
@@ -153,8 +173,8 @@ def _(grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, h, formats, blocks,
 def _setup_context(ctx, inputs, output):
     rows, expert_ids, weights, w1, w_up, w2, b1, b2, *form, keep = inputs
     assert keep, "the public function keeps h whenever a gradient will be asked for"
-    ctx.save_for_backward(rows, expert_ids, weights, *w1, *w_up, *w2, b1, b2, output[1])
-    ctx.form, ctx.pair = form, bool(w_up)
+    ctx.save_for_backward(rows, expert_ids, weights, *w1, *(w_up or ()), *w2, b1, b2, output[1])
+    ctx.form, ctx.w_up = form, None if w_up is None else [None] * len(w_up)
     ctx.set_materialize_grads(False)
 
 
@@ -162,22 +182,19 @@ def _gradients(ctx, grad_y, _grad_h):
     if grad_y is None:
         return (None,) * 15
     rows, ids, weights, *packed, b1, b2, h = ctx.saved_tensors
-    w1, w_up, w2 = packed[:2], packed[2:4] if ctx.pair else [], packed[-2:]
+    w1, w_up, w2 = packed[:2], packed[2:-2] or None, packed[-2:]
     g = ctx.needs_input_grad
     needs = [g[0], g[2], g[6], g[7]]
-    out = torch.ops.headgate.grouped_ffn_quantized_backward(
-        grad_y, rows, ids, weights, w1, w_up, w2, b1, b2, h, *ctx.form, needs
-    )
+    out = run(
+        torch.ops.headgate.grouped_ffn_quantized_backward, _composite_backward,
+        grad_y, rows, ids, weights, w1, w_up, w2, b1, b2, h, *ctx.form, needs,
+    )  # fmt: skip
     d = [o if need else None for o, need in zip(out, needs, strict=True)]
-    return d[0], None, d[1], [None] * 2, [None] * len(w_up), [None] * 2, d[2], d[3], *(None,) * 7
-
-
-def _second_backward(ctx, *_grads):
-    raise NotImplementedError("grouped_ffn: second derivatives are not offered")
+    return d[0], None, d[1], [None] * 2, ctx.w_up, [None] * 2, d[2], d[3], *(None,) * 7
 
 
 torch.library.register_autograd("headgate::grouped_ffn_quantized", _gradients, setup_context=_setup_context)
-torch.library.register_autograd("headgate::grouped_ffn_quantized_backward", _second_backward)
+register_second_backward("grouped_ffn_quantized_backward", _composite_backward, _TENSORS)
 
 
 def check(w_gate_up: object, w_up: object, w_down: object, transposed: bool, op: str) -> None:
@@ -198,9 +215,10 @@ def call(tensors: list[Any], act: Activation, interleaved: bool) -> Tensor:
     """The operator on what the public function has checked: rows to b_down in its order."""
     rows, expert_ids, weights, w1, w_up, w2, b1, b2 = tensors
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weights, b1, b2))
-    packed = [[] if w is None else [w.data, w.scale] for w in (w1, w_up, w2)]
+    packed = [None if w is None else [w.data, w.scale] for w in (w1, w_up, w2)]  # AOTInductor forgets empty lists
     blocks = [min(n, 2**31 - 1) for n in (*w1.block, *w2.block)]
-    return torch.ops.headgate.grouped_ffn_quantized(
+    return run(
+        torch.ops.headgate.grouped_ffn_quantized, _composite,
         rows, expert_ids, weights, *packed, b1, b2, [w1.format, w2.format], blocks,
         act.kind, act.params, act.gated, interleaved, keep,
     )[0]  # fmt: skip

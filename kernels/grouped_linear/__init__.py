@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..autocast import under_autocast
 from ..chip import Chip, chip_of, say_once, why_no_grouped_gemm
+from ..transforms import backward_of, implement, register_composite, register_second_backward, run
 from . import on_cpu
+from .composite import composite
 from .reference import grouped_linear_reference
 
 __all__ = ["grouped_linear", "grouped_linear_reference"]
@@ -23,20 +25,26 @@ torch.library.define(
     "(Tensor, Tensor, Tensor)",
 )
 # One matmul per expert is right on every device; but the reading of the offsets waits for an accelerator.
-torch.library.impl("headgate::grouped_linear", "CompositeExplicitAutograd", on_cpu.forward)
-torch.library.impl("headgate::grouped_linear_backward", "CompositeExplicitAutograd", on_cpu.backward)
+implement("grouped_linear", "CompositeExplicitAutograd", on_cpu.forward)
+implement("grouped_linear_backward", "CompositeExplicitAutograd", on_cpu.backward)
 
 
-@torch.library.impl("headgate::grouped_linear", "cuda")
-def _(x, offsets, w, *rest):
+def _forward_on_cuda(x, offsets, w, *rest):
     form, how = _cuda_form(x, w)
     return form.forward(x, offsets, w, *rest, **how)
 
 
-@torch.library.impl("headgate::grouped_linear_backward", "cuda")
-def _(grad, x, offsets, w, *rest):
+def _backward_on_cuda(grad, x, offsets, w, *rest):
     form, how = _cuda_form(x, w)
     return form.backward(grad, x, offsets, w, *rest, **how)
+
+
+_TENSORS = (0, 2, 3)  # x, w and b have a gradient
+_composite_backward = backward_of(composite, _TENSORS)
+implement("grouped_linear", "cuda", _forward_on_cuda)
+implement("grouped_linear_backward", "cuda", _backward_on_cuda)
+register_composite("grouped_linear", composite)
+register_composite("grouped_linear_backward", _composite_backward)
 
 
 def _cuda_form(x: Tensor, w: Tensor) -> tuple[ModuleType, dict[str, Chip]]:
@@ -71,12 +79,14 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     x, offsets, w, b = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-    out = torch.ops.headgate.grouped_linear_backward(grad, x, offsets, w, b, ctx.transposed, needs)
+    backward = torch.ops.headgate.grouped_linear_backward
+    out = run(backward, _composite_backward, grad, x, offsets, w, b, ctx.transposed, needs)
     dx, dw, db = (o if need else None for o, need in zip(out, needs, strict=True))
     return dx, None, dw, db, None
 
 
 torch.library.register_autograd("headgate::grouped_linear", _backward, setup_context=_setup_context)
+register_second_backward("grouped_linear_backward", _composite_backward, _TENSORS)
 
 
 def grouped_linear(
@@ -104,7 +114,7 @@ def grouped_linear(
         to = torch.get_autocast_dtype(x_sorted.device.type)
         x_sorted, w, b = x_sorted.to(to), w.to(to), None if b is None else b.to(to)
     _check(x_sorted, offsets, w, b, transposed)
-    return torch.ops.headgate.grouped_linear(x_sorted, offsets, w, b, transposed)
+    return run(torch.ops.headgate.grouped_linear, composite, x_sorted, offsets, w, b, transposed)
 
 
 def _check(x: Tensor, offsets: Tensor, w: Tensor, b: Tensor | None, transposed: bool) -> None:

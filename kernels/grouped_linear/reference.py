@@ -14,8 +14,8 @@ def grouped_linear_reference(
     w = w if transposed else w.transpose(1, 2)
     parts = []
     bounds = offsets.tolist()
-    for e in range(w.shape[0]):
-        y = x_sorted[bounds[e] : bounds[e + 1]].to(wide) @ w[e].to(wide)
+    for e, right in enumerate(w.unbind(0)):
+        y = x_sorted[bounds[e] : bounds[e + 1]].to(wide) @ right.to(wide)
         parts.append(y if b is None else y + b[e].to(wide))
     parts.append(x_sorted.new_zeros(x_sorted.shape[0] - bounds[-1], w.shape[2], dtype=wide))
     return torch.cat(parts).to(x_sorted.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..chip import say_once, why_not
+from ..transforms import implement, register_composite
 from .on_cpu import plan_on_cpu
 from .reference import plan_reference
 
@@ -41,9 +42,10 @@ def _plan_on_cuda(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 
 
 torch.library.define("headgate::plan", "(Tensor expert_ids, int num_experts) -> (Tensor, Tensor, Tensor)")
-torch.library.impl("headgate::plan", "CompositeExplicitAutograd", plan_reference)
-torch.library.impl("headgate::plan", "cpu", plan_on_cpu)
-torch.library.impl("headgate::plan", "cuda", _plan_on_cuda)
+implement("plan", "CompositeExplicitAutograd", plan_reference)
+implement("plan", "cpu", plan_on_cpu)
+implement("plan", "cuda", _plan_on_cuda)
+register_composite("plan", plan_reference)
 
 
 @torch.library.register_fake("headgate::plan")

@@ -11,9 +11,7 @@ def plan_reference(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     flat = expert_ids.reshape(-1).long()
     flat = torch.where((flat < 0) | (flat >= num_experts), num_experts, flat)
     order = torch.argsort(flat, stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
-    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=flat.device).scatter_add_(
-        0, flat, torch.ones_like(flat)
-    )
+    inverse = torch.empty_like(order).scatter(0, order, torch.arange(flat.numel(), device=flat.device))
+    counts = flat.new_zeros(num_experts + 1).scatter_add(0, flat, torch.ones_like(flat))
     offsets = torch.cat([counts.new_zeros(1), counts[:-1].cumsum(0)])
     return order.int(), offsets.int(), inverse.int()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autocast import no_autocast
 from ..chip import chip_of, say_once, why_not
-from .reference import no_autocast, router_logits_reference, wide
+from ..transforms import implement, register_composite, run
+from .reference import router_logits_reference, wide
 
 __all__ = ["router_logits", "router_logits_reference"]
 
 _HALF = (torch.bfloat16, torch.float16)
 
 torch.library.define("headgate::router_logits", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-torch.library.impl("headgate::router_logits", "CompositeExplicitAutograd", router_logits_reference)
 
 
-@torch.library.impl("headgate::router_logits", "cuda")
 def _on_cuda(x, weight, bias):
     if x.dtype == torch.float64 or weight.dtype == torch.float64:
         return router_logits_reference(x, weight, bias)
@@ -33,6 +33,11 @@ def _on_cuda(x, weight, bias):
             logits = torch.mm(x, weight.T, out_dtype=torch.float32)
         return logits if bias is None else logits.add_(bias)
     return router_logits_reference(x, weight, bias)
+
+
+implement("router_logits", "CompositeExplicitAutograd", router_logits_reference)
+implement("router_logits", "cuda", _on_cuda)
+register_composite("router_logits", router_logits_reference)
 
 
 @torch.library.register_fake("headgate::router_logits")
@@ -89,4 +94,4 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     # without a graph there is nothing to keep, and on CPU the product alone takes half the time for one token
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         return router_logits_reference(x, weight, bias)
-    return torch.ops.headgate.router_logits(x, weight, bias)
+    return run(torch.ops.headgate.router_logits, router_logits_reference, x, weight, bias)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import under_autocast
+from ..autocast import no_autocast
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, enabled=False) if under_autocast(device) else nullcontext()
 
 
 def router_logits_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

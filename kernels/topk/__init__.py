@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..chip import say_once, why_not
 from ..routing import Routing
+from ..transforms import implement, register_composite, run
 from . import on_cpu
-from .reference import EPS, topk_reference
+from .reference import EPS, best_of, topk_reference
 
 __all__ = ["SCORES", "topk", "topk_reference"]
 
@@ -33,12 +34,13 @@ def _topk_on_cuda(logits, k, bias, score, groups, topk_groups, group_score, reno
 # (weights, scores, expert_ids, counts)
 torch.library.define(
     "headgate::topk",
-    "(Tensor logits, int k, Tensor? bias, str score, int groups, int topk_groups, str group_score, bool renormalize, "
+    "(Tensor logits, int k, Tensor? bias, str score, int groups, int topk_groups, int group_score, bool renormalize, "
     "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-torch.library.impl("headgate::topk", "cpu", on_cpu.forward)
-torch.library.impl("headgate::topk", "cuda", _topk_on_cuda)
-torch.library.impl("headgate::topk", "CompositeExplicitAutograd", topk_reference)
+implement("topk", "cpu", on_cpu.forward)
+implement("topk", "cuda", _topk_on_cuda)
+implement("topk", "CompositeExplicitAutograd", topk_reference)
+register_composite("topk", topk_reference)
 
 
 @torch.library.register_fake("headgate::topk")
@@ -103,7 +105,7 @@ def topk(
     bias: Tensor | None = None,
     groups: int = 1,
     topk_groups: int = 1,
-    group_score: str = "top2",
+    group_score: str | int = "top2",
     renormalize: bool = False,
     scale: float = 1.0,
 ) -> Routing:
@@ -119,9 +121,9 @@ def topk(
 
     `bias` [E] is added for the choice alone: no weight and no gradient sees it (Wang et al., auxiliary-loss-free load
     balancing, 2024). With `groups` > `topk_groups` the choice is limited to the best `topk_groups` of `groups` equal
-    groups of neighbouring experts; a group is as good as the sum of its two best experts (`group_score` "top2",
-    DeepSeek-V3) or as its best ("max", DeepSeek-V2). `renormalize` divides a token's weights by their sum; `scale`
-    multiplies them at the end.
+    groups of neighbouring experts; a group is as good as the sum of its n best experts, `group_score` n: 2 or "top2"
+    (DeepSeek-V3), 1 or "max" (DeepSeek-V2), any other number (Megatron-Core takes k // topk_groups). `renormalize`
+    divides a token's weights by their sum; `scale` multiplies them at the end.
 
     Returns a Routing: `expert_ids` int32 [T, K], best first, the lowest id first among equals; `weights` fp32 [T, K];
     `counts` int32 [E]; `scores` fp32 [T, E] (softmax over E for "topk_softmax"); `logits` as given. Gradients flow
@@ -136,9 +138,10 @@ def topk(
     """
     _check(logits, k, score, bias, groups, topk_groups, group_score, scale)
     bias = None if bias is None else bias.detach()
-    weights, scores, ids, counts = torch.ops.headgate.topk(
-        logits, k, bias, score, groups, topk_groups, group_score, renormalize, scale
-    )
+    weights, scores, ids, counts = run(
+        torch.ops.headgate.topk, topk_reference,
+        logits, k, bias, score, groups, topk_groups, best_of(group_score), renormalize, scale,
+    )  # fmt: skip
     return Routing(ids, weights, logits.shape[1], counts, scores, logits)
 
 
@@ -159,7 +162,7 @@ def _check(logits, k, score, bias, groups, topk_groups, group_score, scale) -> N
 
 
 def check_choice(
-    experts: int, k: int, score: str, groups: int, topk_groups: int, group_score: str, scale: float, who: str
+    experts: int, k: int, score: str, groups: int, topk_groups: int, group_score: str | int, scale: float, who: str
 ) -> None:
     """Raises ValueError, in the name of `who`, for numbers that no choice of k out of `experts` can be made with."""
     for name, number in (("top_k", k), ("groups", groups), ("topk_groups", topk_groups)):
@@ -178,9 +181,13 @@ def check_choice(
             f"{who}: topk_groups must leave at least top_k = {k} experts, "
             f"got {topk_groups} groups of {experts // groups}"
         )
-    if group_score not in ("top2", "max"):
-        raise ValueError(f"{who}: group_score must be 'top2' or 'max', got {group_score!r}")
-    if topk_groups < groups and group_score == "top2" and experts // groups < 2:
-        raise ValueError(f"{who}: group_score 'top2' must have groups of at least 2 experts, got groups of 1")
+    best = best_of(group_score)
+    if not isinstance(best, int) or isinstance(best, bool) or best < 1:
+        raise ValueError(f"{who}: group_score must be 'max', 'top2' or a positive integer, got {group_score!r}")
+    if topk_groups < groups and experts // groups < best:
+        raise ValueError(
+            f"{who}: group_score {group_score!r} must have groups of at least {best} experts, "
+            f"got groups of {experts // groups}"
+        )
     if not 0 < scale < math.inf:
         raise ValueError(f"{who}: scale must be positive and finite, got {scale}")

@@ -51,11 +51,11 @@ def forward(
     score: str,
     groups: int,
     topk_groups: int,
-    group_score: str,
+    group_score: int,
     renormalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = (logits if logits.dtype == torch.float64 else logits.float()).contiguous()  # as the fake says
     _check_finite(logits, bias)
     scores = score_of(logits, score)
     choice = logits if score == "topk_softmax" else scores

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch, launch
-from .reference import EPS
+from .reference import EPS, best_of
 
 __all__ = ["topk_on_triton", "why_not_served"]
 
@@ -60,15 +60,18 @@ def _take(key, column, WIDTH: tl.constexpr):
 @triton.jit
 def _cut_to_groups(
     key, choice, real, BT: tl.constexpr, GROUPS: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
-    TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr, BEST: tl.constexpr,
 ):  # fmt: skip
     """`key` [BT, GP * SP] with `_CUT` at the experts outside the best groups."""
     choice = tl.reshape(tl.where(real & (choice == choice), choice, float("-inf")), (BT, GP, SP))
-    value = tl.max(choice, 2)
-    if TOP2:
-        j = tl.arange(0, SP)[None, None, :]
-        first = tl.min(tl.where(choice == value[:, :, None], j, SP - 1), 2)
-        value += tl.max(tl.where(j == first[:, :, None], float("-inf"), choice), 2)
+    best = tl.max(choice, 2)
+    value = best
+    j = tl.arange(0, SP)[None, None, :]
+    for _ in range(BEST - 1):
+        first = tl.min(tl.where(choice == best[:, :, None], j, SP - 1), 2)
+        choice = tl.where(j == first[:, :, None], float("-inf"), choice)
+        best = tl.max(choice, 2)
+        value += best
     g = tl.arange(0, GP)
     rank = tl.where(g[None, :] < GROUPS, _ordered(value), _NOT_THERE)
     for _ in range(TOPK_GROUPS):
@@ -81,7 +84,7 @@ def _cut_to_groups(
 def _topk(
     logits, bias, weights, scores, ids, counts, T, blocks, stride_t, stride_e, stride_bias, scale,
     E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
-    GROUPS: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr,
+    GROUPS: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, TOPK_GROUPS: tl.constexpr, BEST: tl.constexpr,
     SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, EPS: tl.constexpr, BIAS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Chooses for every `num_programs`-th block of BT rows. Columns are GP groups of SP, both padded; an expert has
@@ -111,7 +114,7 @@ def _topk(
             choice += shift[None, :]
         key = tl.where(real, _ordered(choice), _NOT_THERE)
         if TOPK_GROUPS < GROUPS:
-            key = _cut_to_groups(key, choice, real, BT, GROUPS, GP, SP, TOPK_GROUPS, TOP2)
+            key = _cut_to_groups(key, choice, real, BT, GROUPS, GP, SP, TOPK_GROUPS, BEST)
         place = tl.zeros((BT, KP), tl.int32)
         for i in range(K):
             first, key = _take(key, column, GP * SP)
@@ -155,7 +158,7 @@ def topk_on_triton(
     score: str,
     groups: int,
     topk_groups: int,
-    group_score: str,
+    group_score: str | int,
     renormalize: bool,
     scale: float,
     *,
@@ -186,7 +189,7 @@ def topk_on_triton(
         T=tokens, blocks=blocks, stride_t=logits.stride(0), stride_e=logits.stride(1),
         stride_bias=0 if bias is None else bias.stride(0), scale=float(scale),
         E=experts, K=k, KP=triton.next_power_of_2(k), BT=rows,
-        GROUPS=groups, GP=group_columns, SP=per_group, TOPK_GROUPS=topk_groups, TOP2=group_score == "top2",
+        GROUPS=groups, GP=group_columns, SP=per_group, TOPK_GROUPS=topk_groups, BEST=best_of(group_score),
         SCORE=score, RENORMALIZE=renormalize, EPS=EPS, BIAS=bias is not None, ALONE=alone,
     )  # fmt: skip
     return weights, scores, ids, counts

@@ -18,10 +18,17 @@ def score_of(logits: Tensor, score: str) -> Tensor:
     return logits.softmax(dim=1)
 
 
-def limit_to_groups(choice: Tensor, groups: int, topk_groups: int, group_score: str) -> Tensor:
+def best_of(group_score: str | int) -> int:
+    """How many of a group's best experts are its score."""
+    return group_score if not isinstance(group_score, str) else {"max": 1, "top2": 2}.get(group_score, 0)
+
+
+def limit_to_groups(choice: Tensor, groups: int, topk_groups: int, group_score: str | int) -> Tensor:
     """`choice` [T, E] with -inf at the experts outside the best `topk_groups` of `groups` equal groups of experts."""
     grouped = choice.unflatten(1, (groups, choice.shape[1] // groups))
-    value = grouped.topk(2, dim=2)[0].sum(2) if group_score == "top2" else grouped.amax(2)
+    value, *others = grouped.topk(best_of(group_score), dim=2)[0].unbind(2)
+    for other in others:
+        value = value + other
     best = value.sort(dim=1, descending=True, stable=True)[1][:, :topk_groups]
     out = torch.ones_like(value, dtype=torch.bool).scatter(1, best, False)
     return grouped.masked_fill(out[:, :, None], -torch.inf).flatten(1)
@@ -34,12 +41,12 @@ def topk_reference(
     score: str = "softmax",
     groups: int = 1,
     topk_groups: int = 1,
-    group_score: str = "top2",
+    group_score: str | int = "top2",
     renormalize: bool = False,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(weights [T, K], scores [T, E], expert_ids int32 [T, K], counts int32 [E]) of `logits` [T, E]; see `topk`."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = (logits if logits.dtype == torch.float64 else logits.float()).contiguous()
     scores = score_of(logits, score)
     choice = (logits if score == "topk_softmax" else scores).detach()
     if bias is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.routing import Routing
+from ..experts import by_pairs
 from .counting import mark
 from .experts import as_rows, describe, own_gate_forward
 from .gate import activation_of
@@ -44,15 +45,16 @@ def experts_forward(
     mark(module)
     m: Any = module
     w1, w2 = m.gate_up_proj, m.down_proj
-    tokens, top_k = top_k_index.shape
-    pairs = (hidden_states[:, None] * top_k_weights[:, :, None]).reshape(tokens * top_k, -1)
-    routing = Routing.from_topk(top_k_index.reshape(-1, 1), top_k_weights.new_ones(tokens * top_k, 1), w2.shape[0])
-    rows, activation = as_rows(pairs, w1), activation_of(module, True)
-    if activation is not None:
-        y = grouped_ffn(rows, routing, w1, w2, activation=activation, transposed=True)
-    else:
-        y = own_gate_forward(rows, routing, (w1, None), (w2, None), split_gate(m.act_fn), True)
-    return y.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+    activation = activation_of(module, True)
+
+    def compute(pairs: Tensor, routing: Routing) -> Tensor:
+        rows = as_rows(pairs, w1)
+        if activation is None:
+            return own_gate_forward(rows, routing, (w1, None), (w2, None), split_gate(m.act_fn), True)
+        return grouped_ffn(rows, routing, w1, w2, activation=activation, transposed=True)
+
+    routing = Routing.from_topk(top_k_index, top_k_weights, w2.shape[0])
+    return by_pairs(hidden_states, routing, compute).to(hidden_states.dtype)
 
 
 def split_gate(act):

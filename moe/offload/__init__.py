@@ -1,5 +1,6 @@
 """Experts larger than the device: they stand in a lower tier, and those in use in a fixed number of slots."""
 
+from ...placement.lookup import files_of
 from .arena import Arena, plan_slots
 from .batching import BatchSizes, batch_sizes, generate_offline
 from .costs import measure_costs
@@ -33,3 +34,5 @@ __all__ = [
     "precisions",
     "sensitivity",
 ]
+
+__getattr__ = files_of(__name__)

@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...placement.careful import fault, open_regular, shown
 from ...placement.files import write_whole
 from .host import fill, parts_of, plain
 from .kinds import Kind, Layer, Part, Weights
@@ -35,6 +37,10 @@ _PAGE = 4096
 _PIECE = 1 << 18  # bytes of one request, at least
 _NAME = "/proc/self/fd/{}"  # of a file that is open, on Linux
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
+_SMALL_HEADER = 4 << 20  # as large a header may be in any file; reading it takes up to 35 times as much memory
+_SHARE = 8  # of a larger file, the header may be one part in so many
+_LARGEST_SIZE = 2**62
+_WHO = "FileStore"
 
 
 class FileStore:
@@ -44,8 +50,8 @@ class FileStore:
     was read (O_DIRECT where the file system, offsets and sizes allow it; otherwise pages are let go after each read).
     `ways`: an expert is read in so many pieces at once. `opened`: the file, opened already, which is taken over.
 
-    Raises OSError where the file cannot be read, ValueError where it is not such a file, is cut short, or holds other
-    experts than `layers`.
+    Raises OSError where the file cannot be read; ValueError, in at most 300 characters, where it is not such a file, is
+    cut short, or holds other experts than `layers`. What its header says is compared with the file's size first.
     """
 
     def __init__(
@@ -61,7 +67,7 @@ class FileStore:
         if ways < 1:
             raise ValueError(f"FileStore: ways must be at least 1, got {ways}")
         self.path, self.verify, self.page_cache = Path(path), verify, page_cache
-        self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC) if opened is None else opened
+        self._file = open_regular(self.path, _WHO) if opened is None else opened
         self._direct = -1
         self._staging = threading.local()
         self._ways = ways
@@ -239,8 +245,9 @@ def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]]) -> bytes:
 def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]]) -> None:
     sums = [[0] * layer.experts for layer in layers]
     header = _header(layers, sums)
-    if len(header) > _LARGEST_HEADER:
-        raise ValueError(f"FileStore: header must be at most {_LARGEST_HEADER} bytes, got {len(header)}")
+    most = _most(len(header) + sum(layer.nbytes for layer in layers))
+    if len(header) > most:
+        raise ValueError(f"FileStore: header must be at most {most} bytes, got {len(header)}")
     file.write(header)
     for i, layer in enumerate(layers):
         for (experts, kind), parts in zip(layer.groups, parts_of(layer, weights(i)), strict=True):
@@ -259,16 +266,16 @@ def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]
     """(layers, offset in the file of each part by layer and group, checksum by layer and expert)."""
 
     def refuse(why: str) -> ValueError:
-        return ValueError(f"FileStore: {path} must be a file that FileStore.write wrote, {why}")
+        return fault(_WHO, path, f"must be a file that FileStore.write wrote, {why}")
 
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+    if size < 8 or not 2 <= length <= min(_most(size), size - 8):
         raise refuse(f"got a header of {length} bytes in a file of {size}")
     try:
         said = json.loads(_all(file, length, 8))
         layers, sums = _layers(said)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, RuntimeError) as error:
         raise refuse(f"got a header that does not say so ({type(error).__name__}: {error})") from error
     at, offsets = 8 + length, []
     for layer in layers:
@@ -277,12 +284,17 @@ def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]
             for p, part in enumerate(kind.parts):
                 offsets[-1][g][p] = at
                 at += len(experts) * part.nbytes
-    wanted = _header(layers, sums)
-    if json.loads(wanted[8:]) != said:
+    wanted = json.loads(_header(layers, sums)[8:])
+    if json.dumps(wanted, sort_keys=True) != json.dumps(said, sort_keys=True):  # as text: there 8 is not 8.0
         raise refuse("got tensors that are not where they should be")
     if size != at:
         raise refuse(f"whole, with {at} bytes, got {size}")
     return layers, offsets, sums
+
+
+def _most(size: int) -> int:
+    """Bytes that the header of a file of `size` bytes may have."""
+    return min(_LARGEST_HEADER, max(_SMALL_HEADER, size // _SHARE))
 
 
 def _all(file: int, length: int, offset: int) -> bytes:
@@ -301,27 +313,44 @@ def _layers(said: Mapping[str, Any]) -> tuple[tuple[Layer, ...], list[list[int]]
         for g, (experts, names, coded) in enumerate(layer["groups"]):
             tensors = [said[f"{layer['name']}.{name}" + (f"#{g}" if g else "")] for name in names]
             parts = tuple(
-                Part(name, tuple(t["shape"][1:]), DTYPES[t["dtype"]]) for name, t in zip(names, tensors, strict=True)
+                Part(name, _sizes(t["shape"])[1:], DTYPES[t["dtype"]]) for name, t in zip(names, tensors, strict=True)
             )
-            groups.append((tuple(experts), Kind(parts, tuple((w, f, tuple(block)) for w, f, block in coded))))
+            kind = Kind(parts, tuple((w, f, _block(block)) for w, f, block in coded))
+            kind.join({p.name: torch.empty((1, *p.shape), dtype=p.dtype, device="meta") for p in parts})
+            groups.append((_numbers(experts), kind))
         layers.append(Layer(layer["name"], tuple(groups)))
     crc = about["headgate.crc32"].split(",")
     sums = [[int(text[8 * e : 8 * e + 8], 16) for e in range(x.experts)] for text, x in zip(crc, layers, strict=True)]
     return tuple(layers), sums
 
 
+def _numbers(found: Any) -> tuple[int, ...]:
+    if not isinstance(found, list) or not all(type(n) is int and 0 <= n < _LARGEST_SIZE for n in found):
+        raise ValueError(f"whole numbers of at least 0, got {shown(found)}")
+    return tuple(found)
+
+
+def _sizes(found: Any) -> tuple[int, ...]:
+    sizes = _numbers(found)
+    if not 1 <= len(sizes) <= 8 or prod(sizes) >= _LARGEST_SIZE:
+        raise ValueError(f"sizes of 1 to 8 dimensions, got {shown(found)}")
+    return sizes
+
+
+def _block(found: Any) -> tuple[int, int]:
+    down, across = _numbers(found)
+    return down, across
+
+
 def _compare(path: Path, got: Sequence[Layer], wanted: Sequence[Layer]) -> None:
     """Raises ValueError naming the first difference."""
     names = [[x.name for x in layers] for layers in (got, wanted)]
     if names[0] != names[1]:
-        raise ValueError(f"FileStore: {path} must hold the layers {names[1]}, got {names[0]}")
+        raise fault(_WHO, path, f"must hold the layers {shown(names[1], 70)}, got {shown(names[0], 70)}")
     for mine, theirs in zip(got, wanted, strict=True):
         if mine.experts != theirs.experts:
-            raise ValueError(
-                f"FileStore: {path} must hold {theirs.experts} experts of {theirs.name}, got {mine.experts}"
-            )
+            raise fault(_WHO, path, f"must hold {theirs.experts} experts of {shown(theirs.name)}, got {mine.experts}")
         for e in range(mine.experts):
             if mine.kind(e) != theirs.kind(e):
-                raise ValueError(
-                    f"FileStore: {path} must hold expert {e} of {theirs.name} as {theirs.kind(e)}, got {mine.kind(e)}"
-                )
+                kinds = f"{shown(str(theirs.kind(e)), 60)}, got {shown(str(mine.kind(e)), 60)}"
+                raise fault(_WHO, path, f"must hold expert {e} of {shown(theirs.name, 40)} as {kinds}")

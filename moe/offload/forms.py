@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...kernels.activation import Activation
+from ..adapters import computing
 from ..elsewhere import elsewhere_of
 from ..experts import WEIGHTS, Experts
 from ..hf import experts as boundary
@@ -81,7 +82,12 @@ def survey(model: nn.Module) -> tuple[Found, dict[str, str]]:
     for name, module in experts_in(model):
         if elsewhere_of(module) is not None:
             raise ValueError(f"offload: model must not be offloaded already, got one whose {name} is")
-        form = form_of(module)
+        form, adapted = form_of(module), computing(model, module)
+        if adapted:
+            form = (
+                f"a LoRA adapter computes its {adapted}: merge the adapter into it first (PEFT's merge_and_unload or "
+                "merge_adapter), or disable it"
+            )
         if isinstance(form, str):
             skipped[name] = form
             continue

@@ -14,6 +14,7 @@ from ...kernels.expert_outputs import expert_outputs
 from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_ffn.thin_tiles import MAX_ROWS
 from ...kernels.routing import Routing
+from ...kernels.transforms import refuse_transforms
 from ...placement.caching.cache import Pools
 from .loads import Use
 
@@ -29,7 +30,8 @@ class Group(NamedTuple):
 
 
 def refuse_gradients(rows: Tensor, routing: Routing) -> None:
-    """Raises ValueError where one is asked for."""
+    """Raises ValueError where one is asked for, NotImplementedError where a transform is at work on rows or weights."""
+    refuse_transforms("offload", "call the model outside of it, or close the Offload first", rows, routing.weights)
     if torch.is_grad_enabled() and (rows.requires_grad or routing.weights.requires_grad):
         raise ValueError(
             "offload: rows and router weights must not ask for a gradient, which ends at experts elsewhere: "

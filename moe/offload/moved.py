@@ -13,6 +13,7 @@ from ...kernels.quantized import Quantized
 from ..elsewhere import send_elsewhere
 from .forms import Form
 from .host import Store
+from .stand_in import About, StandIn, stand_back, stand_in
 
 
 class Seen(NamedTuple):
@@ -21,6 +22,7 @@ class Seen(NamedTuple):
     parameter: nn.Parameter
     version: int
     address: int
+    about: About
 
 
 @dataclass(eq=False)
@@ -45,7 +47,8 @@ class Moved:
             data = stand_ins.get(ours, torch.empty_like(parameter, device="meta"))
             now = moved._put(ours, data)
             now.requires_grad_(False)
-            moved.now[ours] = Seen(now, now._version, now.data_ptr())
+            seen = now._version, now.data_ptr()
+            moved.now[ours] = Seen(now, *seen, stand_in(now, f"{name}.{form.names[ours]}"))
         return moved
 
     def restore(self, store: Store, index: int, device: torch.device) -> None:
@@ -57,7 +60,7 @@ class Moved:
                 ours: torch.empty(
                     p.shape, dtype=p.dtype, device=device if self.devices[ours].type == "meta" else self.devices[ours]
                 )
-                for ours, (p, _, _) in self.now.items()
+                for ours, (p, *_) in self.now.items()
             }
             for e in range(layer.experts):
                 kind = layer.kind(e)
@@ -69,7 +72,14 @@ class Moved:
 
     def put_back(self, weights: Mapping[str, Tensor]) -> None:
         for ours, data in weights.items():
+            stand_back(self.now[ours].parameter)
             self._put(ours, data).requires_grad_(self.learning[ours])
+        send_elsewhere(self.module, None)
+
+    def leave(self) -> None:
+        """Nobody serves the module any more; its parameters hold what they hold."""
+        for seen in self.now.values():
+            stand_back(seen.parameter)
         send_elsewhere(self.module, None)
 
     def _put(self, ours: str, data: Tensor) -> nn.Parameter:
@@ -85,15 +95,17 @@ class Moved:
         return parameter
 
     def check(self) -> None:
-        """Raises RuntimeError where somebody has changed, moved or exchanged the weights."""
-        for ours, (parameter, version, address) in self.now.items():
-            name = self.form.names[ours]
-            found = getattr(self.module, name)
-            if found is not parameter or found._version != version or found.data_ptr() != address:
+        """Raises RuntimeError where somebody has changed, moved or exchanged the weights, or adapters compute them."""
+        for ours, (parameter, version, address, about) in self.now.items():
+            found = getattr(self.module, self.form.names[ours])
+            if not isinstance(found, nn.Parameter):
                 raise RuntimeError(
-                    f"offload: {self.name}.{name} must stay as it was when it was offloaded, got other weights; "
-                    "close the Offload before weights change"
+                    f"offload: {about.name} must stay a parameter, got one that is computed (a LoRA adapter on it, a "
+                    "parametrization): close the Offload, and merge or remove what computes it before the next"
                 )
+            same = found is parameter and type(found) is StandIn
+            if not same or found._version != version or found.data_ptr() != address or about.changed():
+                raise about.refusal()
 
 
 def move_others(model: nn.Module, found: Sequence[tuple[str, nn.Module, Form]], device: torch.device) -> None:

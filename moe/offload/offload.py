@@ -80,7 +80,8 @@ def offload(
     Returns an Offload: what was moved and what was not (`skipped`, with the reason), `stats()`, and `close()`, which
     brings the experts back. Parameters keep names and shapes; what they hold is read from the lower tier when somebody
     asks (state_dict, save_pretrained), but for layers with `formats`, which have nothing to read and come back rounded.
-    Several threads may generate at once.
+    To write into one raises RuntimeError (see StandIn); all other weights can be edited. Experts that a LoRA adapter
+    computes stay where they are. Several threads may generate at once.
 
     Raises ValueError / TypeError naming argument, rule and value, OSError where the disk is full or cannot be written;
     nothing is changed then.
@@ -205,7 +206,7 @@ class Offload:
                 for one in self._moved:
                     one.check()
             while self._moved and not restore:
-                send_elsewhere(self._moved.pop().module, None)
+                self._moved.pop().leave()
             while self._moved:
                 last = len(self._moved) - 1
                 self._moved[last].restore(self._store, last, self.engine.arena.device)

@@ -184,7 +184,10 @@ class _Meter:
                         kept = min(len(token), self.max_rows)
                         some = torch.linspace(0, len(token) - 1, kept, device=token.device).long()
                         token, k = token[some], k[some]
-                        self._measure(layer, e, form.weights(module), form, x[token], weights[token, k][:, None])
+                        rows, by = x[token], weights[token, k][:, None]
+                        if getattr(module, "weights_on_input", False):
+                            rows, by = (rows * by).to(rows.dtype), torch.ones_like(by)
+                        self._measure(layer, e, form.weights(module), form, rows, by)
 
         return before
 

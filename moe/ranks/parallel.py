@@ -2,54 +2,32 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from math import gcd
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ...dispatch import DISPATCHERS, AllGather, Dispatcher, Fold, Hierarchical, Local, SliceAllReduce, measure
+from ...dispatch import AllToAll, Fold, Local
 from ...dispatch.agreement import together
-from ...dispatch.wire import Wires
-from ...placement.cluster.links import Links
+from ...dispatch.deep_ep import check_sizes
+from ..adapters import cut_adapters, unwrapped
 from ..experts import Experts
-from ..hf.experts import cuts_of_experts
+from ..hf.experts import cuts_of_experts, flags
 from ..hf.swap import is_swapped, replace, restore, swapped_experts
 from ..layer import MoE
-from ..losses import TokenRanks
 from ..shards import Cut, Shards, cut_experts, shards_of
 from ..shared import SharedExpert
 from .agree import same_on_every_rank
-from .sync import GradientSync, Share, gradient_of, norm_of
+from .choice import ADAPT_EVERY, Choice, Make
+from .owners import Parallel, adopt, check_adapters, newcomers, owners, shard_fully, synchronise, watch
+from .sync import GradientSync, gradient_of, norm_of
 
-ACTIVATIONS = ("sharded", "replicated")
-ADAPT_EVERY = 100  # calls between two looks at what "auto" goes by
 _PARALLEL = "_headgate_parallel"
-Make = Callable[[dist.ProcessGroup], Dispatcher]
-
-
-@dataclass(eq=False)
-class Parallel:
-    """What a parallelized module remembers: its fold, its experts by name, and how gradients are made right."""
-
-    fold: Fold
-    experts: dict[str, nn.Module]
-    sync: GradientSync = field(repr=False)
-    seen: set[nn.Parameter] = field(default_factory=set, repr=False)  # those whose gradients are made right
-
-    def expert_parameters(self) -> set[nn.Parameter]:
-        return {p for experts in self.experts.values() for p in experts.parameters(recurse=False)}
-
-    def __deepcopy__(self, memo: object) -> Parallel:
-        raise TypeError("parallelize: a module must be copied before it is parallelized: its hooks stay behind")
 
 
 def parallelize(
@@ -61,7 +39,9 @@ def parallelize(
     wire: str | tuple[str, str] = "exact",
     backward_wire: str | tuple[str, str] = "exact",
     ranks_per_node: int | None = None,
+    max_tokens: int | None = None,
     fsdp: bool = False,
+    cut_shared: bool = False,
 ) -> nn.Module:
     """Spreads the experts of a layer or model over the ranks of `fold`, in place, and makes its gradients right.
 
@@ -70,55 +50,67 @@ def parallelize(
 
     module       an MoE, Experts, any module with those inside, or a transformers model whose experts `headgate.replace`
                  takes (it is swapped where it is not yet). Its attention is the caller's: see parallelize_module
-    dispatcher   a name in DISPATCHERS ("auto" measures and decides), a function from a process group to a dispatcher,
-                 or None: AllToAll; Hierarchical where ep spans nodes; AllGather where K > ep; SliceAllReduce for
-                 replicated activations
+    dispatcher   a name in DISPATCHERS ("auto" measures and decides), "deep_ep" where DeepEP can run, a function from a
+                 process group to a dispatcher, or None: AllToAll; Hierarchical where ep spans nodes; AllGather where
+                 K > ep; SliceAllReduce for replicated activations
     activations  "sharded": every rank of the stage passes tokens of its own; with cp or tp > 1 its part of each
                  sequence. "replicated": the ranks of tp pass the same ones; needs ep * etp == tp
     wire, backward_wire  formats of rows on the way, see AllToAll
     ranks_per_node  for "hierarchical" and the default; None: torchrun's LOCAL_WORLD_SIZE, or one node
+    max_tokens   for "deep_ep": the most tokens of a rank in one call. Layers of the same width share one buffer
     fsdp         shards parameters and their optimizer state over the ranks that hold the same: experts over edp, the
                  rest over the stage (FSDP2), instead of averaging their gradients; not beside attention cut over tp
+    cut_shared   cuts the shared experts of MoE layers over tp, F / tp to a rank, where else every rank has them whole:
+                 rows are gathered over tp and summed back, or with replicated activations only summed
 
     After backward() gradients follow DDP's convention: the average over the dp * cp data-parallel ranks of the gradient
     of each rank's loss, where the tp ranks of one have one loss together. So expert gradients are summed over all ranks
     that sent rows and over edp, all others (router, shared expert) over the stage, and divided by dp * cp. Several
     backward passes to a step: see `no_sync`. The norm over all ranks: `clip_grad_norm_`. The losses and the capacity of
-    MoE layers go by the whole batch of the stage.
+    MoE layers go by the whole batch of the stage. LoRA on experts is cut with them. Parameters that come later, on
+    every rank alike, get the values of their first rank and are synchronised from the next forward pass on.
 
     Every rank must call it. Raises ValueError / TypeError, on every rank and before anything is changed: a module
-    without experts or parallelized already; E not divisible by ep, or F (with biases D too) by etp, by name; experts
-    that share parameters; ranks whose options or parameters differ.
+    without experts or parallelized already; E not divisible by ep, or F (with biases D too) by etp, or by tp with
+    `cut_shared`, by name; experts that share parameters; ranks whose options or parameters differ.
 
     >>> fold = headgate.Fold(attention=dict(dp=4), experts=dict(ep=4))
     >>> layer = headgate.parallelize(headgate.MoE(64, 32, num_experts=16, top_k=2), fold)
     """
     if not isinstance(fold, Fold):
         raise TypeError(f"parallelize: fold must be a headgate.Fold, got {type(fold).__name__}")
-    choose = _Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node)
+    choose = Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node, max_tokens)
     stage, foreign = fold.group("dp", "cp", "tp"), _is_foreign(module)
     try:
         found, plans = together(lambda: _survey(module, choose, fsdp), stage)
-        same_on_every_rank(module, {**choose.options(), "fsdp": fsdp}, stage, torch.device(fold.device_type))
+        shared = together(lambda: _survey_shared(module, fold, fsdp) if cut_shared else {}, stage)
+        options = {**choose.options(), "fsdp": fsdp, "cut_shared": cut_shared}
+        same_on_every_rank(module, options, stage, torch.device(fold.device_type))
     except (ValueError, TypeError):
         if foreign and is_swapped(module):
             restore(module)
         raise
-    layers = {id(m.experts): m for m in module.modules() if isinstance(m, MoE)}
+    layers = {id(unwrapped(m.experts)): m for m in module.modules() if isinstance(m, MoE)}
     links = choose.links()
     for name, experts in found.items():
         layer = layers.get(id(experts))
         num_experts, cuts = plans[name]
-        make = choose.of(name, _top_k(module, layer), links)
+        make = choose.of(name, _hidden_size(experts), _top_k(module, layer), links)
         how: dict[str, Any] = {"replicated": choose.replicated, "every": ADAPT_EVERY if dispatcher == "auto" else 0}
         shards = Shards(fold, num_experts, cuts, make, choose.inner(name), **how)
         experts.spread(shards) if isinstance(experts, Experts) else cut_experts(experts, shards)
         if layer is not None:
             layer.token_ranks = choose.token_ranks()
-    parallel = Parallel(fold, found, GradientSync())
+    over_tp = fold.over_tp() if shared else fold
+    for name, experts in shared.items():
+        how = {"replicated": choose.replicated, "shared": True}
+        experts.spread(Shards(over_tp, 1, experts.cuts(), AllToAll, choose.inner(name), **how))
+    cut_adapters(module, [*found.values(), *shared.values()])
+    parallel = Parallel(fold, found, GradientSync(), dict(shared), choose.replicated, fsdp)
     vars(module)[_PARALLEL] = parallel
-    (_shard_fully if fsdp else _synchronise)(module, parallel, choose.replicated)
+    (shard_fully if fsdp else synchronise)(module, parallel)
     parallel.seen |= {p for p in module.parameters() if p.requires_grad}
+    watch(module, parallel)
     return module
 
 
@@ -133,7 +125,7 @@ def _ours(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _survey(
-    module: nn.Module, choose: _Choice, fsdp: bool
+    module: nn.Module, choose: Choice, fsdp: bool
 ) -> tuple[dict[str, nn.Module], dict[str, tuple[int, dict[str, Cut]]]]:
     """The routed experts by name, and E and the cuts of each; a transformers model is swapped here. Raises ValueError /
     TypeError for what this rank can see by itself."""
@@ -151,12 +143,31 @@ def _survey(
     found = dict([*_ours(module), *swapped_experts(module)])
     if not found:
         raise ValueError(nothing)
+    check_adapters(module, found, fsdp and choose.fold.size("edp") > 1)
     owner: dict[nn.Parameter, str] = {}
     for name, experts in found.items():
         for parameter in experts.parameters(recurse=False):
             if owner.setdefault(parameter, name) != name:
                 raise ValueError(f"parallelize: experts must not share parameters, got {owner[parameter]} and {name}")
+    if choose.engine is not None:
+        layers = {id(unwrapped(m.experts)): m for m in module.modules() if isinstance(m, MoE)}
+        for experts in found.values():
+            top_k = _top_k(module, layers.get(id(experts)))
+            check_sizes(choose.max_tokens or 0, _hidden_size(experts), top_k)
     return found, {name: _plan(name, experts, choose.fold) for name, experts in found.items()}
+
+
+def _survey_shared(module: nn.Module, fold: Fold, fsdp: bool) -> dict[str, Experts]:
+    """The shared experts by name. Raises ValueError where there are none, or they cannot be cut over tp."""
+    parts = ((f"{n}.ffn" if n else "ffn", m) for n, m in module.named_modules() if isinstance(m, SharedExpert))
+    found: dict[str, Any] = {name: unwrapped(part.ffn) for name, part in parts}
+    if not found:
+        rule = "come with shared experts"
+        raise ValueError(f"parallelize: cut_shared must {rule}, got a {type(module).__name__} without any")
+    check_adapters(module, found, fsdp and fold.size("dp", "cp") > 1)
+    for name, experts in found.items():
+        _check_cuts(name, experts, experts.cuts(), "tp", fold.size("tp"))
+    return found
 
 
 def _check(module: nn.Module, fold: Fold, fsdp: bool) -> None:
@@ -184,6 +195,14 @@ def _top_k(module: nn.Module, layer: MoE | None) -> int:
     return said if isinstance(said, int) else 1
 
 
+def _hidden_size(experts: nn.Module) -> int:
+    """D of the rows that an experts module takes."""
+    if isinstance(experts, Experts):
+        return experts.hidden_size
+    transposed, down = flags(experts)[2], experts.down_proj
+    return down.shape[2] if transposed else down.shape[1]  # type: ignore[union-attr, index, return-value]
+
+
 def _plan(name: str, experts: nn.Module, fold: Fold) -> tuple[int, dict[str, Cut]]:
     """E and the cuts of an experts module; raises ValueError where they do not fit the fold."""
     what, s = name or type(experts).__name__, fold.sizes
@@ -195,136 +214,17 @@ def _plan(name: str, experts: nn.Module, fold: Fold) -> tuple[int, dict[str, Cut
         num_experts, cuts = cuts_of_experts(what, experts, s.etp)
     if num_experts % s.ep:
         raise ValueError(f"parallelize: ep must divide the {num_experts} experts of {what}, got ep={s.ep}")
-    for parameter, cut in cuts.items():
-        each = getattr(experts, parameter).shape[cut.ffn] // cut.blocks
-        if each % s.etp:
-            raise ValueError(f"parallelize: etp must divide {each}, a size of {what}.{parameter}, got etp={s.etp}")
+    _check_cuts(what, experts, cuts, "etp", s.etp)
     return num_experts, cuts
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What parallelize was told of the ways of rows."""
-
-    fold: Fold
-    dispatcher: str | Make | None
-    activations: str
-    wire: str | tuple[str, str]
-    backward_wire: str | tuple[str, str]
-    ranks_per_node: int | None
-
-    def options(self) -> dict[str, object]:
-        """What all ranks must have chosen alike."""
-        named = "a function" if callable(self.dispatcher) else self.dispatcher
-        said = {f: getattr(self, f) for f in ("activations", "wire", "backward_wire")}
-        return {"dispatcher": named, **said, "ranks_per_node": self._ranks_per_node()}
-
-    def check(self) -> None:
-        if self.activations not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"parallelize: activations must be one of {known}, got {self.activations!r}")
-        named, s = self.dispatcher, self.fold.sizes
-        if isinstance(named, str) and (named not in DISPATCHERS or named == "local"):
-            names = ", ".join(name for name in DISPATCHERS if name != "local")
-            raise ValueError(f"parallelize: dispatcher must be one of {names}, a function or None, got {named!r}")
-        if not (named is None or isinstance(named, str) or callable(named)):
-            raise TypeError(f"parallelize: dispatcher must be a name, a function of a group or None, got {named!r}")
-        if isinstance(named, str) and self.replicated != (named == "slice_all_reduce"):
-            rule = "slice_all_reduce for replicated activations and only then"
-            raise ValueError(f"parallelize: dispatcher must be {rule}, got {named!r} for {self.activations} ones")
-        if self.replicated and s.ep * s.etp != s.tp:
+def _check_cuts(what: str, experts: nn.Module, cuts: dict[str, Cut], ranks: str, size: int) -> None:
+    for parameter, cut in cuts.items():
+        each = getattr(experts, parameter).shape[cut.ffn] // cut.blocks
+        if each % size:
             raise ValueError(
-                "parallelize: activations='replicated' must come with ep * etp == tp, "
-                f"got ep={s.ep} etp={s.etp} tp={s.tp}: shard the sequences over tp instead"
+                f"parallelize: {ranks} must divide {each}, a size of {what}.{parameter}, got {ranks}={size}"
             )
-        per_node = self.ranks_per_node
-        if per_node is not None and (not isinstance(per_node, int) or per_node < 1):
-            raise ValueError(f"parallelize: ranks_per_node must be a positive integer or None, got {per_node!r}")
-        Wires.of("parallelize", self.wire, self.backward_wire)
-
-    @property
-    def replicated(self) -> bool:
-        return self.activations == "replicated"
-
-    def links(self) -> Links | None:
-        """What "auto" goes by, measured once for all layers."""
-        if self.dispatcher != "auto" or self.fold.size("ep") == 1:
-            return None
-        return measure(Hierarchical(self.fold.group("ep"), self._ranks_per_node()), device=self.fold.device_type)
-
-    def of(self, name: str, top_k: int, links: Links | None) -> Make:
-        """The function from the ep group to the dispatcher of a layer, `name` telling it from others."""
-        if callable(self.dispatcher):
-            return self.dispatcher
-        per_node = self._ranks_per_node()
-        kind = self.dispatcher or self._default(top_k, per_node)
-        if kind == "slice_all_reduce":
-            return partial(SliceAllReduce, name=name)
-        options: dict[str, Any] = {"wire": self.wire, "backward_wire": self.backward_wire, "name": name}
-        if kind in ("hierarchical", "auto"):
-            options["ranks_per_node"] = per_node
-        if kind == "auto":
-            options |= {"links": links, "every": ADAPT_EVERY}
-        return partial(DISPATCHERS[kind], **options)
-
-    def inner(self, name: str) -> Make:
-        """The same for ranks that hold slices of the same experts."""
-        if self.replicated:
-            return partial(SliceAllReduce, sliced=True, name=name)
-        return partial(AllGather, sliced=True, wire=self.wire, backward_wire=self.backward_wire, name=name)
-
-    def _default(self, top_k: int, per_node: int) -> str:
-        if self.replicated:
-            return "slice_all_reduce"
-        ep = self.fold.size("ep")
-        if 1 < per_node < ep:
-            return "hierarchical"
-        return "all_gather" if top_k > ep else "all_to_all"
-
-    def _ranks_per_node(self) -> int:
-        """How many ranks of an ep group share a node."""
-        ep, etp = self.fold.size("ep"), self.fold.size("etp")
-        node = self.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-        return gcd(max(node // etp, 1), ep)
-
-    def token_ranks(self) -> TokenRanks:
-        f = self.fold
-        names = ("dp", "cp") if self.replicated else ("dp", "cp", "tp")
-        return TokenRanks(f.group(*names), f.size("dp", "cp"), f.group(*names[1:]))
-
-
-def _synchronise(module: nn.Module, parallel: Parallel, replicated: bool) -> None:
-    """The share of every parameter's gradient: experts over edp, everything else over the ranks whose tokens it saw."""
-    f, mine = parallel.fold, parallel.expert_parameters()
-    average, tp = f.size("dp", "cp"), f.size("tp")
-    experts = Share(f.group("edp"), f.size("edp") / average)
-    sharded = Share(f.group("dp", "cp"), 1.0)
-    rest = sharded if replicated else Share(f.group("dp", "cp", "tp"), float(tp))
-    for parameter in module.parameters():
-        share = experts if parameter in mine else sharded if isinstance(parameter, DTensor) else rest
-        parallel.sync.add(parameter, share)
-
-
-def _shard_fully(module: nn.Module, parallel: Parallel, replicated: bool) -> None:
-    """FSDP2 over the ranks that hold the same, with the sums and averages of `_synchronise`."""
-    f = parallel.fold
-    average = f.size("dp", "cp")
-    for experts in parallel.experts.values():
-        if f.size("edp") > 1:
-            _divide(fully_shard(experts, mesh=f.experts["edp"]), average)
-        else:
-            for parameter in experts.parameters(recurse=False):
-                parallel.sync.add(parameter, Share(f.group("edp"), 1 / average))
-    rest = set(module.parameters()) - parallel.expert_parameters()
-    if rest:
-        mesh = f.flat(*(("dp", "cp") if replicated else ("dp", "cp", "tp")))
-        _divide(fully_shard(module, mesh=mesh, ignored_params=parallel.expert_parameters()), average)
-
-
-def _divide(module: FSDPModule, average: int) -> None:
-    """Gradients become the sum over the mesh's ranks divided by `average`, not by how many they are."""
-    module.set_force_sum_reduction_for_comms(True)  # or FSDP2 asks gloo for a sum that only NCCL has
-    module.set_gradient_divide_factor(average)
 
 
 def is_parallel(module: nn.Module) -> bool:
@@ -332,28 +232,21 @@ def is_parallel(module: nn.Module) -> bool:
 
 
 def parallel_of(module: nn.Module) -> Parallel:
-    """What parallelize left at the module. Raises ValueError where it has not been parallelized."""
-    if not is_parallel(module):
+    """What parallelize left at the module, or at the one inside it (a PeftModel's). Raises ValueError where it has not
+    been parallelized."""
+    inside = [part for part in module.modules() if is_parallel(part)]
+    if not is_parallel(module) and len(inside) != 1:
         raise ValueError(f"{type(module).__name__} must be parallelized (headgate.parallelize), got one that is not")
-    return vars(module)[_PARALLEL]
-
-
-def _known(who: str, module: nn.Module) -> Parallel:
-    """What parallelize left; ValueError where parameters came later, whose gradients nobody makes right."""
-    parallel = parallel_of(module)
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter not in parallel.seen:
-            raise ValueError(
-                f"{who}: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}: "
-                "load_state_dict(assign=True), to_empty and unfreezing come before it"
-            )
-    return parallel
+    return vars(inside[0])[_PARALLEL]
 
 
 @contextmanager
 def no_sync(module: nn.Module) -> Iterator[None]:
-    """No exchange of gradients inside: for all but the last of several backward passes to one optimizer step."""
-    parallel = _known("no_sync", module)
+    """No exchange of gradients inside: for all but the last of several backward passes to one optimizer step.
+
+    Every rank must come by: parameters that are new or unfrozen are synchronised from here on."""
+    parallel = parallel_of(module)
+    adopt(module, parallel)
     if not parallel.sync.on:  # inside another
         yield
         return
@@ -378,12 +271,16 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
     """
     if not isinstance(max_norm, int | float) or not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm must be a positive number, got {max_norm!r}")
-    parallel = _known("clip_grad_norm_", module)
-    f, mine = parallel.fold, parallel.expert_parameters()
+    parallel = parallel_of(module)
+    for name in newcomers(module, parallel).values():
+        raise ValueError(
+            f"clip_grad_norm_: module must have the parameters that parallelize saw, got a new or unfrozen one, {name}"
+            ": run a forward pass first, from which on its gradients are made right"
+        )
     gradients = {p: gradient_of(p) for p in module.parameters() if p.grad is not None}
-    ranks = {p: f.size("edp") if p in mine else f.sizes.stage for p in gradients}
-    pieces = [piece for p, grad in gradients.items() for piece in parallel.sync.pieces(p, grad, ranks[p])]
-    device = next((grad.device for grad in gradients.values()), torch.device(f.device_type))
+    of = owners(module, parallel)
+    pieces = [piece for p, grad in gradients.items() for piece in parallel.sync.pieces(p, grad, of[p].ranks.size())]
+    device = next((grad.device for grad in gradients.values()), torch.device(parallel.fold.device_type))
     norm = norm_of(pieces, device)
     if norm > max_norm:
         for grad in gradients.values():

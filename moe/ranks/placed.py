@@ -18,6 +18,7 @@ from ...placement.live.migrate import Migration, Step
 from ...placement.live.migrate import migrate as planned
 from ...placement.live.rearrange import rearrange
 from ...placement.placement import Placement
+from ..adapters import wrappers_in
 from ..shards import Shards
 from .moving import Moved, Optimizer, make_step, shards_in, states_of
 from .parallel import Parallel, parallel_of
@@ -57,6 +58,7 @@ def place_experts(
     """
 
     def plan() -> tuple[_Plan, object]:
+        _check_adapters(module, parallel)
         if replica not in REPLICA:
             raise ValueError(f"place_experts: replica must be one of {', '.join(REPLICA)}, got {replica!r}")
         if placement is not None and not isinstance(placement, Placement):
@@ -95,6 +97,7 @@ def migrate(
     """
 
     def plan() -> tuple[_Plan, object]:
+        _check_adapters(module, parallel)
         if not isinstance(target, Placement | Migration):
             raise TypeError(f"migrate: target must be a Placement or a Migration, got {type(target).__name__}")
         then = target if isinstance(target, Placement) else target.target
@@ -137,6 +140,15 @@ def _layer_of(placement: Placement, layer: int) -> Placement:
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_adapters(module: nn.Module, parallel: Parallel) -> None:
+    mine = {id(experts) for experts in parallel.experts.values()}
+    for name, _, inside in wrappers_in(module):
+        if id(inside) in mine:
+            raise ValueError(
+                f"place_experts: module must have no LoRA on its experts, got one on {name}: merge and unload it first"
+            )
 
 
 def _check_module(parallel: Parallel, optimizer: Optimizer | None) -> None:

@@ -12,7 +12,7 @@ from ...kernels.router_logits import router_logits
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
 from ..losses import TokenRanks, counts_of, over_batch, per_sequence, scores_of
-from .router import Router
+from .router import Router, warn_of_constant_weights
 
 _EPS = 1e-20
 
@@ -56,6 +56,7 @@ class BilevelRouter(Router):
     ) -> None:
         check_choice(num_experts, top_k, "softmax", 1, 1, "max", scale, who="BilevelRouter")
         _check(num_experts, top_k, nodes, topk_nodes, {"node_coef": node_coef, "local_coef": local_coef})
+        warn_of_constant_weights("BilevelRouter", top_k, "renormalize=True", renormalize)
         super().__init__(
             hidden_size, num_experts, top_k, gate_bias=gate_bias, jitter=jitter, device=device, dtype=dtype
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -73,3 +75,13 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def warn_of_constant_weights(who: str, top_k: int, how: str, asked: bool) -> None:
+    """Says, where it was asked for, that one weight normalised by itself is constant."""
+    if asked and top_k == 1:
+        warnings.warn(
+            f"{who}: top_k=1 with {how} makes every weight the same: the router learns from its losses alone, "
+            "never from the output",
+            stacklevel=3,
+        )

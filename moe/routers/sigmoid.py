@@ -9,7 +9,8 @@ from torch import Tensor
 from ...dispatch import collectives
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
-from .router import Router
+from ...kernels.transforms import under_transform
+from .router import Router, warn_of_constant_weights
 
 
 class SigmoidRouter(Router):
@@ -17,13 +18,16 @@ class SigmoidRouter(Router):
 
     Source: DeepSeek-V3 technical report (2024), section 2.1.2; Wang et al., auxiliary-loss-free load balancing (2024).
 
+    `renormalize` divides a token's weights by their sum; None: where K > 1, as in Megatron-Core and DeepSeek's
+    own code. (transformers' DeepSeek-V3 does so at K = 1 too: every weight is 1, and y teaches the router nothing.)
     `groups`, `topk_groups`, `group_score` limit the choice as in `topk` (DeepSeek-V3: 8 groups, 4 chosen, "top2").
     `score` "sigmoid", or "sqrtsoftplus" (DeepSeek-V4). `bias_rate` is the step of `update_bias`. `gate_bias`, `jitter`:
     see Router.
 
     `expert_bias` fp32 [E] is a buffer, saved with the model, that stays fp32 when the model is cast: its steps are
     smaller than bf16 can tell apart. `load` int32 [E] or None adds up the counts of the training forwards since the
-    last `update_bias`, so that it works over accumulated micro-steps: call it once after each optimizer step.
+    last `update_bias`, so that it works over accumulated micro-steps: call it once after each optimizer step, or let
+    `headgate.update_biases` do so for a whole model. What activation checkpointing runs again does not count.
 
     >>> router = SigmoidRouter(hidden_size=16, num_experts=8, top_k=2, groups=4, topk_groups=2, scale=2.5)
     >>> for micro_step in range(4): routing = router(torch.randn(32, 16))
@@ -40,11 +44,11 @@ class SigmoidRouter(Router):
         top_k: int,
         *,
         score: str = "sigmoid",
-        renormalize: bool = True,
+        renormalize: bool | None = None,
         scale: float = 1.0,
         groups: int = 1,
         topk_groups: int = 1,
-        group_score: str = "top2",
+        group_score: str | int = "top2",
         bias_rate: float = 1e-3,
         gate_bias: bool = False,
         jitter: float = 0.0,
@@ -56,6 +60,8 @@ class SigmoidRouter(Router):
         if not bias_rate >= 0:
             raise ValueError(f"SigmoidRouter: bias_rate must not be negative, got {bias_rate}")
         check_choice(num_experts, top_k, score, groups, topk_groups, group_score, scale, who="SigmoidRouter")
+        warn_of_constant_weights("SigmoidRouter", top_k, "renormalize=True", bool(renormalize))
+        renormalize = top_k > 1 if renormalize is None else renormalize
         super().__init__(
             hidden_size, num_experts, top_k, gate_bias=gate_bias, jitter=jitter, device=device, dtype=dtype
         )
@@ -81,7 +87,7 @@ class SigmoidRouter(Router):
             renormalize=self.renormalize,
             scale=self.scale,
         )
-        if self.training:
+        if self.training and not under_transform() and not _runs_again():
             assert routing.counts is not None
             self.load = routing.counts if self.load is None else self.load + routing.counts
         return routing
@@ -91,8 +97,8 @@ class SigmoidRouter(Router):
         """One step of expert_bias_e += bias_rate * sign(mean load - load of e); no gradient is involved.
 
         `counts` [..., E] is added up over its leading axes; None takes `load`. `group` adds the counts of its ranks, so
-        that all of them take the same step. Only the sign of the error counts, so that forwards seen twice (gradient
-        checkpointing) change nothing. `load` starts again from nothing.
+        that all of them take the same step. Only the sign of the error counts, so that a compiled layer that eager
+        checkpointing runs again, and that counts twice, takes the same step. `load` starts again from nothing.
 
         Raises ValueError where `counts` does not end in [E], or is None and no training forward was seen.
         """
@@ -116,3 +122,8 @@ class SigmoidRouter(Router):
             self.expert_bias = before.to(self.expert_bias.device)
         self.load = None
         return self
+
+
+def _runs_again() -> bool:
+    """Whether this forward is part of a backward pass: activation checkpointing runs it a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

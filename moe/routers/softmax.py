@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
-from .router import Router
+from .router import Router, warn_of_constant_weights
 
 ORDERS = {"softmax_topk": "softmax", "topk_softmax": "topk_softmax"}
 
@@ -36,7 +36,7 @@ class SoftmaxRouter(Router):
         scale: float = 1.0,
         groups: int = 1,
         topk_groups: int = 1,
-        group_score: str = "max",
+        group_score: str | int = "max",
         gate_bias: bool = False,
         jitter: float = 0.0,
         device: torch.device | str | None = None,
@@ -45,6 +45,8 @@ class SoftmaxRouter(Router):
         if order not in ORDERS:
             raise ValueError(f"SoftmaxRouter: order must be one of {', '.join(ORDERS)}, got {order!r}")
         check_choice(num_experts, top_k, ORDERS[order], groups, topk_groups, group_score, scale, who="SoftmaxRouter")
+        how = f"order={order!r}" if order == "topk_softmax" else "renormalize=True"
+        warn_of_constant_weights("SoftmaxRouter", top_k, how, renormalize or order == "topk_softmax")
         super().__init__(
             hidden_size, num_experts, top_k, gate_bias=gate_bias, jitter=jitter, device=device, dtype=dtype
         )

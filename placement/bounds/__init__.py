@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..lookup import files_of
 from ._checks import positive_whole, real
 from ._pace import Pace
 from .load import load_bound
@@ -254,3 +255,6 @@ def _prices(gpu_weight: float, node_weight: float) -> dict[str, float]:
         if not (np.isfinite(price) and price >= 0):
             raise ValueError(f"crossing_bound: {name}_weight must be finite and not negative, got {price}")
     return {name: price for name, price in prices.items() if price}
+
+
+__getattr__ = files_of(__name__)

@@ -14,3 +14,7 @@
 | regroup.py | requests into batches that touch few experts, with a bound |
 | precision.py | bits for each expert, with a bound |
 """
+
+from ..lookup import files_of
+
+__getattr__ = files_of(__name__)

@@ -28,8 +28,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..careful import opened
 from ..files import write_whole
-from ..traces.trace import BROKEN, Trace
+from ..traces.trace import Trace
+from .predictors.checks import CURVE, checked
 from .predictors.curve import Curve, fit_curve
 from .predictors.curve import none as unbent
 from .predictors.fitting import (
@@ -116,18 +118,17 @@ class Predictor:
         write_whole(Path(path), lambda file: np.savez_compressed(file, **fields))
 
 
-def load(path: str | os.PathLike[str]) -> Predictor:
-    """Reads what `Predictor.save` wrote. Raises FileNotFoundError, or ValueError naming the file and what is wrong."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        if int(arrays["version"]) != VERSION:
-            raise ValueError(f"version {VERSION}, got {int(arrays['version'])}")
-        return Predictor(MODELS[str(arrays["kind"])].of(arrays))
-    except FileNotFoundError:
-        raise
-    except BROKEN as error:
-        raise ValueError(f"predict: {path} must be a saved predictor, got {error}") from error
+def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Predictor:
+    """Reads what `Predictor.save` wrote; it may fill `max_bytes` of memory (None: four times the file, or 64 MB).
+
+    Raises OSError where it is missing or may not be read, or ValueError naming the file and what is wrong.
+    """
+    with opened(path, "predict", max_bytes) as file:
+        arrays = file.npz(required={"version", "kind", *CURVE})
+        file.integers(arrays.pop("version"), "version", shape=(), low=VERSION, high=VERSION)
+        kind = str(arrays.pop("kind"))
+        file.rule(kind in MODELS, "kind", f"one of {', '.join(MODELS)}", kind)
+        return Predictor(MODELS[kind].of(checked(file, kind, arrays)))
 
 
 MODELS: dict[str, type[Linear] | type[Ngram]] = {model.kind: model for model in (Linear, Ngram)}

@@ -6,3 +6,7 @@
 | links.py | what an exchange costs: a latency and a bandwidth for each class of link |
 | volume.py | the rows that each dispatcher moves, by formula |
 """
+
+from ..lookup import files_of
+
+__getattr__ = files_of(__name__)

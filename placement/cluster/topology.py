@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from .links import H800_CX7, MACHINES, Link, Links
 
+MOST_GPUS = 2**16
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -40,6 +42,8 @@ class Topology:
                 raise TypeError(f"Topology: {field} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"Topology: {field} must be at least 1, got {value}")
+        if self.gpus > MOST_GPUS:
+            raise ValueError(f"Topology: nodes * gpus_per_node must be at most {MOST_GPUS}, got {self.gpus}")
         for field in ("slots", "speed"):
             values = getattr(self, field)
             if values is None:

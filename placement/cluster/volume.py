@@ -75,6 +75,10 @@ def _ranks_reached(ranks: int, per_node: int, experts: int, k: int, at_most: int
     if at_most is None or at_most >= nodes:
         return distinct_parts(experts, k, ranks)
     each, held = experts // nodes, experts // ranks
+    if at_most * each < k:
+        raise ValueError(
+            f"rows_per_token: at_most_nodes must hold top_k ({k}) experts, got {at_most} nodes with {each} each"
+        )
 
     def on(n: int) -> float:
         """Ranks reached on n nodes: a rank is missed by what covers n nodes, its own with the experts of the others."""
@@ -84,7 +88,7 @@ def _ranks_reached(ranks: int, per_node: int, experts: int, k: int, at_most: int
         )
         return n * per_node * (1 - missed / _covering(n, each, k))
 
-    return sum(share * on(min(n, at_most)) for n, share in _reached(experts, k, nodes).items())
+    return sum(share * on(min(n, at_most)) for n, share in _reached(experts, k, nodes).items() if share)
 
 
 def _all_to_all(ranks: int, per_node: int, experts: int, k: int, at_most: int | None) -> Rows:
@@ -130,7 +134,7 @@ def rows_per_token(
     """The table above: rows per token of one rank, in one direction. `dispatcher`: a name in VOLUMES.
 
     `at_most_nodes`: the router first takes so many nodes. Raises ValueError where the dispatcher is unknown,
-    `ranks_per_node` does not divide `ranks`, or `ranks` not the experts.
+    `ranks_per_node` does not divide `ranks`, `ranks` not the experts, or so many nodes hold fewer experts than top_k.
 
     >>> rows_per_token("hierarchical", ranks=64, ranks_per_node=8, num_experts=256, top_k=8)
     Rows(inside=6.716281417798824, across=4.632820500334669)

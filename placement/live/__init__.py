@@ -8,3 +8,7 @@
 | rearrange.py | the same slot by slot, for numbers of slots that differ |
 | rebalance.py | whether a new placement pays for its migration |
 """
+
+from ..lookup import files_of
+
+__getattr__ = files_of(__name__)

@@ -13,3 +13,7 @@
 | ilp.py | the exact model, by HiGHS |
 | eplb.py, simple.py | EPLB as published; what frameworks start with, and chance |
 """
+
+from ..lookup import files_of
+
+__getattr__ = files_of(__name__)

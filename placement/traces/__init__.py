@@ -9,3 +9,7 @@
 | steady.py, scenarios.py | loads yet to come; loads of domains that a placement has to stand |
 | affinity.py, drift.py | how well one layer foretells the next; how far two traces lie apart |
 """
+
+from ..lookup import files_of
+
+__getattr__ = files_of(__name__)

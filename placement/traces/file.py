@@ -19,12 +19,12 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from ..careful import header, open_file
 from ..files import write_whole
-from .trace import BROKEN, VERSION, Trace, id_type
+from .trace import OPTIONAL, REQUIRED, VERSION, Trace, check_shape, id_type
 
 CHUNK = 65536  # tokens: about a megabyte of ids
 SMALL_bytes = 1 << 24  # of a field that is read whole
-RATIO = 1032  # deflate compresses no better
 
 
 class TraceFile:
@@ -46,55 +46,50 @@ class TraceFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._file = open_file(path, "TraceFile")
         try:
-            self._zip = zipfile.ZipFile(self.path)
-        except (FileNotFoundError, IsADirectoryError, PermissionError):
-            raise
-        except BROKEN as error:
-            raise ValueError(f"TraceFile: {path} must be an .npz file, got {error}") from error
-        try:
-            self._open()
+            with self._file.watched("an .npz file"):
+                self._open()
         except BaseException:
-            self._zip.close()
+            self._file.close()
             raise
 
     def _open(self) -> None:
-        held = {name.removesuffix(".npy") for name in self._zip.namelist()}
-        self._rule({"expert_ids", "num_experts"} <= held, "file", "holding expert_ids and num_experts", sorted(held))
-        version = self._small("version") if "version" in held else np.int64(VERSION)
-        self._rule(version == VERSION, "version", str(VERSION), version)
+        held = self._file.names(REQUIRED, OPTIONAL)
+        version = self._small("version") if "version" in held else np.array(VERSION)
+        self._file.rule(version.shape == () and version == VERSION, "version", str(VERSION), version)
         self._ids = _Member(self, "expert_ids")
-        self._rule(self._ids.dtype.kind == "u", "expert_ids", "unsigned integers", self._ids.dtype)
-        self._rule(len(self._ids.shape) == 3, "expert_ids", "[L, T, K]", self._ids.shape)
+        self._file.rule(self._ids.dtype.kind == "u", "expert_ids", "unsigned integers", self._ids.dtype)
+        check_shape(self._file, self._ids.shape)
         self.shape: tuple[int, int, int] = self._ids.shape  # type: ignore[assignment]
         self.none = int(np.iinfo(self._ids.dtype).max)
         experts = self._small("num_experts")
-        self._rule(experts.size == 1 and experts.dtype.kind in "iu", "num_experts", "one whole number", experts)
+        self._file.rule(experts.size == 1 and experts.dtype.kind in "iu", "num_experts", "one whole number", experts)
         self.num_experts = int(experts)
-        self._rule(0 < self.num_experts <= self.none, "num_experts", f"1 .. {self.none}", self.num_experts)
-        layers, tokens, _ = self.shape
+        self._file.rule(0 < self.num_experts <= self.none, "num_experts", f"1 .. {self.none}", self.num_experts)
+        layers, tokens, top_k = self.shape
+        most = min(CHUNK, tokens) * top_k * self._ids.dtype.itemsize
+        self._file.rule(most <= self._file.left, "a chunk of expert_ids", f"{self._file.left} bytes at most", most)
         self.layer_names = tuple(str(n) for n in self._small("layer_names")) if "layer_names" in held else ()
         count = len(self.layer_names)
-        self._rule(count in (0, layers), "layer_names", f"{layers} names or none", count)
+        self._file.rule(count in (0, layers), "layer_names", f"{layers} names or none", count)
         self.experts_of_layer = self._small("experts_of_layer") if "experts_of_layer" in held else None
         of_layer = self.experts_of_layer
         if of_layer is not None:
-            self._rule(of_layer.shape == (layers,), "experts_of_layer", f"[L={layers}]", of_layer.shape)
+            self._file.rule(of_layer.shape == (layers,), "experts_of_layer", f"[L={layers}]", of_layer.shape)
             fits = of_layer.dtype == np.int32 and of_layer.min() > 0 and of_layer.max() <= self.num_experts
-            self._rule(fits, "experts_of_layer", f"int32, 1 .. {self.num_experts}", of_layer)
+            self._file.rule(fits, "experts_of_layer", f"int32, 1 .. {self.num_experts}", of_layer)
         self._sequence = _Member(self, "sequence") if "sequence" in held else None
         if self._sequence is not None:
             shape, dtype = self._sequence.shape, self._sequence.dtype
-            self._rule((shape, dtype) == ((tokens,), np.int32), "sequence", f"int32 [T={tokens}]", f"{dtype} {shape}")
+            fits = (shape, dtype) == ((tokens,), np.int32)
+            self._file.rule(fits, "sequence", f"int32 [T={tokens}]", f"{dtype} {list(shape)}")
+            self._file.rule(4 * tokens <= self._file.left, "sequence", f"{self._file.left} bytes at most", 4 * tokens)
         self._streams = [_Stream(self._ids), _Stream(self._ids)]
-
-    def _rule(self, holds: bool, field: str, rule: str, value: object) -> None:
-        if not holds:
-            raise ValueError(f"TraceFile: {field} of {self.path} must be {rule}, got {value}")
 
     def _small(self, name: str) -> NDArray:
         member = _Member(self, name)
-        self._rule(member.size_bytes <= SMALL_bytes, name, f"at most {SMALL_bytes} bytes", member.size_bytes)
+        self._file.rule(member.size_bytes <= SMALL_bytes, name, f"at most {SMALL_bytes} bytes", member.size_bytes)
         stream = _Stream(member)
         try:
             return np.frombuffer(stream.read(0, member.size_bytes), member.dtype).reshape(member.shape)
@@ -144,7 +139,7 @@ class TraceFile:
         if wrong.any():
             token, choice = (int(i) for i in np.argwhere(wrong)[0])
             rule = f"below {self.experts(layer)}, or {self.none} for none"
-            self._rule(False, f"expert_ids (layer {layer}, token {start + token})", rule, int(ids[token, choice]))
+            self._file.rule(False, f"expert_ids (layer {layer}, token {start + token})", rule, int(ids[token, choice]))
 
     def trace(self) -> Trace:
         """All of it, in memory."""
@@ -154,7 +149,7 @@ class TraceFile:
         """Lets go of the file; the object is of no more use."""
         for stream in self._streams:
             stream.close()
-        self._zip.close()
+        self._file.close()
 
     def __enter__(self) -> TraceFile:
         return self
@@ -167,23 +162,22 @@ class _Member:
     """One array of the archive: what its header declares, compared with the bytes that are there."""
 
     def __init__(self, file: TraceFile, name: str) -> None:
-        self.file, self.name = file, name
-        try:
-            self.info = file._zip.getinfo(f"{name}.npy")
-            with file._zip.open(self.info) as stream:
-                version = np.lib.format.read_magic(stream)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                self.shape, fortran, self.dtype = read(stream)
-                self.start = stream.tell()
-        except BROKEN as error:
-            raise ValueError(f"TraceFile: {name} of {file.path} must be an .npy array, got {error}") from error
+        self.file, self.name = file._file, name
+        with self.file.watched("an .npy array", name), self.open() as stream:
+            self.shape, fortran, self.dtype = header(self.file, stream, name, self.info.file_size)
+            self.start = stream.tell()
         self.size_bytes = prod(self.shape) * self.dtype.itemsize
-        file._rule(not self.dtype.hasobject, name, "numbers or text", self.dtype)
-        file._rule(not fortran or len(self.shape) < 2, name, "in C order (load the trace and save it)", "Fortran order")
-        declared, there = self.start + self.size_bytes, self.info.file_size
-        file._rule(declared == there, name, f"{declared} bytes, as its shape {self.shape} says", there)
-        most = self.info.compress_size * (1 if self.info.compress_type == zipfile.ZIP_STORED else RATIO)
-        file._rule(there <= most, name, f"no more than {self.info.compress_size} stored bytes can hold", there)
+        rule = "in C order (load the trace and save it)"
+        self.file.rule(not fortran or len(self.shape) < 2, name, rule, "Fortran order")
+
+    @property
+    def info(self) -> zipfile.ZipInfo:
+        assert self.file.archive is not None
+        return self.file.archive.getinfo(f"{self.name}.npy")
+
+    def open(self) -> IO[bytes]:
+        assert self.file.archive is not None
+        return self.file.archive.open(self.info)
 
 
 class _Stream:
@@ -196,10 +190,10 @@ class _Stream:
 
     def read(self, place: int, size: int) -> bytes:
         member = self.member
-        try:
+        with member.file.watched("whole", member.name):
             if self.stream is None or self.at > place:
                 self.close()
-                self.stream, self.at = member.file._zip.open(member.info), -member.start
+                self.stream, self.at = member.open(), -member.start
             while self.at < place:
                 self._next(min(place - self.at, 1 << 18))
             parts = []
@@ -207,17 +201,12 @@ class _Stream:
                 parts.append(self._next(size))
                 size -= len(parts[-1])
             return parts[0] if len(parts) == 1 else b"".join(parts)
-        except BROKEN as error:
-            self.close()
-            raise ValueError(
-                f"TraceFile: {member.name} of {member.file.path} must be whole, got {error} after byte {self.at}"
-            ) from error
 
     def _next(self, size: int) -> bytes:
         assert self.stream is not None
         data = self.stream.read(size)
         if not data:
-            raise EOFError("the end")
+            raise EOFError(f"the end after byte {self.at} of {self.member.name}")
         self.at += len(data)
         return data
 

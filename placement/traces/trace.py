@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..careful import Guard, Opened, opened
 from ..files import write_whole
 
 VERSION = 1
-# what reading an archive of arrays that is damaged, or lies about its sizes, may raise
-BROKEN = (
-    OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, MemoryError, RuntimeError, OverflowError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+MOST_LAYERS = 100_000
 
 
 def id_type(num_experts: int) -> np.dtype:
@@ -64,13 +59,9 @@ class Trace:
         _rule(ids.ndim == 3, "expert_ids", "[L, T, K]", ids.shape)
         layers, tokens, _ = ids.shape
         _rule(0 < self.num_experts <= self.none, "num_experts", f"1 .. {self.none} for {ids.dtype}", self.num_experts)
-        live = ids[self.live]
-        _rule(
-            not live.size or int(live.max()) < self.num_experts,
-            "expert_ids",
-            f"below num_experts={self.num_experts}, or {self.none} for none",
-            int(live.max()) if live.size else None,
-        )
+        worst = max((_highest(layer, self.none) for layer in ids), default=-1)
+        rule = f"below num_experts={self.num_experts}, or {self.none} for none"
+        _rule(worst < self.num_experts, "expert_ids", rule, worst)
         if self.weights is not None:
             _rule(self.weights.shape == ids.shape, "weights", f"{ids.shape} as expert_ids", self.weights.shape)
             _rule(self.weights.dtype == np.float16, "weights", "float16", self.weights.dtype, TypeError)
@@ -90,8 +81,7 @@ class Trace:
         _rule(per_layer.shape == (layers,), "experts_of_layer", f"[L={layers}]", per_layer.shape)
         for layer, experts in enumerate(per_layer.tolist()):
             _rule(0 < experts <= self.num_experts, "experts_of_layer", f"1 .. {self.num_experts}", experts)
-            live = self.expert_ids[layer][self.live[layer]]
-            worst = int(live.max()) if live.size else -1
+            worst = _highest(self.expert_ids[layer], self.none)
             _rule(worst < experts, f"expert_ids of layer {layer}", f"below its {experts} experts", worst)
 
     @property
@@ -152,39 +142,68 @@ class Trace:
         write_whole(Path(path), lambda file: np.savez_compressed(file, **fields))  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Reads a trace file. Fields that are not the format's are ignored.
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Trace:
+        """Reads a trace file into memory, `max_bytes` at most (None: four times the file, or 64 MB).
 
-        Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+        Raises OSError where it is missing or may not be read, or ValueError naming the file and what is wrong with it.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files if name in _FIELDS}
-        except FileNotFoundError:
-            raise
-        except BROKEN as error:
-            raise ValueError(f"Trace: {path} must be an .npz file of numeric arrays, got {error}") from error
-        missing = {"expert_ids", "num_experts"} - found.keys()
-        if missing:
-            raise ValueError(f"Trace: {path} must hold {' and '.join(sorted(missing))}, got {sorted(found)}")
-        version = int(found.get("version", VERSION))
-        if version != VERSION:
-            raise ValueError(f"Trace: version of {path} must be {VERSION}, got {version}")
-        try:
-            return cls(
-                expert_ids=found["expert_ids"],
-                num_experts=int(found["num_experts"]),
-                weights=found.get("weights"),
-                sequence=found.get("sequence"),
-                layer_names=tuple(str(name) for name in found.get("layer_names", ())),
-                experts_of_layer=found.get("experts_of_layer"),
-                version=version,
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{error} (in {path})") from error
+        with opened(path, "Trace", max_bytes) as file:
+            found = file.npz(REQUIRED, OPTIONAL)
+            experts, version = (scalar(file, found, name) for name in ("num_experts", "version"))
+            file.rule(version == VERSION, "version", str(VERSION), version)
+            of_layer = found.get("experts_of_layer")
+            if of_layer is not None:
+                of_layer = file.integers(of_layer, "experts_of_layer", shape=(None,), low=1, high=2**31 - 1)
+            check_shape(file, found["expert_ids"].shape)
+            names = found.get("layer_names", np.empty(0, np.str_))
+            file.rule(names.ndim == 1 and names.dtype.kind == "U", "layer_names", "text [L]", names.dtype)
+            try:
+                return cls(
+                    expert_ids=found["expert_ids"],
+                    num_experts=experts,
+                    weights=found.get("weights"),
+                    sequence=found.get("sequence"),
+                    layer_names=tuple(names.tolist()),
+                    experts_of_layer=None if of_layer is None else of_layer.astype(np.int32),
+                )
+            except (ValueError, TypeError) as error:
+                raise file.damaged("a trace", str(error).removeprefix("Trace: ")) from error
 
 
-_FIELDS = {"version", "num_experts", "expert_ids", "weights", "sequence", "layer_names", "experts_of_layer"}
+REQUIRED = {"expert_ids", "num_experts"}
+# domain [T] and domain_names say which text a token is of: `domain_of` reads them, a trace has no use for them
+OPTIONAL = {"version", "weights", "sequence", "layer_names", "experts_of_layer", "domain", "domain_names"}
+
+
+def check_shape(file: Guard, shape: tuple[int, ...]) -> None:
+    """What loops over [L, T, K] must end: a file of a few bytes could declare 10**18 tokens of no choices."""
+    file.rule(len(shape) == 3, "expert_ids", "[L, T, K]", shape)
+    file.rule(shape[0] <= MOST_LAYERS, "expert_ids", f"of at most {MOST_LAYERS} layers", shape)
+    file.rule(shape[1] == 0 or shape[2] > 0, "expert_ids", "[L, T, K] with K > 0", shape)
+
+
+def scalar(file: Opened, found: Mapping[str, NDArray], name: str) -> int:
+    """One whole number of a trace file."""
+    value = found.get(name, np.array(VERSION))
+    file.rule(value.shape == () and value.dtype.kind in "iu", name, "one whole number", value)
+    return int(value)
+
+
+def domain_of(path: str | os.PathLike[str], tokens: int) -> NDArray[np.int64] | None:
+    """int64 [T]: the array `domain` of a trace file, None where it holds none. Raises as Trace.load."""
+    with opened(path, "Trace") as file:
+        found = file.npz(REQUIRED, OPTIONAL)
+        if "domain" not in found:
+            return None
+        domain = found["domain"]
+        file.rule(domain.shape == (tokens,), "domain", f"[T={tokens}]", domain.shape)
+        return file.integers(domain.astype(np.int64), "domain", shape=(tokens,), low=-(2**31), high=2**31 - 1)
+
+
+def _highest(ids: NDArray[np.unsignedinteger], none: int) -> int:
+    """The highest expert, -1 where there is none."""
+    live = ids != none
+    return int(ids.max(where=live, initial=0)) if live.any() else -1
 
 
 def _rule(holds: bool, field: str, rule: str, value: object, kind: type[Exception] = ValueError) -> None:

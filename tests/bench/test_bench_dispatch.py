@@ -246,7 +246,6 @@ def test_ranks_that_say_nothing(program, timeout_s, says):
         (["--budget", "-1"], "--budget must be positive"),
         (["--timeout", "0"], "--timeout must be positive"),
         (["--skew", "-1"], "--skew must be between 0 and 10"),
-        (["--json", "/nonexistent/x.json"], "--json must name a file"),
         (["--threads", "1"], "--threads must come with --overhead"),
         (["--overhead", "--clock", "cpu"], "--clock cpu must come with --threads 1"),
     ],

@@ -205,13 +205,21 @@ def test_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     ("options", "says"),
     [
         (["--clock", "cpu"], "--threads 1"),
-        (["--device", "tpu"], "--device must be cpu"),
         (["--budget", "-1"], "--budget must be positive"),
-        (["--json", "/nonexistent/x.json"], "--json must name a file"),
     ],
 )
 def test_bad_options_are_said_before_anything_runs(options, says, capsys):
     assert _run(*options) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--device", "tpu"], "--device: must be cpu"), (["--json", "/nonexistent/x.json"], "--json: must be a file")],
+)
+def test_odd_values_are_refused_by_the_parser(options, says, capsys):
+    with pytest.raises(SystemExit):
+        _run(*options)
     assert says in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ from html_page import Page
 
 pytest.importorskip("transformers")
 
+from headgate.bench.output import write_text
 from headgate.bench.screen import Screen
 from headgate.cli.demo import chapters as demo
 from headgate.cli.demo import files, speed, swap, text, train
@@ -181,9 +182,9 @@ def test_a_part_that_fails_is_not_half_written(tmp_path):
 
     with pytest.raises(OSError, match="no space"):
         files.write_folder(old, fail)
-    files.write_text(tmp_path / "report.html", "old")
+    write_text(tmp_path / "report.html", "old")
     with pytest.raises(UnicodeEncodeError):
-        files.write_text(tmp_path / "report.html", "half \ud800")
+        write_text(tmp_path / "report.html", "half \ud800")
     assert (old / "weights").read_text() == "old"
     assert (tmp_path / "report.html").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "report.html"]

@@ -163,13 +163,13 @@ def test_what_is_refused_leaves_nothing(folder, more, says, capsys):
 def test_files_that_will_not_do(folder, capsys):
     (folder / "t.npz").write_bytes(b"no trace")
     assert place(folder) == 2
-    assert "must be an .npz file" in capsys.readouterr().err
+    assert "must be a whole .npz file" in capsys.readouterr().err
     (folder / "t.npz").unlink()
     assert place(folder) == 1
     generate(layers=2, experts=8, top_k=2, tokens=50).save(folder / "t.npz")
     (folder / "old.json").write_text('{"version": 1}')
     assert place(folder, "--migrate-from", folder / "old.json") == 2
-    assert "must hold 'layers'" in capsys.readouterr().err
+    assert "must be an object with layers" in capsys.readouterr().err
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -204,5 +204,6 @@ def test_every_row_of_the_table(tmp_path, capsys):
 
 
 def test_effort_must_be_something(capsys):
-    assert cli.main(["bench", "placement", "--effort", "0"]) == 2
-    assert "--effort must be above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "placement", "--effort", "0"])
+    assert "--effort: must be above 0" in capsys.readouterr().err

@@ -151,8 +151,8 @@ def test_layers_of_different_sizes_and_tokens_without_experts(tmp_path, capsys):
         (["--show", "a.npz", "--output", "b.npz"], "--output must not come with --show"),
         (["nowhere"], "MODEL must be the folder of a transformers model, with its config.json, got nowhere"),
         (["--from", "ids.npy"], "--output must be given for a trace of tokens"),
-        (["--from", "odd.csv"], "rows of odd.csv must be 2 whole numbers"),
-        (["--show", "odd.csv"], "odd.csv must be an .npz file"),
+        (["--from", "odd.csv"], "rows layer,expert of odd.csv must be whole numbers"),
+        (["--show", "odd.csv"], "odd.csv must be a whole .npz file"),
     ],
 )
 def test_bad_usage_and_bad_files_are_status_2_and_one_line(argv, message, tmp_path, monkeypatch, capsys):

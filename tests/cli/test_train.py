@@ -106,6 +106,7 @@ def test_ranks_are_refused_together(text, tmp_path):
         ({"top_k": 9}, "train: --top-k must be at most --experts (8), got 9"),
         ({"wire": "int4"}, "train: --wire must be one of exact, bf16, fp8, int8, got 'int4'"),
         ({"dispatcher": "magic"}, "parallelize: dispatcher must be one of"),
+        ({"dispatcher": "deep_ep"}, "train: --dispatcher must be one that moves fp32 rows, got 'deep_ep'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+import headgate
 from headgate.dispatch import AllToAll, DeepEP, Local
 from headgate.kernels.routing import Routing
 from headgate.moe import Experts
@@ -152,3 +153,45 @@ def a_copy_shares_the_buffer():
     twin = copy.deepcopy(dispatcher)
     assert twin.buffer is dispatcher.buffer
     assert repr(twin) == repr(dispatcher)
+
+
+@check
+def parallelize_takes_it_by_name_with_one_buffer_for_layers_alike():
+    world, cpu = dist.get_world_size(), torch.get_default_device().type == "cpu"
+    fold = headgate.Fold({"dp": world}, {"ep": world})
+
+    def model():
+        torch.manual_seed(3)
+        return torch.nn.Sequential(*(headgate.MoE(D, F, 2 * world, 2, dtype=torch.bfloat16) for _ in range(2)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if cpu:
+            with pytest.raises(ValueError, match="dispatcher='deep_ep' cannot run here: device must be a CUDA GPU"):
+                headgate.parallelize(model(), fold, dispatcher="deep_ep", max_tokens=T)
+            patch.setattr(DeepEP, "why_not", staticmethod(lambda: None))
+            new = lambda self: elastic.ElasticBuffer(self.agreement.group, T, D, self.top_k)  # noqa: E731
+            patch.setattr(DeepEP, "_new_buffer", new)
+        for how, words in (
+            ({}, "max_tokens must be given with dispatcher='deep_ep', .* got None"),
+            ({"max_tokens": T, "wire": "bf16"}, "wire must be 'exact' with dispatcher='deep_ep', got 'bf16'"),
+            ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                headgate.parallelize(model(), fold, dispatcher="deep_ep", **how)
+        with pytest.raises(ValueError, match="max_tokens must come with dispatcher='deep_ep' only, got 8"):
+            headgate.parallelize(model(), fold, max_tokens=8)
+        with pytest.raises(ValueError, match="hidden_size must be a multiple of 256, got 128"):
+            headgate.parallelize(headgate.MoE(128, F, world, 1), fold, dispatcher="deep_ep", max_tokens=8)
+        mine = headgate.parallelize(model(), fold, dispatcher="deep_ep", max_tokens=T)
+    first, second = (layer.experts.dispatcher.dispatcher for layer in mine)
+    assert isinstance(first, DeepEP)
+    assert first.buffer is second.buffer
+    other = headgate.parallelize(model(), fold, dispatcher="all_to_all")
+    torch.manual_seed(dist.get_rank())
+    x, results = torch.randn(9, D).bfloat16(), []
+    for m in (mine, other):
+        y = m(x)
+        y.float().square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in m.parameters())])
+    for a, b in zip(*results, strict=True):
+        ranks.close(a.double(), b.double(), "deep_ep by name", 3e-2)

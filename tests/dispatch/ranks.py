@@ -32,7 +32,7 @@ import ranks_auto  # noqa: F401  # these add checks of their own
 import ranks_compose  # noqa: F401
 import ranks_padded  # noqa: F401
 import ranks_window  # noqa: F401
-from ranks_amiss import disagreement
+from ranks_amiss import disagreement, transforms_are_refused
 from ranks_travel import the_expected_collectives_and_no_others
 from ranks_wire import wires_keep_their_bounds, wires_of_the_backward_pass
 
@@ -255,7 +255,8 @@ for each_name in MANY:
         *(adjoint, backward_is_the_other, experts_equal_one_rank, layer_equals_one_rank, half_precision, same_bits),
         *(sums_of_half_precision_rows_are_taken_in_fp32, only_the_gradients_that_are_wanted),
         *(recomputed_in_the_backward_pass,),
-        *(second_derivative, a_nan_stays_with_its_token, the_expected_collectives_and_no_others, disagreement),
+        *(second_derivative, a_nan_stays_with_its_token, the_expected_collectives_and_no_others),
+        *(disagreement, transforms_are_refused),
         *((wires_keep_their_bounds, wires_of_the_backward_pass) if each_name in WIRED else ()),
     ):
         CHECKS[f"{each_name}: {each_check.__name__}"] = lambda f=each_check, n=each_name: f(n)

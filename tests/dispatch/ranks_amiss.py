@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dispatch_cases import AG, MANY, WIRED, D, F, cases, check, counted, make
+from func_transforms import ONE
 from torch.distributed.tensor.debug import CommDebugMode
 
 from headgate.dispatch import AllToAll, SliceAllReduce
@@ -45,6 +46,24 @@ def disagreement(name):
             dispatch(**(change if odd else {}))
         assert words.format(r=size - 1) in str(caught.value), caught.value
     dispatch()
+
+
+def transforms_are_refused(name):
+    """By name, on every rank, before anything moves: the next call is as ever."""
+    x, ids = torch.randn(3, D), torch.arange(6).view(3, 2)
+    dispatcher = make(name)
+
+    def moved(x, scale=1.0):
+        rows, _, ticket = dispatcher.dispatch(x, Routing.from_topk(ids, torch.full((3, 2), scale), 8))
+        return dispatcher.combine(rows, ticket)
+
+    words = r"\w+: tensors must not be those of a transform .* take them on one rank"
+    for transform in ("jvp", "grad", "forward_ad"):
+        with pytest.raises(NotImplementedError, match=words):
+            ONE[transform](moved, (x,))
+    with pytest.raises(NotImplementedError, match=words):
+        torch.func.vmap(moved)(x[None])
+    assert moved(x).shape == x.shape
 
 
 @check

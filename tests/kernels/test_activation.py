@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -66,6 +67,7 @@ def test_backward_is_what_autograd_says(assert_close, act):
 @pytest.mark.parametrize("act", EVERY, ids=str)
 def test_travels_through_an_operators_schema(act):
     assert Activation.from_params(act.kind, act.gated, act.params) == act
+    assert json.loads(json.dumps(act.params, allow_nan=False)) == act.params
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,8 @@ def test_travels_through_an_operators_schema(act):
         (lambda: Activation(limit=0.0), r"limit must be positive, got 0.0"),
         (lambda: Activation(limit=-1.0), r"limit must be positive, got -1.0"),
         (lambda: Activation(limit=math.nan), r"limit must be positive, got nan"),
+        (lambda: Activation(alpha=math.inf), r"alpha must be finite, got inf"),
+        (lambda: Activation(up_shift=math.nan), r"up_shift must be finite, got nan"),
         (lambda: Activation(gated=False, limit=7.0), r"belong to gated experts"),
         (lambda: Activation(gated=False, up_shift=1.0), r"belong to gated experts"),
         (lambda: as_activation("gpt_oss", gated=False), r"'gpt_oss' is gated"),

@@ -289,11 +289,15 @@ def test_plan(tokens, experts, k):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("score", ["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"])
-@pytest.mark.parametrize(("tokens", "experts", "k", "groups"), [(1, 128, 8, 1), (33, 60, 4, 1), (5000, 256, 8, 8)])
-def test_topk(assert_close, score, tokens, experts, k, groups):
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k", "groups", "group_score"),
+    [(1, 128, 8, 1, "top2"), (33, 60, 4, 1, "top2"), (5000, 256, 8, 8, "top2"), (5000, 256, 8, 8, 4)],
+)
+def test_topk(assert_close, score, tokens, experts, k, groups, group_score):
     logits = torch.randn(tokens, experts, device="cuda").to(torch.bfloat16)
     bias = torch.randn(experts, device="cuda") / 10
     how = dict(bias=bias, score=score, groups=groups, topk_groups=max(1, groups // 2), renormalize=True, scale=2.5)
+    how["group_score"] = group_score
     got = topk(logits, k, **how)
     weights, scores, ids, counts = topk_reference(logits, k, **how)
     # two scores may differ in the last bit between exp and exp, and then change places: the rest must be equal

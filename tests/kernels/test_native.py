@@ -69,6 +69,93 @@ def test_a_cache_that_cannot_be_written_is_not_the_end(monkeypatch, tmp_path):
     assert native._cache_dir().is_dir()
 
 
+@pytest.mark.parametrize("cxx", ['g++ "x', "g++ 'x", "g++ \\"])
+def test_a_cxx_that_no_shell_reads_is_named(monkeypatch, cxx):
+    monkeypatch.setenv("CXX", cxx)
+    lib, state = native._build()
+    assert lib is None
+    assert state.form == "plain"
+    assert f"CXX must be a command as a shell reads it, got {cxx!r}" in state.why
+
+
+def test_words_of_a_compiler_in_any_encoding_do_no_harm(monkeypatch, tmp_path):
+    broken = tmp_path / "broken-c++"
+    broken.write_bytes(b"#!/bin/sh\necho 'licen\xe7a \xff'\necho 'licen\xe7a' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("HEADGATE_CACHE", str(tmp_path / "cache"))
+    assert "broken-c++ failed: licen" in native._build()[1].why
+
+
+DAMAGE = {
+    "cut short": lambda data: data[:20_000],
+    "garbage": lambda data: b"no library" * 100,
+    "empty": lambda data: b"",
+    "one bit": lambda data: data[:30_000] + bytes([data[30_000] ^ 1]) + data[30_001:],
+    "a pipe": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@needs_compiler
+def test_a_damaged_library_is_never_loaded_but_built_again_and_said(damage, tmp_path, monkeypatch):
+    """The compiler of this test copies the library that is there: what a build makes, in no time."""
+    built = native.status().path
+    script, cache = tmp_path / "copy-c++", tmp_path / "cache"
+    script.write_text(f"""#!/bin/sh
+for last; do :; done
+case "$*" in *-shared*-o*) cp {built} "$last";; esac
+""")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("HEADGATE_CACHE", str(cache))
+    first = native._build()[1]
+    assert first.form == "native", first
+    there = Path(first.path)
+    whole = there.read_bytes()
+    if DAMAGE[damage] is None:
+        there.unlink()
+        os.mkfifo(there)
+    else:
+        there.unlink()  # a library that this process has loaded must not be written into
+        there.write_bytes(DAMAGE[damage](whole))
+    with pytest.warns(UserWarning, match=r"the compiled form in .* is damaged; it is built again"):
+        assert native._build()[1] == first
+    assert there.read_bytes() == whole
+    assert [str(f) for f in cache.iterdir()] == [first.path]
+
+    there.unlink()
+    there.write_bytes(whole[:1000])
+    script.write_text("#!/bin/sh\ncase \"$*\" in *-shared*) echo 'disk full' >&2; exit 1;; esac\n")
+    with pytest.warns(UserWarning, match="is damaged"):
+        lib, state = native._build()
+    assert lib is None
+    assert "disk full" in state.why
+
+
+@needs_compiler
+def test_a_library_without_our_functions_is_not_taken(tmp_path, monkeypatch):
+    (tmp_path / "none.cpp").write_text('extern "C" int nothing() { return 0; }\n')
+    script, real = tmp_path / "other-c++", shutil.which("g++")
+    script.write_text(f"""#!/bin/sh
+for last; do :; done
+case "$*" in *-shared*-o*) exec {real} -shared -fPIC {tmp_path / "none.cpp"} -o "$last";; esac
+""")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("HEADGATE_CACHE", str(tmp_path / "cache"))
+    lib, state = native._build()
+    assert lib is None
+    assert "lacks hg_" in state.why
+
+
+@pytest.mark.skipif(not os.environ.get("CXX", "").endswith("/sanitizing_cxx"), reason="for make test-sanitized")
+def test_the_library_watches_itself():
+    """Where the build failed, the tests of the compiled form would be skipped."""
+    assert native.status().form == "native", native.status()
+    assert b"__asan_init" in Path(native.status().path).read_bytes()
+
+
 def test_plain_on_request(monkeypatch):
     monkeypatch.setenv("HEADGATE_CPU", "plain")
     assert native.library() is None

@@ -191,9 +191,27 @@ class TestGroupedFfn:
     def test_the_operator_keeps_its_promises(self):
         w1, w2, leaves, ids = self.problem("mxfp4")
         args = (leaves["rows"], ids.int(), leaves["weights"], [w1.data, w1.scale], [], [w2.data, w2.scale], None, None)
-        form = (["mxfp4", "mxfp4"], [1, 32, 1, 32], "silu", [1.0, float("inf"), 0.0, 0.0, 1.0], True, False, True)
+        form = (["mxfp4", "mxfp4"], [1, 32, 1, 32], "silu", [1.0, 0.0, 0.0, 0.0, 1.0], True, False, True)
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(torch.ops.headgate.grouped_ffn_quantized.default, (*args, *form), test_utils=tests)
+        for w_up in (None, []):  # the second as in graphs of before
+            args = (*args[:4], w_up, *args[5:])
+            torch.library.opcheck(torch.ops.headgate.grouped_ffn_quantized.default, (*args, *form), test_utils=tests)
+
+    @pytest.mark.slow  # C++ is compiled
+    @pytest.mark.filterwarnings("ignore")
+    def test_ahead_of_time_package(self, tmp_path):
+        w1, w2, leaves, ids = self.problem("int8")
+        leaves = {n: t.detach() for n, t in leaves.items()}
+
+        class Call(torch.nn.Module):
+            def forward(_, rows):
+                return self.run(w1, w2, {**leaves, "rows": rows}, ids)
+
+        exported = torch.export.export(Call(), (leaves["rows"],), strict=False)
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "call.pt2"))
+        with torch.no_grad():
+            got = torch._inductor.aoti_load_package(path)(leaves["rows"])
+        torch.testing.assert_close(got, self.run(w1, w2, leaves, ids))
 
     def test_compiles_whole(self):
         w1, w2, leaves, ids = self.problem("fp8")
@@ -241,3 +259,42 @@ def test_weights_that_are_no_numbers_are_refused(format, value):
     w[0, 1, 2] = value
     with pytest.raises(ValueError, match="w must be finite"):
         quantize(w, format)
+
+
+@pytest.mark.parametrize("block", [(0, 0), (-1, 128), (128, 0), (1.0, 32.0), (1,), (1, 2, 3), 128, (True, 128), "ab"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_block_that_is_none_is_refused(format, block):
+    with pytest.raises(ValueError, match="quantize: block must be "):
+        quantize(torch.randn(2, 4, 128), format, block=block)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 128), (2, 0, 128), (2, 4, 0)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_without_an_element_are_refused(format, shape):
+    with pytest.raises(ValueError, match="quantize: w must have at least one element, got"):
+        quantize(torch.empty(shape), format)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+def test_scales_that_their_type_cannot_hold_are_refused(format):
+    w = torch.randn(2, 8, 128)
+    for factor in (1e30, 1e-7):
+        with pytest.raises(ValueError, match=r"quantize: scale_dtype must hold scales of .*, got torch.float16"):
+            quantize(w * factor, format, scale_dtype=torch.float16)
+        for dtype in (torch.float32, torch.bfloat16):
+            got = quantize(w * factor, format, scale_dtype=dtype).dequantize(torch.float32)
+            assert (got - w * factor).abs().max() < 0.1 * (w * factor).abs().max()
+    with pytest.raises(TypeError, match=r"quantize: scale_dtype must be fp32, bf16 or fp16, got torch.int32"):
+        quantize(w, format, scale_dtype=torch.int32)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("factor", [1e-45, 1e-41, 1e-38, 1e37])
+def test_the_smallest_and_the_largest_weights_stay_numbers(format, factor):
+    """A block of a dead expert beside others."""
+    w = torch.zeros(2, 8, 256)
+    w[0] = torch.randn(8, 256).clamp(-3, 3)
+    w[1, :, ::2] = w[0, :, ::2].sign() * factor
+    got = quantize(w, format).dequantize(torch.float32)
+    assert got.isfinite().all()
+    assert (got - w).abs().amax((1, 2)).le(torch.tensor([0.6, max(0.3 * factor, 1e-38)])).all()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from headgate.kernels.topk import SCORES, topk, topk_reference
+from headgate.kernels.topk.reference import best_of
 
 FORMS = [
     {"score": "softmax"},
@@ -118,6 +119,23 @@ def test_groups_bound_how_many_groups_a_token_reaches():
     assert max(reached) == 2
 
 
+@pytest.mark.parametrize("best", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_a_group_is_as_good_as_the_sum_of_its_best_experts(best, score):
+    """Megatron-Core's group_limited_topk with topk // group_topk = best."""
+    logits, bias = torch.randn(100, 32, dtype=torch.float64), torch.randn(32, dtype=torch.float64)
+    routing = topk(logits, 8, score=score, bias=bias, groups=4, topk_groups=2, group_score=best)
+    choice = (logits.sigmoid() if score == "sigmoid" else logits.softmax(1)) + bias
+    groups = choice.view(100, 4, 8).topk(best)[0].sum(2).topk(2)[1]
+    inside = torch.zeros(100, 4).scatter(1, groups, 1).repeat_interleave(8, 1).bool()
+    ids = choice.masked_fill(~inside, float("-inf")).topk(8)[1]
+    assert torch.equal(routing.expert_ids.long(), ids)
+    for name, number in (("max", 1), ("top2", 2)):
+        if best == number:
+            named = topk(logits, 8, score=score, bias=bias, groups=4, topk_groups=2, group_score=name)
+            assert torch.equal(named.expert_ids, routing.expert_ids)
+
+
 def test_layout_of_the_logits_does_not_matter():
     logits = torch.randn(16, 24)
     strided = torch.randn(24, 2, 16).transpose(0, 2)[:, 1]
@@ -134,10 +152,11 @@ def test_is_a_well_formed_operator(form):
         "score": "softmax",
         "groups": 1,
         "topk_groups": 1,
-        "group_score": "top2",
+        "group_score": 2,
         "renormalize": False,
         "scale": 1.0,
     } | form
+    full["group_score"] = best_of(full["group_score"])  # the operator takes a number
     for bias in (None, torch.randn(8)):
         args = (torch.randn(5, 8, requires_grad=True), 2, bias, *full.values())
         torch.library.opcheck(torch.ops.headgate.topk.default, args)
@@ -180,7 +199,14 @@ def test_large_finite_logits_are_not_refused():
         ({"groups": 3}, r"groups must divide the number of experts \(8\), got 3"),
         ({"groups": 2, "topk_groups": 3}, "topk_groups must be between 1 and groups"),
         ({"groups": 4, "topk_groups": 1, "k": 3}, "must leave at least top_k = 3 experts, got 1 groups of 2"),
-        ({"groups": 4, "topk_groups": 2, "group_score": "mean"}, "group_score must be 'top2' or 'max'"),
+        ({"groups": 4, "topk_groups": 2, "group_score": "mean"}, "group_score must be 'max', 'top2' or a"),
+        ({"groups": 4, "topk_groups": 2, "group_score": 0}, "group_score must be 'max', 'top2' or a positive .*got 0"),
+        ({"groups": 4, "topk_groups": 2, "group_score": True}, "group_score must be .*, got True"),
+        ({"groups": 4, "topk_groups": 2, "group_score": 1.5}, r"group_score must be .*, got 1\.5"),
+        (
+            {"groups": 4, "topk_groups": 2, "group_score": 3},
+            "group_score 3 must have groups of at least 3 experts, got groups of 2",
+        ),
         ({"groups": 8, "topk_groups": 4}, "must have groups of at least 2 experts"),
         ({"scale": 0.0}, "scale must be positive and finite"),
         ({"scale": float("nan")}, "scale must be positive and finite"),

@@ -82,8 +82,8 @@ def test_tokens_past_one_program_as_they_are_cut(check):
     check(torch.randn(11, 1000), 6, score="sigmoid")
 
 
-@pytest.mark.parametrize("group_score", ["top2", "max"])
-@pytest.mark.parametrize(("experts", "groups", "topk_groups"), [(32, 8, 4), (60, 4, 1), (60, 5, 3), (14, 7, 2)])
+@pytest.mark.parametrize("group_score", ["top2", "max", 3])
+@pytest.mark.parametrize(("experts", "groups", "topk_groups"), [(32, 8, 4), (60, 4, 1), (60, 5, 3), (21, 7, 2)])
 @pytest.mark.parametrize("score", SCORES)
 def test_choice_is_limited_to_the_best_groups(score, experts, groups, topk_groups, group_score, check):
     limit = {"groups": groups, "topk_groups": topk_groups, "group_score": group_score}

@@ -30,6 +30,14 @@ def nothing_waits():
 
 
 @pytest.fixture
+def own_compilations():
+    """torch.compile counts what it compiled of a function, over all tests: not here, and none of these elsewhere."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def captured():
     """captured(step) -> `step` as a CUDA graph: each call replays it and returns its output."""
 

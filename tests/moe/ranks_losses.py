@@ -188,6 +188,32 @@ def a_layer_under_ddp_trains_its_router_as_one_process_would():
 
 
 @check
+def a_loss_of_each_ranks_tokens_is_the_mean_of_theirs():
+    """Scope "rank": each rank, or each pair that cuts sequences between them, has a batch and a loss of its own."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    pairs = [dist.new_group([i, i + 1]) for i in range(0, size, 2)]
+    tokens = [5, 2, 9, 1][:size]
+    for router, options in (("softmax", {}), ("bilevel", BILEVEL)):
+        layer = MoE(D, 4, E, K, router=router, router_options=options, load_balancing_coef=0.3,
+                    load_balancing_scope="rank", dtype=torch.float64)  # fmt: skip
+        one = copy.deepcopy(layer)
+        x = torch.randn(sum(tokens), D, dtype=torch.float64)
+        for each, average in ((1, size), (2, size // 2), (2, size)):
+            layer.token_ranks = TokenRanks(dist.group.WORLD, average, pairs[rank // 2] if each == 2 else None)
+            layer.zero_grad()
+            one.zero_grad()
+            (layer(x.split(tokens)[rank]) * 0).sum().backward()
+            whole = []
+            for batch in x.split([sum(tokens[i : i + each]) for i in range(0, size, each)]):
+                (one(batch) * 0).sum().backward()
+                whole.append(one.aux_losses["load_balancing"])
+            parts = size // each
+            close(layer.aux_losses["load_balancing"], torch.stack(whole).mean(), f"{router}, {each}: value")
+            for (name, p), q in zip(layer.router.named_parameters(), one.router.parameters(), strict=True):
+                close(summed(p.grad) / average, q.grad / parts, f"{router}, {each} ranks, {average}: {name}")
+
+
+@check
 def a_layer_cut_along_its_sequences_has_their_losses():
     """The tokens of each sequence all over the ranks, as under context or sequence parallelism."""
     size, rank = dist.get_world_size(), dist.get_rank()

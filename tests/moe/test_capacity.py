@@ -14,14 +14,6 @@ from headgate.moe.capacity import DROPS, limit
 from headgate.moe.losses import load_balancing_loss, z_loss
 
 
-@pytest.fixture
-def own_compilations():
-    """torch.compile counts what it compiled of a function, over all tests: not here, and none of these elsewhere."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def plain(ids, weights, experts, bound, drop):
     """Which pairs stay, bool [T, K]: expert by expert, in a loop."""
     keep = (ids < 0) | (ids >= experts)
@@ -29,6 +21,8 @@ def plain(ids, weights, experts, bound, drop):
         pairs = [(t, k) for t, row in enumerate(ids.tolist()) for k, i in enumerate(row) if i == e]
         if drop == "weight":
             pairs.sort(key=lambda pair: -weights[pair].item())  # stable
+        if drop == "choice":
+            pairs.sort(key=lambda pair: pair[1])
         for pair in pairs[:bound]:
             keep[pair] = True
     return keep
@@ -75,6 +69,16 @@ def test_one_favourite_of_all_keeps_its_best_or_its_first(drop):
     kept = [1, 3] if drop == "weight" else [0, 1]  # of three equal ones the first two
     assert (limited.expert_ids[:, 0] == 0).nonzero()[:, 0].tolist() == kept
     assert limited.counts.tolist() == [2, 0, 0]
+
+
+def test_first_choices_stay_before_second_ones():
+    """As GShard's and Tutel's loops over k: locations of second choices start behind all first ones."""
+    ids = torch.tensor([[1, 0], [0, 1], [0, 1], [0, 2]])
+    limited, overflow = limit(Routing.from_topk(ids, torch.ones(4, 2), 3), Capacity(1.0, "choice"))
+    assert overflow.capacity == 3
+    assert limited.expert_ids.tolist() == [[1, -1], [0, 1], [0, 1], [0, 2]]
+    by_position, _ = limit(Routing.from_topk(ids, torch.ones(4, 2), 3), Capacity(1.0, "position"))
+    assert by_position.expert_ids.tolist() == [[1, 0], [0, 1], [0, 1], [-1, 2]]
 
 
 def test_the_factor_counts_as_written():
@@ -185,7 +189,7 @@ class TestLayer:
         ({"factor": -1.0}, ValueError, r"factor must be positive and finite, got -1\.0"),
         ({"factor": float("inf")}, ValueError, "factor must be positive and finite, got inf"),
         ({"factor": float("nan")}, ValueError, "factor must be positive and finite, got nan"),
-        ({"drop": "probs"}, ValueError, "drop must be one of weight, position, got 'probs'"),
+        ({"drop": "probs"}, ValueError, "drop must be one of weight, position, choice, got 'probs'"),
         ({"scope": "global"}, ValueError, "scope must be one of rank, batch, got 'global'"),
         ({"scope": "batch", "pad": True}, ValueError, "pad must come with scope 'rank', got 'batch'"),
     ],

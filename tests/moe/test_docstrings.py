@@ -12,7 +12,7 @@ from headgate.kernels import Routing, grouped_linear, topk
 
 MODULES = [
     *("moe.experts", "moe.layer", "moe.shared", "moe.routers.softmax", "moe.routers.sigmoid"),
-    *("moe.capacity", "moe.routers.bilevel"),
+    *("moe.bias", "moe.capacity", "moe.routers.bilevel"),
     *("kernels.topk", "kernels.grouped_linear", "kernels.grouped_ffn"),
 ]
 NAMES = {"torch": torch, "headgate": headgate, "Routing": Routing, "grouped_linear": grouped_linear, "topk": topk}

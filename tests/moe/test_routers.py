@@ -1,6 +1,7 @@
 """Routers: one contract for all in ROUTERS, equality with transformers' own, and the bias that balances."""
 
 import copy
+import warnings
 from functools import wraps
 from importlib import import_module
 
@@ -182,6 +183,40 @@ def test_equals_transformers_own_router(family, assert_close):
     (routing.weights.gather(1, order2) * grad).sum().backward()
     assert_close(x2.grad, x.grad)
     assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+class TestOneChoice:
+    """One weight divided by itself is 1, and the router learns nothing from the output."""
+
+    def test_the_sigmoid_routers_weight_is_its_score(self, assert_close):
+        """As Megatron-Core and DeepSeek's own code have it: normalised only where K > 1."""
+        router, x = SigmoidRouter(20, 8, 1, scale=2.5), torch.randn(9, 20)
+        routing = router(x)
+        assert_close(routing.weights[:, 0], 2.5 * (x @ router.weight.T).sigmoid().amax(1))
+        routing.weights.sum().backward()
+        assert router.weight.grad.abs().sum() > 0
+        assert SigmoidRouter(20, 8, 2)(x).weights.sum(1).allclose(torch.ones(9))
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: SigmoidRouter(20, 8, 1, renormalize=True),
+            lambda: SoftmaxRouter(20, 8, 1, renormalize=True),
+            lambda: SoftmaxRouter(20, 8, 1, order="topk_softmax"),
+            lambda: BilevelRouter(20, 8, 1, nodes=2, renormalize=True),
+        ],
+    )
+    def test_who_asks_for_it_is_told(self, make):
+        with pytest.warns(UserWarning, match=r"top_k=1 .* makes every weight .*: the router learns from its losses"):
+            router = make()
+        assert router(torch.randn(9, 20)).weights.allclose(torch.ones(9, 1))
+
+    def test_others_hear_nothing(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for make in (lambda: SigmoidRouter(20, 8, 1), lambda: SoftmaxRouter(20, 8, 1),
+                         lambda: SoftmaxRouter(20, 8, 2, renormalize=True)):  # fmt: skip
+                make()
 
 
 class TestBias:

@@ -69,17 +69,17 @@ def test_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("p.json", "{}", "no physical_to_logical_map among"),
-        ("p.json", "{", "must hold another system's placement"),
-        ("p.json", '{"physical_to_logical_map": [[0, 1], [1]]}', "must hold another system's placement"),
+        ("p.json", "{}", "content of .* must be an object with physical_to_logical_map"),
+        ("p.json", "{", "must be another system's placement"),
+        ("p.json", '{"physical_to_logical_map": [[0, 1], [1]]}', "must be whole numbers"),
         ("p.json", '{"physical_to_logical_map": [[0, 0, 1, 1]]}', "replicas must be on distinct GPUs"),
         ("p.json", '{"physical_to_logical_map": [[0, 1, 2]]}', "no multiple of 2 GPUs"),
         ("p.json", '{"physical_to_logical_map": [[0.5, 1]]}', "must be whole numbers"),
-        ("p.yaml", "num_slots: 3\n", "no initial_global_assignments"),
-        ("p.txt", "", "ends in .txt"),
-        ("p.npz", "PK\x03\x04", "must hold another system's placement"),
-        ("p.json", "[" * 100_000, "must hold another system's placement"),
-        ("p.npy", "", "must hold another system's placement"),
+        ("p.yaml", "num_slots: 3\n", "content of .* must be initial_global_assignments"),
+        ("p.txt", "", "ending of .* must be .json, .npy"),
+        ("p.npz", "PK\x03\x04", "must be a whole .npz file"),
+        ("p.json", "[" * 100_000, "must be another system's placement"),
+        ("p.npy", "", "must be an .npy array"),
     ],
 )
 def test_files_that_hold_none(name, text, says, tmp_path):
@@ -111,7 +111,7 @@ def test_uneven_slots_are_for_nobody_else(tmp_path):
 
 def test_rows_that_are_not_there(tmp_path):
     export(SMALL, tmp_path / "p.json", "sglang")
-    with pytest.raises(ValueError, match=r"layers must be in 0 \.\. 1, got 2"):
+    with pytest.raises(ValueError, match=r"layers of .* must be in 0 \.\. 1, got 2"):
         import_map(tmp_path / "p.json", TWO, layers=[2])
     with pytest.raises(FileNotFoundError):
         import_map(tmp_path / "q.json", TWO)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...careful import opened
 from ...files import write_whole
-from ...traces.trace import BROKEN, Trace
+from ...traces.trace import Trace
 from ..steps import steps_of
 from .foresight import BLOCKS, GAIN, OFTEN, RATES, ROWS, SEEN, fit_steps
 from .state import LEARNED, Setting, State, learned_from, options, state
@@ -105,25 +106,18 @@ class Learned:
         write_whole(Path(path), lambda file: np.savez(file, version=np.int64(VERSION), **fields))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Learned:
-        """Reads what `save` wrote. Raises FileNotFoundError, or ValueError / TypeError naming file and fault."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in ("version", *_FIELDS) if name in file.files}
-        except FileNotFoundError:
-            raise
-        except BROKEN as error:
-            raise ValueError(f"Learned: {path} must be an .npz file of numeric arrays, got {error}") from error
-        missing = {"version", *_FIELDS} - found.keys()
-        if missing:
-            raise ValueError(f"Learned: {path} must hold {' and '.join(sorted(missing))}, got {sorted(found)}")
-        version = found.pop("version")
-        if version.shape or version != VERSION:
-            raise ValueError(f"Learned: version of {path} must be {VERSION}, got {version}")
-        try:
-            return cls(**found)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{error} (in {path})") from error
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Learned:
+        """Reads what `save` wrote. `max_bytes` of memory that it may fill: None for four times the file, or 64 MB.
+
+        Raises OSError where it is missing or may not be read, or ValueError naming file and fault.
+        """
+        with opened(path, "Learned", max_bytes) as file:
+            found = file.npz(required={"version", *_FIELDS}, allowed=())
+            file.integers(found.pop("version"), "version", shape=(), low=VERSION, high=VERSION)
+            try:
+                return cls(**found)
+            except (ValueError, TypeError) as error:
+                raise file.damaged("what Learned.save wrote", str(error).removeprefix("Learned: ")) from error
 
 
 _FIELDS = ("weights", "gain", "often", "recent")

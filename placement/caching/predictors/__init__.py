@@ -5,4 +5,5 @@
 | linear.py, fitting.py | a predictor that adds up tables; how the tables are learned |
 | ngram.py | a predictor from token ids: what followed the same last words |
 | curve.py | from a score to a probability: a rising curve for each layer |
+| checks.py | what a predictor's file must hold before compiled code may index by it |
 """

@@ -3,7 +3,7 @@
 | file | holds |
 |---|---|
 | common.py | a recording opened by its kind, and a Trace or Statistics made of what was found |
-| torch_file.py | tensors out of torch.save's files, without torch |
+| torch_file.py, parquet_rows.py | tensors out of torch.save's files, without torch; parquet, by a process of its own |
 | sglang.py, vllm.py, router_logits.py, llama_cpp.py, flame_moe.py, esft.py, eplb.py, counts.py | one format each |
 """
 
@@ -51,17 +51,19 @@ def convert(
     num_experts: int | None = None,
     max_tokens: int | None = None,
     tell: Callable[[str], None] | None = None,
+    max_bytes: int | None = None,
 ) -> TraceFile:
     """`read`, written to the trace file `output`, whole or not at all. FLAME-MoE's traces are streamed.
 
     Raises what `read` raises, and ValueError where the recording holds loads only.
     """
-    options = Options(top_k, num_experts, max_tokens, tell or (lambda line: None))
-    found = open_recording(Path(path))
-    name = _format(found, format)
-    if name == "flame-moe":
+    options = Options(top_k, num_experts, max_tokens, tell or (lambda line: None), max_bytes)
+    found = open_recording(Path(path), max_bytes)
+    with found.file.watched("a recording"):
+        name = _format(found, format)
+        trace = None if name == "flame-moe" else READERS[name].read(found, options)
+    if trace is None:
         return flame_moe.write(found, options, output)
-    trace = READERS[name].read(found, options)
     if not isinstance(trace, Trace):
         raise ValueError(f"convert: {path} must hold the choices of tokens to become a trace, got loads only")
     trace.save(output)
@@ -76,6 +78,7 @@ def read(
     num_experts: int | None = None,
     max_tokens: int | None = None,
     tell: Callable[[str], None] | None = None,
+    max_bytes: int | None = None,
 ) -> Trace | Statistics:
     """What another program recorded, whole in memory.
 
@@ -84,16 +87,18 @@ def read(
     num_experts  E, where it does not (None: one more than the largest id)
     max_tokens   read no more than the first so many
     tell         called with a line where something is worth knowing, such as how many tokens came from where
+    max_bytes    memory that the file may fill (None: four times its size, or 64 MB)
 
-    Raises FileNotFoundError; ValueError naming file, field, rule and value, where the format cannot be told, the
-    content is not what it should be, an id is out of range, or an option is missing; RuntimeError where a package is
-    missing.
+    Raises OSError where it is missing or may not be read; ValueError naming file, field, rule and value, where the
+    format cannot be told, the content is not what it should be, an id is out of range, or an option is missing;
+    RuntimeError where a package is missing.
 
     >>> trace = read("expert_distribution_recorder_1764088000.5_0.pt")
     """
-    options = Options(top_k, num_experts, max_tokens, tell or (lambda line: None))
-    found = open_recording(Path(path))
-    return READERS[_format(found, format)].read(found, options)
+    options = Options(top_k, num_experts, max_tokens, tell or (lambda line: None), max_bytes)
+    found = open_recording(Path(path), max_bytes)
+    with found.file.watched("a recording"):
+        return READERS[_format(found, format)].read(found, options)
 
 
 def _format(found: Found, format: str | None) -> str:

@@ -11,23 +11,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ...careful import Guard, folder, opened
 from ..statistics import Statistics
-from ..trace import BROKEN, Trace, id_type
+from ..trace import Trace, id_type
 from .torch_file import load_torch
 
 
 @dataclass(frozen=True)
 class Options:
     """What a recording may not say itself: K (`top_k`), E (`num_experts`); and `max_tokens` to read at most. `tell` is
-    called with a line where a reader found something worth knowing."""
+    called with a line where a reader found something worth knowing. `max_bytes` of memory to fill (None: four times the
+    file, or 64 MB)."""
 
     top_k: int | None = None
     num_experts: int | None = None
     max_tokens: int | None = None
     tell: Callable[[str], None] = lambda line: None
+    max_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "num_experts", "max_tokens"):
+        for name in ("top_k", "num_experts", "max_tokens", "max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"read: {name} must be at least 1, got {value}")
@@ -38,53 +41,68 @@ class Found:
     """A recording, opened: `content` is what the file holds as plain Python values and numpy arrays (.pt, .npy, .npz as
     a dict, .json, .jsonl as a list), or None where the reader reads the text, the columns or the folder itself."""
 
-    path: Path
+    file: Guard
     content: Any = None
 
-    def rule(self, holds: bool, field: str, rule: str, value: object) -> None:
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def rule(self, holds: bool | np.bool_, field: str, rule: str, value: object) -> None:
         """Raises the ValueError of all readers."""
-        if not holds:
-            raise ValueError(f"read: {field} of {self.path} must be {rule}, got {value}")
+        self.file.rule(holds, field, rule, value)
 
     def array(self, value: ArrayLike, field: str, *, dims: int, kinds: str = "iu") -> NDArray:
-        """A numpy array with so many dimensions and numbers of such kinds; NaN and Inf are refused."""
-        try:
+        """A numpy array with so many dimensions and numbers of such kinds; NaN, Inf, and 2**63 and more are refused."""
+        with self.file.watched("an array of numbers", field):
+            if isinstance(value, list | tuple):
+                self.file.take(8 * _size(value), field)  # a pickle can name one list many times
             found = np.asarray(value)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"read: {field} of {self.path} must be an array of numbers, got {error}") from error
         what = {"iu": "whole numbers", "iuf": "numbers", "f": "fractions"}[kinds]
         self.rule(found.dtype.kind in kinds, field, what, found.dtype)
         self.rule(found.ndim == dims, field, f"an array with {dims} dimensions", list(found.shape))
         if found.dtype.kind == "f":
             self.rule(bool(np.isfinite(found).all()), field, "finite", "NaN or Inf")
+        if found.dtype == np.uint64:  # or 2**64 - 1 would become -1, which means no expert
+            self.rule(not found.size or int(found.max()) < 2**63, field, "below 2**63", found.max(initial=0))
+            found = found.astype(np.int64)
         return found
 
 
-def open_recording(path: Path) -> Found:
-    """Raises FileNotFoundError, or ValueError where the content is not what the name says."""
+def _size(value: object) -> int:
+    """Elements of the array that nested lists make, by the first of each."""
+    size = 1
+    for _ in range(64):  # numpy has no more dimensions
+        if not isinstance(value, list | tuple) or not value:
+            break
+        size, value = size * len(value), value[0]
+    return size
+
+
+TABLES = (".csv", ".txt", ".tsv", ".parquet")  # read by their readers
+
+
+def open_recording(path: Path, max_bytes: int | None = None) -> Found:
+    """Raises OSError where it is missing, or ValueError where the content is not what the name says."""
     kind = path.suffix.lower()
-    try:
-        if path.is_dir() or kind in (".parquet", ".csv", ".txt", ".tsv"):
-            if not path.exists():
-                raise FileNotFoundError(2, "No such file or directory", str(path))
-            return Found(path)
+    if path.is_dir():
+        return Found(folder(path, "read", path.iterdir(), max_bytes))
+    with opened(path, "read", max_bytes) as file:
+        if kind in TABLES:
+            return Found(file)
         if kind in (".pt", ".pth"):
-            return Found(path, load_torch(path))
+            return Found(file, load_torch(file))
         if kind == ".npy":
-            return Found(path, np.load(path, mmap_mode="r", allow_pickle=False))
+            return Found(file, file.npy())
         if kind == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return Found(path, {name: file[name] for name in file.files})
+            return Found(file, file.npz())
         if kind == ".json":
-            return Found(path, json.loads(path.read_text()))
+            return Found(file, file.json())
         if kind == ".jsonl":
-            return Found(path, [json.loads(line) for line in path.read_text().splitlines() if line.strip()])
-    except FileNotFoundError:
-        raise
-    except BROKEN as error:  # RecursionError, of JSON nested without end, is a RuntimeError
-        raise ValueError(f"read: {path} must be a whole {kind} file, got {error}") from error
-    kinds = ".pt, .pth, .npy, .npz, .json, .jsonl, .csv, .txt or .parquet"
-    raise ValueError(f"read: {path} must be a folder or a {kinds} file, got {kind!r}")
+            with file.watched("JSON in each line"):
+                return Found(file, [json.loads(line) for line in file.lines() if line.strip()])
+        kinds = ".pt, .pth, .npy, .npz, .json, .jsonl, .csv, .txt or .parquet"
+        raise file.damaged(f"a folder or a {kinds} file", repr(kind))
 
 
 def trace_of(
@@ -107,6 +125,7 @@ def trace_of(
         sequence = None if sequence is None else sequence[: options.max_tokens]
         weights = None if weights is None else weights[:, : options.max_tokens]
     experts = options.num_experts or num_experts or int(ids.max()) + 1
+    found.rule(experts < 2**32, "expert ids", "below 2**32 - 1", experts - 1)
     found.rule(experts >= 1, "expert ids", "not all negative", int(ids.max()))
     wrong = ids >= experts
     if wrong.any():
@@ -138,6 +157,8 @@ def statistics_of(found: Found, counts: NDArray, field: str, options: Options) -
     whole = np.rint(counts[used])
     if (whole != counts[used]).any():
         whole = np.rint(counts[used] * 1024.0)
+    most = float(whole.sum())
+    found.rule(most < 2**62, field, "below 2**62 in sum", most)
     load = whole.astype(np.int64)
     top_k = options.top_k or 1
     names = tuple(f"layers.{n}" for n in used.tolist())

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...careful import opened
 from ..trace import Trace
 from .common import Found, Options, trace_of
 
@@ -45,16 +46,17 @@ def _files(path: Path) -> dict[int, Path]:
     return {int(match[1]): file for file in several if (match := LAYER.fullmatch(file.name))}
 
 
-def _layer(found: Found, path: Path, top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float32], list[int]]:
+def _layer(found: Found, path: Path, top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float64], list[int]]:
     """ids and weights [T, K] of one file, and the tokens of each sequence."""
     ids, weights, lengths = [], [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    with opened(path, "read") as file:
+        lines = list(file.lines("replace"))
+    for number, line in enumerate(lines, 1):
         field, (chosen, _, scored) = f"line {number} in {path.name}", line.partition("\t\t")
-        try:
+        with found.file.watched("ids, two tabs, weights", field):
             ids.append(np.array(chosen.split("\t"), np.int64))
-            weights.append(np.array(scored.split("\t"), np.float32))
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"read: {field} of {found.path} must be ids, two tabs, weights, got {error}") from error
+            weights.append(np.array(scored.split("\t"), np.float64))
+            found.rule(bool((np.abs(weights[-1]) <= 65504).all()), field, "of weights that float16 can hold", scored)
         counts = len(ids[-1]), len(weights[-1])
         found.rule(counts[0] == counts[1], field, "one weight for each id", f"{counts[0]} ids, {counts[1]} weights")
         found.rule(counts[0] % top_k == 0, field, f"a multiple of K={top_k} ids", counts[0])

@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...careful import Missing, opened
 from ..file import TraceFile, TraceWriter
 from ..trace import Trace
 from .common import Found, Options, trace_of
+from .parquet_rows import rows_of
 
 LAYER = re.compile(r"layer_(\d+)\.parquet")
 ROWS = 65536
@@ -69,53 +70,19 @@ def chunks(found: Found, rows: int = ROWS) -> Iterator[NDArray[np.int64]]:
     """Ids [L, t, K], t <= rows, of the folder's layers side by side."""
     files = _files(found.path)
     found.rule(bool(files), "folder", "holding layer_NN.parquet", "none")
-    parquet = _pyarrow()
-    with ExitStack() as stack:
-        opened = [_open(found, parquet, stack, files[layer]) for layer in sorted(files)]
-        counts = {file.metadata.num_rows for file in opened}
-        found.rule(len(counts) == 1, "layers", "of one number of rows", sorted(counts))
-        streams = [file.iter_batches(batch_size=rows, columns=["indices"]) for file in opened]
-        for start in range(0, next(iter(counts)), rows):
-            sides = zip(sorted(files), streams, strict=True)
-            ids = [_ids(found, files[layer], next(stream)) for layer, stream in sides]
-            widths = {i.shape for i in ids}
-            found.rule(len(widths) == 1, f"indices from row {start}", "alike in all layers", sorted(widths))
-            yield np.stack(ids)
+    if find_spec("pyarrow") is None:
+        raise Missing("read: parquet files need pyarrow, which is not installed: pip install pyarrow")
+    for path in files.values():
+        with opened(path, "read"):  # a regular file that may be read
+            pass
+    layers = [files[layer] for layer in sorted(files)]
+    for piece in rows_of(layers, "indices", rows, found.file.left):
+        if isinstance(piece, dict):
+            raise found.file.damaged(piece["rule"], piece["value"], piece["field"] or piece["file"])
+        yield np.stack(piece)
 
 
 def _files(path: Path) -> dict[int, Path]:
     """Layer number -> file."""
     several = path.iterdir() if path.is_dir() else [path]
     return {int(match[1]): file for file in several if (match := LAYER.fullmatch(file.name))}
-
-
-def _open(found: Found, parquet: Any, stack: ExitStack, path: Path) -> Any:
-    try:
-        file = stack.enter_context(parquet.ParquetFile(path))
-    except (OSError, ValueError) as error:  # pyarrow's own errors are such
-        raise ValueError(f"read: {path} must be a whole parquet file, got {error}") from error
-    names = file.schema_arrow.names
-    found.rule("indices" in names, f"columns in {path.name}", "indices and scores", names)
-    return file
-
-
-def _ids(found: Found, path: Path, batch: Any) -> NDArray[np.int64]:
-    column = batch.column(0)
-    try:
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        ids = flat.reshape(len(column), -1)
-        even = len(column) * ids.shape[1] == len(flat) and not column.null_count and ids.dtype.kind in "iu"
-        if hasattr(column, "offsets"):
-            even = even and bool((np.diff(column.offsets.to_numpy()) == ids.shape[1]).all())
-    except (ValueError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"read: indices of {path} must be lists of one length, got {error}") from error
-    found.rule(even, f"indices in {path.name}", "lists of whole numbers, of one length", column.type)
-    return ids.astype(np.int64)
-
-
-def _pyarrow() -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise RuntimeError("read: parquet files need pyarrow, which is not installed: pip install pyarrow") from error
-    return parquet

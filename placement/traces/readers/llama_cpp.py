@@ -16,6 +16,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
+from ...careful import opened
 from ..trace import Trace
 from .common import Found, Options, trace_of
 
@@ -27,11 +28,9 @@ def fits(found: Found) -> bool:
 
 
 def read(found: Found, options: Options) -> Trace:
-    with open(found.path, encoding="utf-8", errors="replace") as file:
-        first = file.readline().strip()
-    if first == HEADER:
+    if _first(found) == HEADER:
         return _named(found, options)
-    rows = _numbers(found, skip=0, columns=(0, 1), width=2)
+    rows = _numbers(found, options, ("layer", "expert"), (0, 1))
     starts = np.flatnonzero(np.diff(rows[:, 0], prepend=-1) != 0)
     lengths = np.diff(np.append(starts, len(rows)))
     top_k = options.top_k or _top_k(found, rows[:, 1], lengths)
@@ -40,9 +39,12 @@ def read(found: Found, options: Options) -> Trace:
     layers = np.unique(rows[:, 0])
     place = np.searchsorted(layers, rows[starts, 0])
     begins = np.append(np.flatnonzero(np.diff(place, prepend=place[0] + 1) <= 0), len(place))  # runs that begin a pass
+    runs = list(pairwise(begins))
+    tokens_of = [int(lengths[begin:end].max()) // top_k for begin, end in runs]
+    # a pass leaves out no layer but those of whom no logits are asked for
+    found.file.take(8 * len(layers) * sum(tokens_of) * top_k, "passes that leave out layers")
     chunks = []
-    for begin, end in pairwise(begins):
-        tokens = int(lengths[begin:end].max()) // top_k
+    for (begin, end), tokens in zip(runs, tokens_of, strict=True):
         ids = np.full((len(layers), tokens, top_k), -1, np.int64)
         for run in range(begin, end):
             chosen = rows[starts[run] : starts[run] + lengths[run], 1].reshape(-1, top_k)
@@ -61,7 +63,7 @@ def _top_k(found: Found, experts: NDArray[np.int64], lengths: NDArray[np.int64])
 
 
 def _named(found: Found, options: Options) -> Trace:
-    rows = _numbers(found, skip=1, columns=(1, 2, 3, 4), width=5)
+    rows = _numbers(found, options, tuple(HEADER.split(",")[1:]), (1, 2, 3, 4))
     token, layer, rank, expert = rows.T
     layers, places = np.unique(layer, return_inverse=True)
     shape = (len(layers), int(token.max()) + 1, int(rank.max()) + 1)
@@ -73,18 +75,14 @@ def _named(found: Found, options: Options) -> Trace:
     return trace_of(found, ids, options, layers=layers.tolist())
 
 
-def _numbers(found: Found, skip: int, columns: tuple[int, ...], width: int) -> NDArray[np.int64]:
-    found.rule(found.path.stat().st_size > 0, "rows", "at least one", 0)
-    with open(found.path, encoding="utf-8", errors="replace") as file:
-        first = file.readline().strip()
+def _first(found: Found) -> str:
+    with opened(found.path, "read") as file:
+        return next(file.lines("replace"), "").strip()
+
+
+def _numbers(found: Found, options: Options, names: tuple[str, ...], columns: tuple[int, ...]) -> NDArray[np.int64]:
+    first, width = _first(found), max(columns) + 1
     rule = f"rows of {width} columns, {'layer,expert' if width == 2 else HEADER} (or layer,expert,count: counts)"
     found.rule(first.count(",") == width - 1, "content", rule, repr(first[:80]))
-    try:
-        rows = np.loadtxt(
-            found.path, np.int64, delimiter=",", skiprows=skip, usecols=columns, ndmin=2, encoding="utf-8"
-        )
-    except (ValueError, IndexError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(f"read: rows of {found.path} must be {width} whole numbers or names, got {error}") from error
-    found.rule(len(rows) > 0, "rows", "at least one", 0)
-    found.rule(int(rows.min()) >= 0, "numbers", "not negative", int(rows.min()))
-    return rows
+    with opened(found.path, "read", options.max_bytes) as file:
+        return file.table(names, columns, 0 if width == 2 else 1)

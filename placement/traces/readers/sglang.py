@@ -36,11 +36,15 @@ def read(found: Found, options: Options) -> Trace | Statistics:
     found.rule(fits(found), "content", "a dict with records or logical_count", type(content).__name__)
     if "logical_count" in content:
         counts = found.array(content["logical_count"], "logical_count", dims=3, kinds="iuf")
+        _countable(found, counts, "logical_count")
         total = counts.sum(axis=0, dtype=np.float64 if counts.dtype.kind == "f" else np.int64)
         return statistics_of(found, total, "logical_count", options)
     logical = found.array(content["last_physical_to_logical_map"], "last_physical_to_logical_map", dims=2)
     found.rule(logical.size > 0, "last_physical_to_logical_map", "[L, P], not empty", list(logical.shape))
     found.rule(logical.min() >= 0, "last_physical_to_logical_map", "not negative", logical.min())
+    physical = logical.shape[1]
+    rule = f"below {physical}, for no expert is without a physical one"
+    found.rule(logical.max() < physical, "last_physical_to_logical_map", rule, logical.max())
     records = content["records"]
     fine = isinstance(records, list) and bool(records) and all(isinstance(r, dict) for r in records)
     found.rule(fine, "records", "a list of dicts, at least one", type(records).__name__ if not records else records[:1])
@@ -56,6 +60,7 @@ def _per_token(found: Found, records: list[dict], logical: NDArray, options: Opt
         field = f"records[{number}].topk_ids_of_layer"
         ids = found.array(record["topk_ids_of_layer"], field, dims=3).astype(np.int64)
         found.rule(len(ids) == layers, field, f"[L={layers}, T, K]", list(ids.shape))
+        found.rule(int(ids.min(initial=-1)) >= -1, field, "physical ids, or -1 for none", ids.min(initial=-1))
         top = int(ids.max(initial=-1))
         found.rule(top < physical, field, f"physical ids below {physical}", top)
         chunks.append(np.where(ids < 0, -1, logical[np.arange(layers)[:, None, None], ids]))
@@ -79,7 +84,9 @@ def _sequences(found: Found, records: list[dict[str, Any]]) -> NDArray | None:
             return None
         tokens, field = np.shape(record["topk_ids_of_layer"])[1], f"records[{number}].extend_seq_lens"
         length = found.array(extended, field, dims=1)
-        found.rule(int(length.sum()) == tokens, field, f"adding up to {tokens} tokens", int(length.sum()))
+        found.rule(int(length.min(initial=0)) >= 0, field, "not negative", length.min(initial=0))
+        total = sum(length.tolist())  # numpy's sum may wrap
+        found.rule(total == tokens, field, f"adding up to {tokens} tokens", total)
         lengths += length.tolist()
     return np.repeat(np.arange(len(lengths)), lengths)
 
@@ -91,7 +98,14 @@ def _per_pass(found: Found, records: list[dict], logical: NDArray, options: Opti
         found.rule("global_physical_count" in record, field, "there", sorted(record))
         counts = found.array(record["global_physical_count"], field, dims=2)
         found.rule(counts.shape == logical.shape, field, f"[L, P]={list(logical.shape)}", list(counts.shape))
+        _countable(found, counts, field)
         total += counts
     load = np.zeros((len(logical), int(logical.max()) + 1), np.int64)
     np.add.at(load, (np.arange(len(logical))[:, None], logical), total)
     return statistics_of(found, load, "global_physical_count", options)
+
+
+def _countable(found: Found, counts: NDArray, field: str) -> None:
+    """That no sum of them wraps."""
+    total = float(counts.sum(dtype=np.float64))
+    found.rule(counts.min(initial=0) >= 0 and total < 2**48, field, "not negative, below 2**48 in sum", total)

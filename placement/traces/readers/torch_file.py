@@ -8,15 +8,19 @@ other is refused.
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from math import prod
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ...careful import Opened
 
 # torch's storage classes and dtypes -> numpy's; bfloat16 is widened when it is read
 TYPES = {
@@ -29,27 +33,34 @@ DTYPES = {
 }  # fmt: skip
 
 
-def load_torch(path: str | Path) -> Any:
+def load_torch(file: Opened) -> Any:
     """What was saved: dicts, lists, tuples, numbers, text, with every tensor a numpy array (bfloat16 as float32).
 
-    Raises FileNotFoundError, or ValueError where the file is no such archive, is damaged, or names anything else than
-    tensors.
+    Raises ValueError where the file is no such archive, is damaged, or names anything else than tensors.
     """
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"torch file: {path} must be a zip archive as torch.save writes it, got {error}") from error
-    with archive:
-        pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError(f"torch file: {path} must hold one data.pkl, got {len(pickles)}")
-        try:
-            with archive.open(pickles[0]) as file:
-                return _Unpickler(file, archive, pickles[0].removesuffix("data.pkl"), str(path)).load()
-        except (pickle.UnpicklingError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
-            raise ValueError(f"torch file: {path} must be as torch.save writes it, got {error}") from error
-        except (zipfile.BadZipFile, UnicodeDecodeError, OverflowError, MemoryError) as error:
-            raise ValueError(f"torch file: {path} must be whole, got {error}") from error
+    members = file.members("a zip archive, whole, as torch.save writes it")
+    pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
+    file.rule(len(pickles) == 1, "archive", "holding one data.pkl, as torch.save writes it", len(pickles))
+    stored = members[pickles[0]].compress_type == zipfile.ZIP_STORED
+    file.rule(stored, "data.pkl", "stored as it is, as torch.save writes it", "compressed")
+    with file.watched("as torch.save writes it"):
+        text = _read(file, pickles[0])
+        _scan(file, text)
+        return _Unpickler(io.BytesIO(text), file, members, pickles[0].removesuffix("data.pkl")).load()
+
+
+def _read(file: Opened, name: str) -> bytes:
+    """A member whole."""
+    assert file.archive is not None
+    file.take(file.archive.getinfo(name).file_size, name)
+    return file.archive.read(name)
+
+
+def _scan(file: Opened, text: bytes) -> None:
+    """Refuses what would fill the memory: the C unpickler keeps a table up to the largest number that a PUT names."""
+    for count, (code, argument, _) in enumerate(pickletools.genops(text)):
+        if "PUT" in code.name and argument is not None:
+            file.rule(0 <= int(argument) <= count, "data.pkl", "numbering its objects in order", argument)
 
 
 class _Storage:
@@ -57,12 +68,8 @@ class _Storage:
         self.kind, self.data, self.little = kind, data, little
 
     def numbers(self, kind: str) -> NDArray:
-        order = "<" if self.little else ">"
-        if kind == "bf16":  # the upper half of a float32
-            halves = np.frombuffer(self.data, order + "u2").astype(np.uint32)
-            return (halves << np.uint32(16)).view(np.float32)
-        found = np.frombuffer(self.data, order + kind)
-        return found.astype(found.dtype.newbyteorder("="), copy=False)
+        """All of it, not copied; bfloat16 as the whole numbers of its bits."""
+        return np.frombuffer(self.data, ("<" if self.little else ">") + ("u2" if kind == "bf16" else kind))
 
 
 class _Kind:
@@ -73,11 +80,11 @@ class _Kind:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, prefix: str, path: str) -> None:
-        super().__init__(file)
-        self.archive, self.prefix, self.path = archive, prefix, path
-        names = archive.namelist()
-        self.little = f"{prefix}byteorder" not in names or archive.read(f"{prefix}byteorder") == b"little"
+    def __init__(self, text: BinaryIO, file: Opened, members: Mapping[str, zipfile.ZipInfo], prefix: str) -> None:
+        super().__init__(text)
+        self.file, self.members, self.prefix = file, members, prefix
+        order = f"{prefix}byteorder"
+        self.little = order not in members or _read(file, order) == b"little"
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -93,46 +100,48 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_parameter"): _parameter,
             ("collections", "OrderedDict"): OrderedDict,
         }
-        if (module, name) not in allowed:
-            raise ValueError(
-                f"torch file: {self.path} must hold tensors and plain Python values only, got {module}.{name}"
-            )
+        rule = "of tensors and plain Python values only"
+        self.file.rule((module, name) in allowed, "data.pkl", rule, f"{module}.{name}")
         return allowed[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         """A storage: ("storage", class, key, location, number of elements)."""
         what, kind, key, _, numel = pid
-        if what != "storage" or not isinstance(kind, _Kind) or not isinstance(numel, int):
-            raise ValueError(f"torch file: a persistent id of {self.path} must be a storage, got {what}")
+        fine = what == "storage" and isinstance(kind, _Kind) and type(numel) is int and isinstance(key, str)
+        self.file.rule(fine, "a persistent id", "a storage", pid)
         if key not in self.storages:
-            info = self.archive.getinfo(f"{self.prefix}data/{key}")
+            name = f"{self.prefix}data/{key}"
+            self.file.rule(name in self.members, f"storage {key}", "in the archive", "none")
+            info = self.members[name]
             size = numel * (2 if kind.kind == "bf16" else np.dtype(kind.kind).itemsize)
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != size:
-                raise ValueError(
-                    f"torch file: storage {key} of {self.path} must be {size} stored bytes, got {info.file_size}"
-                )
-            self.storages[key] = _Storage(kind.kind, self.archive.read(info), self.little)
+            stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == size
+            self.file.rule(stored, f"storage {key}", f"{size} stored bytes", info.file_size)
+            self.storages[key] = _Storage(kind.kind, _read(self.file, name), self.little)
         return self.storages[key]
 
     def _tensor(self, storage: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> NDArray:
-        return self._view(storage.numbers(storage.kind), offset, size, stride)
+        return self._view(storage, storage.kind, offset, size, stride)
 
     def _tensor_v3(
         self, storage: _Storage, offset: int, size: tuple, stride: tuple, grad: bool, hooks: Any, dtype: _Kind, *_: Any
     ) -> NDArray:
-        return self._view(storage.numbers(dtype.kind), offset, size, stride)
+        return self._view(storage, dtype.kind, offset, size, stride)
 
-    def _view(self, numbers: NDArray, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> NDArray:
-        count = prod([int(n) for n in size])
-        fits = len(size) == len(stride) and min((offset, *size, *stride)) >= 0 and count <= len(numbers)
+    def _view(
+        self, storage: _Storage, kind: str, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
+    ) -> NDArray:
+        numbers = storage.numbers(kind)
+        fits = len(size) == len(stride) and min((offset, *size, *stride)) >= 0 and prod(size) <= len(numbers)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=False))
-        if not fits or (count and last >= len(numbers)):
-            raise ValueError(
-                f"torch file: a tensor of {self.path} must lie inside its storage of {len(numbers)} elements, "
-                f"got shape {tuple(size)}, strides {tuple(stride)}, offset {offset}"
-            )
+        inside = fits and not (prod(size) and last >= len(numbers))
+        where = f"shape {tuple(size)}, strides {tuple(stride)}, offset {offset}"
+        self.file.rule(inside, "a tensor", f"inside its storage of {len(numbers)} elements", where)
+        self.file.take(prod(size) * max(4, numbers.itemsize), "a tensor")
         steps = tuple(step * numbers.itemsize for step in stride)
-        return np.lib.stride_tricks.as_strided(numbers[offset:], size, steps, writeable=False).copy()
+        found = np.lib.stride_tricks.as_strided(numbers[offset:], size, steps, writeable=False)
+        if kind == "bf16":  # the upper half of a float32
+            return (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return found.astype(numbers.dtype.newbyteorder("="))
 
 
 def _parameter(data: NDArray, *_: Any) -> NDArray:

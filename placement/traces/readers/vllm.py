@@ -16,7 +16,6 @@ prompt and the first choice; further choices, which ran no prompt of their own, 
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...careful import header
 from ..trace import Trace
 from .common import Found, Options, trace_of
 
@@ -120,7 +120,9 @@ def _choices(response: dict[str, Any]) -> list[dict[str, Any]]:
 def _decoded(found: Found, name: str, value: Any) -> NDArray:
     if not isinstance(value, str):
         return found.array(value, name, dims=3)
-    try:
-        return np.load(io.BytesIO(base64.b64decode(value, validate=True)), allow_pickle=False)
-    except (binascii.Error, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"read: {name} of {found.path} must be an .npy file in base64, got {error}") from error
+    with found.file.watched("an .npy file in base64", name):
+        text = base64.b64decode(value, validate=True)
+        stream = io.BytesIO(text)
+        shape, fortran, dtype = header(found.file, stream, name, len(text))
+        flat = np.frombuffer(text, dtype, offset=stream.tell())
+        return flat.reshape(shape, order="F" if fortran else "C")

@@ -117,6 +117,21 @@ class TestTools:
         exported = torch.export.export(olmoe.model, (), inputs, strict=False)
         assert_close(exported.module()(**inputs).logits, want)
 
+    @pytest.mark.slow  # C++ is compiled
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+    def test_ahead_of_time_package(self, build, name, tmp_path):
+        """The package of a block is loaded as a server would, and gives the same numbers."""
+        block = build(name).model.eval().model.layers[0].mlp
+        headgate.replace(block)
+        x = torch.randn(2, 5, 32)
+        exported = torch.export.export(block, (x,), strict=False)
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "block.pt2"))
+        with torch.no_grad():
+            got, want = torch._inductor.aoti_load_package(path)(x), block(x)
+        for a, b in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, want)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
     def test_threads_share_a_model(self, build):
         olmoe = build("olmoe")
         olmoe.model.eval()

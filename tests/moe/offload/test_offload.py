@@ -10,8 +10,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from func_transforms import ONE
 from offload_cases import Stack
 from torch import nn
+from torch.autograd import forward_ad
 
 import headgate
 from headgate.moe.offload import Engine, FileStore, HostStore, Layer
@@ -175,10 +177,13 @@ def test_few_bits(stack, tmp_path):
     same(answers(stack, inputs), want)
 
 
+def another_w_down(experts) -> None:
+    experts.w_down = torch.nn.Parameter(torch.zeros_like(experts.w_down))
+
+
 def test_weights_that_change_meanwhile_are_noticed(stack, tmp_path):
     offloaded = headgate.offload(stack, "25%", "lru", None, tmp_path)
-    with torch.no_grad():
-        stack.blocks[1].experts.w_down.mul_(2)
+    another_w_down(stack.blocks[1].experts)
     with pytest.raises(RuntimeError, match=r"blocks.1.experts.w_down must stay as it was"):
         answers(stack, calls()[:1])
     offloaded.close(discard=True)
@@ -235,8 +240,8 @@ def test_two_models_in_one_folder(stack, tmp_path):
 
 def test_weights_that_would_be_lost_are_named_at_the_end(stack, tmp_path):
     offloaded = headgate.offload(stack, "25%", "lru", None, tmp_path)
-    stack.load_state_dict({name: torch.zeros_like(w) for name, w in stack.state_dict().items()})
-    with pytest.raises(RuntimeError, match="w_gate_up must stay as it was when it was offloaded"):
+    another_w_down(stack.blocks[1].experts)
+    with pytest.raises(RuntimeError, match="w_down must stay as it was when it was offloaded"):
         offloaded.close()
     offloaded.close(discard=True)
     assert stack.blocks[0].experts.w_down.any()
@@ -280,6 +285,16 @@ def test_gradients_are_refused(stack, tmp_path):
         stack(x=calls()[0])
 
 
+@pytest.mark.parametrize("name", ["jvp", "forward_ad", "grad"])
+def test_transforms_are_refused(name, stack, tmp_path):
+    x = calls()[0]
+    with headgate.offload(stack, "25%", "lru", None, tmp_path), torch.no_grad():
+        with pytest.raises(NotImplementedError, match="offload: tensors must not be those of a transform"):
+            ONE[name](lambda x: stack(x=x), (x,))
+        with forward_ad.dual_level():  # nobody's tangent
+            stack(x=x)
+
+
 def test_close_twice_and_use_after(stack, tmp_path):
     offloaded = headgate.offload(stack, "25%", "lru", None, tmp_path)
     offloaded.close()
@@ -315,8 +330,7 @@ def test_one_store_serves_one_setting_after_another(stack):
 
 def test_weights_that_would_be_lost_are_named_without_restoring_too(stack, tmp_path):
     offloaded = headgate.offload(stack, "25%", "lru", None, tmp_path)
-    with torch.no_grad():
-        stack.blocks[1].experts.w_down.mul_(2)
+    another_w_down(stack.blocks[1].experts)
     with pytest.raises(RuntimeError, match="must stay as it was when it was offloaded"):
         offloaded.close(restore=False)
     offloaded.close(discard=True)

@@ -272,3 +272,5 @@ def ulysses_refuses_shapes_that_do_not_go_together():
     for odd in (q[:, :, :2], q[:1], q[0]):
         with pytest.raises(ValueError, match=r"ulysses: q, k and v must be \[B, H, S/G, d\], k and v alike"):
             ulysses(q, odd, odd, attend, group)
+    with pytest.raises(NotImplementedError, match="ulysses: tensors must not be those of a transform"):
+        torch.func.grad(lambda q: ulysses(q, q.detach(), q.detach(), attend, group).sum())(q)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from folds_cases import CHECKS, D, E, K, check, compare, layer, make_fold, once, parts, some_folds
+from func_transforms import ONE
 from ranks_compare import close
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -33,7 +34,11 @@ def the_layer_under_every_fold():
 
 @check
 def other_forms_of_layers():
-    for options in ({"gated": False, "activation": "gelu"}, {"bias": False, "shared_intermediate_size": 0}):
+    for options in (
+        {"gated": False, "activation": "gelu"},
+        {"bias": False, "shared_intermediate_size": 0},
+        {"weights_on_input": True, "latent_size": 4},
+    ):
         for fold in some_folds():
             once(fold, options)
 
@@ -41,9 +46,25 @@ def other_forms_of_layers():
 @check
 def tokens_dropped_or_not():
     """The capacity of the whole batch: the same pairs go as in one process."""
-    for drop in ("weight", "position"):
+    for drop in ("weight", "choice"):
         for sizes in list(Fold.possible(dist.get_world_size()))[:: 1 if dist.get_world_size() < 4 else 5]:
             once(make_fold(sizes), {"capacity": Capacity(0.7, drop=drop, scope="batch")})
+
+
+@check
+def a_balancing_loss_of_each_tp_x_cp_group():
+    """Megatron's aux_loss: the ranks of one dp have a batch of their own."""
+    how = {"load_balancing_scope": "rank", "z_loss_coef": 0.0}
+    for fold in some_folds():
+        whole, mine = layer(**how), headgate.parallelize(layer(**how), fold)
+        torch.manual_seed(11)
+        x, dp, losses = torch.randn(dist.get_world_size(), 5, D), fold.size("dp"), []
+        (mine(x[dist.get_rank()]) * 0).sum().backward()
+        for tokens in x.view(dp, -1, D):
+            (whole(tokens) * 0).sum().backward()
+            losses.append(whole.aux_losses["load_balancing"])
+        close(mine.aux_losses["load_balancing"], torch.stack(losses).mean(), f"{fold}: value")
+        close(mine.router.weight.grad, whole.router.weight.grad / dp, f"{fold}: gradient")
 
 
 @check
@@ -55,18 +76,61 @@ def two_levels_of_routing():
 @check
 def every_dispatcher_by_name():
     size = dist.get_world_size()
-    for fold in (Fold({"dp": size}, {"ep": size}), Fold({"tp": size}, {"ep": size // 2, "etp": 2})):
+    on_input = {"weights_on_input": True, "bias": False}
+    for fold, options in (
+        (Fold({"dp": size}, {"ep": size}), on_input),
+        (Fold({"tp": size}, {"ep": size // 2, "etp": 2}), {}),
+    ):
         for name in DISPATCHERS:
             if name not in ("local", "slice_all_reduce"):
-                once(fold, dispatcher=name, ranks_per_node=2)
+                once(fold, options, dispatcher=name, ranks_per_node=2)
 
 
-def replicated(fold: Fold) -> None:
+@check
+def biases_of_a_model_follow_the_load_of_all_ranks():
+    """update_biases after each optimizer step: the steps of one process, in one all-reduce for all layers."""
+    options = {"router": "sigmoid", "router_options": {"bias_rate": 0.1}}
+    for fold in some_folds():
+        models = [torch.nn.Sequential(layer(**options), layer(seed=4, **options)) for _ in range(2)]
+        whole, mine = models[0], headgate.parallelize(models[1], fold)
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (whole, mine)]
+        for model, optimizer in zip((whole, mine), optimizers, strict=True):
+            headgate.update_biases(model, optimizer)
+        torch.manual_seed(11)
+        for _step in range(2):
+            for _micro in range(2):
+                x = torch.randn(dist.get_world_size(), 5, D)
+                whole(x).sum().backward()
+                mine(x[dist.get_rank()]).sum().backward()
+            with CommDebugMode() as mode:
+                optimizers[1].step()
+            assert mode.get_total_counts() == 1
+            optimizers[0].step()
+            for one, here in zip(whole, mine, strict=True):
+                assert one.router.expert_bias.abs().max() > 0
+                assert torch.equal(one.router.expert_bias, here.router.expert_bias), f"{fold}"
+
+
+@check
+def biases_under_ddp_go_by_a_group_that_is_given():
+    options = {"router": "sigmoid", "router_options": {"bias_rate": 0.1}}
+    whole, mine = layer(**options), layer(**options)
+    torch.manual_seed(11)
+    x = torch.randn(dist.get_world_size(), 5, D)
+    whole(x)
+    mine(x[dist.get_rank()])
+    headgate.update_biases(whole)
+    headgate.update_biases(mine, group=dist.group.WORLD)
+    assert torch.equal(whole.router.expert_bias, mine.router.expert_bias)
+
+
+def replicated(fold: Fold, options=None, **how) -> None:
     """Every rank of tp passes the same tokens: gradients are those of one process with each token once."""
     tp, average = fold.size("tp"), fold.size("dp", "cp")
     torch.manual_seed(11)
     x, g = torch.randn(7 * average, D), torch.randn(7 * average, D)
-    whole, mine = layer(), headgate.parallelize(layer(), fold, activations="replicated")
+    whole, mine = (layer(**(options or {})) for _ in range(2))
+    headgate.parallelize(mine, fold, activations="replicated", **how)
     x1 = x.clone().requires_grad_()
     y1 = whole(x1)
     ((y1 * g).sum() / average).backward()
@@ -86,12 +150,45 @@ def replicated_activations():
     for sizes in Fold.possible(dist.get_world_size()):
         if sizes.ep * sizes.etp == sizes.tp:
             replicated(make_fold(sizes))
+    size = dist.get_world_size()
+    replicated(Fold({"tp": size}, {"ep": size}), {"weights_on_input": True, "latent_size": 4})
 
 
 @check
 def sharded_by_fsdp():
     for fold in some_folds():
         once(fold, fsdp=True)
+
+
+def folds_with_tp() -> list[Fold]:
+    return [fold for fold in map(make_fold, Fold.possible(dist.get_world_size())) if fold.size("tp") > 1][::2]
+
+
+@check
+def shared_experts_cut_over_tp():
+    """Each rank of tp has F / tp of the shared expert, whatever the fold of the routed ones."""
+    for fold in folds_with_tp():
+        for options in ({}, {"shared_gate": True, "bias": False}):
+            once(fold, options, cut_shared=True)
+        once(fold, cut_shared=True, fsdp=True)
+        s = fold.sizes
+        if s.ep * s.etp == s.tp:
+            replicated(fold, cut_shared=True)
+    mine = headgate.parallelize(layer(), fold, cut_shared=True)
+    assert mine.shared.ffn.w_down.shape == (1, D, 8 // fold.size("tp"))
+    size = dist.get_world_size()
+    whole = headgate.parallelize(layer(), Fold({"dp": size}, {"ep": size}), cut_shared=True)
+    assert whole.shared.ffn.w_down.shape == (1, D, 8)
+
+
+@check
+def shared_experts_that_cannot_be_cut_are_refused():
+    size = dist.get_world_size()
+    fold = Fold({"tp": size}, {"ep": size})
+    with pytest.raises(ValueError, match=r"tp must divide 5, a size of shared.ffn.w_gate_up, got tp="):
+        headgate.parallelize(layer(shared_intermediate_size=5), fold, cut_shared=True)
+    with pytest.raises(ValueError, match="cut_shared must come with shared experts, got a MoE without any"):
+        headgate.parallelize(layer(shared_intermediate_size=0), fold, cut_shared=True)
 
 
 @check
@@ -116,6 +213,20 @@ def a_switch_of_degree_moves_no_weight_and_changes_no_number():
                 close(b, a, f"{fold} r={degree}")
         with pytest.raises(ValueError, match=f"set_degree: degree must be 0 or divide etp = {etp}, got 3"):
             headgate.set_degree(mine, 3)
+
+
+@check
+def transforms_are_refused_by_name():
+    """Whether rows travel or weights, experts' or only the losses' numbers."""
+    size, x = dist.get_world_size(), torch.randn(4, D)
+    mine = headgate.parallelize(layer(), make_fold(Fold({"dp": size}, {"etp": size}).sizes))
+    balanced = layer(load_balancing_scope="global", load_balancing_group=dist.group.WORLD)
+    for who, made, degree in (("AllGather", mine, size), ("parallelize", mine, 0), ("TokenRanks", balanced, None)):
+        if degree is not None:
+            headgate.set_degree(made, degree)
+        for name in ("grad", "jvp"):
+            with pytest.raises(NotImplementedError, match=f"{who}: tensors must not be those of a transform"):
+                ONE[name](made, (x,))
 
 
 @check

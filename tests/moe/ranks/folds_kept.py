@@ -8,7 +8,7 @@ import torch.distributed as dist
 from folds_cases import D, E, F, K, compare, folder, layer, optimizer_of, some_folds, train, trained
 
 import headgate
-from headgate.dispatch import AllToAll
+from headgate.dispatch import AllToAll, Fold
 from headgate.moe import MoE
 
 CHECKS = {}
@@ -53,18 +53,48 @@ def a_checkpoint_of_one_process_goes_to_any_fold():
         compare(reference, mine, lambda p: p.detach(), f"{fold}", 1e-9)
 
 
-class Unpicklable:
-    def __reduce__(self):
-        raise OSError("no space left")
+@check
+def a_checkpoint_with_shared_experts_cut_over_tp_moves_like_any():
+    """The shared expert is one tensor there, however it was cut."""
+    reference, optimizer = trained(None)
+    size = dist.get_world_size()
+    tp, dp = Fold({"tp": size}, {"ep": size}), Fold({"dp": size}, {"ep": size})
+    ways = [(tp, {"cut_shared": True}), (None, {}), (dp, {"fsdp": True}), (tp, {"cut_shared": True, "fsdp": True}),
+            (Fold({"dp": size // 2, "tp": 2}, {"etp": size}), {"cut_shared": True})]  # fmt: skip
+    train(reference, optimizer, None, 2)
+    for at, (fold, how) in enumerate(ways):
+        mine, optimizer = trained(fold, **how)
+        if fold is not None or dist.get_rank() == 0:
+            headgate.save_checkpoint(folder("shared"), mine, optimizer)
+        dist.barrier()
+        for target, options in ways:
+            if at and not options.get("cut_shared"):
+                continue
+            other = layer(torch.float64, seed=5)
+            if target is not None:
+                headgate.parallelize(other, target, **options)
+            fresh = optimizer_of(other, 1.0)
+            headgate.load_checkpoint(folder("shared"), other, fresh)
+            train(other, fresh, target, 2)
+            compare(reference, other, lambda p: p.detach(), f"{fold} {how} -> {target} {options}", 1e-9)
+        dist.barrier()
 
 
 @check
 def a_save_that_fails_keeps_the_last_checkpoint():
     mine, optimizer = trained(some_folds()[1])
     headgate.save_checkpoint(folder("kept"), mine, optimizer, extra="first")
-    with pytest.raises(BaseException, match="no space left"):
-        headgate.save_checkpoint(folder("kept"), mine, optimizer, extra=Unpicklable())
+    with pytest.raises(ValueError, match=r"save_checkpoint: extra must be .*, got object"):
+        headgate.save_checkpoint(folder("kept"), mine, optimizer, extra=object())
+    in_the_way = folder("kept").with_name("kept.partial")
+    if dist.get_rank() == 0:
+        in_the_way.write_text("")
     dist.barrier()
+    with pytest.raises(BaseException, match="File exists"):
+        headgate.save_checkpoint(folder("kept"), mine, optimizer, extra="lost")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        in_the_way.unlink()
     assert headgate.load_checkpoint(folder("kept"), mine, optimizer) == "first"
     headgate.save_checkpoint(folder("kept"), mine, optimizer, extra="second")
     assert headgate.load_checkpoint(folder("kept"), mine) == "second"

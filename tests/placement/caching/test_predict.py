@@ -391,8 +391,8 @@ def test_bad_files_are_named(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     fit(planted(), "popular").save(tmp_path / "cut.npz")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-200])
-    for name in ("text", "other", "cut"):
-        with pytest.raises(ValueError, match=f"{name}.npz must be a saved predictor"):
+    for name, says in (("text", "a whole .npz file"), ("other", "at least chance"), ("cut", "a whole .npz file")):
+        with pytest.raises(ValueError, match=f"{name}.npz must be {says}"):
             load(tmp_path / f"{name}.npz")
 
 

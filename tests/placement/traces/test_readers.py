@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headgate.placement.traces.readers import READERS, convert, flame_moe, read
-from headgate.placement.traces.readers.common import Found
+from headgate.placement.traces.readers.common import open_recording
 from headgate.placement.traces.statistics import Statistics
 from headgate.placement.traces.trace import Trace
 
@@ -226,13 +226,13 @@ def test_vllm_files_that_are_wrong(tmp_path):
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[60:70] = bytes(10)
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.npz must be a whole \.npz file"):
+    with pytest.raises(ValueError, match=r"arr_0 of .*a\.npz must be a whole array"):
         read(tmp_path / "a.npz")
     (tmp_path / "a.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"a\.json must be a whole \.json file"):
+    with pytest.raises(ValueError, match=r"a\.json must be JSON"):
         read(tmp_path / "a.json")
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ValueError, match=r"a\.json must be a whole \.json file"):
+    with pytest.raises(ValueError, match=r"a\.json must be JSON"):
         read(tmp_path / "a.json")
 
 
@@ -342,7 +342,7 @@ def test_counts_that_are_wrong(tmp_path):
     path = tmp_path / "c.csv"
     for text, message in {
         "0,1,x\n": "must be rows of 2 columns",
-        "0,1,2\n0,1\n": "rows of .* must be whole numbers",
+        "0,1,2\n0,1\n": "rows layer,expert,count of .* must be whole numbers",
         "0,1,2\n0,-1,2\n": "expert of .* must be not negative, got -1",
         "0,1,2\n999999999,1,2\n": "layer and expert of .* must be dense",
         "0,1,0\n": "count of .* must be more than zeros",
@@ -376,10 +376,10 @@ def test_llama_cpp_files_that_are_wrong(tmp_path):
 
     refused(llama_csv(ids, (6, 6), outputs_only=False), "top_k of .* must be given: every pass has several tokens")
     refused(llama_csv(ids, (6, 6)), "must be a multiple of K=5", top_k=5)
-    refused("", "rows of .* must be")
-    refused("0,1\n0,x\n", "rows of .* must be 2 whole numbers or names")
-    refused("0,1\n0\n", "rows of .* must be 2 whole numbers or names")
-    refused("0,1\n0,-3\n", "numbers of .* must be not negative, got -3")
+    refused("", "content of .* must be rows of 2 columns")
+    refused("0,1\n0,x\n", "rows layer,expert of .* must be whole numbers")
+    refused("0,1\n0\n", "rows layer,expert of .* must be whole numbers")
+    refused("0,1\n0,-3\n", "expert of .* must be not negative, got -3")
     refused("phase,token,layer,rank,expert\ndecode,999999999,0,0,1\n", "must be dense")
     refused("phase,token,layer,rank,expert\n" + "decode,0,0,0,1\n" * 2, "one for each token, layer and rank")
 
@@ -408,7 +408,7 @@ def test_flame_moe(tmp_path):
     same(read(folder), ids, 64, ("layers.2", "layers.3", "layers.10"))
     same(read(folder, max_tokens=55), ids[:, :55])
     same(read(folder / "layer_03.parquet"), ids[1:2])
-    pieces = list(flame_moe.chunks(Found(folder), rows=30))
+    pieces = list(flame_moe.chunks(open_recording(folder), rows=30))
     assert [p.shape[1] for p in pieces] == [30, 30, 30, 10]
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), ids)
 
@@ -442,7 +442,7 @@ def test_flame_moe_folders_that_are_wrong(tmp_path):
         read(folder)
     good = (folder / "layer_02.parquet").read_bytes()
     (folder / "layer_03.parquet").write_bytes(good[: len(good) // 2])
-    with pytest.raises(ValueError, match=r"layer_03\.parquet must be a whole parquet file"):
+    with pytest.raises(ValueError, match=r"layer_03\.parquet of .* must be a whole parquet file"):
         read(folder)
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -456,7 +456,7 @@ def test_flame_moe_folders_that_are_wrong(tmp_path):
         with pytest.raises(ValueError, match=message):
             read(folder)
     pq.write_table(pa.table({"token_id": pa.array([1])}), folder / "layer_03.parquet")
-    with pytest.raises(ValueError, match=r"columns in layer_03\.parquet of .* must be indices and scores"):
+    with pytest.raises(ValueError, match=r"columns in layer_03\.parquet of .* must be indices and others"):
         read(folder)
 
 

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from headgate.placement.traces.readers import read
-from headgate.placement.traces.readers.torch_file import load_torch
+from headgate.placement.careful import opened
+from headgate.placement.traces.readers import read, torch_file
+
+
+def load_torch(path):
+    with opened(path, "read") as file:
+        return torch_file.load_torch(file)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +53,7 @@ class Call:
 def test_nothing_but_tensors_is_called(tmp_path):
     flag = tmp_path / "was-run"
     torch.save({"records": Call(os.mkdir, str(flag))}, tmp_path / "t.pt")
-    with pytest.raises(ValueError, match=r"must hold tensors and plain Python values only, got (posix|nt)\.mkdir"):
+    with pytest.raises(ValueError, match=r"must be of tensors and plain Python values only, got (posix|nt)\.mkdir"):
         read(tmp_path / "t.pt")
     assert not flag.exists()
     torch.save(torch.nn.Linear(2, 2), tmp_path / "t.pt")
@@ -81,10 +86,10 @@ def test_torch_files_that_are_not_whole_are_refused(tmp_path):
             load_torch(path)
     for end, change, message in (
         ("data/0", lambda d: d[:-8], "storage 0 of .* must be 8000 stored bytes, got 7992"),
-        ("data/0", lambda d: None, "must be as torch.save writes it"),
-        ("data.pkl", lambda d: None, "must hold one data.pkl, got 0"),
+        ("data/0", lambda d: None, "storage 0 of .* must be in the archive"),
+        ("data.pkl", lambda d: None, "holding one data.pkl, as torch.save writes it, got 0"),
         ("data.pkl", lambda d: d[:40], "must be as torch.save writes it"),
-        ("data.pkl", lambda d: d.replace(b"M\xe8\x03\x85", b"M\xe9\x03\x85"), "must lie inside its storage of 1000"),
+        ("data.pkl", lambda d: d.replace(b"M\xe8\x03\x85", b"M\xe9\x03\x85"), "must be inside its storage of 1000"),
         ("data.pkl", lambda d: d.replace(b"storage", b"storagf"), "persistent id of .* must be a storage"),
     ):
         path.write_bytes(good)
@@ -92,5 +97,5 @@ def test_torch_files_that_are_not_whole_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_torch(path)
     path.write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(ValueError, match=r"must be a zip archive as torch.save writes it"):
+    with pytest.raises(ValueError, match=r"must be a zip archive, whole, as torch.save writes it"):
         load_torch(path)

@@ -86,23 +86,23 @@ def test_broken_files_say_what_is_wrong(tmp_path):
         Trace.load(path)
     for content in (b"", b"not a zip file at all"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"t\.npz must be an \.npz file"):
+        with pytest.raises(ValueError, match=r"t\.npz must be a whole \.npz file"):
             Trace.load(path)
     make().save(path)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"must be an \.npz file"):
+    with pytest.raises(ValueError, match=r"must be a whole \.npz file"):
         Trace.load(path)
     np.savez(path, expert_ids=np.array([{"a": 1}], dtype=object), num_experts=3)
-    with pytest.raises(ValueError, match=r"must be an \.npz file"):
+    with pytest.raises(ValueError, match=r"expert_ids of .* must be numbers or text, got object"):
         Trace.load(path)
     np.savez(path, expert_ids=make().expert_ids)
-    with pytest.raises(ValueError, match="must hold num_experts"):
+    with pytest.raises(ValueError, match=r"arrays of .* must be at least expert_ids, num_experts"):
         Trace.load(path)
     np.savez(path, expert_ids=make().expert_ids, num_experts=8, version=2)
     with pytest.raises(ValueError, match=r"version of .* must be 1, got 2"):
         Trace.load(path)
     np.savez(path, expert_ids=make().expert_ids, num_experts=3)
-    with pytest.raises(ValueError, match=r"below num_experts=3.*\(in .*t\.npz\)"):
+    with pytest.raises(ValueError, match=r"t\.npz must be a trace, got .*below num_experts=3"):
         Trace.load(path)
 
 
