@@ -43,7 +43,7 @@ PLACEMENT: dict[str, set[str]] = {
     "walk": {"cost", "placement", "traces"},
     "problem": {"walk", "cost", "placement", "traces", "cluster", "slots"},
     "live": {"walk", "placement", "traces", "cluster", "slots", "lookup"},
-    "search": {"problem", "walk", "cost", "placement", "slots", "lookup"},
+    "search": {"problem", "walk", "cost", "placement", "slots", "lookup", "compiled"},
     "bounds": {"search", "problem", "lookup"},
     "place": {"bounds", "search", "problem", "walk", "placement", "traces", "cluster", "slots"},
 }

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from ..compiled import njit
 from .token_loops import _uniform
 
 
@@ -61,7 +61,7 @@ class Replicas(NamedTuple):
     random: NDArray
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _rank(count, node_count, node_of_gpu, rule, ahead, top_k, layer, t, g):
     """What a replica on GPU g is worth to token t."""
     found = 0.0
@@ -73,7 +73,7 @@ def _rank(count, node_count, node_of_gpu, rule, ahead, top_k, layer, t, g):
     return found
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, home, turns, layer, t, e):
     """The GPU where token t takes expert e: the rules of `walk`, with `turns` of the token for the turn."""
     gpus = held.shape[2]
@@ -101,7 +101,7 @@ def _pick(held, count, node_count, node_of_gpu, rule, ahead, top_k, home, turns,
     return found
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _put(on, count, node_count, node_of_gpu, load, pair, weight, home, layer, t, k, h):
     """One choice goes to GPU h. Returns the change of the score, but for the load's."""
     g = on[layer, t, k]
@@ -124,7 +124,7 @@ def _put(on, count, node_count, node_of_gpu, load, pair, weight, home, layer, t,
     return found
 
 
-@njit(cache=True)
+@njit
 def _again(s, layer, e):
     """All choices of an expert, after it has come to stand elsewhere."""
     on, count, node_count, node_of_gpu, held = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held
@@ -144,7 +144,7 @@ def _again(s, layer, e):
     return found
 
 
-@njit(cache=True)
+@njit
 def _follow(s):
     """Choices of later layers that go elsewhere because of the changes noted."""
     on, count, node_count, node_of_gpu, held = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held
@@ -177,7 +177,7 @@ def _follow(s):
     return found
 
 
-@njit(cache=True)
+@njit
 def _weigh(s):
     """Change of the score by the loads of the layers in the notes."""
     found, last = 0.0, -1
@@ -191,7 +191,7 @@ def _weigh(s):
     return found
 
 
-@njit(cache=True)
+@njit
 def exchange(s, layer, a, b, e, f):
     """Slot a comes to hold f, and slot b e (b < 0: no other slot). Returns the change of the score; notes it."""
     s.noted[0] = 0
@@ -204,7 +204,7 @@ def exchange(s, layer, a, b, e, f):
     return found + _weigh(s)
 
 
-@njit(cache=True)
+@njit
 def guess(s, layer, a, b, e, f):
     """About what `exchange` would return, with nothing changed: later layers' choices stay, as does each token's
     other expert."""
@@ -252,7 +252,7 @@ def guess(s, layer, a, b, e, f):
     return found + weight[4] * (worst - s.heaviest[layer])
 
 
-@njit(cache=True)
+@njit
 def _stand(s, layer, slot, e):
     old, g = s.slot[layer, slot], s.gpu_of_slot[slot]
     s.held[layer, old, g] = False
@@ -262,7 +262,7 @@ def _stand(s, layer, slot, e):
     s.slot[layer, slot] = e
 
 
-@njit(cache=True)
+@njit
 def undo(s, layer, a, b, e, f):
     """What `exchange` did last."""
     on, count, node_count, node_of_gpu = s.on, s.gpu_count, s.node_count, s.node_of_gpu
@@ -276,7 +276,7 @@ def undo(s, layer, a, b, e, f):
     _weigh(s)
 
 
-@njit(cache=True)
+@njit
 def draw(s, layer):
     """(a, b, e, f) of a change that is allowed, or a = -1: a spare replica gives way to another expert, or two slots
     change their experts."""
@@ -301,7 +301,7 @@ def draw(s, layer):
     return a, b, e, f
 
 
-@njit(cache=True)
+@njit
 def anneal(s, layer, temperature, slack, proposals):
     """`proposals` changes in a layer are tried and kept by Metropolis' rule; those whose guess is worse than what is
     allowed by more than `slack` are not carried out. Returns the size of all guesses, and how many there were."""
@@ -320,7 +320,7 @@ def anneal(s, layer, temperature, slack, proposals):
     return size, tried
 
 
-@njit(cache=True)
+@njit
 def fill(s):
     """What follows from `slot` and `ahead`."""
     on, count, node_count, node_of_gpu, held, homes = s.on, s.gpu_count, s.node_count, s.node_of_gpu, s.held, s.home
@@ -351,7 +351,7 @@ def fill(s):
         s.heaviest[layer] = s.load[layer].max()
 
 
-@njit(cache=True)
+@njit
 def look_ahead(s, tell):
     """`ahead` by tell [L-1, E, G], for GPU and node together."""
     layers, tokens, top_k = s.ids.shape
@@ -370,7 +370,7 @@ def look_ahead(s, tell):
                 ahead[g] += node[s.node_of_gpu[g]]
 
 
-@njit(cache=True)
+@njit
 def counts(s):
     """int64 [5]: transitions in all; those that stay on their GPU, on their node; rows that leave home's GPU, node."""
     found = np.zeros(5, np.int64)

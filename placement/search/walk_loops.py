@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from ..compiled import njit
 from ..walk import _choose, _count, _crossings, _move
 from .token_loops import _uniform
 
@@ -56,7 +56,7 @@ class Track(NamedTuple):
     load: NDArray
 
 
-@njit(cache=True)
+@njit
 def track(w):
     layers, tokens, top_k = w.ids.shape
     at, on = np.zeros((layers + 1, tokens), np.int32), np.full((layers + 1, tokens, top_k), -1, np.int32)
@@ -64,7 +64,7 @@ def track(w):
     return Track(at, on, np.zeros(layers), np.zeros(layers))
 
 
-@njit(cache=True)
+@njit
 def _foretold(w, slots, layer):
     """[E, G] of `Foretold`, for a layer, with the next layer's slots."""
     counts = w.after[layer]
@@ -77,7 +77,7 @@ def _foretold(w, slots, layer):
     return found
 
 
-@njit(cache=True)
+@njit
 def _by_expert(slots, experts):
     """The slots by expert, GPUs rising, and where each expert's begin [E+1]."""
     first, order, n = np.zeros(experts + 1, np.int32), np.empty(len(slots), np.int32), 0
@@ -91,7 +91,7 @@ def _by_expert(slots, experts):
     return first, order
 
 
-@njit(cache=True)
+@njit
 def step(w, slots, layer, t):
     """Walks one layer of slots [L, S] into the track t."""
     ids, gpus = w.ids[layer], len(w.node_of_gpu)
@@ -112,7 +112,7 @@ def step(w, slots, layer, t):
     t.rest[layer], t.load[layer] = _weighed(w, layer, t.on[layer], on, at, then, slots[layer])
 
 
-@njit(cache=True)
+@njit
 def _weighed(w, layer, before, on, at, then, slots):
     gpus, nodes, found, worst = len(w.node_of_gpu), w.node_of_gpu.max() + 1, 0.0, 0.0
     load, rows, back = np.zeros(gpus, np.int64), np.zeros((gpus, gpus), np.int64), np.zeros((gpus, gpus), np.int64)
@@ -145,7 +145,7 @@ def _weighed(w, layer, before, on, at, then, slots):
     return found, worst
 
 
-@njit(cache=True)
+@njit
 def rank(w, t, layers):
     """(load beyond what is wished for, score) of the first layers of a track."""
     used = w.used.sum()
@@ -153,12 +153,12 @@ def rank(w, t, layers):
     return max(0.0, load - w.most), t.rest[:layers].sum() + w.weight[4] * load
 
 
-@njit(cache=True)
+@njit
 def better(a, b):
     return a[0] < b[0] - SAME or (a[0] <= b[0] + SAME and a[1] < b[1] * (1 - 1e-12))
 
 
-@njit(cache=True)
+@njit
 def enumerate_all(w, states, number, low, high, best, found):
     """Tries out states [L, N, S], `number` [L] of each layer, the first layer's from low to high. `best` (a rank) and
     `found` [L, S] are replaced by what is better."""
@@ -193,7 +193,7 @@ def enumerate_all(w, states, number, low, high, best, found):
             found[:] = slots
 
 
-@njit(cache=True)
+@njit
 def draw(w, slots, layer, random):
     """(a, b) of a change that is allowed in slots [S] of a layer: slot a's expert gives way to expert -1 - b where
     b < 0, as others hold it too, else the experts of slots a and b change places. a = -1: nothing."""
@@ -221,7 +221,7 @@ def draw(w, slots, layer, random):
     return a, b
 
 
-@njit(cache=True)
+@njit
 def _change(slots, a, b):
     if b < 0:
         slots[a] = -1 - b
@@ -229,7 +229,7 @@ def _change(slots, a, b):
         slots[a], slots[b] = slots[b], slots[a]
 
 
-@njit(cache=True)
+@njit
 def descend(w, slots, kicks, idle, patience, coupled, most, random):
     """Slots [L, S] after `kicks` changes by chance and then all that make it no worse, until `patience` in turn, of
     which `idle` are already done, make it no better, or some `most` layers have been walked. Returns the rank, the new
