@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numba
 
@@ -23,7 +23,7 @@ def _stamp(room: str) -> tuple:
     return tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
 
 
-def njit(function: Callable | None = None, *, inline: str = "never") -> Any:
+def njit(function: Callable | None = None, *, inline: Literal["never", "always"] = "never") -> Any:
     """`function` compiled at first use, and kept for later processes. `inline`: as numba's."""
     if function is None:
         return partial(njit, inline=inline)

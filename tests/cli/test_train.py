@@ -100,7 +100,6 @@ def test_ranks_are_refused_together(text, tmp_path):
         ({"length": 1000}, "train: the text must have at least 40,000 bytes, got 13,600 in "),
         ({"text": "/nowhere"}, "train: --text must be a file that can be read, got /nowhere"),
         ({"steps": 0}, "train: --steps must be at least 1, got 0"),
-        ({"lr": "nan"}, "train: --lr must be more than 0, got nan"),
         ({"every": 5}, "train: --every must come with --checkpoint, got 5 without it"),
         ({"hidden": 20}, "train: --hidden must be a multiple of twice --heads (4), got 20"),
         ({"top_k": 9}, "train: --top-k must be at most --experts (8), got 9"),
