@@ -134,12 +134,16 @@ class Opened(Guard):
 
     # --- text ---
 
+    def _bytes(self) -> bytes:
+        self.rule(self.size <= max(self.left, self.size // TIMES), "size", f"at most {self.left:,} bytes", self.size)
+        self.stream.seek(0)
+        return self.stream.read(self.size + 1)[: self.size]
+
     def text(self) -> str:
         """All of it, UTF-8."""
-        self.rule(self.size <= max(self.left, self.size // TIMES), "size", f"at most {self.left:,} bytes", self.size)
+        data = self._bytes()
         with self.watched("UTF-8 text"):
-            self.stream.seek(0)
-            return self.stream.read(self.size + 1)[: self.size].decode()
+            return data.decode()
 
     def lines(self, errors: str = "strict") -> Iterator[str]:
         """Line by line, without the ends of lines."""
@@ -150,8 +154,9 @@ class Opened(Guard):
 
     def json(self, kind: str = "JSON") -> Any:
         """`kind`: what the file is, for errors."""
+        data = self._bytes()
         with self.watched(kind):
-            return json.loads(self.text())
+            return json.loads(data)  # UTF-8, -16 or -32, with or without a mark of the order of bytes
 
     def yaml(self) -> Any:
         """Plain values only. A key stands once; no alias (a few bytes of them can stand for terabytes)."""
@@ -159,8 +164,10 @@ class Opened(Guard):
 
         self.rule(self.size <= _LARGEST_YAML, "size", f"at most {_LARGEST_YAML:,} bytes", self.size)
         text = self.text()
-        self.rule("*" not in text, "text", "YAML without aliases", "a *")
         with self.watched("YAML of plain values"):
+            if "*" in text:  # an alias, or a comment
+                aliases = [token.value for token in yaml.scan(text, _loader()) if isinstance(token, yaml.AliasToken)]
+                self.rule(not aliases, "text", "YAML without aliases", aliases[:1])
             return yaml.load(text, _loader())
 
     def table(self, names: tuple[str, ...], columns: tuple[int, ...], skip: int = 0) -> NDArray[np.int64]:
@@ -197,12 +204,16 @@ class Opened(Guard):
             self.rule(not odd, "arrays", f"none but {', '.join(sorted(known))}", odd)
         return names
 
-    def npz(self, required: Iterable[str] = (), allowed: Iterable[str] | None = None) -> dict[str, NDArray]:
-        """name -> array; see `names`."""
+    def npz(
+        self, required: Iterable[str] = (), allowed: Iterable[str] | None = None, *, only: str | None = None
+    ) -> dict[str, NDArray]:
+        """name -> array; see `names`. `only`: the one array that is read, where there is one of this name."""
         names = self.names(required, allowed)
         assert self.archive is not None
         found = {}
         for name, info in names.items():
+            if only in names and name != only:
+                continue
             with self.watched("a whole array of numbers or text", name), self.archive.open(info) as stream:
                 shape, fortran, dtype = header(self, stream, name, info.file_size)
                 found[name] = self._array(stream, name, shape, fortran, dtype)

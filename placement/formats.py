@@ -134,7 +134,7 @@ def _read(file: Opened) -> Any:
     if kind == ".npy":
         return file.npy()
     if kind == ".npz":
-        return _map_of(file, file.npz())
+        return _map_of(file, file.npz(only=MAP))
     if kind in (".yaml", ".yml"):
         return _trtllm_rows(file, file.yaml())
     file.rule(kind == ".json", "ending", ".json, .npy, .npz or .yaml", kind or "nothing")

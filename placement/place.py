@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bounds.certify import certify
+from .careful import TIMES
 from .cluster.topology import Topology, Workload
 from .placement import Placement
 from .problem import Objective, Problem
@@ -192,7 +193,10 @@ def _pins(
 
 def open_source(path: str | os.PathLike[str]) -> Trace | TraceFile:
     """A trace file in memory, or, above 256 MiB, as a TraceFile that streams. Raises as they do."""
-    return Trace.load(path) if os.path.getsize(path) <= IN_MEMORY_bytes else TraceFile(path)
+    size = os.path.getsize(path)
+    if size > IN_MEMORY_bytes:
+        return TraceFile(path)
+    return Trace.load(path, max_bytes=max(IN_MEMORY_bytes, TIMES * size))
 
 
 def sampled(source: Trace | TraceFile, tokens: int = TOKENS) -> Trace:

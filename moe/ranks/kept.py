@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,6 +62,8 @@ def _encode(x: Any, path: str, tensors: list[Tensor], left: int) -> Any:
         if all(type(k) is str and not k.startswith("$") for k in x):
             return dict(zip(x, values, strict=True))
         return {"$dict": [[_key(k, path), v] for k, v in zip(x, values, strict=True)]}
+    if kind is Counter:  # the milestones of MultiStepLR
+        return {"$counter": [[_key(k, path), _encode(v, f"{path}[{k!r}]", tensors, left - 1)] for k, v in x.items()]}
     if kind is bytes:
         return {"$bytes": base64.b64encode(x).decode()}
     if kind in (Tensor, nn.Parameter):
@@ -69,7 +72,7 @@ def _encode(x: Any, path: str, tensors: list[Tensor], left: int) -> Any:
         return {"$tensor": _add(tensors, x.detach().cpu())}
     if isinstance(x, np.generic) or kind is np.ndarray:
         try:
-            return {"$array": _add(tensors, torch.from_numpy(np.array(x)))}
+            return {"$array": _add(tensors, torch.from_numpy(np.array(x, x.dtype.newbyteorder("="))))}
         except (TypeError, ValueError):
             raise ValueError(f"{path} {_RULE}, got an array of {x.dtype}") from None
     raise ValueError(f"{path} {_RULE}, got {kind.__name__}")
@@ -96,8 +99,9 @@ def _decode(x: Any, key: str, entries: Mapping[str, Tensor]) -> Any:
     ((kind, inner),) = x.items()
     if kind == "$tuple":
         return tuple([_decode(v, key, entries) for v in inner])
-    if kind == "$dict":
-        return {k: _decode(v, key, entries) for k, v in inner}
+    if kind in ("$dict", "$counter"):
+        found = {k: _decode(v, key, entries) for k, v in inner}
+        return found if kind == "$dict" else Counter(found)
     if kind == "$bytes":
         return base64.b64decode(inner, validate=True)
     if kind in ("$tensor", "$array"):

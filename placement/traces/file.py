@@ -92,7 +92,7 @@ class TraceFile:
         self._file.rule(member.size_bytes <= SMALL_bytes, name, f"at most {SMALL_bytes} bytes", member.size_bytes)
         stream = _Stream(member)
         try:
-            return np.frombuffer(stream.read(0, member.size_bytes), member.dtype).reshape(member.shape)
+            return member.numbers(stream.read(0, member.size_bytes)).reshape(member.shape)
         finally:
             stream.close()
 
@@ -106,7 +106,7 @@ class TraceFile:
             data = stream.read(0, self._sequence.size_bytes)
         finally:
             stream.close()
-        return np.frombuffer(data, np.int32)
+        return self._sequence.numbers(data)
 
     def experts(self, layer: int) -> int:
         """The number of experts of one layer."""
@@ -130,7 +130,7 @@ class TraceFile:
         for start in range(0, every, tokens):
             count = min(tokens, every - start)
             data = self._streams[stream].read((layer * every + start) * row_bytes, count * row_bytes)
-            ids = np.frombuffer(data, self._ids.dtype).reshape(count, top_k)
+            ids = self._ids.numbers(data).reshape(count, top_k)
             self._check(ids, layer, start)
             yield ids
 
@@ -141,9 +141,9 @@ class TraceFile:
             rule = f"below {self.experts(layer)}, or {self.none} for none"
             self._file.rule(False, f"expert_ids (layer {layer}, token {start + token})", rule, int(ids[token, choice]))
 
-    def trace(self) -> Trace:
-        """All of it, in memory."""
-        return Trace.load(self.path)
+    def trace(self, *, max_bytes: int | None = None) -> Trace:
+        """All of it, in memory; `max_bytes` as in Trace.load."""
+        return Trace.load(self.path, max_bytes=max_bytes)
 
     def close(self) -> None:
         """Lets go of the file; the object is of no more use."""
@@ -169,6 +169,10 @@ class _Member:
         self.size_bytes = prod(self.shape) * self.dtype.itemsize
         rule = "in C order (load the trace and save it)"
         self.file.rule(not fortran or len(self.shape) < 2, name, rule, "Fortran order")
+
+    def numbers(self, data: bytes) -> NDArray:
+        """The array of these bytes, in the machine's own order of bytes: numba cannot tell another from it."""
+        return np.frombuffer(data, self.dtype).astype(self.dtype.newbyteorder("="), copy=False)
 
     @property
     def info(self) -> zipfile.ZipInfo:

@@ -15,6 +15,7 @@ from ..files import write_whole
 
 VERSION = 1
 MOST_LAYERS = 100_000
+MOST_EMPTY = 10_000_000  # tokens without choices, which need no bytes
 
 
 def id_type(num_experts: int) -> np.dtype:
@@ -54,8 +55,12 @@ class Trace:
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        _rule(self.expert_ids.dtype.kind == "u", "expert_ids", "unsigned integers", self.expert_ids.dtype, TypeError)
+        for name in ("expert_ids", "weights", "sequence", "experts_of_layer"):
+            value = getattr(self, name)
+            if value is not None and not value.dtype.isnative:  # numba cannot tell it from the machine's own order
+                object.__setattr__(self, name, value.astype(value.dtype.newbyteorder("=")))
         ids = self.expert_ids
-        _rule(ids.dtype.kind == "u", "expert_ids", "unsigned integers", ids.dtype, TypeError)
         _rule(ids.ndim == 3, "expert_ids", "[L, T, K]", ids.shape)
         layers, tokens, _ = ids.shape
         _rule(0 < self.num_experts <= self.none, "num_experts", f"1 .. {self.none} for {ids.dtype}", self.num_experts)
@@ -179,7 +184,7 @@ def check_shape(file: Guard, shape: tuple[int, ...]) -> None:
     """What loops over [L, T, K] must end: a file of a few bytes could declare 10**18 tokens of no choices."""
     file.rule(len(shape) == 3, "expert_ids", "[L, T, K]", shape)
     file.rule(shape[0] <= MOST_LAYERS, "expert_ids", f"of at most {MOST_LAYERS} layers", shape)
-    file.rule(shape[1] == 0 or shape[2] > 0, "expert_ids", "[L, T, K] with K > 0", shape)
+    file.rule(shape[2] > 0 or shape[1] <= MOST_EMPTY, "expert_ids", f"of at most {MOST_EMPTY} tokens at K=0", shape)
 
 
 def scalar(file: Opened, found: Mapping[str, NDArray], name: str) -> int:

@@ -58,11 +58,20 @@ def test_yaml_over_several_lines(tmp_path):
     np.testing.assert_array_equal(import_map(tmp_path / "p.yaml", TWO).expert_of_slot, SMALL.expert_of_slot)
 
 
+def test_yaml_with_stars_that_are_no_aliases(tmp_path):
+    export(SMALL, tmp_path / "p.yaml", "trtllm")
+    text = "# 2 * 2 slots\nfiles: '*.json'\n" + (tmp_path / "p.yaml").read_text()
+    (tmp_path / "p.yaml").write_text(text)
+    np.testing.assert_array_equal(import_map(tmp_path / "p.yaml", TWO).expert_of_slot, SMALL.expert_of_slot)
+
+
 def test_arrays(tmp_path):
     np.save(tmp_path / "p.npy", SMALL.expert_of_slot)
-    np.savez(tmp_path / "p.npz", physical_to_logical_map=SMALL.expert_of_slot, other=np.zeros(3))
+    beside = {"other": np.zeros(3), "note": np.array([b"x"]), "objects": np.array([{}])}
+    np.savez(tmp_path / "p.npz", physical_to_logical_map=SMALL.expert_of_slot, **beside)
     (tmp_path / "p.json").write_text(json.dumps(SMALL.expert_of_slot.tolist()))
-    for name in ("p.npy", "p.npz", "p.json"):
+    (tmp_path / "marked.json").write_text((tmp_path / "p.json").read_text(), "utf-8-sig")
+    for name in ("p.npy", "p.npz", "p.json", "marked.json"):
         np.testing.assert_array_equal(import_map(tmp_path / name, TWO).expert_of_slot, SMALL.expert_of_slot)
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headgate.placement.place import open_source
 from headgate.placement.traces.file import TraceFile, TraceWriter
 from headgate.placement.traces.statistics import statistics
 from headgate.placement.traces.trace import Trace, id_type
@@ -296,3 +297,38 @@ def test_memory_does_not_grow_with_tokens(tmp_path):
     assert reading[1] < reading[0] + 1e5
     assert max(writing + reading) < 4e6
     assert peak_bytes(lambda: Trace.load(many)) > 14e6
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<u4", ">u4"])
+def test_ids_in_any_order_of_bytes_count_alike(tmp_path, dtype):
+    trace = random_trace(experts=300)
+    ids = np.where(trace.live, trace.expert_ids.astype(np.uint32), np.iinfo(dtype).max)
+    same = [Trace(ids.astype(np.dtype(dtype).newbyteorder("=")), 300) for _ in range(2)]
+    same[0].expert_ids.flags.writeable = False
+    for one in same:
+        want = statistics(one)  # compiled for this machine's order first
+    ids = ids.astype(dtype)
+    np.savez(tmp_path / "t.npz", expert_ids=ids, num_experts=300)
+    ids.flags.writeable = False
+    with TraceFile(tmp_path / "t.npz") as file:
+        for found in (Trace(ids, 300), Trace.load(tmp_path / "t.npz"), file):
+            got = statistics(found)
+            np.testing.assert_array_equal(got.load, want.load)
+            assert all((a != b).nnz == 0 for a, b in zip(got.transitions, want.transitions, strict=True))
+
+
+def test_tokens_without_choices(tmp_path):
+    Trace(np.zeros((2, 10, 0), np.uint8), 8).save(tmp_path / "t.npz")
+    assert Trace.load(tmp_path / "t.npz").shape == (2, 10, 0)
+    with TraceFile(tmp_path / "t.npz") as file:
+        assert [ids.shape for ids in file.chunks(1)] == [(10, 0)]
+
+
+def test_a_trace_that_compresses_well_is_loaded_by_who_allows_it(tmp_path):
+    shape = (1, 3_000_000, 24)
+    Trace(np.zeros(shape, np.uint8), 8).save(tmp_path / "t.npz")
+    with TraceFile(tmp_path / "t.npz") as file:
+        with pytest.raises(ValueError, match="max_bytes= allows more"):
+            file.trace()
+        assert file.trace(max_bytes=1 << 28).shape == shape
+    assert open_source(tmp_path / "t.npz").shape == shape
