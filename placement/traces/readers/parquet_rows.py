@@ -32,8 +32,9 @@ def rows_of(
 ) -> Iterator[list[NDArray[np.int64]] | dict[str, Any]]:
     """Arrays [n, K] of the next rows, n <= `rows`, one of each file; at last a dict with file, field, rule and value,
     where something will not do. The child fills `limit_bytes` of memory at most."""
-    command = [sys.executable, "-I", __file__, str(limit_bytes), str(rows), column, *map(str, files)]
+    command = [sys.executable, "-P", __file__, str(limit_bytes), str(rows), column, *map(str, files)]
     alone = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    alone["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # pyarrow from where this process has it
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=alone) as child:
         assert child.stdout is not None
         try:

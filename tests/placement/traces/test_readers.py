@@ -431,6 +431,16 @@ def test_recordings_become_trace_files(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["actives", "t.npz", "u.npz", "v.npy", "w.npy"]
 
 
+def test_pyarrow_is_taken_from_where_this_process_has_it(tmp_path, monkeypatch):
+    folder = flame_folder(tmp_path, np.zeros((1, 4, 2), int), (2,))
+    (tmp_path / "pyarrow").mkdir()
+    (tmp_path / "pyarrow" / "__init__.py").write_text(f"open({str(tmp_path / 'taken')!r}, 'w')\nraise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="files that pyarrow can read"):
+        read(folder)
+    assert (tmp_path / "taken").exists()
+
+
 def test_flame_moe_folders_that_are_wrong(tmp_path):
     ids = choices(3, 50, 6, 64)
     folder = flame_folder(tmp_path, ids, (2, 3, 4))
