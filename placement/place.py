@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bounds.certify import certify
-from .careful import TIMES
 from .cluster.topology import Topology, Workload
 from .placement import Placement
 from .problem import Objective, Problem
@@ -196,7 +195,7 @@ def open_source(path: str | os.PathLike[str]) -> Trace | TraceFile:
     size = os.path.getsize(path)
     if size > IN_MEMORY_bytes:
         return TraceFile(path)
-    return Trace.load(path, max_bytes=max(IN_MEMORY_bytes, TIMES * size))
+    return Trace.load(path, max_bytes=max(IN_MEMORY_bytes, 4 * size))
 
 
 def sampled(source: Trace | TraceFile, tokens: int = TOKENS) -> Trace:
