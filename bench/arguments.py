@@ -112,6 +112,10 @@ def _whole(text: str, least: int, rule: str) -> int:
 
 
 def _check_output(text: str) -> None:
-    path, folder = Path(text), Path(text).absolute().parent
-    if not text or "\0" in text or path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+    path = Path(text)
+    fits = bool(text) and "\0" not in text and not path.is_dir()
+    if fits:  # a device or a pipe is written to as it is, a file by a new one beside it
+        where = path if path.exists() and not path.is_file() else path.absolute().parent
+        fits = os.access(where, os.W_OK) and (where == path or where.is_dir())
+    if not fits:
         raise ArgumentTypeError(f"must be a file in a folder that can be written to, got {text!r}")

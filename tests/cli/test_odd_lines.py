@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import odd_lines
 import pytest
 
 from headgate import cli
+from headgate.bench import arguments
 
 NINES = "9" * 31
 KNOWN = {
@@ -130,3 +132,10 @@ def test_every_option_gets_odd_values():
         left_out = {word for words in odd_lines.LONG.values() for word in words}
         for option in {*action.option_strings[-1:]} - left_out:
             assert (command.split(" ")[0], option) in reached
+
+
+def test_a_device_is_an_output_wherever_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments.os, "access", lambda path, mode: str(path) == "/dev/null")  # as for who is not root
+    assert arguments.output("/dev/null") == "/dev/null"
+    with pytest.raises(ArgumentTypeError, match="must be a file in a folder that can be written to"):
+        arguments.output(str(tmp_path / "x.json"))
