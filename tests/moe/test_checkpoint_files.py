@@ -317,6 +317,19 @@ def test_sizes_and_paths_of_the_metadata_are_checked(folder, change, words):
     assert words in refused(folder, ValueError)
 
 
+def test_chunks_cannot_lie_on_one_another(folder):
+    """As many numbers as there should be, but half of them twice and half never."""
+
+    def change(metadata):
+        entry = metadata.state_dict_metadata["model/1.weight"]
+        (chunk,) = entry.chunks
+        half = torch.distributed.checkpoint.metadata.ChunkStorageMetadata(chunk.offsets, torch.Size([1, 8]))
+        entry.chunks[:] = [half, half]
+
+    rewritten(folder, change)
+    assert "1.weight must have chunks that make up" in refused(folder, ValueError)
+
+
 def test_chunks_cannot_share_bytes(folder):
     """3,000 entries of one part of a file would be 3,000 copies of it."""
 

@@ -203,6 +203,19 @@ def test_a_member_that_says_it_is_larger_than_it_can_be(tmp_path):
         TraceFile(path)
 
 
+def test_a_directory_of_other_length_than_its_end_says(tmp_path):
+    """A damaged name or length there would drop an array in silence."""
+    path = tmp_path / "t.npz"
+    random_trace().save(path)
+    data = bytearray(path.read_bytes())
+    at = data.rfind(b"PK\5\6") + 10
+    data[at] += 1
+    path.write_bytes(data)
+    for opened in (TraceFile, Trace.load):
+        with pytest.raises(ValueError, match=r"directory of .*t\.npz must be 4 members long, got 3"):
+            opened(path)
+
+
 def test_what_is_no_trace_at_all(tmp_path):
     with pytest.raises(FileNotFoundError):
         TraceFile(tmp_path / "none.npz")
