@@ -212,7 +212,7 @@ def loads_of(source: Source, labels: NDArray[np.integer] | None = None) -> NDArr
     _rule(labels.shape == (tokens,), "labels", f"[T={tokens}]", labels.shape)
     _rule(labels.dtype.kind in "iu", "labels", "whole numbers", labels.dtype, TypeError)
     _rule(not tokens or int(labels.min()) >= 0, "labels", "not negative", labels.min(initial=0))
-    groups = int(labels.max()) + 1 if tokens else 0
+    groups, labels = int(labels.max()) + 1 if tokens else 0, labels.astype(np.int64)
     load = np.zeros((groups, layers, source.num_experts), np.int64)
     for layer in range(layers):
         at = 0

@@ -86,6 +86,8 @@ def test_streamed_and_in_parts_they_are_the_same(tmp_path_factory, seed, layers,
         equal(statistics(file, co_activation=True), expected)
         labels = np.arange(200) % 3
         np.testing.assert_array_equal(loads_of(file, labels), loads_of(trace, labels))
+        swapped = np.frombuffer(labels.astype(">i8").tobytes(), ">i8")
+        np.testing.assert_array_equal(loads_of(file, swapped), loads_of(trace, labels))
         np.testing.assert_array_equal(loads_of(file), loads_of(trace))
     equal(statistics(parts, co_activation=True), expected)
     equal(statistics(parts[0], co_activation=True) + statistics(parts[1], co_activation=True), expected)
