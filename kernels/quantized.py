@@ -154,7 +154,7 @@ def quantize(
     for "int8" and "int4", and (1, 32) for "mxfp4". Scales take the largest magnitude of each block to the format's
     largest ("mxfp4": to its largest power of two, as the OCP standard has it). Raises ValueError naming argument, rule
     and value; also where `scale_dtype` cannot hold a scale to one part in 16, as fp16 cannot that of weights near 1e30
-    or 1e-6."""
+    or 1e-6. A block so small beside its expert's largest that it is lost in that one's rounding may become zero."""
     if format not in FORMATS:
         raise ValueError(f"quantize: format must be one of {', '.join(FORMATS)}, got {format!r}")
     if w.dim() != 3 or not w.dtype.is_floating_point:
@@ -213,7 +213,9 @@ def _scales(largest: Tensor, top: float, dtype: torch.dtype) -> Tensor:
     exact = largest / top
     scale = exact.to(dtype)
     meant = largest >= torch.finfo(torch.float32).tiny
-    if scale.device.type != "meta" and ((scale.float() - exact).abs() > exact / 16).logical_and(meant).any():
+    error = (scale.float() - exact).abs()
+    seen = error * top > exact.amax((1, 2), keepdim=True) / 2  # more than half a step of the expert's largest block
+    if scale.device.type != "meta" and ((error > exact / 16) & meant & seen).any():
         least, most = exact[exact > 0].min().item(), exact.max().item()
         raise ValueError(f"quantize: scale_dtype must hold scales of {least:.1e} to {most:.1e}, got {dtype}")
     return torch.where(scale > 0, scale, 1.0)

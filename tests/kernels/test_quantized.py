@@ -288,6 +288,18 @@ def test_scales_that_their_type_cannot_hold_are_refused(format):
         quantize(w, format, scale_dtype=torch.int32)
 
 
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+def test_a_dead_row_beside_others_takes_scales_in_fp16(format):
+    w = torch.randn(2, 8, 128) * 0.02
+    w[0, 3] *= 1e-6
+    got = quantize(w, format, block=(1, 128), scale_dtype=torch.float16).dequantize(torch.float32)
+    assert (got - w)[0, 3].abs().max() < 1e-6
+    assert (got - w).abs().max() < 0.1 * w.abs().max()
+    w[1] = w[0, 3]  # an expert of such rows alone
+    with pytest.raises(ValueError, match="quantize: scale_dtype must hold scales"):
+        quantize(w, format, block=(1, 128), scale_dtype=torch.float16)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("factor", [1e-45, 1e-41, 1e-38, 1e37])
 def test_the_smallest_and_the_largest_weights_stay_numbers(format, factor):
