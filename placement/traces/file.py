@@ -36,7 +36,8 @@ class TraceFile:
 
     Opening reads the headers, and compares what they declare with what is there. Raises FileNotFoundError, or
     ValueError naming file, field, rule and value: there, and at the chunk where the data turn out short, damaged or
-    out of range. Use one object in one thread.
+    out of range. `max_bytes` of memory that one array may fill: None for four times the file, or 64 MB. Use one object
+    in one thread.
 
     >>> with TraceFile("trace.npz") as trace:
     ...     for layer in range(trace.shape[0] - 1):
@@ -44,9 +45,9 @@ class TraceFile:
     ...             ...
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> None:
         self.path = Path(path)
-        self._file = open_file(path, "TraceFile")
+        self._file = open_file(path, "TraceFile", max_bytes)
         try:
             with self._file.watched("an .npz file"):
                 self._open()
@@ -84,7 +85,6 @@ class TraceFile:
             shape, dtype = self._sequence.shape, self._sequence.dtype
             fits = (shape, dtype) == ((tokens,), np.int32)
             self._file.rule(fits, "sequence", f"int32 [T={tokens}]", f"{dtype} {list(shape)}")
-            self._file.rule(4 * tokens <= self._file.left, "sequence", f"{self._file.left} bytes at most", 4 * tokens)
         self._streams = [_Stream(self._ids), _Stream(self._ids)]
 
     def _small(self, name: str) -> NDArray:
@@ -101,6 +101,8 @@ class TraceFile:
         """int32 [T] or None, read from the file at each use."""
         if self._sequence is None:
             return None
+        rule = f"small enough for {self._file.left:,} bytes (max_bytes= allows more)"
+        self._file.rule(self._sequence.size_bytes <= self._file.left, "sequence", rule, self._sequence.size_bytes)
         stream = _Stream(self._sequence)
         try:
             data = stream.read(0, self._sequence.size_bytes)

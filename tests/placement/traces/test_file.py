@@ -345,3 +345,15 @@ def test_a_trace_that_compresses_well_is_loaded_by_who_allows_it(tmp_path):
             file.trace()
         assert file.trace(max_bytes=1 << 28).shape == shape
     assert open_source(tmp_path / "t.npz").shape == shape
+
+
+def test_a_long_sequence_of_few_bytes_hinders_only_who_asks_for_it(tmp_path):
+    tokens = 17_000_000
+    with TraceWriter(tmp_path / "t.npz", 4, layers=1, top_k=1) as writer:
+        writer.append(np.zeros((1, tokens, 1), np.uint8), sequence=np.zeros(tokens, np.int32))
+    with TraceFile(tmp_path / "t.npz") as file:
+        assert sum(len(ids) for ids in file.chunks(0)) == tokens
+        with pytest.raises(ValueError, match=r"sequence of .*t\.npz must be small enough .*max_bytes= allows more"):
+            file.sequence  # noqa: B018
+    with TraceFile(tmp_path / "t.npz", max_bytes=1 << 28) as file:
+        assert len(file.sequence) == tokens
