@@ -149,6 +149,8 @@ def register_second_backward(op: str, composite: Callable[..., Any], places: Seq
         leaves = [o if t is None else t for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
         args = tree_unflatten(leaves, ctx.form)
         asked = [i for i, grad in enumerate(grads) if grad is not None]
+        if not asked:
+            return tuple(map(_none_for, args))
 
         def function(*args: Any) -> tuple[Tensor, ...]:
             out = composite(*args)

@@ -378,3 +378,20 @@ def test_numbers_in_a_graph_are_finite(make):
         operator(*args)
     assert all(map(math.isfinite, floats.seen))
     assert not floats.empty
+
+
+@pytest.mark.parametrize("name", ["grouped_ffn", "grouped_linear"])
+def test_second_derivatives_as_torch_checks_them(name):
+    """Undefined gradients, too: a sum of derivatives may have none of some output."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[0, 1], [2, 0], [1, 3]], dtype=torch.int32)
+    weights, rows, w2, w1 = (t.requires_grad_() for t in (new(3, 2), new(3, D), new(E, D, F), new(E, 2 * F, D)))
+
+    def ffn(rows, weights, w1, w2):
+        return kernels.grouped_ffn(rows, Routing(ids, weights, E), w1, w2)
+
+    def linear(rows, w1):
+        return kernels.grouped_linear(rows, torch.tensor([0, 1, 1, 2, 3], dtype=torch.int32), w1)
+
+    call, args = (ffn, (rows, weights, w1, w2)) if name == "grouped_ffn" else (linear, (rows, w1))
+    assert torch.autograd.gradgradcheck(call, args)
