@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...placement.place import open_source
 from ...placement.placement import Placement
 from ...placement.traces.generate import like_deepseek_v2_lite
 from ...placement.traces.trace import Trace, domain_of
@@ -39,7 +40,8 @@ def case_of(path: Path | None, seed: int = 0) -> Case:
         trace = like_deepseek_v2_lite(TOKENS, seed)
         domain = (np.arange(TOKENS) >= TOKENS // 2).astype(np.int64)
     else:
-        trace = Trace.load(path)
+        source = open_source(path)
+        trace = source if isinstance(source, Trace) else source.trace()
         found = domain_of(path, trace.shape[1])
         domain = np.zeros(trace.shape[1], np.int64) if found is None else found
     first = np.zeros(len(domain), bool)

@@ -16,6 +16,7 @@ from ...placement.caching.predict import foretell
 from ...placement.caching.simulate import Prefetch, Simulation, foreseen, perfect, simulate
 from ...placement.caching.steps import Steps, steps_of
 from ...placement.caching.tiers import Times, loads_of, stall
+from ...placement.place import open_source
 from ...placement.traces.trace import Trace, domain_of
 
 AHEAD = ("perfect", "next", "popular", "transition", "ridge", "path")  # what --prefetch may name
@@ -34,7 +35,8 @@ def case_of(path: Path, share: float) -> Case:
     """The first `share` of each domain's tokens to learn from, the rest to judge; the file's array `domain` [T], where
     it holds one, says which domain a token is of. Raises as Trace.load, and ValueError where nothing is left to judge.
     """
-    trace = Trace.load(path)
+    source = open_source(path)
+    trace = source if isinstance(source, Trace) else source.trace()
     tokens = trace.shape[1]
     domain = domain_of(path, tokens)
     if domain is None:

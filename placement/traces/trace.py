@@ -197,10 +197,9 @@ def scalar(file: Opened, found: Mapping[str, NDArray], name: str) -> int:
 def domain_of(path: str | os.PathLike[str], tokens: int) -> NDArray[np.int64] | None:
     """int64 [T]: the array `domain` of a trace file, None where it holds none. Raises as Trace.load."""
     with opened(path, "Trace") as file:
-        found = file.npz(REQUIRED, OPTIONAL)
-        if "domain" not in found:
+        if "domain" not in file.names(REQUIRED, OPTIONAL):
             return None
-        domain = found["domain"]
+        domain = file.npz(REQUIRED, OPTIONAL, only="domain")["domain"]
         file.rule(domain.shape == (tokens,), "domain", f"[T={tokens}]", domain.shape)
         return file.integers(domain.astype(np.int64), "domain", shape=(tokens,), low=-(2**31), high=2**31 - 1)
 

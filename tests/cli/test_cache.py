@@ -70,6 +70,15 @@ def test_prefetch_tiers_batches_and_one_pool(folder, capsys):
         assert words in said
 
 
+def test_a_trace_that_compresses_well_is_read(tmp_path):
+    tokens = 9_000_000
+    domain = (np.arange(tokens) >= tokens // 2).astype(np.int8)
+    ids = np.zeros((1, tokens, 8), np.uint8)
+    np.savez_compressed(tmp_path / "t.npz", expert_ids=ids, num_experts=8, domain=domain)
+    case = case_of(tmp_path / "t.npz", 0.5)
+    assert case.fit.shape == case.judge.shape == (1, tokens // 2, 8)
+
+
 def test_budgets_in_bytes(folder, capsys):
     assert figures(folder, capsys, "--budget", "480MB", "--expert-bytes", "16MB")["slots"] == 10
     assert figures(folder, capsys, "--budget", "1TiB")["slots"] == 16
