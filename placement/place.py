@@ -27,6 +27,7 @@ from .traces.trace import Trace
 from .walk import homes_of
 
 TOKENS = 200_000  # of a longer trace file are looked at
+TABLES_bytes = 4 << 30  # of rows between GPUs, at most
 RUN = 256  # of which so many stand together
 IN_MEMORY_bytes = 1 << 28
 
@@ -130,6 +131,9 @@ def problem_of(
         raise ValueError(f"place: source must have {rule}, got {sorted(set(trace.experts_of_layer.tolist()))}")
     if not layers or not tokens:
         raise ValueError(f"place: source must have layers and tokens, got {layers} and {tokens}")
+    if 16 * layers * topology.gpus**2 > TABLES_bytes:
+        rule = f"few enough GPUs for tables [L={layers}, G, G] of 16 bytes in {TABLES_bytes:,}"
+        raise ValueError(f"place: topology must have {rule}, got {topology.gpus}")
     slots = topology.slots_of_gpu(experts, slots_per_gpu)
     if groups < 1 or experts % groups:
         raise ValueError(f"place: groups must divide the experts, {experts}, got {groups}")

@@ -143,22 +143,22 @@ def with_spares(problem: Problem, gpu_of_expert: NDArray[np.integer] | None) -> 
     `gpu_of_expert` [L, E]; None: pins first, then the experts in order, each on the emptiest GPU (of its group's
     node). Raises ValueError where that does not fit slots, pins or groups.
     """
-    topology, slots = problem.topology, problem.slots_of_gpu
-    gpus = topology.gpus
+    slots, gpus, nodes = problem.slots_of_gpu, problem.topology.gpus, problem.topology.node_of_gpu
     found = np.empty((problem.layers, len(problem.gpu_of_slot)), np.int32)
     for layer in range(problem.layers):
         at = _first(problem, layer) if gpu_of_expert is None else np.asarray(gpu_of_expert)[layer]
         _check_start(problem, layer, at)
         held = np.eye(gpus, dtype=bool)[at]
-        node = topology.node_of_gpu[at]
-        load = problem.loads[0, layer]
+        node, load, times = nodes[at], problem.loads[0, layer], np.ones(problem.num_experts)
         for g in np.repeat(np.arange(gpus), slots - held.sum(0)):
-            may = ~held[:, g] & ((problem.groups == 1) | (node == topology.node_of_gpu[g]))
+            may = ~held[:, g] & ((problem.groups == 1) | (node == nodes[g]))
             if not may.any():
                 raise ValueError(
                     f"replicate: GPU {g} must have an expert for each slot in layer {layer}, got {slots[g]}"
                 )
-            held[np.argmax(np.where(may, load / held.sum(1), -1.0)), g] = True
+            most = np.argmax(np.where(may, load / times, -1.0))
+            held[most, g] = True
+            times[most] += 1
         found[layer] = np.nonzero(held.T)[1]
     return found
 

@@ -383,6 +383,8 @@ def test_traces_that_will_not_do():
     mixed = Trace(ids, 8, experts_of_layer=np.array([8, 4], np.int32))
     with pytest.raises(ValueError, match=r"place: source must have layers with equally many experts, got \[4, 8\]"):
         place(mixed, ONE)
+    with pytest.raises(ValueError, match=r"place: topology must have few enough GPUs for tables .*, got 65536"):
+        place(Trace(ids, 4), Topology(8192, 8), slots_per_gpu=1)
     start = Placement(np.array([[0, 1, 2, 3]] * 2), 4, Topology(1, 2))
     with pytest.raises(ValueError, match=r"place: start must have \[1, 1, 1, 1\] slots, got \[2, 2\]"):
         place(Trace(ids, 4), ONE, start=start)
