@@ -10,10 +10,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,21 +22,12 @@ from torch import Tensor
 
 from ...placement.careful import fault, open_regular, shown
 from ...placement.files import write_whole
-from .host import fill, parts_of, plain
+from .host import parts_of, plain
 from .kinds import Kind, Layer, Part, Weights
+from .reads import DTYPES, NAME, Piece, Reads, bytes_of, most_header, pread_all
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = 4096
-_PIECE = 1 << 18  # bytes of one request, at least
-_NAME = "/proc/self/fd/{}"  # of a file that is open, on Linux
-_LARGEST_HEADER = 100_000_000  # safetensors' own limit
-_SMALL_HEADER = 4 << 20  # as large a header may be in any file; reading it takes up to 35 times as much memory
-_SHARE = 8  # of a larger file, the header may be one part in so many
 _LARGEST_SIZE = 2**62
 _WHO = "FileStore"
 
@@ -66,24 +55,13 @@ class FileStore:
     ) -> None:
         if ways < 1:
             raise ValueError(f"FileStore: ways must be at least 1, got {ways}")
-        self.path, self.verify, self.page_cache = Path(path), verify, page_cache
-        self._file = open_regular(self.path, _WHO) if opened is None else opened
-        self._direct = -1
-        self._staging = threading.local()
-        self._ways = ways
-        self._pool = ThreadPoolExecutor(ways - 1, "headgate-file") if ways > 1 else None
+        self.path, self.verify = Path(path), verify
+        file = open_regular(self.path, _WHO) if opened is None else opened
+        self._reads = Reads([(file, self.path)], page_cache=page_cache, ways=ways)
         try:
-            self.layers, self._offsets, self._sums = _open(self._file, self.path)
+            self.layers, self._offsets, self._sums = _open(file, self.path)
             if layers is not None:
                 _compare(self.path, self.layers, layers)
-            if not page_cache and hasattr(os, "O_DIRECT"):
-                try:
-                    name = _NAME.format(self._file)
-                    at = name if os.path.exists(name) else self.path
-                    self._direct = os.open(at, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:  # this file system has no such reads
-                        raise
         except BaseException:
             self.close()
             raise
@@ -103,7 +81,7 @@ class FileStore:
 
         def work(file: BinaryIO) -> None:
             _write(file, tuple(layers), weights)
-            if os.path.exists(name := _NAME.format(file.fileno())):
+            if os.path.exists(name := NAME.format(file.fileno())):
                 opened.append(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
 
         try:
@@ -121,94 +99,45 @@ class FileStore:
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """See Store. What goes to a CUDA device passes through a page-locked buffer of this thread's own."""
-        if self._file < 0:
-            raise OSError(errno.EBADF, "the file of offloaded experts is closed", str(self.path))
+        self._reads.check_open()
         group, row = self.layers[layer].places[expert]
         kind = self.layers[layer].groups[group][1]
-        direct = all(t.device.type == "cpu" and t.is_contiguous() for t in into.values())
-        parts = into if direct else self._buffer(kind)
-        wanted = [
-            (memoryview(_bytes(parts[part.name])), begin + row * part.nbytes)
-            for part, begin in zip(kind.parts, self._offsets[layer][group], strict=True)
-        ]
-        self._fill_all(wanted)
-        total = 0
-        for data, _ in wanted if self.verify else ():
-            total = zlib.crc32(data, total)
-        if self.verify and total != self._sums[layer][expert]:
-            raise OSError(
-                errno.EIO,
-                f"layer {layer}, expert {expert} must have the checksum {self._sums[layer][expert]:08x}, "
-                f"got {total:08x}",
-                str(self.path),
-            )
-        if not direct:
-            fill(into, parts)
+        with self._reads.staged(kind, into) as parts:
+            wanted = [
+                Piece(memoryview(bytes_of(parts[part.name])), 0, begin + row * part.nbytes)
+                for part, begin in zip(kind.parts, self._offsets[layer][group], strict=True)
+            ]
+            self._reads.fill(wanted)
+            if self.verify:
+                self._compare_sum(layer, expert, wanted)
 
     def whole(self, layer: int) -> dict[str, Tensor]:
         """Maps of the file, private to the process: what is never touched takes no memory."""
         if not plain(self.layers[layer]):
             return {}
         ((experts, kind),) = self.layers[layer].groups
+        self._reads.check_open()
         found = {}
         for part, begin in zip(kind.parts, self._offsets[layer][0], strict=True):
-            with open(os.dup(self._file), "rb") as file:  # not by its name, which may be another file's by now
+            with open(os.dup(self._reads.handles[0]), "rb") as file:  # its name may be another's by now
                 data = np.memmap(file, np.uint8, "c", begin, (len(experts) * part.nbytes,))
             found[part.name] = torch.from_numpy(data).view(part.dtype).view(len(experts), *part.shape)
         return found
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-        for handle in (self._file, self._direct):
-            if handle >= 0:
-                os.close(handle)
-        self._file = self._direct = -1
+        self._reads.close()
 
-    def _buffer(self, kind: Kind) -> Mapping[str, Tensor]:
-        made = self._staging.__dict__.setdefault("parts", {})
-        if kind not in made:
-            pin = torch.cuda.is_available()
-            made[kind] = {p.name: torch.empty(p.shape, dtype=p.dtype, pin_memory=pin) for p in kind.parts}
-        return made[kind]
-
-    def _fill_all(self, wanted: Sequence[tuple[memoryview, int]]) -> None:
-        """Fills each buffer from its offset, in pieces that are read at once: a disk wants several requests to be fast,
-        and an expert that is waited for should not share it with one that is not."""
-        total = sum(len(data) for data, _ in wanted)
-        if self._pool is None or total < 2 * _PIECE:
-            for data, offset in wanted:
-                self._fill(data, offset)
-            return
-        size = max(_PIECE, -(-total // (self._ways * _PAGE)) * _PAGE)
-        pieces = [(data[at : at + size], offset + at) for data, offset in wanted for at in range(0, len(data), size)]
-        others = [self._pool.submit(self._fill, *piece) for piece in pieces[1:]]
-        try:
-            self._fill(*pieces[0])
-        finally:
-            wait(others)  # nobody writes into the buffers when this has returned
-        for other in others:
-            other.result()
-
-    def _fill(self, data: memoryview, offset: int) -> None:
-        """Reads until `data` is full: a read may be short."""
-        at = np.frombuffer(data, np.uint8).ctypes.data
-        direct = self._direct >= 0 and not (offset % _PAGE or len(data) % _PAGE or at % _PAGE)
-        got = 0
-        while got < len(data):
-            n = os.preadv(self._direct if direct and got % _PAGE == 0 else self._file, [data[got:]], offset + got)
-            if not n:
-                raise OSError(
-                    errno.EIO, f"the file ends: {len(data)} bytes wanted at offset {offset}, got {got}", str(self.path)
-                )
-            got += n
-        if not self.page_cache and not direct:
-            os.posix_fadvise(self._file, offset, len(data), os.POSIX_FADV_DONTNEED)
-
-
-def _bytes(t: Tensor) -> Any:
-    """A contiguous CPU tensor's memory, as a buffer."""
-    return t.reshape(-1).view(torch.uint8).numpy()
+    def _compare_sum(self, layer: int, expert: int, wanted: Sequence[Piece]) -> None:
+        total = 0
+        for data, _, _ in wanted:
+            total = zlib.crc32(data, total)
+        if total != self._sums[layer][expert]:
+            raise OSError(
+                errno.EIO,
+                f"layer {layer}, expert {expert} must have the checksum {self._sums[layer][expert]:08x}, "
+                f"got {total:08x}",
+                str(self.path),
+            )
 
 
 def _tensors(layers: Sequence[Layer]) -> list[tuple[str, int, Part]]:
@@ -245,7 +174,7 @@ def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]]) -> bytes:
 def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]]) -> None:
     sums = [[0] * layer.experts for layer in layers]
     header = _header(layers, sums)
-    most = _most(len(header) + sum(layer.nbytes for layer in layers))
+    most = most_header(len(header) + sum(layer.nbytes for layer in layers))
     if len(header) > most:
         raise ValueError(f"FileStore: header must be at most {most} bytes, got {len(header)}")
     file.write(header)
@@ -253,7 +182,7 @@ def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Seq
         for (experts, kind), parts in zip(layer.groups, parts_of(layer, weights(i)), strict=True):
             for part in kind.parts:
                 for row, e in enumerate(experts):
-                    one = _bytes(parts[part.name][row].cpu().contiguous())
+                    one = bytes_of(parts[part.name][row].cpu().contiguous())
                     sums[i][e] = zlib.crc32(one, sums[i][e])
                     file.write(one)
     file.seek(0)
@@ -270,10 +199,10 @@ def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]
 
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if size < 8 or not 2 <= length <= min(_most(size), size - 8):
+    if size < 8 or not 2 <= length <= min(most_header(size), size - 8):
         raise refuse(f"got a header of {length} bytes in a file of {size}")
     try:
-        said = json.loads(_all(file, length, 8))
+        said = json.loads(pread_all(file, length, 8))
         layers, sums = _layers(said)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, RuntimeError) as error:
         raise refuse(f"got a header that does not say so ({type(error).__name__}: {error})") from error
@@ -290,19 +219,6 @@ def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]
     if size != at:
         raise refuse(f"whole, with {at} bytes, got {size}")
     return layers, offsets, sums
-
-
-def _most(size: int) -> int:
-    """Bytes that the header of a file of `size` bytes may have."""
-    return min(_LARGEST_HEADER, max(_SMALL_HEADER, size // _SHARE))
-
-
-def _all(file: int, length: int, offset: int) -> bytes:
-    """`length` bytes, or fewer where the file ends."""
-    got = b""
-    while len(got) < length and (more := os.pread(file, length - len(got), offset + len(got))):
-        got += more
-    return got
 
 
 def _layers(said: Mapping[str, Any]) -> tuple[tuple[Layer, ...], list[list[int]]]:

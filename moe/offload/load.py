@@ -1,0 +1,131 @@
+"""headgate.load: a model whose experts stay in the files of its checkpoint, and are never in memory all at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...placement.caching.predict import Predictor
+from ...placement.careful import fault
+from ...placement.traces.trace import Trace
+from ..hf.conversion import Conversion, conversion_of
+from ..hf.pretrained import blank_model, fill_rest, missing_of
+from ..hf.swap import replace
+from .checkpoint import Checkpoint
+from .forms import Form, survey
+from .kinds import Layer
+from .offload import Offload, Plan
+from .reads import DTYPES
+from .shards import WHAT_TO_DO, Laid, ShardStore, laid_out
+
+
+def load(
+    path: str | os.PathLike[str],
+    budget: str | int | float = "8GiB",
+    policy: str = "adaptive",
+    prefetch: str | Predictor | None = "gate",
+    *,
+    device: torch.device | str = "cpu",
+    scope: str = "layer",
+    trace: Trace | None = None,
+    readers: int | None = None,
+    page_cache: bool = True,
+    log: bool = False,
+) -> tuple[nn.Module, Offload]:
+    """A transformers MoE model from a folder, with its experts left in the folder's own safetensors files: they are
+    never in memory all at once, and nothing is written. Outputs are those of `from_pretrained` and `offload`.
+
+    path      a folder with config.json and either model.safetensors.index.json with its files or model.safetensors, as
+              save_pretrained and hub downloads have it; the files must stay as they are while the model is used
+    budget    what the slots for experts may take on the device, see `offload`. Beside it stands the rest of the model:
+              attention, embeddings, norms, routers, shared experts, and the KV cache of a generation
+    device    where to compute
+    policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
+
+    Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
+    files make which parameter is asked of transformers. The model is in evaluation mode and runs through Headgate. Its
+    experts' parameters are on the meta device: they have names and shapes, and no numbers. `Offload.close()` leaves
+    them there, and the model can compute no more; `close(restore=True)` reads them into memory.
+
+    Returns the model and its Offload.
+
+    Raises OSError where a file is missing or cannot be read; ValueError where one is not what it should be, a tensor is
+    missing or of another shape or dtype than the model's, the checkpoint is quantized, or transformers makes experts by
+    more than stacking and concatenating; else as `offload`. All this is found out before a weight is read.
+
+    >>> model, offloaded = headgate.load("/models/Qwen3-30B-A3B", budget="4GiB")
+    >>> model.generate(**inputs)
+    """
+    folder, where = Path(path), torch.device(device)
+    checkpoint = Checkpoint(folder)
+    try:
+        dtypes = [DTYPES[t.dtype] for t in checkpoint.tensors.values()]
+        model = blank_model(folder, next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None))
+        replace(model)
+        found, skipped = survey(model)
+        conversion = conversion_of(model, checkpoint.tensors)
+        _check_rest(model, conversion, checkpoint)
+        laid = [_experts(one, conversion, checkpoint) for one in found]
+        layers = [Layer.of(n, (range(len(w["w_down"])), w)) for n, w in ((n, f.weights(m)) for n, m, f in found)]
+        plan = Plan.of(
+            model, found, skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch, scope=scope,
+            trace=trace, readers=readers, log=log, from_disk=True,
+        )  # fmt: skip
+        left = {f"{name}.{theirs}" for name, _, form in found for theirs in form.names.values()}
+        experts = {key for name in left for keys in conversion.sources[name].keys.values() for key in keys}
+        rest = [key for key in checkpoint.tensors if key not in experts]
+        fill_rest(model, conversion, rest, checkpoint.read, left)
+        store = ShardStore(layers, laid, checkpoint.take(), page_cache=page_cache)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return model, plan.start(store)
+
+
+def _check_rest(model: nn.Module, conversion: Conversion, checkpoint: Checkpoint) -> None:
+    """Raises ValueError where a tensor is missing, or one that is taken as it lies has another shape."""
+    missing = missing_of(model, conversion)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise fault("load", checkpoint.folder, f"must have a tensor for each weight, got none for {missing[0]}{more}")
+    wanted = model.state_dict()
+    for name, source in conversion.sources.items():
+        if not source.operations:
+            (keys,) = source.keys.values()
+            for key in keys:
+                shape = checkpoint.tensors[key].shape
+                if shape != tuple(wanted[name].shape):
+                    rule = f"must have {key} of shape {list(wanted[name].shape)}, got {list(shape)}"
+                    raise fault("load", checkpoint.folder, rule)
+
+
+def _experts(one: tuple[str, nn.Module, Form], conversion: Conversion, checkpoint: Checkpoint) -> Mapping[str, Laid]:
+    """Where the parts of a layer's experts lie. Raises ValueError where one is of another shape or dtype than the
+    model's, or not in whole pieces."""
+    name, module, form = one
+    found = {}
+    for ours, parameter in form.weights(module).items():
+        whole = f"{name}.{form.names[ours]}"
+        source = conversion.sources[whole]
+        if len({len(keys) for keys in source.keys.values()}) > 1 or len(source.keys) < len(source.patterns):
+            raise fault("load", checkpoint.folder, f"must have as many tensors of each kind for {whole}, got {source}")
+        try:
+            laid = laid_out(source, checkpoint)
+        except ValueError as error:
+            raise fault("load", checkpoint.folder, f"must have for {whole} {error}") from error
+        if isinstance(laid, str):
+            rule = "lie in the checkpoint as bytes that can be read in place"
+            raise ValueError(f"load: {whole} must {rule}, {laid}: {WHAT_TO_DO}")
+        if laid.shape != tuple(parameter.shape):
+            rule = f"must make {whole} {list(parameter.shape)}, got {list(laid.shape)} from {source}"
+            raise fault("load", checkpoint.folder, rule)
+        if DTYPES[laid.dtype] != parameter.dtype:
+            raise ValueError(
+                f"load: {whole} must be stored in the model's {parameter.dtype}, got {laid.dtype}: {WHAT_TO_DO}"
+            )
+        found[ours] = laid
+    return found
