@@ -111,7 +111,7 @@ def _index(folder: Path) -> dict[str, str] | None:
         return None
     with opened(folder / INDEX, _WHO) as file:
         said = file.json("a JSON index of safetensors files")
-        index = said.get("weight_map") if isinstance(said, Mapping) else None
+        index: Any = said.get("weight_map") if isinstance(said, Mapping) else None
         file.rule(isinstance(index, dict), "weight_map", "an object", index)
         file.rule(bool(index), "weight_map", "of one tensor at least", "none")
         for key, name in index.items():

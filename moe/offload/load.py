@@ -118,8 +118,9 @@ def _experts(one: tuple[str, nn.Module, Form], conversion: Conversion, checkpoin
         except ValueError as error:
             raise fault("load", checkpoint.folder, f"must have for {whole} {error}") from error
         if isinstance(laid, str):
-            rule = "lie in the checkpoint as bytes that can be read in place"
-            raise ValueError(f"load: {whole} must {rule}, {laid}: {WHAT_TO_DO}")
+            raise ValueError(
+                f"load: {whole} must lie in the checkpoint as bytes that can be read in place, {laid}: {WHAT_TO_DO}"
+            )
         if laid.shape != tuple(parameter.shape):
             rule = f"must make {whole} {list(parameter.shape)}, got {list(laid.shape)} from {source}"
             raise fault("load", checkpoint.folder, rule)

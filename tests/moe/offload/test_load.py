@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -257,3 +260,43 @@ def test_what_is_computed_cannot_be_read_in_place(saved):
     ):
         assert "transformers makes it by" in laid_out(Source(["up"], operations, keys), checkpoint)
     checkpoint.close()
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_whole_is_never_in_memory(tmp_path):
+    """From start to the first token a process grows by the rest of the model, the slots and little more."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("memory is read from /proc")
+    for name, width, experts in (("small", 32, 4), ("large", 1024, 32)):
+        config = transformers.OlmoeConfig(
+            **{**SIZES, "hidden_size": width, "intermediate_size": width, "vocab_size": 512, "num_hidden_layers": 2},
+            num_experts=experts, num_experts_per_tok=2,
+        )  # fmt: skip
+        model = transformers.OlmoeForCausalLM(config).to(torch.bfloat16)
+        model.save_pretrained(tmp_path / name, max_shard_size="50MB")
+    whole = sum(p.nbytes for p in model.parameters())
+    experts = sum(p.nbytes for p in experts_of(model).values())
+    script = textwrap.dedent(
+        """
+        import sys, torch, transformers, headgate
+        def peak():
+            return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
+        small, large = sys.argv[1:]
+        for path, budget in ((small, 1.0), (large, "25%")):  # the small one brings what is imported on the way
+            before = peak()
+            model, offloaded = headgate.load(path, budget)
+            with offloaded, torch.no_grad():
+                model.generate(torch.arange(8)[None], max_new_tokens=1)
+        print(peak() - before)
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "small", tmp_path / "large"], cwd=tmp_path, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    grown = int(done.stdout.split()[-1])
+    room = whole - experts + experts // 4
+    assert grown < room + 64 * 2**20, f"{grown:,} bytes for a model of {whole:,} with room for {room:,}"
