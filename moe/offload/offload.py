@@ -55,8 +55,9 @@ def offload(
 
     model     a transformers model after `headgate.replace`, or one with `headgate.MoE` layers. For inference: a call
               whose rows or router weights ask for a gradient raises
-    budget    what the slots may take on the device: "8GiB", bytes, or a share of the experts' bytes ("25%", 0.25): room
-              for one expert at least (scope "shared"), or for one of each layer ("layer")
+    budget    what the slots for experts may take on the device: bytes ("8GiB", 4096) or a share of all experts' bytes,
+              at most all ("25%", 0.25). Room for one expert at least (scope "shared"), or for one of each layer
+              ("layer"). The rest of the model and the KV cache of a generation come beside it
     policy    which expert goes when a slot is needed, a name in `headgate.placement.policies.POLICIES`: "adaptive"
               learns as it goes how soon each is used again; "learned" begins with what `trace` has taught it
     prefetch  "gate": the next layer's router, applied to this layer's rows, says what to fetch ahead; "path" (or a
