@@ -14,6 +14,10 @@ from ...placement.careful import Guard, opened
 from .conversion import Conversion
 
 _WHO = "load"
+_AUTO = (  # the first that knows a configuration builds its model
+    "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTokenClassification",
+    "AutoModel",
+)  # fmt: skip
 
 
 def blank_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -22,7 +26,7 @@ def blank_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
 
     Raises OSError and ValueError where config.json is not what it should be.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
     from transformers.initialization import no_init_weights
 
     with opened(folder / "config.json", _WHO) as file:
@@ -33,14 +37,14 @@ def blank_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             rule = "absent: experts are read as they lie, in bf16, fp16 or fp32 (take one without it)"
             raise file.refusal("quantization_config", rule, method)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for auto in (getattr(transformers, name) for name in _AUTO):
         if type(config) in auto._model_mapping:
             with torch.device("meta"), no_init_weights():
                 model = auto.from_config(config, dtype=config.dtype or dtype, trust_remote_code=False)
             model.config.name_or_path = str(folder)
             return model
-    rule = "that of a language model of the installed transformers"
+    rule = "that of a model of the installed transformers"
     raise Guard(folder / "config.json", _WHO).refusal("model_type", rule, config.model_type)
 
 

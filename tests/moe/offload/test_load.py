@@ -210,7 +210,9 @@ SPOILT = {
         "quantization_config of .* must be absent.*, got gptq"),
     "another kind of model": (
         lambda f: edit(f / "config.json", lambda c: c.update(model_type="vit")), ValueError,
-        "model_type of .* must be that of a language model"),
+        "model must hold MoE experts, got a ViTModel"),
+    "a model that transformers has not": (
+        lambda f: edit(f / "config.json", lambda c: c.update(model_type="a_new_one")), ValueError, "a_new_one"),
     "no configuration": (lambda f: (f / "config.json").unlink(), OSError, "config.json"),
     "no folder": (lambda f: shutil.rmtree(f), ValueError, "must be a folder with config.json"),
 }  # fmt: skip
