@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from ..hf.conversion import Conversion, conversion_of
 from ..hf.pretrained import blank_model, fill_rest, missing_of
 from ..hf.swap import replace
 from .checkpoint import Checkpoint
-from .forms import Form, survey
+from .forms import Form, Found, survey
 from .kinds import Layer
 from .offload import Offload, Plan
 from .reads import DTYPES
@@ -60,7 +62,39 @@ def load(
     >>> model, offloaded = headgate.load("/models/Qwen3-30B-A3B", budget="4GiB")
     >>> model.generate(**inputs)
     """
-    folder, where = Path(path), torch.device(device)
+    where = torch.device(device)
+    with seen(path) as what:
+        model = what.model
+        plan = Plan.of(
+            model, what.found, what.skipped, what.layers, where, budget=budget, policy=policy, prefetch=prefetch,
+            scope=scope, trace=trace, readers=readers, log=log, from_disk=True,
+        )  # fmt: skip
+        left = {f"{name}.{theirs}" for name, _, form in what.found for theirs in form.names.values()}
+        experts = {key for name in left for keys in what.conversion.sources[name].keys.values() for key in keys}
+        rest = [key for key in what.checkpoint.tensors if key not in experts]
+        fill_rest(model, what.conversion, rest, what.checkpoint.read, left)
+        store = ShardStore(what.layers, what.laid, what.checkpoint.take(), page_cache=page_cache)
+    return model, plan.start(store)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A folder that `load` can take, before a weight is read: the model on the meta device, swapped; its experts
+    modules `found` and `skipped`; where everything lies in the files."""
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    found: Found
+    skipped: Mapping[str, str]
+    conversion: Conversion
+    laid: Sequence[Mapping[str, Laid]]
+    layers: Sequence[Layer]
+
+
+@contextmanager
+def seen(path: str | os.PathLike[str]) -> Iterator[Seen]:
+    """What the files of a folder say, open for the length of a `with` unless somebody takes them. Raises as `load`."""
+    folder = Path(path)
     checkpoint = Checkpoint(folder)
     try:
         dtypes = [DTYPES[t.dtype] for t in checkpoint.tensors.values()]
@@ -70,20 +104,11 @@ def load(
         conversion = conversion_of(model, checkpoint.tensors)
         _check_rest(model, conversion, checkpoint)
         laid = [_experts(one, conversion, checkpoint) for one in found]
-        layers = [Layer.of(n, (range(len(w["w_down"])), w)) for n, w in ((n, f.weights(m)) for n, m, f in found)]
-        plan = Plan.of(
-            model, found, skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch, scope=scope,
-            trace=trace, readers=readers, log=log, from_disk=True,
-        )  # fmt: skip
-        left = {f"{name}.{theirs}" for name, _, form in found for theirs in form.names.values()}
-        experts = {key for name in left for keys in conversion.sources[name].keys.values() for key in keys}
-        rest = [key for key in checkpoint.tensors if key not in experts]
-        fill_rest(model, conversion, rest, checkpoint.read, left)
-        store = ShardStore(layers, laid, checkpoint.take(), page_cache=page_cache)
-    except BaseException:
+        weights = [(name, form.weights(module)) for name, module, form in found]
+        layers = [Layer.of(name, (range(len(w["w_down"])), w)) for name, w in weights]
+        yield Seen(checkpoint, model, found, skipped, conversion, laid, layers)
+    finally:
         checkpoint.close()
-        raise
-    return model, plan.start(store)
 
 
 def _check_rest(model: nn.Module, conversion: Conversion, checkpoint: Checkpoint) -> None:
