@@ -11,8 +11,8 @@ import headgate
 
 # families whose experts are not stacked weights at transformers' boundary, or have a gate that no fused form equals
 STAY = {
-    "dbrx", "doge", "inkling2", "jetmoe", "llama4", "longcat_flash", "muse_spark", "nllb_moe", "switch_transformers",
-    "vitpose_backbone",
+    "dbrx", "doge", "inkling2", "inkling2_loop", "jetmoe", "llama4", "longcat_flash", "muse_spark", "nllb_moe",
+    "switch_transformers", "vitpose_backbone",
 }  # fmt: skip
 # families of which only a part of a larger model is built here, which no checkpoint holds alone
 PARTS = {
