@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...kernels.quantized import quantize
+from ...kernels.quantized import Quantized, quantize
 from ..hf.accelerated import keeps_weights
 from .file import FileStore
 from .forms import Found
@@ -16,11 +16,16 @@ from .host import HostStore, Store
 from .kinds import Weights
 
 FILE = "experts.safetensors"
-Formats = Mapping[str, Sequence[str | None]]  # module name -> the format of each expert
+# module name -> the format of each expert; or one format for all experts
+Formats = Mapping[str, Sequence[str | None]] | str
 
 
 def groups_of(found: Found, formats: Formats) -> list[list[tuple[list[int], str | None]]]:
     """Of each layer, the experts of each format, rising."""
+    if isinstance(formats, str):
+        formats = {name: [formats] * len(form.weights(module)["w_down"]) for name, module, form in found}
+    if not isinstance(formats, Mapping):
+        raise TypeError(f"offload: formats must be a format, or a mapping of modules' names, got {formats!r}")
     unknown = sorted(formats.keys() - {name for name, _, _ in found})
     if unknown:
         raise ValueError(f"offload: formats must be for modules of experts that are moved, got {', '.join(unknown)}")
@@ -45,7 +50,19 @@ def coded(weights: Mapping[str, Tensor], format: str | None) -> Weights:
     """Weights [n, ...] in a format; biases stay as they are."""
     if format is None:
         return weights
-    return {name: quantize(w, format) if name.startswith("w_") else w for name, w in weights.items()}
+    return {name: _quantized(w, format) if name.startswith("w_") else w for name, w in weights.items()}
+
+
+def _quantized(w: Tensor, format: str) -> Quantized:
+    """Expert by expert: on its way `quantize` takes several times the memory of what it is given."""
+    if w.is_meta:
+        return quantize(w, format)
+    first = quantize(w[:1], format)
+    data, scale = (t.new_empty(len(w), *t.shape[1:]) for t in (first.data, first.scale))
+    for e in range(len(w)):
+        one = quantize(w[e : e + 1], format)
+        data[e], scale[e] = one.data[0], one.scale[0]
+    return Quantized(data, scale, format, first.block)
 
 
 def like(weights: Mapping[str, Tensor], n: int, format: str | None) -> Weights:

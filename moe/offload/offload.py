@@ -68,8 +68,9 @@ def offload(
     device    where to compute; everything but the experts is moved there. None: where the model is
     scope     "layer": each layer has slots of its own; "shared": all layers share them
     trace     what policies and predictors that learn have to learn from, of this model's layers in this order
-    formats   experts in few bits: module name -> a format ("int8", "int4", None: as they are) for each expert, as
-              `headgate.moe.offload.precisions` chooses them. Outputs are then those of the rounded weights
+    formats   experts in few bits: "int8", "int4" or another format for all, or module name -> a format (None: as they
+              are) for each expert, as `headgate.moe.offload.precisions` chooses them. Outputs are then those of the
+              rounded weights
     hybrid    True: the host computes experts where they are, in host memory, wherever that ends a step sooner than to
               fetch them. What either costs is measured now, in about a second, on the first layer's weights, unless
               Costs are given. On a GPU outputs then stay the same to rounding: the host sums in another order
@@ -101,7 +102,7 @@ def offload(
             "offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None"
         )
     _check_hybrid(hybrid, disk, formats)
-    groups = groups_of(found, formats or {})
+    groups = groups_of(found, {} if formats is None else formats)
     layers = [
         Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
         for (name, module, form), parts in zip(found, groups, strict=True)
