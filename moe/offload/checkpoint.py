@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from .reads import DTYPES, Piece, Reads, bytes_of, most_header, pread_all
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _WHO = "load"
 _LARGEST = 2**62
+_SAMPLE = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.files: list[tuple[int, Path]] = []
         self.tensors: dict[str, Stored] = {}
+        self._digest = hashlib.sha256()
         try:
             index = _index(self.folder)
             for name in sorted(set(index.values())) if index is not None else [SINGLE]:
@@ -69,6 +72,11 @@ class Checkpoint:
             Reads(self.files, ways=1).fill([Piece(memoryview(bytes_of(found)), stored.file, stored.offset)])
         return found
 
+    @property
+    def digest(self) -> str:
+        """Of names, sizes, headers and 16 samples of each file: another model or revision has another."""
+        return self._digest.hexdigest()
+
     def take(self) -> list[tuple[int, Path]]:
         """The open files, which are the caller's from now on."""
         files, self.files = self.files, []
@@ -87,6 +95,9 @@ class Checkpoint:
         length = int.from_bytes(pread_all(handle, 8, 0), "little")
         rule = f"of at most {min(most_header(size), max(0, size - 8)):,} bytes"
         guard.rule(2 <= length <= min(most_header(size), size - 8), "header", rule, f"{length:,}")
+        self._digest.update(f"{path.name} {size} ".encode() + pread_all(handle, 8 + length, 0))
+        for at in range(8 + length, size, max(_SAMPLE, (size - 8 - length) // 16)):
+            self._digest.update(pread_all(handle, min(_SAMPLE, size - at), at))
         with guard.watched("a safetensors file"):
             said = json.loads(pread_all(handle, length, 8))
             guard.rule(isinstance(said, dict), "header", "an object", type(said).__name__)

@@ -35,6 +35,7 @@ _WHO = "FileStore"
 class FileStore:
     """The experts of a file that `FileStore.write` wrote. `layers`: what must be in it (None: whatever is).
 
+    `source`: what it must have been written from (None: anything), as `write` was told.
     `verify`: each expert's checksum is compared when it is read. `page_cache=False`: the kernel keeps no copy of what
     was read (O_DIRECT where the file system, offsets and sizes allow it; otherwise pages are let go after each read).
     `ways`: an expert is read in so many pieces at once. `opened`: the file, opened already, which is taken over.
@@ -48,6 +49,7 @@ class FileStore:
         path: str | Path,
         layers: Sequence[Layer] | None = None,
         *,
+        source: str | None = None,
         verify: bool = False,
         page_cache: bool = True,
         ways: int = 4,
@@ -59,28 +61,37 @@ class FileStore:
         file = open_regular(self.path, _WHO) if opened is None else opened
         self._reads = Reads([(file, self.path)], page_cache=page_cache, ways=ways)
         try:
-            self.layers, self._offsets, self._sums = _open(file, self.path)
+            self.layers, self._offsets, self._sums, wrote = _open(file, self.path)
             if layers is not None:
                 _compare(self.path, self.layers, layers)
+            if source not in (None, wrote):
+                rule = "must hold the experts of this very checkpoint and formats, got another's: remove it or choose "
+                raise fault(_WHO, self.path, rule + "another folder")
         except BaseException:
             self.close()
             raise
 
     @classmethod
     def write(
-        cls, path: str | Path, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]], **options: Any
+        cls,
+        path: str | Path,
+        layers: Sequence[Layer],
+        weights: Callable[[int], Sequence[Weights]],
+        *,
+        source: str = "",
+        **options: Any,
     ) -> FileStore:
         """Writes the experts of all layers, whole or not at all: on an error an older file stays as it was. Returns
         the store of this very file, whoever else writes one of its name meanwhile.
 
         `weights(i)` gives the weights of layer i, one mapping for each of its groups, on any device; it is asked once
-        for each layer, in order, and one expert at a time is brought together. Raises OSError naming the file where
-        the disk is full.
+        for each layer, in order, and one expert at a time is brought together. `source`, kept in the header, says what
+        they were made of. Raises OSError naming the file where the disk is full.
         """
         path, opened = Path(path), list[int]()
 
         def work(file: BinaryIO) -> None:
-            _write(file, tuple(layers), weights)
+            _write(file, tuple(layers), weights, source)
             if os.path.exists(name := NAME.format(file.fileno())):
                 opened.append(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
 
@@ -150,7 +161,7 @@ def _tensors(layers: Sequence[Layer]) -> list[tuple[str, int, Part]]:
     ]
 
 
-def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]]) -> bytes:
+def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]], source: str) -> bytes:
     """The header for these layers: its length does not depend on the checksums. The data begin on a page."""
     about = [
         {"name": layer.name, "groups": [[experts, [p.name for p in k.parts], k.coded] for experts, k in layer.groups]}
@@ -158,6 +169,8 @@ def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]]) -> bytes:
     ]
     crc = ["".join(f"{s:08x}" for s in of_layer) for of_layer in sums]
     said: dict[str, Any] = {"__metadata__": {"headgate.experts": json.dumps(about), "headgate.crc32": ",".join(crc)}}
+    if source:
+        said["__metadata__"]["headgate.source"] = source
     at = 0
     for name, n, part in _tensors(layers):
         if name in said:
@@ -171,9 +184,9 @@ def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]]) -> None:
+def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]], source: str) -> None:
     sums = [[0] * layer.experts for layer in layers]
-    header = _header(layers, sums)
+    header = _header(layers, sums, source)
     most = most_header(len(header) + sum(layer.nbytes for layer in layers))
     if len(header) > most:
         raise ValueError(f"FileStore: header must be at most {most} bytes, got {len(header)}")
@@ -186,13 +199,13 @@ def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Seq
                     sums[i][e] = zlib.crc32(one, sums[i][e])
                     file.write(one)
     file.seek(0)
-    file.write(_header(layers, sums))
+    file.write(_header(layers, sums, source))
     file.flush()
     os.fsync(file.fileno())
 
 
-def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]]], list[list[int]]]:
-    """(layers, offset in the file of each part by layer and group, checksum by layer and expert)."""
+def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]]], list[list[int]], str]:
+    """(layers, offset in the file of each part by layer and group, checksum by layer and expert, source)."""
 
     def refuse(why: str) -> ValueError:
         return fault(_WHO, path, f"must be a file that FileStore.write wrote, {why}")
@@ -204,6 +217,7 @@ def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]
     try:
         said = json.loads(pread_all(file, length, 8))
         layers, sums = _layers(said)
+        source = said["__metadata__"].get("headgate.source", "")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, RuntimeError) as error:
         raise refuse(f"got a header that does not say so ({type(error).__name__}: {error})") from error
     at, offsets = 8 + length, []
@@ -213,12 +227,12 @@ def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]
             for p, part in enumerate(kind.parts):
                 offsets[-1][g][p] = at
                 at += len(experts) * part.nbytes
-    wanted = json.loads(_header(layers, sums)[8:])
+    wanted = json.loads(_header(layers, sums, source)[8:])
     if json.dumps(wanted, sort_keys=True) != json.dumps(said, sort_keys=True):  # as text: there 8 is not 8.0
         raise refuse("got tensors that are not where they should be")
     if size != at:
         raise refuse(f"whole, with {at} bytes, got {size}")
-    return layers, offsets, sums
+    return layers, offsets, sums, source
 
 
 def _layers(said: Mapping[str, Any]) -> tuple[tuple[Layer, ...], list[list[int]]]:

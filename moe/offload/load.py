@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +21,11 @@ from ..hf.conversion import Conversion, conversion_of
 from ..hf.pretrained import blank_model, fill_rest, missing_of
 from ..hf.swap import replace
 from .checkpoint import Checkpoint
+from .file import FileStore
 from .forms import Form, Found, survey
-from .kinds import Layer
+from .host import Store
+from .kinds import Layer, Weights
+from .lower import FILE, Formats, Groups, groups_of, layers_of, pieces_of
 from .offload import Offload, Plan
 from .reads import DTYPES
 from .shards import WHAT_TO_DO, Laid, ShardStore, laid_out
@@ -30,7 +36,9 @@ def load(
     budget: str | int | float = "8GiB",
     policy: str = "adaptive",
     prefetch: str | Predictor | None = "gate",
+    disk: str | os.PathLike[str] | None = None,
     *,
+    formats: Formats | None = None,
     device: torch.device | str = "cpu",
     scope: str = "layer",
     trace: Trace | None = None,
@@ -39,12 +47,16 @@ def load(
     log: bool = False,
 ) -> tuple[nn.Module, Offload]:
     """A transformers MoE model from a folder, with its experts left in the folder's own safetensors files: they are
-    never in memory all at once, and nothing is written. Outputs are those of `from_pretrained` and `offload`.
+    never in memory all at once, and without `disk` nothing is written. Outputs are those of `from_pretrained` and
+    `offload`.
 
     path      a folder with config.json and either model.safetensors.index.json with its files or model.safetensors, as
               save_pretrained and hub downloads have it; the files must stay as they are while the model is used
     budget    what the slots for experts may take on the device, see `offload`. Beside it stands the rest of the model:
               attention, embeddings, norms, routers, shared experts, and the KV cache of a generation
+    formats   experts in few bits, see `offload`; `disk` must be given
+    disk      a folder for experts.safetensors, written layer by layer where it is not there yet. A file that is there
+              is used if it was made of this very checkpoint with these formats, and refused if not
     device    where to compute
     policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
 
@@ -63,18 +75,54 @@ def load(
     >>> model.generate(**inputs)
     """
     where = torch.device(device)
+    if formats and disk is None:
+        raise ValueError(f"load: disk must be a folder for experts in few bits, got None with formats={formats!r}")
     with seen(path) as what:
         model = what.model
+        groups = groups_of(what.found, formats or {})
+        layers = layers_of(what.found, groups)
         plan = Plan.of(
-            model, what.found, what.skipped, what.layers, where, budget=budget, policy=policy, prefetch=prefetch,
+            model, what.found, what.skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch,
             scope=scope, trace=trace, readers=readers, log=log, from_disk=True,
         )  # fmt: skip
         left = {f"{name}.{theirs}" for name, _, form in what.found for theirs in form.names.values()}
         experts = {key for name in left for keys in what.conversion.sources[name].keys.values() for key in keys}
         rest = [key for key in what.checkpoint.tensors if key not in experts]
-        fill_rest(model, what.conversion, rest, what.checkpoint.read, left)
-        store = ShardStore(what.layers, what.laid, what.checkpoint.take(), page_cache=page_cache)
+        packed = None if disk is None else _packed(what, layers, groups, Path(disk) / FILE, page_cache)
+        try:
+            fill_rest(model, what.conversion, rest, what.checkpoint.read, left)
+        except BaseException:
+            if packed is not None:
+                packed.close()
+            raise
+        store: Store = packed or ShardStore(layers, what.laid, what.checkpoint.take(), page_cache=page_cache)
     return model, plan.start(store)
+
+
+def _packed(what: Seen, layers: Sequence[Layer], groups: Groups, path: Path, page_cache: bool) -> FileStore:
+    """The experts file at `path`, written now if it is not there. Raises OSError where the disk has no room, ValueError
+    where the file is another checkpoint's."""
+    said = f"{what.checkpoint.digest} {[[(len(some), some[0], format) for some, format in of] for of in groups]}"
+    source = hashlib.sha256(said.encode()).hexdigest()
+    if path.exists():
+        return FileStore(path, layers, source=source, page_cache=page_cache)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size, free = sum(layer.nbytes for layer in layers), shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC, f"load: disk must have {size:,} bytes for the experts, got {free:,} free", str(path)
+        )
+    files = [(os.dup(handle), name) for handle, name in what.checkpoint.files]
+    with closing(ShardStore(what.layers, what.laid, files, page_cache=page_cache)) as shards:
+
+        def weights(i: int) -> list[Weights]:
+            ((experts, kind),) = what.layers[i].groups
+            whole = {p.name: torch.empty(len(experts), *p.shape, dtype=p.dtype) for p in kind.parts}
+            for e in experts:
+                shards.read(i, e, {name: t[e] for name, t in whole.items()})
+            return pieces_of(whole, groups[i])
+
+        return FileStore.write(path, layers, weights, source=source, page_cache=page_cache)
 
 
 @dataclass(frozen=True)
@@ -104,8 +152,7 @@ def seen(path: str | os.PathLike[str]) -> Iterator[Seen]:
         conversion = conversion_of(model, checkpoint.tensors)
         _check_rest(model, conversion, checkpoint)
         laid = [_experts(one, conversion, checkpoint) for one in found]
-        weights = [(name, form.weights(module)) for name, module, form in found]
-        layers = [Layer.of(name, (range(len(w["w_down"])), w)) for name, w in weights]
+        layers = layers_of(found, groups_of(found, {}))
         yield Seen(checkpoint, model, found, skipped, conversion, laid, layers)
     finally:
         checkpoint.close()

@@ -13,14 +13,16 @@ from ..hf.accelerated import keeps_weights
 from .file import FileStore
 from .forms import Found
 from .host import HostStore, Store
-from .kinds import Weights
+from .kinds import Layer, Weights
 
 FILE = "experts.safetensors"
 # module name -> the format of each expert; or one format for all experts
 Formats = Mapping[str, Sequence[str | None]] | str
 
+Groups = list[list[tuple[list[int], str | None]]]  # of each layer, (experts, their format)
 
-def groups_of(found: Found, formats: Formats) -> list[list[tuple[list[int], str | None]]]:
+
+def groups_of(found: Found, formats: Formats) -> Groups:
     """Of each layer, the experts of each format, rising."""
     if isinstance(formats, str):
         formats = {name: [formats] * len(form.weights(module)["w_down"]) for name, module, form in found}
@@ -71,6 +73,23 @@ def like(weights: Mapping[str, Tensor], n: int, format: str | None) -> Weights:
     return coded(empty, format)
 
 
+def layers_of(found: Found, groups: Groups) -> list[Layer]:
+    """What the experts are, without a number."""
+    return [
+        Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
+        for (name, module, form), parts in zip(found, groups, strict=True)
+    ]
+
+
+def pieces_of(whole: Mapping[str, Tensor], groups: Sequence[tuple[list[int], str | None]]) -> list[Weights]:
+    """A layer's weights [E, ...] as the weights of each group."""
+    experts = len(whole["w_down"])
+    return [
+        coded(whole if len(some) == experts else {n: w[some] for n, w in whole.items()}, format)
+        for some, format in groups
+    ]
+
+
 def store_of(found: Found, layers, groups, disk, device: torch.device, *, page_cache: bool, verify: bool) -> Store:
     """The lower tier with everything in it; a file that is there already where experts are on the meta device."""
     absent = [name for name, module, form in found if form.weights(module)["w_down"].is_meta]
@@ -85,11 +104,7 @@ def store_of(found: Found, layers, groups, disk, device: torch.device, *, page_c
     def weights(i: int) -> list[Weights]:
         _, module, form = found[i]
         whole = {name: p.detach() for name, p in form.weights(module).items()}
-        experts = len(whole["w_down"])
-        return [
-            coded(whole if len(some) == experts else {n: w[some] for n, w in whole.items()}, format)
-            for some, format in groups[i]
-        ]
+        return pieces_of(whole, groups[i])
 
     if disk is None:
         if absent:

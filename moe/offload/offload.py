@@ -26,7 +26,7 @@ from .engine import Engine
 from .forms import Found, survey
 from .host import Store
 from .kinds import Layer
-from .lower import Formats, groups_of, like, store_of
+from .lower import Formats, groups_of, layers_of, store_of
 from .moved import Moved, move_others
 from .pace import Pace
 from .stats import Stats
@@ -103,10 +103,7 @@ def offload(
         )
     _check_hybrid(hybrid, disk, formats)
     groups = groups_of(found, {} if formats is None else formats)
-    layers = [
-        Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
-        for (name, module, form), parts in zip(found, groups, strict=True)
-    ]
+    layers = layers_of(found, groups)
     plan = Plan.of(
         model, found, skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch, scope=scope, trace=trace,
         readers=readers, hybrid=hybrid, log=log, from_disk=disk is not None,

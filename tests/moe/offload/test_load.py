@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import headgate  # noqa: E402
 from headgate.moe.hf.conversion import Source  # noqa: E402
+from headgate.moe.offload import FileStore  # noqa: E402
 from headgate.moe.offload.checkpoint import INDEX, Checkpoint  # noqa: E402
 from headgate.moe.offload.shards import laid_out  # noqa: E402
 
@@ -122,6 +123,46 @@ def test_settings_of_offload_hold_here_too(saved):
         with offloaded:
             assert torch.equal(answer(model)[1], want[1])
             assert (offloaded.log is None) is not bool(options.get("log"))
+
+
+@pytest.mark.parametrize("formats", [None, "int8", {"model.layers.1.mlp.experts": ["int4", None] * 4}])
+def test_packed_once_and_used_again(saved, tmp_path, monkeypatch, formats):
+    """The same file and the same answers as those of from_pretrained and offload."""
+    other = resident(saved("olmoe"))
+    with headgate.offload(other, "50%", disk=tmp_path / "theirs", formats=formats):
+        want = answer(other)
+    model, offloaded = headgate.load(saved("olmoe"), "50%", disk=tmp_path / "ours", formats=formats)
+    with offloaded:
+        assert torch.equal(answer(model)[0], want[0])
+    monkeypatch.setattr(FileStore, "write", lambda *_, **__: 1 / 0)
+    model, offloaded = headgate.load(saved("olmoe"), "50%", disk=tmp_path / "ours", formats=formats)
+    with offloaded:
+        assert torch.equal(answer(model)[0], want[0])
+
+
+def test_a_file_of_another_checkpoint_is_refused(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved("olmoe"), tmp_path / "m")
+    options = {"disk": tmp_path / "ours", "formats": "int8"}
+    headgate.load(tmp_path / "m", "50%", **options)[1].close()
+    last = max((tmp_path / "m").glob("*.safetensors"))
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])  # another revision of the same shapes
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: 1 / 0)  # it is said before a weight is read
+    with pytest.raises(ValueError, match="must hold the experts of this very checkpoint and formats, got another's"):
+        headgate.load(tmp_path / "m", "50%", **options)
+    last.write_bytes(whole)
+    (tmp_path / "ours/experts.safetensors").unlink()
+    with headgate.offload(resident(tmp_path / "m"), "50%", **options), pytest.raises(ValueError, match="got another's"):
+        headgate.load(tmp_path / "m", "50%", **options)
+    with pytest.raises(ValueError, match="disk must be a folder for experts in few bits, got None"):
+        headgate.load(tmp_path / "m", formats="int8")
+
+
+def test_a_disk_without_room_is_said_first(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(OSError, match=r"disk must have [\d,]+ bytes for the experts, got 1 free"):
+        headgate.load(saved("olmoe"), "50%", disk=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # --- a checkpoint that is not what it should be ----------------------------------------------------------------------
