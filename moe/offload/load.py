@@ -61,9 +61,10 @@ def load(
     policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
 
     Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
-    files make which parameter is asked of transformers. The model is in evaluation mode and runs through Headgate. Its
-    experts' parameters are on the meta device: they have names and shapes, and no numbers. `Offload.close()` leaves
-    them there, and the model can compute no more; `close(restore=True)` reads them into memory.
+    files make which parameter is asked of transformers. The model is in evaluation mode and runs through Headgate.
+    Without `disk` its experts' parameters are on the meta device: they have names and shapes, and no numbers.
+    `Offload.close()` leaves them there, and the model can compute no more; `close(restore=True)` brings them into
+    memory.
 
     Returns the model and its Offload.
 
@@ -75,11 +76,11 @@ def load(
     >>> model.generate(**inputs)
     """
     where = torch.device(device)
-    if formats and disk is None:
+    if formats not in (None, {}) and disk is None:
         raise ValueError(f"load: disk must be a folder for experts in few bits, got None with formats={formats!r}")
     with seen(path) as what:
         model = what.model
-        groups = groups_of(what.found, formats or {})
+        groups = groups_of(what.found, {} if formats is None else formats)
         layers = layers_of(what.found, groups)
         plan = Plan.of(
             model, what.found, what.skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch,
@@ -182,7 +183,10 @@ def _experts(one: tuple[str, nn.Module, Form], conversion: Conversion, checkpoin
     found = {}
     for ours, parameter in form.weights(module).items():
         whole = f"{name}.{form.names[ours]}"
-        source = conversion.sources[whole]
+        source = conversion.sources.get(whole)
+        if source is None:
+            why = "transformers makes it together with others"
+            raise ValueError(f"load: {whole} must lie in the checkpoint for itself, {why}: {WHAT_TO_DO}")
         if len({len(keys) for keys in source.keys.values()}) > 1 or len(source.keys) < len(source.patterns):
             raise fault("load", checkpoint.folder, f"must have as many tensors of each kind for {whole}, got {source}")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 import headgate  # noqa: E402
 from headgate.moe.hf.conversion import Source  # noqa: E402
 from headgate.moe.offload import FileStore  # noqa: E402
+from headgate.moe.offload import load as load_module  # noqa: E402
 from headgate.moe.offload.checkpoint import INDEX, Checkpoint  # noqa: E402
 from headgate.moe.offload.shards import laid_out  # noqa: E402
 
@@ -156,6 +158,8 @@ def test_a_file_of_another_checkpoint_is_refused(saved, tmp_path, monkeypatch):
         headgate.load(tmp_path / "m", "50%", **options)
     with pytest.raises(ValueError, match="disk must be a folder for experts in few bits, got None"):
         headgate.load(tmp_path / "m", formats="int8")
+    with pytest.raises(ValueError, match="format must be one of"):
+        headgate.load(tmp_path / "m", disk=tmp_path / "new", formats="")
 
 
 def test_a_disk_without_room_is_said_first(saved, tmp_path, monkeypatch):
@@ -285,6 +289,18 @@ def test_bad_settings_are_said_before_a_weight_is_read(saved, monkeypatch, chang
     monkeypatch.setattr(Checkpoint, "read", lambda *_: 1 / 0)
     with pytest.raises(kind, match=message):
         headgate.load(saved("qwen3"), **change)
+
+
+def test_what_comes_out_of_one_tensor_with_others_cannot_be_read_in_place(saved):
+    """Of parameters that transformers makes together, its mapping names the first."""
+    with load_module.seen(saved("qwen3")) as what:
+        name, module, form = what.found[0]
+        sources = {n: s for n, s in what.conversion.sources.items() if n != f"{name}.down_proj"}
+        partly = dataclasses.replace(what.conversion, sources=sources)
+        with pytest.raises(
+            ValueError, match=f"{name}.down_proj must lie in .* for itself, transformers makes it together with"
+        ):
+            load_module._experts((name, module, form), partly, what.checkpoint)
 
 
 def test_what_is_computed_cannot_be_read_in_place(saved):
