@@ -24,6 +24,7 @@ _WHERE = {
     "place_experts": "moe.ranks.placed",
     "migrate": "moe.ranks.placed",
     "offload": "moe.offload.offload",
+    "load": "moe.offload.load",
     "ModelPool": "moe.offload.models",
     "save_checkpoint": "moe.ranks.checkpoint",
     "load_checkpoint": "moe.ranks.checkpoint",

@@ -118,10 +118,11 @@ and others recorded, and shows what a trace says. A trace is an .npz file; it is
     "doctor": Command(
         ".doctor",
         "what this machine can run",
-        "Says what this machine can run. With MODEL: what the swap takes of it, and which calls really ran.",
+        "Says what this machine can run. With MODEL: what the swap takes of it, which calls really ran, how much "
+        "memory it needs, and whether its files are whole. No weights are read.",
         """\
   headgate doctor
-  headgate doctor ./OLMoE-1B-7B        the folder of a transformers model; only its config.json is read
+  headgate doctor ./OLMoE-1B-7B        the folder of a transformers model
 """,
     ),
     "bench": Command(

@@ -33,6 +33,8 @@ EXTRAS = {
     "plot": "pictures: headgate demo, and every --plot that draws",
 }
 TOKENS = 16
+LARGEST_RUN_bytes = 1 << 30  # a larger model is built without weights
+SHARES = (10, 25, 50, 100)  # percent of the experts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the findings; 0, or 1 where a model was given and not all of its MoE blocks ran through Headgate."""
+    """Prints the findings; 0, or 1 where a model was given of which an MoE block was not taken or not called, or a file
+    is missing or cut."""
     model, as_json = args.model, args.json
     found = examine()
     if model is not None:
@@ -115,23 +118,22 @@ def _machine_lines(found: dict[str, Any]) -> list[str]:
 def examine_model(path: Path) -> dict[str, Any]:
     """Builds the model of a transformers config with random weights, swaps it and runs a few tokens through it.
 
-    `path`: a model folder, or its config.json. Nothing is downloaded and no weights are read. Where the model does not
-    fit into memory it is built without storage and swapped, but not run.
+    `path`: a model folder, or its config.json. Nothing is downloaded and no weights are read. A model of more than
+    1 GiB, or more than fits into memory, is built without storage and swapped, but not run.
 
     Returns, among others, `replaced` (name -> what runs), `skipped` (name -> reason), `calls` (name -> number),
-    `complete` (every MoE block taken and called). Raises ValueError naming the rule where the path will not do.
+    `memory` (bytes of the experts and of the rest), `checkpoint` (files in the folder: how many, their bytes, the
+    `trouble` that `headgate.load` has with them, whether they are `damaged`), `complete` (every MoE block taken, and
+    called if the model ran, and no file missing or cut). Raises ValueError naming the rule where the path will not do.
     """
-    import torch
-
     from ..moe.hf import replace
 
     config = _config(path)
-    with torch.device("meta"):
-        empty = _build(config)
+    empty = _empty(config)
     size = sum(p.numel() * p.element_size() for p in empty.parameters())
     room = _room()
     fits = size < room
-    model = _build(config) if fits else empty
+    model = _build(config) if fits else _empty(config)
     found: dict[str, Any] = {
         "class": type(model).__name__,
         "model_type": config.model_type,
@@ -140,6 +142,8 @@ def examine_model(path: Path) -> dict[str, Any]:
         "replaced": {},
         "skipped": {},
         "calls": {},
+        "memory": _memory(empty),
+        "checkpoint": _checkpoint(path) if path.is_dir() else None,
         "complete": False,
     }
     try:
@@ -149,12 +153,51 @@ def examine_model(path: Path) -> dict[str, Any]:
     if fits:
         found["ran"] = _forward(model, config)
     else:
-        found["ran"] = f"not run: it needs {size / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free for it"
+        found["ran"] = f"not run: it needs {_GB(size)}, and at most {_GB(room)} are taken for it"
     # Which gate runs is found by evaluating it, which weights without storage do not allow: then the class alone.
     how = report.how if fits else {name: what.split(":")[0] for name, what in report.how.items()}
     calls = report.calls
-    complete = found["ran"] is None and not report.skipped and all(calls.values())
+    ran = not fits or (found["ran"] is None and all(calls.values()))
+    whole = found["checkpoint"] is None or not found["checkpoint"]["damaged"]
+    complete = ran and whole and not report.skipped
     return {**found, "replaced": how, "skipped": report.skipped, "calls": calls, "complete": complete}
+
+
+def _memory(model: Any) -> dict[str, int] | None:
+    """Bytes of the experts that `headgate.offload` moves, and of the rest; None for a model without. Swaps `model`."""
+    from ..moe.hf import replace
+    from ..moe.offload.forms import survey
+
+    try:
+        replace(model)
+        moved, _ = survey(model)
+    except ValueError:
+        return None
+    experts = {p for _, module, form in moved for p in form.weights(module).values()}
+    rest = {p for p in model.parameters() if p not in experts}
+    return {"experts_bytes": sum(p.nbytes for p in experts), "rest_bytes": sum(p.nbytes for p in rest)}
+
+
+def _checkpoint(folder: Path) -> dict[str, Any] | None:
+    """What is to be said of a folder's safetensors files, from index and headers; None where it has none."""
+    from ..moe.offload.checkpoint import INDEX, Checkpoint
+    from ..moe.offload.load import seen
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not (folder / INDEX).exists():
+        return None
+    size = sum(file.stat().st_size for file in files)
+    found: dict[str, Any] = {"files": len(files), "bytes": size, "trouble": None, "damaged": False}
+    try:
+        Checkpoint(folder).close()
+    except (OSError, ValueError) as error:
+        return {**found, "trouble": _first_line(error), "damaged": True}
+    try:
+        with seen(folder):
+            pass
+    except (OSError, ValueError, ImportError) as error:
+        found["trouble"] = _first_line(error)
+    return found
 
 
 def _config(path: Path) -> Any:
@@ -185,6 +228,14 @@ def _build(config: Any) -> Any:
         raise ValueError(f"doctor: MODEL must be a model that transformers can build, got {said}") from error
 
 
+def _empty(config: Any) -> Any:
+    """The model without storage."""
+    import torch
+
+    with torch.device("meta"):
+        return _build(config)
+
+
 def _built(config: Any) -> Any:
     import transformers
 
@@ -198,10 +249,10 @@ def _built(config: Any) -> Any:
 
 
 def _room() -> float:
-    """Bytes that a model may take: half of what is available, so that its forward pass has some too."""
+    """Bytes that a model may take: half of what is available, so that its forward pass has some too, at most 1 GiB."""
     from ..bench.hardware import available_bytes
 
-    return (available_bytes() or machine.memory_bytes()) / 2
+    return min((available_bytes() or machine.memory_bytes()) / 2, LARGEST_RUN_bytes)
 
 
 def _forward(model: Any, config: Any) -> str | None:
@@ -242,4 +293,21 @@ def _model_lines(found: dict[str, Any]) -> list[str]:
     lines += [f"  skipped  {name}: {why}" for name, why in found["skipped"].items()]
     if found["ran"] is not None:
         lines.append(f"  {found['ran']}")
+    return [*lines, *_memory_lines(found)]
+
+
+def _memory_lines(found: dict[str, Any]) -> list[str]:
+    lines, memory, files = [], found["memory"], found["checkpoint"]
+    if memory is not None:
+        experts, rest = memory["experts_bytes"], memory["rest_bytes"]
+        lines.append(f"  experts {_GB(experts)}, the rest {_GB(rest)}")
+        at = ", ".join(f"{_GB(rest + experts * share / 100)} with {share}%" for share in SHARES)
+        lines.append(f"  headgate.load(folder, budget=...) takes {at}; the KV cache and about 1 GB beside that")
+    if files is not None:
+        trouble = files["trouble"] or "headgate.load takes them"
+        lines.append(f"  {files['files']} safetensors files of {_GB(files['bytes'])}: {trouble}")
     return lines
+
+
+def _GB(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..elsewhere import elsewhere_of
+from ..elsewhere import Absent, elsewhere_of
 from ..shards import shards_of
 from .counting import counter, forget
 from .gate import forget_gate
@@ -104,7 +104,7 @@ def restore(model: nn.Module) -> list[str]:
                 f"restore: the forward of {name or 'the model'} must be the one that headgate.replace put there, got "
                 f"{vars(module).get('forward')!r}; undo that first"
             )
-        if elsewhere_of(module) is not None:
+        if not isinstance(elsewhere_of(module), Absent | None):
             raise ValueError(
                 f"restore: {name or 'the model'} must have its experts in place, got them offloaded; "
                 "close the Offload first"

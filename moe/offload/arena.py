@@ -23,24 +23,30 @@ _ALIGN = 64  # bytes: where the slots of a part begin, beside multiples of its o
 
 
 def parse_budget(budget: str | int | float, whole: int) -> int:
-    """Bytes: a number of them, text such as "8GiB" or "500 MB", a share of `whole` such as "25%" or 0.25.
+    """Bytes. A budget is a number of them ("8GiB", "500 MB", 4096) or a share of `whole`, at most all ("25%", 0.25).
 
-    Raises TypeError or ValueError for anything else.
+    Raises TypeError or ValueError, with that rule, for anything else.
     """
+    rule = (
+        'offload: budget must be bytes ("8GiB", "500 MB", 4096) or a share of all experts, above 0 and at most 1 '
+        f'("25%", 0.25), got {budget!r}'
+    )
+    if isinstance(budget, bool) or not isinstance(budget, str | int | float):
+        raise TypeError(rule)
     if isinstance(budget, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(%)|([KMGT]I?)?B?)\s*", budget, re.IGNORECASE)
-        if not found:
-            raise ValueError(f'offload: budget must be such as "8GiB", "25%", bytes or a share, got {budget!r}')
-        number, percent, unit = float(found[1]), found[2], (found[3] or "").upper()
-        size = number / 100 * whole if percent else number * _UNITS[unit]
-    elif isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(f'offload: budget must be such as "8GiB", "25%", bytes or a share, got {budget!r}')
+        if not found or ("." in found[1] and budget.strip() == found[1]):  # "0.25": of what?
+            raise ValueError(rule)
+        number = float(found[1])
+        share, size = number / 100 if found[2] else None, number * _UNITS[(found[3] or "").upper()]
     else:
-        size = budget if isinstance(budget, int) else budget * whole
-        if isinstance(budget, float) and not 0 < budget <= 1:
-            raise ValueError(f"offload: budget as a share must be above 0 and at most 1, got {budget!r}")
+        share, size = budget if isinstance(budget, float) else None, budget
+    if share is not None:
+        if not 0 < share <= 1:
+            raise ValueError(rule)
+        size = share * whole
     if size < 1:
-        raise ValueError(f"offload: budget must be at least 1 byte, got {budget!r}")
+        raise ValueError(rule)
     return int(size)
 
 
@@ -98,8 +104,9 @@ def _share_out(
     spare = size - arena_bytes(kinds, per_kind)
     if spare < 0:
         where = "each layer" if scope == "layer" else "one layer"
+        meant = f' bytes (a share is "{size}%" or {size / 100})' if size <= 100 else ""
         raise ValueError(
-            f"offload: budget must be at least {size - spare} bytes, for {top_k} experts of {where}, got {size}"
+            f"offload: budget must be at least {size - spare} bytes, for {top_k} experts of {where}, got {size}{meant}"
         )
     while spares and arena_bytes(kinds[:1], [per_kind[0] + spares]) - arena_bytes(kinds[:1], per_kind[:1]) > spare:
         spares -= 1

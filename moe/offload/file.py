@@ -10,10 +10,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,21 +22,12 @@ from torch import Tensor
 
 from ...placement.careful import fault, open_regular, shown
 from ...placement.files import write_whole
-from .host import fill, parts_of, plain
+from .host import parts_of, plain
 from .kinds import Kind, Layer, Part, Weights
+from .reads import DTYPES, NAME, Piece, Reads, bytes_of, most_header, pread_all
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = 4096
-_PIECE = 1 << 18  # bytes of one request, at least
-_NAME = "/proc/self/fd/{}"  # of a file that is open, on Linux
-_LARGEST_HEADER = 100_000_000  # safetensors' own limit
-_SMALL_HEADER = 4 << 20  # as large a header may be in any file; reading it takes up to 35 times as much memory
-_SHARE = 8  # of a larger file, the header may be one part in so many
 _LARGEST_SIZE = 2**62
 _WHO = "FileStore"
 
@@ -46,6 +35,7 @@ _WHO = "FileStore"
 class FileStore:
     """The experts of a file that `FileStore.write` wrote. `layers`: what must be in it (None: whatever is).
 
+    `source`: what it must have been written from (None: anything), as `write` was told.
     `verify`: each expert's checksum is compared when it is read. `page_cache=False`: the kernel keeps no copy of what
     was read (O_DIRECT where the file system, offsets and sizes allow it; otherwise pages are let go after each read).
     `ways`: an expert is read in so many pieces at once. `opened`: the file, opened already, which is taken over.
@@ -59,6 +49,7 @@ class FileStore:
         path: str | Path,
         layers: Sequence[Layer] | None = None,
         *,
+        source: str | None = None,
         verify: bool = False,
         page_cache: bool = True,
         ways: int = 4,
@@ -66,44 +57,42 @@ class FileStore:
     ) -> None:
         if ways < 1:
             raise ValueError(f"FileStore: ways must be at least 1, got {ways}")
-        self.path, self.verify, self.page_cache = Path(path), verify, page_cache
-        self._file = open_regular(self.path, _WHO) if opened is None else opened
-        self._direct = -1
-        self._staging = threading.local()
-        self._ways = ways
-        self._pool = ThreadPoolExecutor(ways - 1, "headgate-file") if ways > 1 else None
+        self.path, self.verify = Path(path), verify
+        file = open_regular(self.path, _WHO) if opened is None else opened
+        self._reads = Reads([(file, self.path)], page_cache=page_cache, ways=ways)
         try:
-            self.layers, self._offsets, self._sums = _open(self._file, self.path)
+            self.layers, self._offsets, self._sums, wrote = _open(file, self.path)
             if layers is not None:
                 _compare(self.path, self.layers, layers)
-            if not page_cache and hasattr(os, "O_DIRECT"):
-                try:
-                    name = _NAME.format(self._file)
-                    at = name if os.path.exists(name) else self.path
-                    self._direct = os.open(at, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:  # this file system has no such reads
-                        raise
+            if source not in (None, wrote):
+                rule = "must hold the experts of this very checkpoint and formats, got another's: remove it or choose "
+                raise fault(_WHO, self.path, rule + "another folder")
         except BaseException:
             self.close()
             raise
 
     @classmethod
     def write(
-        cls, path: str | Path, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]], **options: Any
+        cls,
+        path: str | Path,
+        layers: Sequence[Layer],
+        weights: Callable[[int], Sequence[Weights]],
+        *,
+        source: str = "",
+        **options: Any,
     ) -> FileStore:
         """Writes the experts of all layers, whole or not at all: on an error an older file stays as it was. Returns
         the store of this very file, whoever else writes one of its name meanwhile.
 
         `weights(i)` gives the weights of layer i, one mapping for each of its groups, on any device; it is asked once
-        for each layer, in order, and one expert at a time is brought together. Raises OSError naming the file where
-        the disk is full.
+        for each layer, in order, and one expert at a time is brought together. `source`, kept in the header, says what
+        they were made of. Raises OSError naming the file where the disk is full.
         """
         path, opened = Path(path), list[int]()
 
         def work(file: BinaryIO) -> None:
-            _write(file, tuple(layers), weights)
-            if os.path.exists(name := _NAME.format(file.fileno())):
+            _write(file, tuple(layers), weights, source)
+            if os.path.exists(name := NAME.format(file.fileno())):
                 opened.append(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
 
         try:
@@ -121,94 +110,45 @@ class FileStore:
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """See Store. What goes to a CUDA device passes through a page-locked buffer of this thread's own."""
-        if self._file < 0:
-            raise OSError(errno.EBADF, "the file of offloaded experts is closed", str(self.path))
+        self._reads.check_open()
         group, row = self.layers[layer].places[expert]
         kind = self.layers[layer].groups[group][1]
-        direct = all(t.device.type == "cpu" and t.is_contiguous() for t in into.values())
-        parts = into if direct else self._buffer(kind)
-        wanted = [
-            (memoryview(_bytes(parts[part.name])), begin + row * part.nbytes)
-            for part, begin in zip(kind.parts, self._offsets[layer][group], strict=True)
-        ]
-        self._fill_all(wanted)
-        total = 0
-        for data, _ in wanted if self.verify else ():
-            total = zlib.crc32(data, total)
-        if self.verify and total != self._sums[layer][expert]:
-            raise OSError(
-                errno.EIO,
-                f"layer {layer}, expert {expert} must have the checksum {self._sums[layer][expert]:08x}, "
-                f"got {total:08x}",
-                str(self.path),
-            )
-        if not direct:
-            fill(into, parts)
+        with self._reads.staged(kind, into) as parts:
+            wanted = [
+                Piece(memoryview(bytes_of(parts[part.name])), 0, begin + row * part.nbytes)
+                for part, begin in zip(kind.parts, self._offsets[layer][group], strict=True)
+            ]
+            self._reads.fill(wanted)
+            if self.verify:
+                self._compare_sum(layer, expert, wanted)
 
     def whole(self, layer: int) -> dict[str, Tensor]:
         """Maps of the file, private to the process: what is never touched takes no memory."""
         if not plain(self.layers[layer]):
             return {}
         ((experts, kind),) = self.layers[layer].groups
+        self._reads.check_open()
         found = {}
         for part, begin in zip(kind.parts, self._offsets[layer][0], strict=True):
-            with open(os.dup(self._file), "rb") as file:  # not by its name, which may be another file's by now
+            with open(os.dup(self._reads.handles[0]), "rb") as file:  # its name may be another's by now
                 data = np.memmap(file, np.uint8, "c", begin, (len(experts) * part.nbytes,))
             found[part.name] = torch.from_numpy(data).view(part.dtype).view(len(experts), *part.shape)
         return found
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-        for handle in (self._file, self._direct):
-            if handle >= 0:
-                os.close(handle)
-        self._file = self._direct = -1
+        self._reads.close()
 
-    def _buffer(self, kind: Kind) -> Mapping[str, Tensor]:
-        made = self._staging.__dict__.setdefault("parts", {})
-        if kind not in made:
-            pin = torch.cuda.is_available()
-            made[kind] = {p.name: torch.empty(p.shape, dtype=p.dtype, pin_memory=pin) for p in kind.parts}
-        return made[kind]
-
-    def _fill_all(self, wanted: Sequence[tuple[memoryview, int]]) -> None:
-        """Fills each buffer from its offset, in pieces that are read at once: a disk wants several requests to be fast,
-        and an expert that is waited for should not share it with one that is not."""
-        total = sum(len(data) for data, _ in wanted)
-        if self._pool is None or total < 2 * _PIECE:
-            for data, offset in wanted:
-                self._fill(data, offset)
-            return
-        size = max(_PIECE, -(-total // (self._ways * _PAGE)) * _PAGE)
-        pieces = [(data[at : at + size], offset + at) for data, offset in wanted for at in range(0, len(data), size)]
-        others = [self._pool.submit(self._fill, *piece) for piece in pieces[1:]]
-        try:
-            self._fill(*pieces[0])
-        finally:
-            wait(others)  # nobody writes into the buffers when this has returned
-        for other in others:
-            other.result()
-
-    def _fill(self, data: memoryview, offset: int) -> None:
-        """Reads until `data` is full: a read may be short."""
-        at = np.frombuffer(data, np.uint8).ctypes.data
-        direct = self._direct >= 0 and not (offset % _PAGE or len(data) % _PAGE or at % _PAGE)
-        got = 0
-        while got < len(data):
-            n = os.preadv(self._direct if direct and got % _PAGE == 0 else self._file, [data[got:]], offset + got)
-            if not n:
-                raise OSError(
-                    errno.EIO, f"the file ends: {len(data)} bytes wanted at offset {offset}, got {got}", str(self.path)
-                )
-            got += n
-        if not self.page_cache and not direct:
-            os.posix_fadvise(self._file, offset, len(data), os.POSIX_FADV_DONTNEED)
-
-
-def _bytes(t: Tensor) -> Any:
-    """A contiguous CPU tensor's memory, as a buffer."""
-    return t.reshape(-1).view(torch.uint8).numpy()
+    def _compare_sum(self, layer: int, expert: int, wanted: Sequence[Piece]) -> None:
+        total = 0
+        for data, _, _ in wanted:
+            total = zlib.crc32(data, total)
+        if total != self._sums[layer][expert]:
+            raise OSError(
+                errno.EIO,
+                f"layer {layer}, expert {expert} must have the checksum {self._sums[layer][expert]:08x}, "
+                f"got {total:08x}",
+                str(self.path),
+            )
 
 
 def _tensors(layers: Sequence[Layer]) -> list[tuple[str, int, Part]]:
@@ -221,7 +161,7 @@ def _tensors(layers: Sequence[Layer]) -> list[tuple[str, int, Part]]:
     ]
 
 
-def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]]) -> bytes:
+def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]], source: str) -> bytes:
     """The header for these layers: its length does not depend on the checksums. The data begin on a page."""
     about = [
         {"name": layer.name, "groups": [[experts, [p.name for p in k.parts], k.coded] for experts, k in layer.groups]}
@@ -229,6 +169,8 @@ def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]]) -> bytes:
     ]
     crc = ["".join(f"{s:08x}" for s in of_layer) for of_layer in sums]
     said: dict[str, Any] = {"__metadata__": {"headgate.experts": json.dumps(about), "headgate.crc32": ",".join(crc)}}
+    if source:
+        said["__metadata__"]["headgate.source"] = source
     at = 0
     for name, n, part in _tensors(layers):
         if name in said:
@@ -242,10 +184,10 @@ def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]]) -> None:
+def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]], source: str) -> None:
     sums = [[0] * layer.experts for layer in layers]
-    header = _header(layers, sums)
-    most = _most(len(header) + sum(layer.nbytes for layer in layers))
+    header = _header(layers, sums, source)
+    most = most_header(len(header) + sum(layer.nbytes for layer in layers))
     if len(header) > most:
         raise ValueError(f"FileStore: header must be at most {most} bytes, got {len(header)}")
     file.write(header)
@@ -253,28 +195,29 @@ def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Seq
         for (experts, kind), parts in zip(layer.groups, parts_of(layer, weights(i)), strict=True):
             for part in kind.parts:
                 for row, e in enumerate(experts):
-                    one = _bytes(parts[part.name][row].cpu().contiguous())
+                    one = bytes_of(parts[part.name][row].cpu().contiguous())
                     sums[i][e] = zlib.crc32(one, sums[i][e])
                     file.write(one)
     file.seek(0)
-    file.write(_header(layers, sums))
+    file.write(_header(layers, sums, source))
     file.flush()
     os.fsync(file.fileno())
 
 
-def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]]], list[list[int]]]:
-    """(layers, offset in the file of each part by layer and group, checksum by layer and expert)."""
+def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]]], list[list[int]], str]:
+    """(layers, offset in the file of each part by layer and group, checksum by layer and expert, source)."""
 
     def refuse(why: str) -> ValueError:
         return fault(_WHO, path, f"must be a file that FileStore.write wrote, {why}")
 
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if size < 8 or not 2 <= length <= min(_most(size), size - 8):
+    if size < 8 or not 2 <= length <= min(most_header(size), size - 8):
         raise refuse(f"got a header of {length} bytes in a file of {size}")
     try:
-        said = json.loads(_all(file, length, 8))
+        said = json.loads(pread_all(file, length, 8))
         layers, sums = _layers(said)
+        source = said["__metadata__"].get("headgate.source", "")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, RuntimeError) as error:
         raise refuse(f"got a header that does not say so ({type(error).__name__}: {error})") from error
     at, offsets = 8 + length, []
@@ -284,25 +227,12 @@ def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]
             for p, part in enumerate(kind.parts):
                 offsets[-1][g][p] = at
                 at += len(experts) * part.nbytes
-    wanted = json.loads(_header(layers, sums)[8:])
+    wanted = json.loads(_header(layers, sums, source)[8:])
     if json.dumps(wanted, sort_keys=True) != json.dumps(said, sort_keys=True):  # as text: there 8 is not 8.0
         raise refuse("got tensors that are not where they should be")
     if size != at:
         raise refuse(f"whole, with {at} bytes, got {size}")
-    return layers, offsets, sums
-
-
-def _most(size: int) -> int:
-    """Bytes that the header of a file of `size` bytes may have."""
-    return min(_LARGEST_HEADER, max(_SMALL_HEADER, size // _SHARE))
-
-
-def _all(file: int, length: int, offset: int) -> bytes:
-    """`length` bytes, or fewer where the file ends."""
-    got = b""
-    while len(got) < length and (more := os.pread(file, length - len(got), offset + len(got))):
-        got += more
-    return got
+    return layers, offsets, sums, source
 
 
 def _layers(said: Mapping[str, Any]) -> tuple[tuple[Layer, ...], list[list[int]]]:

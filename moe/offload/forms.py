@@ -10,7 +10,7 @@ from torch import nn
 
 from ...kernels.activation import Activation
 from ..adapters import computing
-from ..elsewhere import elsewhere_of
+from ..elsewhere import Absent, elsewhere_of
 from ..experts import WEIGHTS, Experts
 from ..hf import experts as boundary
 from ..hf.gate import activation_of
@@ -80,7 +80,7 @@ def survey(model: nn.Module) -> tuple[Found, dict[str, str]]:
     skipped: dict[str, str] = {}
     taken: dict[nn.Parameter, str] = {}
     for name, module in experts_in(model):
-        if elsewhere_of(module) is not None:
+        if not isinstance(elsewhere_of(module), Absent | None):
             raise ValueError(f"offload: model must not be offloaded already, got one whose {name} is")
         form, adapted = form_of(module), computing(model, module)
         if adapted:

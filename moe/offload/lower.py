@@ -8,19 +8,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...kernels.quantized import quantize
+from ...kernels.quantized import Quantized, quantize
 from ..hf.accelerated import keeps_weights
 from .file import FileStore
 from .forms import Found
 from .host import HostStore, Store
-from .kinds import Weights
+from .kinds import Layer, Weights
 
 FILE = "experts.safetensors"
-Formats = Mapping[str, Sequence[str | None]]  # module name -> the format of each expert
+# module name -> the format of each expert; or one format for all experts
+Formats = Mapping[str, Sequence[str | None]] | str
+
+Groups = list[list[tuple[list[int], str | None]]]  # of each layer, (experts, their format)
 
 
-def groups_of(found: Found, formats: Formats) -> list[list[tuple[list[int], str | None]]]:
+def groups_of(found: Found, formats: Formats) -> Groups:
     """Of each layer, the experts of each format, rising."""
+    if isinstance(formats, str):
+        formats = {name: [formats] * len(form.weights(module)["w_down"]) for name, module, form in found}
+    if not isinstance(formats, Mapping):
+        raise TypeError(f"offload: formats must be a format, or a mapping of modules' names, got {formats!r}")
     unknown = sorted(formats.keys() - {name for name, _, _ in found})
     if unknown:
         raise ValueError(f"offload: formats must be for modules of experts that are moved, got {', '.join(unknown)}")
@@ -45,13 +52,42 @@ def coded(weights: Mapping[str, Tensor], format: str | None) -> Weights:
     """Weights [n, ...] in a format; biases stay as they are."""
     if format is None:
         return weights
-    return {name: quantize(w, format) if name.startswith("w_") else w for name, w in weights.items()}
+    return {name: _quantized(w, format) if name.startswith("w_") else w for name, w in weights.items()}
+
+
+def _quantized(w: Tensor, format: str) -> Quantized:
+    """Expert by expert: on its way `quantize` takes several times the memory of what it is given."""
+    if w.is_meta:
+        return quantize(w, format)
+    first = quantize(w[:1], format)
+    data, scale = (t.new_empty(len(w), *t.shape[1:]) for t in (first.data, first.scale))
+    for e in range(len(w)):
+        one = quantize(w[e : e + 1], format)
+        data[e], scale[e] = one.data[0], one.scale[0]
+    return Quantized(data, scale, format, first.block)
 
 
 def like(weights: Mapping[str, Tensor], n: int, format: str | None) -> Weights:
     """What `coded` would give of n experts, without a number in it."""
     empty = {name: torch.empty((n, *w.shape[1:]), dtype=w.dtype, device="meta") for name, w in weights.items()}
     return coded(empty, format)
+
+
+def layers_of(found: Found, groups: Groups) -> list[Layer]:
+    """What the experts are, without a number."""
+    return [
+        Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
+        for (name, module, form), parts in zip(found, groups, strict=True)
+    ]
+
+
+def pieces_of(whole: Mapping[str, Tensor], groups: Sequence[tuple[list[int], str | None]]) -> list[Weights]:
+    """A layer's weights [E, ...] as the weights of each group."""
+    experts = len(whole["w_down"])
+    return [
+        coded(whole if len(some) == experts else {n: w[some] for n, w in whole.items()}, format)
+        for some, format in groups
+    ]
 
 
 def store_of(found: Found, layers, groups, disk, device: torch.device, *, page_cache: bool, verify: bool) -> Store:
@@ -68,11 +104,7 @@ def store_of(found: Found, layers, groups, disk, device: torch.device, *, page_c
     def weights(i: int) -> list[Weights]:
         _, module, form = found[i]
         whole = {name: p.detach() for name, p in form.weights(module).items()}
-        experts = len(whole["w_down"])
-        return [
-            coded(whole if len(some) == experts else {n: w[some] for n, w in whole.items()}, format)
-            for some, format in groups[i]
-        ]
+        return pieces_of(whole, groups[i])
 
     if disk is None:
         if absent:

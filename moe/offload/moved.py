@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.quantized import Quantized
-from ..elsewhere import send_elsewhere
+from ..elsewhere import Absent, send_elsewhere
 from .forms import Form
 from .host import Store
 from .stand_in import About, StandIn, stand_back, stand_in
@@ -51,6 +51,11 @@ class Moved:
             moved.now[ours] = Seen(now, *seen, stand_in(now, f"{name}.{form.names[ours]}"))
         return moved
 
+    @property
+    def was_absent(self) -> bool:
+        """Whether its experts were on the meta device: they have never been in memory."""
+        return any(device.type == "meta" for device in self.devices.values())
+
     def restore(self, store: Store, index: int, device: torch.device) -> None:
         """The experts back in the parameters, where these were (of the meta device: on `device`), made again from what
         the store has: those in few bits are the rounded ones. Nothing is changed if that fails."""
@@ -77,10 +82,12 @@ class Moved:
         send_elsewhere(self.module, None)
 
     def leave(self) -> None:
-        """Nobody serves the module any more; its parameters hold what they hold."""
+        """Nobody serves the module any more; its parameters hold what they hold. Those that were on the meta device
+        and still are have no numbers, and a call says so."""
         for seen in self.now.values():
             stand_back(seen.parameter)
-        send_elsewhere(self.module, None)
+        absent = self.was_absent and any(seen.parameter.is_meta for seen in self.now.values())
+        send_elsewhere(self.module, Absent(self.name) if absent else None)
 
     def _put(self, ours: str, data: Tensor) -> nn.Parameter:
         """`data` as the module's parameter: the same object, unless one of the two is on the meta device."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .engine import Engine
 from .forms import Found, survey
 from .host import Store
 from .kinds import Layer
-from .lower import Formats, groups_of, like, store_of
+from .lower import Formats, groups_of, layers_of, store_of
 from .moved import Moved, move_others
 from .pace import Pace
 from .stats import Stats
@@ -54,8 +55,9 @@ def offload(
 
     model     a transformers model after `headgate.replace`, or one with `headgate.MoE` layers. For inference: a call
               whose rows or router weights ask for a gradient raises
-    budget    what the slots may take on the device: "8GiB", bytes, or a share of the experts' bytes ("25%", 0.25): room
-              for one expert at least (scope "shared"), or for one of each layer ("layer")
+    budget    what the slots for experts may take on the device: bytes ("8GiB", 4096) or a share of all experts' bytes,
+              at most all ("25%", 0.25). Room for one expert at least (scope "shared"), or for one of each layer
+              ("layer"). The rest of the model and the KV cache of a generation come beside it
     policy    which expert goes when a slot is needed, a name in `headgate.placement.policies.POLICIES`: "adaptive"
               learns as it goes how soon each is used again; "learned" begins with what `trace` has taught it
     prefetch  "gate": the next layer's router, applied to this layer's rows, says what to fetch ahead; "path" (or a
@@ -66,8 +68,9 @@ def offload(
     device    where to compute; everything but the experts is moved there. None: where the model is
     scope     "layer": each layer has slots of its own; "shared": all layers share them
     trace     what policies and predictors that learn have to learn from, of this model's layers in this order
-    formats   experts in few bits: module name -> a format ("int8", "int4", None: as they are) for each expert, as
-              `headgate.moe.offload.precisions` chooses them. Outputs are then those of the rounded weights
+    formats   experts in few bits: "int8", "int4" or another format for all, or module name -> a format (None: as they
+              are) for each expert, as `headgate.moe.offload.precisions` chooses them. Outputs are then those of the
+              rounded weights
     hybrid    True: the host computes experts where they are, in host memory, wherever that ends a step sooner than to
               fetch them. What either costs is measured now, in about a second, on the first layer's weights, unless
               Costs are given. On a GPU outputs then stay the same to rounding: the host sums in another order
@@ -98,31 +101,73 @@ def offload(
         raise ValueError(
             "offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None"
         )
-    if isinstance(readers, bool) or not isinstance(readers, int | None):
-        raise TypeError(f"offload: readers must be an integer or None, got {readers!r}")
-    if trace is not None and not isinstance(trace, Trace):
-        raise TypeError(f"offload: trace must be a Trace or None, got {type(trace).__name__}")
-    if readers is not None and readers < (1 if disk is not None else 0):
-        raise ValueError(f"offload: readers must be at least 1, or 0 without a disk, got {readers}")
     _check_hybrid(hybrid, disk, formats)
-    groups = groups_of(found, formats or {})
-    foresight = ahead.foresight_of(prefetch, model, found, trace)
-    layers = [
-        Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
-        for (name, module, form), parts in zip(found, groups, strict=True)
-    ]
-    alone = where.type == "cuda" and disk is None and not readers
-    places = plan_slots(layers, budget, 1, scope, detours=alone).places
-    shape = places.of.shape
-    state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
-    store = store_of(found, layers, groups, disk, where, page_cache=page_cache, verify=verify)
-    try:
-        costs = costs_of(hybrid, store, found[0][2], where)
-        engine = Engine(store, budget, policy=state, scope=scope, device=where, readers=readers, log=log, costs=costs)
-    except BaseException:
-        store.close()
-        raise
-    return Offload(model, found, skipped, engine, store, foresight, where)
+    groups = groups_of(found, {} if formats is None else formats)
+    layers = layers_of(found, groups)
+    plan = Plan.of(
+        model, found, skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch, scope=scope, trace=trace,
+        readers=readers, hybrid=hybrid, log=log, from_disk=disk is not None,
+    )  # fmt: skip
+    return plan.start(store_of(found, layers, groups, disk, where, page_cache=page_cache, verify=verify))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An Offload to be, with all settings checked, before anything is read, written or moved."""
+
+    model: nn.Module
+    found: Found
+    skipped: Mapping[str, str]
+    device: torch.device
+    foresight: ahead.Foresight | None
+    engine: Mapping[str, Any]
+    hybrid: bool | Costs
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        found: Found,
+        skipped: Mapping[str, str],
+        layers: Sequence[Layer],
+        device: torch.device,
+        *,
+        budget: str | int | float,
+        policy: str,
+        prefetch: str | Predictor | None,
+        scope: str,
+        trace: Trace | None,
+        readers: int | None,
+        log: bool,
+        from_disk: bool,
+        hybrid: bool | Costs = False,
+    ) -> Plan:
+        """Raises ValueError / TypeError where a setting is not what it may be; see `offload`."""
+        if isinstance(readers, bool) or not isinstance(readers, int | None):
+            raise TypeError(f"offload: readers must be an integer or None, got {readers!r}")
+        if trace is not None and not isinstance(trace, Trace):
+            raise TypeError(f"offload: trace must be a Trace or None, got {type(trace).__name__}")
+        if readers is not None and readers < from_disk:
+            raise ValueError(f"offload: readers must be at least 1, or 0 without a disk, got {readers}")
+        foresight = ahead.foresight_of(prefetch, model, found, trace)
+        alone = device.type == "cuda" and not from_disk and not readers
+        places = plan_slots(layers, budget, 1, scope, detours=alone).places
+        shape = places.of.shape
+        state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
+        engine = {
+            "budget": budget, "policy": state, "scope": scope, "device": device, "readers": readers, "log": log
+        }  # fmt: skip
+        return cls(model, found, skipped, device, foresight, engine, hybrid)
+
+    def start(self, store: Store) -> Offload:
+        """Over a lower tier with the experts in it, which is closed if that fails."""
+        try:
+            costs = costs_of(self.hybrid, store, self.found[0][2], self.device)
+            engine = Engine(store, costs=costs, **self.engine)
+        except BaseException:
+            store.close()
+            raise
+        return Offload(self.model, self.found, self.skipped, engine, store, self.foresight, self.device)
 
 
 def _device_of(model: nn.Module, found: Found) -> torch.device:
@@ -193,23 +238,32 @@ class Offload:
         if self._foresight is not None:
             self._foresight.start()
 
-    def close(self, discard: bool = False, *, restore: bool = True) -> None:
+    def close(self, discard: bool = False, *, restore: bool | Literal["auto"] = "auto") -> None:
         """Brings the experts back to where they were, layer by layer, and ends the threads. The file stays.
+
+        With "auto", those that were in memory before: what came from a file, being on the meta device, is not brought
+        there. After an `offload` from an experts file its parameters are then maps of that file, which can be read and
+        computed with; after a `headgate.load` they stay on the meta device: a call of the model raises RuntimeError.
+        True brings all back into memory.
 
         Experts in few bits come back rounded. Raises RuntimeError, before anything is done, where weights were changed
         meanwhile, which would be lost: `discard` says that they may. After an error it can be called again.
         With `restore=False` nothing is brought back: parameters keep what they hold now, the lower tier's own bytes.
         That is for a model which is offloaded again from the same store (`HostStore.lend`), with other settings.
         """
+        if restore not in (True, False, "auto"):
+            raise ValueError(f'Offload.close: restore must be True, False or "auto", got {restore!r}')
         with self._lock:
             if not discard:
                 for one in self._moved:
                     one.check()
-            while self._moved and not restore:
-                self._moved.pop().leave()
             while self._moved:
                 last = len(self._moved) - 1
-                self._moved[last].restore(self._store, last, self.engine.arena.device)
+                one = self._moved[last]
+                if not restore or (restore == "auto" and one.was_absent):
+                    self._moved.pop().leave()
+                    continue
+                one.restore(self._store, last, self.engine.arena.device)
                 self._moved.pop()
             self._hook.remove()
             self.engine.close()

@@ -201,11 +201,35 @@ def test_doctor_on_a_dense_model_fails_with_the_reason(tmp_path, capsys):
 def test_doctor_swaps_without_running_what_does_not_fit(tmp_path, capsys, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(doctor, "_room", lambda: 1000.0)
-    assert cli.main(["doctor", folder(tmp_path, transformers.OlmoeConfig(**SMALL), "OlmoeForCausalLM")]) == 1
+    assert cli.main(["doctor", folder(tmp_path, transformers.OlmoeConfig(**SMALL), "OlmoeForCausalLM")]) == 0
     said = capsys.readouterr().out
     assert "2 of 2 MoE blocks can be swapped" in said
     assert "fused" not in said
     assert "not run: it needs" in said
+
+
+def test_doctor_says_how_much_memory_a_model_takes_and_whether_its_files_are_whole(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**SMALL)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="3KB")
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    assert cli.main(["doctor", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["model"]
+    assert found["memory"] == {
+        "experts_bytes": experts, "rest_bytes": sum(p.nbytes for p in model.parameters()) - experts
+    }  # fmt: skip
+    files = sorted(tmp_path.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    assert found["checkpoint"] == {"files": len(files), "bytes": size, "trouble": None, "damaged": False}
+    assert cli.main(["doctor", str(tmp_path)]) == 0
+    assert f"{len(files)} safetensors files of 0.0 MB: headgate.load takes them" in capsys.readouterr().out
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[:-1])
+    assert cli.main(["doctor", str(tmp_path)]) == 1
+    assert f"size of {files[1]} must be" in capsys.readouterr().out
+    files[1].unlink()
+    assert cli.main(["doctor", str(tmp_path)]) == 1
+    assert f"1 are missing: {files[1].name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "never-heard-of"}'])

@@ -22,6 +22,7 @@ import torch
 
 import headgate
 from headgate.moe.offload import FileStore, Layer
+from headgate.moe.offload.checkpoint import INDEX, Checkpoint
 from headgate.placement.caching import predict
 from headgate.placement.caching.policies.learned import Learned
 from headgate.placement.caching.policies.state import Setting
@@ -167,6 +168,31 @@ def a_module(seed: int) -> torch.nn.Module:
     return headgate.MoE(hidden_size=4, intermediate_size=2, num_experts=4, top_k=2)
 
 
+def shards(folder: Path) -> list[Path]:
+    """A checkpoint in two safetensors files, in the words that headgate.load reads."""
+    from safetensors.torch import save_file
+
+    made, index = folder / "shards", {}
+    made.mkdir()
+    for name in ("one.safetensors", "two.safetensors"):
+        tensors = {f"{name[:3]}.{e}.w": torch.full((2, 3), float(e)) for e in range(3)}
+        save_file(tensors, made / name, {"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+    (made / INDEX).write_text(json.dumps({"metadata": {"total_size": 144}, "weight_map": index}))
+    return [made]
+
+
+def used_shards(path: Path) -> Any:
+    try:
+        found = Checkpoint(path)
+    except FileNotFoundError as error:  # the index names a file that is not there: documented to raise this
+        raise ValueError(str(error)) from error
+    try:
+        return {key: (stored.shape, found.read(key).tolist()) for key, stored in found.tensors.items()}
+    finally:
+        found.close()
+
+
 def checkpoint(folder: Path) -> list[Path]:
     headgate.save_checkpoint(folder / "step", a_module(0), extra={"step": 1})
     return [folder / "step"]
@@ -270,6 +296,7 @@ LOADERS = {
     "predict.load": Loader(predictors, used_predictor),
     "Learned.load": Loader(learned, used_learned),
     "FileStore": Loader(experts_file, used_experts),
+    "load": Loader(shards, used_shards),
     "load_checkpoint": Loader(checkpoint, used_checkpoint, share=0.1),
     "read sglang": Loader(sglang, recording),
     "read vllm": Loader(vllm, recording),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from offload_cases import D, F, host_store, layers_of, mixed, weights
@@ -13,24 +15,39 @@ from headgate.moe.offload.arena import Arena, arena_bytes, parse_budget, plan_sl
     ("budget", "size"),
     [
         ("8GiB", 8 << 30), ("1.5 MB", 1_500_000), ("64kib", 65536), ("12", 12), ("12B", 12), ("2T", 2 * 10**12),
-        ("25%", 250), ("12.5 %", 125), (0.25, 250), (1.0, 1000), (77, 77),
+        ("25%", 250), ("12.5 %", 125), ("100%", 1000), (0.25, 250), (1.0, 1000), (77, 77), ("0.5 kB", 500),
     ],
 )  # fmt: skip
 def test_budgets(budget, size):
     assert parse_budget(budget, 1000) == size
 
 
+RULE = (
+    r'budget must be bytes \("8GiB", "500 MB", 4096\) or a share of all experts, above 0 and at most 1 '
+    r'\("25%", 0.25\)'
+)
+
+
 @pytest.mark.parametrize(
     ("budget", "error"),
     [
         ("", ValueError), ("much", ValueError), ("8 GiBs", ValueError), ("-1", ValueError), ("25%%", ValueError),
-        (0, ValueError), (0.0, ValueError), (1.5, ValueError), (-0.5, ValueError), (float("nan"), ValueError),
+        (0, ValueError), (0.0, ValueError), (-0.5, ValueError), (float("nan"), ValueError), ("0%", ValueError),
+        (1.5, ValueError), ("150%", ValueError), ("0.25", ValueError), ("1.5", ValueError), ("0.5 B", ValueError),
         (None, TypeError), (True, TypeError), ([1], TypeError),
     ],
 )  # fmt: skip
 def test_bad_budgets(budget, error):
-    with pytest.raises(error, match="offload: budget"):
+    with pytest.raises(error, match=f"^offload: {RULE}, got {re.escape(repr(budget))}$"):
         parse_budget(budget, 1000)
+
+
+def test_a_number_that_may_have_been_meant_as_a_share():
+    layers = layers_of(weights())
+    with pytest.raises(ValueError, match=r'for 1 experts of each layer, got 25 bytes \(a share is "25%" or 0.25\)$'):
+        plan_slots(layers, 25, 1, "layer")
+    with pytest.raises(ValueError, match=r"for 1 experts of each layer, got 101$"):
+        plan_slots(layers, 101, 1, "layer")
 
 
 @pytest.mark.parametrize("scope", ["layer", "shared"])

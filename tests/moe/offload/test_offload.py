@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import headgate
-from headgate.moe.offload import Engine, FileStore, HostStore, Layer
+from headgate.moe.offload import Engine, FileStore, HostStore, Layer, lower
 from headgate.moe.offload.forms import survey
 from headgate.moe.offload.offload import Offload
 from headgate.placement.caching.cache import Cache
@@ -144,15 +144,21 @@ def test_parameters_keep_names_shapes_and_contents(stack, tmp_path):
     assert not [n for m in stack.modules() for n in vars(m) if n.startswith("_headgate_off")]
 
 
-def test_experts_on_the_meta_device_come_from_the_file(stack, tmp_path):
+def test_experts_on_the_meta_device_come_from_the_file(stack, tmp_path, monkeypatch):
     inputs = calls()
     want = answers(stack, inputs)
     headgate.offload(stack, "25%", "lru", None, tmp_path).close()
     empty = copy.deepcopy(stack)
     for block in empty.blocks:
         block.experts.to("meta")
-    with headgate.offload(empty, "25%", "lru", "gate", tmp_path):
+    with headgate.offload(empty, "25%", "lru", "gate", tmp_path) as offloaded:
         same(answers(empty, inputs), want)
+        monkeypatch.setattr(offloaded._store, "read", lambda *_: 1 / 0)  # nobody brings them into memory at the end
+    same(answers(empty, inputs), want)  # out of maps of the file
+    for block in empty.blocks:
+        block.experts.to("meta")
+    headgate.offload(empty, "25%", "lru", "gate", tmp_path).close(restore=True)
+    (tmp_path / "experts.safetensors").write_bytes(b"")
     same(answers(empty, inputs), want)
 
 
@@ -175,6 +181,25 @@ def test_few_bits(stack, tmp_path):
         for a, b in zip(answers(stack, inputs), want, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
     same(answers(stack, inputs), want)
+
+
+def test_one_format_for_all_is_made_expert_by_expert(stack, tmp_path, monkeypatch):
+    """quantize takes several times the memory of what it is given: never a whole layer."""
+    named = {f"blocks.{i}.experts": ["int4"] * 8 for i in range(3)}
+    with headgate.offload(copy.deepcopy(stack), "50%", disk=tmp_path / "named", formats=named) as offloaded:
+        want = [offloaded._store.layers, (tmp_path / "named/experts.safetensors").read_bytes()]
+    given, quantize = [], lower.quantize
+    monkeypatch.setattr(lower, "quantize", lambda w, format: given.append(w) or quantize(w, format))
+    with headgate.offload(stack, "50%", disk=tmp_path / "all", formats="int4") as offloaded:
+        assert [offloaded._store.layers, (tmp_path / "all/experts.safetensors").read_bytes()] == want
+    real = [len(w) for w in given if not w.is_meta]
+    assert real
+    assert set(real) == {1}
+    for wrong in ("int3", ""):
+        with pytest.raises(ValueError, match="format must be one of"):
+            headgate.offload(stack, "50%", disk=tmp_path / "all", formats=wrong)
+    with pytest.raises(TypeError, match="formats must be a format, or a mapping of modules' names, got 4"):
+        headgate.offload(stack, "50%", disk=tmp_path / "all", formats=4)
 
 
 def another_w_down(experts) -> None:

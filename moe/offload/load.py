@@ -1,0 +1,208 @@
+"""headgate.load: a model whose experts stay in the files of its checkpoint, and are never in memory all at once."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...placement.caching.predict import Predictor
+from ...placement.careful import fault
+from ...placement.traces.trace import Trace
+from ..hf.conversion import Conversion, conversion_of
+from ..hf.pretrained import blank_model, fill_rest, missing_of
+from ..hf.swap import replace
+from .checkpoint import Checkpoint
+from .file import FileStore
+from .forms import Form, Found, survey
+from .host import Store
+from .kinds import Layer, Weights
+from .lower import FILE, Formats, Groups, groups_of, layers_of, pieces_of
+from .offload import Offload, Plan
+from .reads import DTYPES
+from .shards import WHAT_TO_DO, Laid, ShardStore, laid_out
+
+
+def load(
+    path: str | os.PathLike[str],
+    budget: str | int | float = "8GiB",
+    policy: str = "adaptive",
+    prefetch: str | Predictor | None = "gate",
+    disk: str | os.PathLike[str] | None = None,
+    *,
+    formats: Formats | None = None,
+    device: torch.device | str = "cpu",
+    scope: str = "layer",
+    trace: Trace | None = None,
+    readers: int | None = None,
+    page_cache: bool = True,
+    log: bool = False,
+) -> tuple[nn.Module, Offload]:
+    """A transformers MoE model from a folder, with its experts left in the folder's own safetensors files: they are
+    never in memory all at once, and without `disk` nothing is written. Outputs are those of `from_pretrained` and
+    `offload`.
+
+    path      a folder with config.json and either model.safetensors.index.json with its files or model.safetensors, as
+              save_pretrained and hub downloads have it; the files must stay as they are while the model is used
+    budget    what the slots for experts may take on the device, see `offload`. Beside it stands the rest of the model:
+              attention, embeddings, norms, routers, shared experts, and the KV cache of a generation
+    formats   experts in few bits, see `offload`; `disk` must be given
+    disk      a folder for experts.safetensors, written layer by layer where it is not there yet. A file that is there
+              is used if it was made of this very checkpoint with these formats, and refused if not
+    device    where to compute
+    policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
+
+    Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
+    files make which parameter is asked of transformers. The model is in evaluation mode and runs through Headgate.
+    Without `disk` its experts' parameters are on the meta device: they have names and shapes, and no numbers.
+    `Offload.close()` leaves them there, and the model can compute no more; `close(restore=True)` brings them into
+    memory.
+
+    Returns the model and its Offload.
+
+    Raises OSError where a file is missing or cannot be read; ValueError where one is not what it should be, a tensor is
+    missing or of another shape or dtype than the model's, the checkpoint is quantized, or transformers makes experts by
+    more than stacking and concatenating; else as `offload`. All this is found out before a weight is read.
+
+    >>> model, offloaded = headgate.load("/models/Qwen3-30B-A3B", budget="4GiB")
+    >>> model.generate(**inputs)
+    """
+    where = torch.device(device)
+    if formats not in (None, {}) and disk is None:
+        raise ValueError(f"load: disk must be a folder for experts in few bits, got None with formats={formats!r}")
+    with seen(path) as what:
+        model = what.model
+        groups = groups_of(what.found, {} if formats is None else formats)
+        layers = layers_of(what.found, groups)
+        plan = Plan.of(
+            model, what.found, what.skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch,
+            scope=scope, trace=trace, readers=readers, log=log, from_disk=True,
+        )  # fmt: skip
+        left = {f"{name}.{theirs}" for name, _, form in what.found for theirs in form.names.values()}
+        experts = {key for name in left for keys in what.conversion.sources[name].keys.values() for key in keys}
+        rest = [key for key in what.checkpoint.tensors if key not in experts]
+        packed = None if disk is None else _packed(what, layers, groups, Path(disk) / FILE, page_cache)
+        try:
+            fill_rest(model, what.conversion, rest, what.checkpoint.read, left)
+        except BaseException:
+            if packed is not None:
+                packed.close()
+            raise
+        store: Store = packed or ShardStore(layers, what.laid, what.checkpoint.take(), page_cache=page_cache)
+    return model, plan.start(store)
+
+
+def _packed(what: Seen, layers: Sequence[Layer], groups: Groups, path: Path, page_cache: bool) -> FileStore:
+    """The experts file at `path`, written now if it is not there. Raises OSError where the disk has no room, ValueError
+    where the file is another checkpoint's."""
+    said = f"{what.checkpoint.digest} {[[(len(some), some[0], format) for some, format in of] for of in groups]}"
+    source = hashlib.sha256(said.encode()).hexdigest()
+    if path.exists():
+        return FileStore(path, layers, source=source, page_cache=page_cache)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size, free = sum(layer.nbytes for layer in layers), shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC, f"load: disk must have {size:,} bytes for the experts, got {free:,} free", str(path)
+        )
+    files = [(os.dup(handle), name) for handle, name in what.checkpoint.files]
+    with closing(ShardStore(what.layers, what.laid, files, page_cache=page_cache)) as shards:
+
+        def weights(i: int) -> list[Weights]:
+            ((experts, kind),) = what.layers[i].groups
+            whole = {p.name: torch.empty(len(experts), *p.shape, dtype=p.dtype) for p in kind.parts}
+            for e in experts:
+                shards.read(i, e, {name: t[e] for name, t in whole.items()})
+            return pieces_of(whole, groups[i])
+
+        return FileStore.write(path, layers, weights, source=source, page_cache=page_cache)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A folder that `load` can take, before a weight is read: the model on the meta device, swapped; its experts
+    modules `found` and `skipped`; where everything lies in the files."""
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    found: Found
+    skipped: Mapping[str, str]
+    conversion: Conversion
+    laid: Sequence[Mapping[str, Laid]]
+    layers: Sequence[Layer]
+
+
+@contextmanager
+def seen(path: str | os.PathLike[str]) -> Iterator[Seen]:
+    """What the files of a folder say, open for the length of a `with` unless somebody takes them. Raises as `load`."""
+    folder = Path(path)
+    checkpoint = Checkpoint(folder)
+    try:
+        dtypes = [DTYPES[t.dtype] for t in checkpoint.tensors.values()]
+        model = blank_model(folder, next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None))
+        replace(model)
+        found, skipped = survey(model)
+        conversion = conversion_of(model, checkpoint.tensors)
+        _check_rest(model, conversion, checkpoint)
+        laid = [_experts(one, conversion, checkpoint) for one in found]
+        layers = layers_of(found, groups_of(found, {}))
+        yield Seen(checkpoint, model, found, skipped, conversion, laid, layers)
+    finally:
+        checkpoint.close()
+
+
+def _check_rest(model: nn.Module, conversion: Conversion, checkpoint: Checkpoint) -> None:
+    """Raises ValueError where a tensor is missing, or one that is taken as it lies has another shape."""
+    missing = missing_of(model, conversion)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise fault("load", checkpoint.folder, f"must have a tensor for each weight, got none for {missing[0]}{more}")
+    wanted = model.state_dict()
+    for name, source in conversion.sources.items():
+        if not source.operations:
+            (keys,) = source.keys.values()
+            for key in keys:
+                shape = checkpoint.tensors[key].shape
+                if shape != tuple(wanted[name].shape):
+                    rule = f"must have {key} of shape {list(wanted[name].shape)}, got {list(shape)}"
+                    raise fault("load", checkpoint.folder, rule)
+
+
+def _experts(one: tuple[str, nn.Module, Form], conversion: Conversion, checkpoint: Checkpoint) -> Mapping[str, Laid]:
+    """Where the parts of a layer's experts lie. Raises ValueError where one is of another shape or dtype than the
+    model's, or not in whole pieces."""
+    name, module, form = one
+    found = {}
+    for ours, parameter in form.weights(module).items():
+        whole = f"{name}.{form.names[ours]}"
+        source = conversion.sources.get(whole)
+        if source is None:
+            why = "transformers makes it together with others"
+            raise ValueError(f"load: {whole} must lie in the checkpoint for itself, {why}: {WHAT_TO_DO}")
+        if len({len(keys) for keys in source.keys.values()}) > 1 or len(source.keys) < len(source.patterns):
+            raise fault("load", checkpoint.folder, f"must have as many tensors of each kind for {whole}, got {source}")
+        try:
+            laid = laid_out(source, checkpoint)
+        except ValueError as error:
+            raise fault("load", checkpoint.folder, f"must have for {whole} {error}") from error
+        if isinstance(laid, str):
+            raise ValueError(
+                f"load: {whole} must lie in the checkpoint as bytes that can be read in place, {laid}: {WHAT_TO_DO}"
+            )
+        if laid.shape != tuple(parameter.shape):
+            rule = f"must make {whole} {list(parameter.shape)}, got {list(laid.shape)} from {source}"
+            raise fault("load", checkpoint.folder, rule)
+        if DTYPES[laid.dtype] != parameter.dtype:
+            raise ValueError(
+                f"load: {whole} must be stored in the model's {parameter.dtype}, got {laid.dtype}: {WHAT_TO_DO}"
+            )
+        found[ours] = laid
+    return found

@@ -1,0 +1,136 @@
+"""The lower tier in a checkpoint's own files: experts are read piece by piece from where they lie, no copy is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..hf.conversion import Source
+from .checkpoint import Checkpoint
+from .kinds import Layer
+from .reads import Piece, Reads, bytes_of
+
+WHAT_TO_DO = (
+    "load the model with from_pretrained and use headgate.offload, or save it once with save_pretrained and load that"
+)
+
+
+class Run(NamedTuple):
+    """Bytes of a file, one after the other."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A tensor as runs of bytes, in the order of its elements."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    runs: tuple[Run, ...]
+
+    def cut(self, n: int) -> list[tuple[Run, ...]]:
+        """The runs of each of n equal parts."""
+        size = sum(run.nbytes for run in self.runs) // n
+        parts: list[list[Run]] = [[]]
+        room = size
+        for file, offset, nbytes in self.runs:
+            while nbytes:
+                some = min(nbytes, room)
+                parts[-1].append(Run(file, offset, some))
+                offset, nbytes, room = offset + some, nbytes - some, room - some
+                if not room:
+                    parts.append([])
+                    room = size
+        return [tuple(part) for part in parts[:n]]
+
+
+def laid_out(source: Source, checkpoint: Checkpoint) -> Laid | str:
+    """What a parameter is made of, as bytes of the checkpoint's files; as a string, why it cannot be said so."""
+    found = {pattern: [_stored(checkpoint, key) for key in keys] for pattern, keys in source.keys.items()}
+    for operation in source.operations:
+        name, dim = type(operation).__name__, getattr(operation, "dim", None)
+        if name == "MergeModulelist" and dim == 0:
+            found = {pattern: [_stacked(some)] for pattern, some in found.items()}
+        elif name == "Concatenate" and dim in (0, 1):
+            found = {"": [_joined([one for pattern in source.patterns for one in found.get(pattern, ())], dim)]}
+        else:
+            return f"transformers makes it by {operation!r}, not of whole pieces of the checkpoint's tensors"
+    if len(found) != 1 or any(len(some) != 1 for some in found.values()):
+        return f"transformers makes it of {source} by no operation"
+    return next(iter(found.values()))[0]
+
+
+def _stored(checkpoint: Checkpoint, key: str) -> Laid:
+    stored = checkpoint.tensors[key]
+    return Laid(stored.shape, stored.dtype, (Run(stored.file, stored.offset, stored.nbytes),))
+
+
+def _alike(some: Sequence[Laid], dim: int | None) -> None:
+    """Raises ValueError where tensors to be joined differ in dtype, or in shape outside `dim`."""
+    kinds = {(one.dtype, *(n for d, n in enumerate(one.shape) if d != dim)) for one in some}
+    if len(kinds) != 1:
+        raise ValueError(f"tensors of one dtype and shape, got {[(one.dtype, list(one.shape)) for one in some][:4]}")
+
+
+def _stacked(some: Sequence[Laid]) -> Laid:
+    _alike(some, None)
+    return Laid((len(some), *some[0].shape), some[0].dtype, tuple(run for one in some for run in one.runs))
+
+
+def _joined(some: Sequence[Laid], dim: int) -> Laid:
+    _alike(some, dim)
+    shape = list(some[0].shape)
+    shape[dim] = sum(one.shape[dim] for one in some)
+    rows = [one.cut(prod(shape[:dim])) for one in some]
+    return Laid(
+        tuple(shape), some[0].dtype, tuple(run for row in zip(*rows, strict=True) for runs in row for run in runs)
+    )
+
+
+class ShardStore:
+    """The experts of `layers` in the files of a checkpoint. `laid[i]`: of layer i, each part [E, ...] as it lies.
+
+    `page_cache=False`: the kernel keeps no copy of what was read. `ways`: an expert is read in so many pieces at once.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        laid: Sequence[Mapping[str, Laid]],
+        files: Sequence[tuple[int, Path]],
+        *,
+        page_cache: bool = True,
+        ways: int = 4,
+    ) -> None:
+        self.layers = tuple(layers)
+        self._runs = [
+            {n: one.cut(layer.experts) for n, one in of.items()} for layer, of in zip(layers, laid, strict=True)
+        ]
+        self._reads = Reads(files, page_cache=page_cache, ways=ways)
+
+    def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
+        """See Store. What goes to a CUDA device passes through a page-locked buffer of this thread's own."""
+        self._reads.check_open()
+        wanted: list[Piece] = []
+        with self._reads.staged(self.layers[layer].kind(expert), into) as parts:
+            for name, runs in self._runs[layer].items():
+                data, at = memoryview(bytes_of(parts[name])), 0
+                for file, offset, nbytes in runs[expert]:
+                    wanted.append(Piece(data[at : at + nbytes], file, offset))
+                    at += nbytes
+            self._reads.fill(wanted)
+
+    def whole(self, layer: int) -> dict[str, Tensor]:
+        """Nothing: a layer's weights are in no one piece."""
+        return {}
+
+    def close(self) -> None:
+        self._reads.close()
