@@ -302,7 +302,7 @@ LOADERS = {
     "read vllm": Loader(vllm, recording),
     "read router-logits": Loader(router_logits, recording),
     "read csv": Loader(tables, recording),
-    "read flame-moe": Loader(flame, recording, share=0.1),
+    "read flame-moe": Loader(flame, recording, share=0.04),
     "read esft": Loader(esft, recording),
     "read eplb": Loader(weights, recording),
 }
