@@ -108,7 +108,10 @@ def run(args: argparse.Namespace) -> int:
         screen.say(f"placement: {args.output}")
     if args.json:
         print(json.dumps(found))
-    return 130 if placement.method["interrupted"] else 0
+    if placement.method["interrupted"]:
+        print("headgate: interrupted; what was found by then is kept", file=sys.stderr)
+        return 130
+    return 0
 
 
 def topology_of(args: argparse.Namespace) -> Topology:

@@ -94,6 +94,8 @@ def many_ranks(size: int) -> Iterator[Callable[[Callable[[int], Tensor]], Tensor
         stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
         return torch.SymInt(local_tensor.LocalIntNode({r: r // stride % len(ranks) for r in range(size)}))
 
+    with torch.device("cpu"):  # torch keeps the constructors that it finds at first use: not our torch.tensor below
+        torch.empty(0)
     dist.init_process_group("fake", rank=0, world_size=size)
     try:
         # The mode goes first and ours is undone first: since torch 2.14 it too sets dist.get_rank, and puts it back.
