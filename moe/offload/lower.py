@@ -13,13 +13,14 @@ from ..hf.accelerated import keeps_weights
 from .file import FileStore
 from .forms import Found
 from .host import HostStore, Store
-from .kinds import Layer, Weights
+from .kinds import Layer, Weights, split
 
 FILE = "experts.safetensors"
 # module name -> the format of each expert; or one format for all experts
 Formats = Mapping[str, Sequence[str | None]] | str
 
 Groups = list[list[tuple[list[int], str | None]]]  # of each layer, (experts, their format)
+_BETWEEN = {"fp8": 24, "int8": 24, "int4": 24, "mxfp4": 56}  # bytes for each weight that `quantize` holds at most
 
 
 def groups_of(found: Found, formats: Formats) -> Groups:
@@ -53,6 +54,15 @@ def coded(weights: Mapping[str, Tensor], format: str | None) -> Weights:
     if format is None:
         return weights
     return {name: _quantized(w, format) if name.startswith("w_") else w for name, w in weights.items()}
+
+
+def room_for(weights: Mapping[str, Tensor], format: str | None) -> int:
+    """Bytes that one expert of weights [E, ...] takes on its way into a format: as it is, as it becomes, and what
+    `quantize` holds between the two."""
+    one = {name: w[:1] for name, w in weights.items()}
+    became = 0 if format is None else sum(t.nbytes for t in split(coded(one, format)).values())
+    largest = max(w.numel() for name, w in one.items() if name.startswith("w_"))
+    return sum(w.nbytes for w in one.values()) + became + (0 if format is None else _BETWEEN[format] * largest)
 
 
 def _quantized(w: Tensor, format: str) -> Quantized:
