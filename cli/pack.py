@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", type=Path, metavar="MODEL", help="a transformers model folder with safetensors files")
     add("output", type=output_file, metavar="OUT", help="the file to write, for headgate.load(MODEL, disk=OUT)")
     add("--formats", choices=FORMATS, help="the format of all experts (default: as they are)")
-    add("--max-memory", type=_size, metavar="X", help="bytes that experts may take on the way, 2GiB (default: for one)")
+    add("--max-memory", type=_size, metavar="X", help="bytes that experts may take on the way, such as 2GiB")
 
 
 def run(args: argparse.Namespace) -> int:

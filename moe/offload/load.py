@@ -124,7 +124,7 @@ def written(
     tell: Callable[[int, int], object] = lambda done, total: None,
 ) -> FileStore:
     """The experts file at `path`, written now, expert by expert. `who`: the argument that says where. `tell`: called
-    with experts written and all experts. Raises OSError where the disk has no room."""
+    with experts done and all experts. Raises OSError where the disk has no room."""
     remove_stale(path)
     size, free = sum(layer.nbytes for layer in layers), shutil.disk_usage(path.parent).free
     if size > free:

@@ -20,7 +20,7 @@ FILE = "experts.safetensors"
 Formats = Mapping[str, Sequence[str | None]] | str
 
 Groups = list[list[tuple[list[int], str | None]]]  # of each layer, (experts, their format)
-_BETWEEN = {"fp8": 24, "int8": 24, "int4": 24, "mxfp4": 56}  # bytes for each weight that `quantize` holds at most
+_BETWEEN = {"fp8": 32, "int8": 24, "int4": 24, "mxfp4": 56}  # bytes for each weight that `quantize` holds at most
 
 
 def groups_of(found: Found, formats: Formats) -> Groups:
@@ -67,7 +67,7 @@ def room_for(weights: Mapping[str, Tensor], format: str | None) -> int:
 
 def _quantized(w: Tensor, format: str) -> Quantized:
     """Expert by expert: on its way `quantize` takes several times the memory of what it is given."""
-    if w.is_meta:
+    if w.is_meta or len(w) == 1:
         return quantize(w, format)
     first = quantize(w[:1], format)
     data, scale = (t.new_empty(len(w), *t.shape[1:]) for t in (first.data, first.scale))
