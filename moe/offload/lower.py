@@ -20,7 +20,8 @@ FILE = "experts.safetensors"
 Formats = Mapping[str, Sequence[str | None]] | str
 
 Groups = list[list[tuple[list[int], str | None]]]  # of each layer, (experts, their format)
-_BETWEEN = {"fp8": 32, "int8": 24, "int4": 24, "mxfp4": 56}  # bytes for each weight that `quantize` holds at most
+# bytes for each weight that `quantize` takes at most: half in tensors, half that the allocator still keeps of others
+_BETWEEN = {"fp8": 48, "int8": 40, "int4": 40, "mxfp4": 104}
 
 
 def groups_of(found: Found, formats: Formats) -> Groups:
@@ -58,7 +59,7 @@ def coded(weights: Mapping[str, Tensor], format: str | None) -> Weights:
 
 def room_for(weights: Mapping[str, Tensor], format: str | None) -> int:
     """Bytes that one expert of weights [E, ...] takes on its way into a format: as it is, as it becomes, and what
-    `quantize` holds between the two."""
+    `quantize` takes between the two."""
     one = {name: w[:1] for name, w in weights.items()}
     became = 0 if format is None else sum(t.nbytes for t in split(coded(one, format)).values())
     largest = max(w.numel() for name, w in one.items() if name.startswith("w_"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -115,7 +116,7 @@ def test_no_more_memory_than_said(wide, tmp_path, formats, dtype):
         headgate.pack(folder, output, formats=formats, max_memory=1)
     need = int(str(caught.value).split("at least ")[1].split(" bytes")[0].replace(",", ""))
     expert = 3 * 256 * 320 * dtype.itemsize
-    assert need == expert if formats is None else expert < need < 24 * expert
+    assert need == expert if formats is None else expert < need < 40 * expert
     with pytest.raises(ValueError, match="pack: max_memory must be at least"):
         headgate.pack(folder, output, formats=formats, max_memory=need - 1)
     assert not list(tmp_path.iterdir())
@@ -123,7 +124,7 @@ def test_no_more_memory_than_said(wide, tmp_path, formats, dtype):
         headgate.pack(folder, output, formats=formats, max_memory=need)
     assert expert <= live.most <= need + 4096  # buffers of the model
     if formats is not None:
-        assert live.most > need / 3, "the bound is loose"
+        assert live.most > need / 4, "the bound is loose"
 
 
 @pytest.mark.parametrize("shape", [(129, 130), (1030, 64), (33, 2050)], ids=str)  # blocks that end beyond the weights
@@ -134,6 +135,36 @@ def test_what_is_said_holds_for_odd_shapes(shape):
             with Live() as live:
                 lower.coded(weights, format)
             assert live.most <= lower.room_for(weights, format) - weights["w_down"].nbytes, (dtype, format)
+
+
+GROWS = """
+import sys, headgate
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
+small, large, formats, need = sys.argv[1:]
+headgate.pack(small, "small.experts", formats=formats)  # brings what is imported on the way
+before = peak()
+headgate.pack(large, "large.experts", formats=formats, max_memory=int(need))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", FORMATS)
+def test_the_process_grows_no_further(saved, tmp_path, formats):
+    """By all that the allocator keeps, too."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("memory is read from /proc")
+    config = transformers.OlmoeConfig(
+        hidden_size=1024, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64, num_experts=12, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    transformers.OlmoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "large")
+    shapes = {"w_gate_up": (1, 2048, 1024), "w_down": (1, 1024, 1024)}
+    need = lower.room_for({n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()}, formats)
+    command = [sys.executable, "-c", GROWS, saved, tmp_path / "large", formats, str(need)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < need + 16 * 2**20  # the model without weights
 
 
 KILLED = """
