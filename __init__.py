@@ -25,6 +25,7 @@ _WHERE = {
     "migrate": "moe.ranks.placed",
     "offload": "moe.offload.offload",
     "load": "moe.offload.load",
+    "pack": "moe.offload.pack",
     "ModelPool": "moe.offload.models",
     "save_checkpoint": "moe.ranks.checkpoint",
     "load_checkpoint": "moe.ranks.checkpoint",

@@ -115,6 +115,16 @@ and others recorded, and shows what a trace says. A trace is an .npz file; it is
   headgate cache trace.npz --budget 8GiB --expert-bytes 17.3MB --host-budget 50% --prefetch path --plot cache.png
 """,
     ),
+    "pack": Command(
+        ".pack",
+        "experts of a checkpoint into one file",
+        "Writes the experts of a checkpoint into one file, in few bits if wished, for headgate.load. One expert at a "
+        "time is in memory. When it is interrupted nothing is left behind.",
+        """\
+  headgate pack ./OLMoE-1B-7B olmoe.experts --formats int4
+  headgate pack ./Qwen3-30B-A3B /scratch/q.experts --formats int8 --max-memory 2GiB
+""",
+    ),
     "doctor": Command(
         ".doctor",
         "what this machine can run",

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+_LONGEST = 60  # characters of a name that its temporary files keep
+
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Has `write` fill a temporary file beside `path`, then renames it. On an error an older file stays as it was.
+    """Has `write` fill a temporary file beside `path`, then renames it. On an error an older file stays as it was, and
+    what killed processes left behind goes (`remove_stale`).
 
     A device such as /dev/null and a pipe that somebody reads are written to as they are.
     """
     if path.exists() and not path.is_file():
         _write_into(path, write)
         return
-    temporary = path.with_name(f".{path.name[:60]}-{secrets.token_hex(4)}")
+    remove_stale(path)
+    temporary = path.with_name(f".{path.name[:_LONGEST]}-{secrets.token_hex(4)}")
     try:  # the name is known before the file is there: nothing that comes in between leaves it behind
-        with open(temporary, "xb") as file:
+        with _held(temporary) as file:
             write(file)
         os.replace(temporary, path)
     except BaseException as error:
@@ -27,6 +34,37 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
             error.filename = str(path)  # a full disk does not say which file
         raise
+
+
+def remove_stale(path: Path) -> None:
+    """Removes the temporary files for `path` whose writers were killed: nobody holds their locks any more."""
+    ours = re.compile(re.escape(f".{path.name[:_LONGEST]}-") + "[0-9a-f]{8}")
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            if ours.fullmatch(name):
+                _remove_unheld(path.parent / name)
+
+
+def _remove_unheld(temporary: Path) -> None:
+    with suppress(OSError):
+        handle = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _held(temporary: Path) -> Iterator[BinaryIO]:
+    """A new file, locked for as long as it is open: the lock ends with the process, however that ends."""
+    while True:
+        with open(temporary, "xb") as file:
+            with suppress(OSError):  # a file system without locks: nothing is removed there either
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.exists(temporary):  # nobody took it for stale between the two lines above
+                yield file
+                return
 
 
 def _write_into(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import mmap
 import re
 from bisect import bisect_right
@@ -22,6 +23,26 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 _ALIGN = 64  # bytes: where the slots of a part begin, beside multiples of its own size
 
 
+def parse_size(size: str | int, name: str) -> int:
+    """Bytes of text or a number ("2GiB", "500 MB", 4096). Raises TypeError or ValueError naming `name` and the rule."""
+    rule = f'{name} must be bytes of at least 1 ("2GiB", "500 MB", 4096), got {size!r}'
+    if isinstance(size, bool) or not isinstance(size, str | int):
+        raise TypeError(rule)
+    found = _spelled(size) if isinstance(size, str) else (size, False)
+    if found is None or found[1] or not 1 <= found[0] < math.inf:
+        raise ValueError(rule)
+    return int(found[0])
+
+
+def _spelled(text: str) -> tuple[float, bool] | None:
+    """The number in text, and whether it is a share; None where it is neither that nor bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(%)|([KMGT]I?)?B?)\s*", text, re.IGNORECASE)
+    if not found or ("." in found[1] and text.strip() == found[1]):  # "0.25": of what?
+        return None
+    number = float(found[1])
+    return (number / 100, True) if found[2] else (number * _UNITS[(found[3] or "").upper()], False)
+
+
 def parse_budget(budget: str | int | float, whole: int) -> int:
     """Bytes. A budget is a number of them ("8GiB", "500 MB", 4096) or a share of `whole`, at most all ("25%", 0.25).
 
@@ -33,19 +54,15 @@ def parse_budget(budget: str | int | float, whole: int) -> int:
     )
     if isinstance(budget, bool) or not isinstance(budget, str | int | float):
         raise TypeError(rule)
-    if isinstance(budget, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(%)|([KMGT]I?)?B?)\s*", budget, re.IGNORECASE)
-        if not found or ("." in found[1] and budget.strip() == found[1]):  # "0.25": of what?
+    found = _spelled(budget) if isinstance(budget, str) else (budget, isinstance(budget, float))
+    if found is None:
+        raise ValueError(rule)
+    size, is_share = found
+    if is_share:
+        if not 0 < size <= 1:
             raise ValueError(rule)
-        number = float(found[1])
-        share, size = number / 100 if found[2] else None, number * _UNITS[(found[3] or "").upper()]
-    else:
-        share, size = budget if isinstance(budget, float) else None, budget
-    if share is not None:
-        if not 0 < share <= 1:
-            raise ValueError(rule)
-        size = share * whole
-    if size < 1:
+        size *= whole
+    if size < 1 or size == math.inf:
         raise ValueError(rule)
     return int(size)
 

@@ -81,17 +81,41 @@ class FileStore:
         source: str = "",
         **options: Any,
     ) -> FileStore:
+        """As `write_each`, layer by layer: `weights(i)` gives the weights of layer i, one mapping for each of its
+        groups, on any device. It is asked once for each layer, in order.
+        """
+        held: list[tuple[int, list[dict[str, Tensor]]]] = []
+
+        def expert(i: int, e: int) -> Mapping[str, Tensor]:
+            if not held or held[0][0] != i:
+                held.clear()  # before the next layer is made
+                held.append((i, parts_of(layers[i], weights(i))))
+            group, row = layers[i].places[e]
+            return {name: t[row] for name, t in held[0][1][group].items()}
+
+        return cls.write_each(path, layers, expert, source=source, **options)
+
+    @classmethod
+    def write_each(
+        cls,
+        path: str | Path,
+        layers: Sequence[Layer],
+        expert: Callable[[int, int], Mapping[str, Tensor]],
+        *,
+        source: str = "",
+        **options: Any,
+    ) -> FileStore:
         """Writes the experts of all layers, whole or not at all: on an error an older file stays as it was. Returns
         the store of this very file, whoever else writes one of its name meanwhile.
 
-        `weights(i)` gives the weights of layer i, one mapping for each of its groups, on any device; it is asked once
-        for each layer, in order, and one expert at a time is brought together. `source`, kept in the header, says what
-        they were made of. Raises OSError naming the file where the disk is full.
+        `expert(i, e)` gives the parts of expert e of layer i by name, on any device; it is asked once for each, layer
+        by layer, and what it gave before may be filled anew. `source`, kept in the header, says what they were made of.
+        Raises OSError naming the file where the disk is full.
         """
         path, opened = Path(path), list[int]()
 
         def work(file: BinaryIO) -> None:
-            _write(file, tuple(layers), weights, source)
+            _write(file, tuple(layers), expert, source)
             if os.path.exists(name := NAME.format(file.fileno())):
                 opened.append(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
 
@@ -184,24 +208,37 @@ def _header(layers: Sequence[Layer], sums: Sequence[Sequence[int]], source: str)
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(file: BinaryIO, layers: Sequence[Layer], weights: Callable[[int], Sequence[Weights]], source: str) -> None:
+def _write(
+    file: BinaryIO, layers: Sequence[Layer], expert: Callable[[int, int], Mapping[str, Tensor]], source: str
+) -> None:
     sums = [[0] * layer.experts for layer in layers]
     header = _header(layers, sums, source)
     most = most_header(len(header) + sum(layer.nbytes for layer in layers))
     if len(header) > most:
         raise ValueError(f"FileStore: header must be at most {most} bytes, got {len(header)}")
     file.write(header)
+    begin = len(header)  # of a group
     for i, layer in enumerate(layers):
-        for (experts, kind), parts in zip(layer.groups, parts_of(layer, weights(i)), strict=True):
-            for part in kind.parts:
-                for row, e in enumerate(experts):
-                    one = bytes_of(parts[part.name][row].cpu().contiguous())
-                    sums[i][e] = zlib.crc32(one, sums[i][e])
-                    file.write(one)
+        for experts, kind in layer.groups:
+            for row, e in enumerate(experts):  # nothing of one expert is held while the next is made
+                sums[i][e] = _write_expert(file, kind, expert(i, e), begin, row, len(experts))
+            begin += len(experts) * kind.nbytes
     file.seek(0)
     file.write(_header(layers, sums, source))
     file.flush()
     os.fsync(file.fileno())
+
+
+def _write_expert(file: BinaryIO, kind: Kind, parts: Mapping[str, Tensor], begin: int, row: int, n: int) -> int:
+    """Writes one of the n experts of a group, and returns its checksum."""
+    total = 0
+    for part in kind.parts:
+        one = bytes_of(parts[part.name].cpu().contiguous())
+        total = zlib.crc32(one, total)
+        file.seek(begin + row * part.nbytes)
+        file.write(one)
+        begin += n * part.nbytes
+    return total
 
 
 def _open(file: int, path: Path) -> tuple[tuple[Layer, ...], list[list[list[int]]], list[list[int]], str]:

@@ -6,16 +6,18 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...placement.caching.predict import Predictor
 from ...placement.careful import fault
+from ...placement.files import remove_stale
 from ...placement.traces.trace import Trace
 from ..hf.conversion import Conversion, conversion_of
 from ..hf.pretrained import blank_model, fill_rest, missing_of
@@ -24,8 +26,8 @@ from .checkpoint import Checkpoint
 from .file import FileStore
 from .forms import Form, Found, survey
 from .host import Store
-from .kinds import Layer, Weights
-from .lower import FILE, Formats, Groups, groups_of, layers_of, pieces_of
+from .kinds import Layer, split
+from .lower import FILE, Formats, Groups, coded, groups_of, layers_of
 from .offload import Offload, Plan
 from .reads import DTYPES
 from .shards import WHAT_TO_DO, Laid, ShardStore, laid_out
@@ -55,8 +57,9 @@ def load(
     budget    what the slots for experts may take on the device, see `offload`. Beside it stands the rest of the model:
               attention, embeddings, norms, routers, shared experts, and the KV cache of a generation
     formats   experts in few bits, see `offload`; `disk` must be given
-    disk      a folder for experts.safetensors, written layer by layer where it is not there yet. A file that is there
-              is used if it was made of this very checkpoint with these formats, and refused if not
+    disk      a folder for experts.safetensors, written expert by expert where it is not there yet; or a file that
+              `headgate.pack` wrote. A file that is there is used if it was made of this very checkpoint with these
+              formats, and refused if not
     device    where to compute
     policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
 
@@ -89,7 +92,7 @@ def load(
         left = {f"{name}.{theirs}" for name, _, form in what.found for theirs in form.names.values()}
         experts = {key for name in left for keys in what.conversion.sources[name].keys.values() for key in keys}
         rest = [key for key in what.checkpoint.tensors if key not in experts]
-        packed = None if disk is None else _packed(what, layers, groups, Path(disk) / FILE, page_cache)
+        packed = None if disk is None else _packed(what, layers, groups, Path(disk), page_cache)
         try:
             fill_rest(model, what.conversion, rest, what.checkpoint.read, left)
         except BaseException:
@@ -100,30 +103,51 @@ def load(
     return model, plan.start(store)
 
 
-def _packed(what: Seen, layers: Sequence[Layer], groups: Groups, path: Path, page_cache: bool) -> FileStore:
-    """The experts file at `path`, written now if it is not there. Raises OSError where the disk has no room, ValueError
-    where the file is another checkpoint's."""
-    said = f"{what.checkpoint.digest} {[[(len(some), some[0], format) for some, format in of] for of in groups]}"
-    source = hashlib.sha256(said.encode()).hexdigest()
+def _packed(what: Seen, layers: Sequence[Layer], groups: Groups, disk: Path, page_cache: bool) -> FileStore:
+    """The experts file in a folder, or the file itself; written now if it is not there. Raises OSError where the disk
+    has no room, ValueError where the file is another checkpoint's."""
+    path = disk if disk.exists() and not disk.is_dir() else disk / FILE
     if path.exists():
-        return FileStore(path, layers, source=source, page_cache=page_cache)
+        return FileStore(path, layers, source=_source(what, groups), page_cache=page_cache)
     path.parent.mkdir(parents=True, exist_ok=True)
+    return written(what, layers, groups, path, page_cache=page_cache, who="load: disk")
+
+
+def written(
+    what: Seen,
+    layers: Sequence[Layer],
+    groups: Groups,
+    path: Path,
+    *,
+    page_cache: bool,
+    who: str,
+    tell: Callable[[int, int], object] = lambda done, total: None,
+) -> FileStore:
+    """The experts file at `path`, written now, expert by expert. `who`: the argument that says where. `tell`: called
+    with experts done and all experts. Raises OSError where the disk has no room."""
+    remove_stale(path)
     size, free = sum(layer.nbytes for layer in layers), shutil.disk_usage(path.parent).free
     if size > free:
-        raise OSError(
-            errno.ENOSPC, f"load: disk must have {size:,} bytes for the experts, got {free:,} free", str(path)
-        )
+        raise OSError(errno.ENOSPC, f"{who} must have {size:,} bytes for the experts, got {free:,} free", str(path))
+    format_of = [{e: format for some, format in of for e in some} for of in groups]
+    done, total = count(1), sum(layer.experts for layer in layers)
     files = [(os.dup(handle), name) for handle, name in what.checkpoint.files]
     with closing(ShardStore(what.layers, what.laid, files, page_cache=page_cache)) as shards:
 
-        def weights(i: int) -> list[Weights]:
-            ((experts, kind),) = what.layers[i].groups
-            whole = {p.name: torch.empty(len(experts), *p.shape, dtype=p.dtype) for p in kind.parts}
-            for e in experts:
-                shards.read(i, e, {name: t[e] for name, t in whole.items()})
-            return pieces_of(whole, groups[i])
+        def expert(i: int, e: int) -> dict[str, Tensor]:
+            whole = {p.name: torch.empty(1, *p.shape, dtype=p.dtype) for p in what.layers[i].kind(e).parts}
+            shards.read(i, e, {name: t[0] for name, t in whole.items()})
+            parts = split(coded(whole, format_of[i][e]))
+            tell(next(done), total)
+            return {name: t[0] for name, t in parts.items()}
 
-        return FileStore.write(path, layers, weights, source=source, page_cache=page_cache)
+        return FileStore.write_each(path, layers, expert, source=_source(what, groups), page_cache=page_cache)
+
+
+def _source(what: Seen, groups: Groups) -> str:
+    """The fingerprint of a checkpoint's experts in these formats."""
+    said = f"{what.checkpoint.digest} {[[(len(some), some[0], format) for some, format in of] for of in groups]}"
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

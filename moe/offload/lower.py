@@ -13,13 +13,15 @@ from ..hf.accelerated import keeps_weights
 from .file import FileStore
 from .forms import Found
 from .host import HostStore, Store
-from .kinds import Layer, Weights
+from .kinds import Layer, Weights, split
 
 FILE = "experts.safetensors"
 # module name -> the format of each expert; or one format for all experts
 Formats = Mapping[str, Sequence[str | None]] | str
 
 Groups = list[list[tuple[list[int], str | None]]]  # of each layer, (experts, their format)
+# bytes for each weight that `quantize` takes at most: half in tensors, half that the allocator still keeps of others
+_BETWEEN = {"fp8": 48, "int8": 40, "int4": 40, "mxfp4": 104}
 
 
 def groups_of(found: Found, formats: Formats) -> Groups:
@@ -55,9 +57,18 @@ def coded(weights: Mapping[str, Tensor], format: str | None) -> Weights:
     return {name: _quantized(w, format) if name.startswith("w_") else w for name, w in weights.items()}
 
 
+def room_for(weights: Mapping[str, Tensor], format: str | None) -> int:
+    """Bytes that one expert of weights [E, ...] takes on its way into a format: as it is, as it becomes, and what
+    `quantize` takes between the two."""
+    one = {name: w[:1] for name, w in weights.items()}
+    became = 0 if format is None else sum(t.nbytes for t in split(coded(one, format)).values())
+    largest = max(w.numel() for name, w in one.items() if name.startswith("w_"))
+    return sum(w.nbytes for w in one.values()) + became + (0 if format is None else _BETWEEN[format] * largest)
+
+
 def _quantized(w: Tensor, format: str) -> Quantized:
     """Expert by expert: on its way `quantize` takes several times the memory of what it is given."""
-    if w.is_meta:
+    if w.is_meta or len(w) == 1:
         return quantize(w, format)
     first = quantize(w[:1], format)
     data, scale = (t.new_empty(len(w), *t.shape[1:]) for t in (first.data, first.scale))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 
 import numpy as np
@@ -76,6 +77,41 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"No space left on device: '.*p\.json'"):
         write_whole(tmp_path / "p.json", full)
     assert not list(tmp_path.iterdir())
+
+
+def test_temporaries_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
+    for name in (".p.json-0123abcd", ".p.json-00000000", ".p.json-mine", ".other.json-0123abcd", ".p.json-0123abcde"):
+        (tmp_path / name).touch()
+    before = {p.name for p in tmp_path.iterdir()}
+
+    def twice(file):
+        """While one writes, another writes the same."""
+        writing = {p.name for p in tmp_path.iterdir()} - before
+        write_whole(tmp_path / "p.json", lambda other: other.write(b"other"))
+        assert writing < {p.name for p in tmp_path.iterdir()}
+        file.write(b"one")
+
+    with open(tmp_path / ".p.json-00000000", "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        write_whole(tmp_path / "p.json", twice)
+    assert {p.name for p in tmp_path.iterdir()} == {*before, "p.json"} - {".p.json-0123abcd"}
+    assert (tmp_path / "p.json").read_bytes() == b"one"
+
+
+def test_a_temporary_that_is_taken_for_stale_at_birth_is_made_again(tmp_path, monkeypatch):
+    lock, names = fcntl.flock, []
+
+    def slow(file, how):
+        """Between a file's birth and its lock another process comes by."""
+        if not names:
+            names.extend(p.name for p in tmp_path.iterdir())
+            (tmp_path / names[0]).unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    write_whole(tmp_path / "p.json", lambda file: file.write(b"whole"))
+    assert len(names) == 1
+    assert (tmp_path / "p.json").read_bytes() == b"whole"
 
 
 def test_replicas_are_counted_and_found():

@@ -63,6 +63,7 @@ LINES = {
     "trace show": "--show t.npz",
     "place": "t.npz --nodes 1 --gpus-per-node 2 --method linear --time-limit 0.5 --output p.json",
     "cache": "t.npz --slots 2 --policies lru",
+    "pack": "config out.experts",
     "doctor": "config",
     "bench": "--gpu-report --only sonic",
     "bench moe": "--shapes qwen3 --rivals --no-peak --memory-limit 0.3 --tokens 1 --dtypes fp32 --passes forward"

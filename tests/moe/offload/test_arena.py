@@ -34,7 +34,7 @@ RULE = (
         ("", ValueError), ("much", ValueError), ("8 GiBs", ValueError), ("-1", ValueError), ("25%%", ValueError),
         (0, ValueError), (0.0, ValueError), (-0.5, ValueError), (float("nan"), ValueError), ("0%", ValueError),
         (1.5, ValueError), ("150%", ValueError), ("0.25", ValueError), ("1.5", ValueError), ("0.5 B", ValueError),
-        (None, TypeError), (True, TypeError), ([1], TypeError),
+        ("9" * 400, ValueError), (None, TypeError), (True, TypeError), ([1], TypeError),
     ],
 )  # fmt: skip
 def test_bad_budgets(budget, error):

@@ -1,0 +1,66 @@
+"""headgate.pack: the experts of a checkpoint into one file, in few bits if wished, never more than one in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from .arena import parse_size
+from .file import FileStore
+from .load import Seen, seen, written
+from .lower import Formats, Groups, groups_of, layers_of, room_for
+
+
+def pack(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    formats: Formats | None = None,
+    max_memory: str | int | None = None,
+    tell: Callable[[int, int], object] = lambda done, total: None,
+) -> None:
+    """Writes the experts of a checkpoint into one file, which `headgate.load(path, disk=output, formats=formats)` uses
+    for as long as the checkpoint stays the same. Experts are read, brought into few bits and written one by one.
+
+    path         a folder with a checkpoint, as `load` takes it
+    output       the file, in a folder that is there. An older experts file is replaced when the new one is whole
+    formats      experts in few bits, "int4" or others, as in `offload`; None: as they are
+    max_memory   bytes ("2GiB", 4096) that experts may take on the way, beside Python, torch and transformers. No more
+                 is ever taken than the largest one needs; less than that is refused
+    tell         called after each expert with how many are done, and of how many
+
+    Raises OSError where a file cannot be read, or the disk has no room; ValueError where the checkpoint or `formats`
+    will not do, `max_memory` is too small, or `output` is a file of another kind: all this before anything is written.
+    When the writing is interrupted nothing is left, and what a killed process left goes with the next call.
+
+    >>> headgate.pack("/models/Qwen3-30B-A3B", "/scratch/q.experts", formats="int8", max_memory="2GiB")
+    """
+    most = None if max_memory is None else parse_size(max_memory, "pack: max_memory")
+    to = Path(output)
+    _check_output(to)
+    with seen(path) as what:
+        groups = groups_of(what.found, {} if formats is None else formats)
+        layers = layers_of(what.found, groups)
+        if most is not None:
+            _check_memory(what, groups, most, max_memory)
+        written(what, layers, groups, to, page_cache=True, who="pack: output", tell=tell).close()
+
+
+def _check_output(path: Path) -> None:
+    """Raises ValueError where `path` is no place for a new file, and no experts file."""
+    if not path.parent.is_dir():
+        raise ValueError(f"pack: output must be in a folder that is there, got {path}")
+    if not os.path.lexists(path):
+        return
+    try:
+        FileStore(path).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"pack: output must be a new file or an experts file, got {path} ({error})") from error
+
+
+def _check_memory(what: Seen, groups: Groups, most: int, said: object) -> None:
+    for (name, module, form), of in zip(what.found, groups, strict=True):
+        need = max(room_for(form.weights(module), format) for _, format in of)
+        if need > most:
+            raise ValueError(f"pack: max_memory must be at least {need:,} bytes for an expert of {name}, got {said!r}")
