@@ -171,7 +171,7 @@ def run(words: Sequence[str], handler: Handler | None = None) -> int:
     except RecursionError as error:
         return _gave_up(error)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"headgate: {_one_line(error)}", file=sys.stderr)
+        print(f"headgate: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except (MemoryError, OverflowError) as error:
         return _gave_up(error)
@@ -221,11 +221,11 @@ def _add(kinds, commands: Mapping[str, Command], words: Sequence[str] | None) ->
 def _gave_up(error: Exception) -> int:
     """What no check has foreseen: numbers too large for the machine."""
     kind = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
-    print(f"headgate: gave up: {kind}: {_one_line(error)}", file=sys.stderr)
+    print(f"headgate: gave up: {kind}: {one_line(error)}", file=sys.stderr)
     return 1
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message without line breaks; an error that says nothing is named."""
     return _short(" ".join(str(error).split())) or type(error).__name__
 

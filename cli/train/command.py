@@ -18,6 +18,7 @@ from ...bench.screen import Screen
 from ...dispatch import Fold
 from ...dispatch.fold import Sizes
 from ...dispatch.rollcall import hold
+from ..commands import one_line
 from ..demo.model import quiet
 from ..demo.text import Corpus, read_corpus
 from .loop import Trainer
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
             trainer = prepare(args, screen)
         except ValueError as error:
             if first:
-                print(f"headgate: {error}", file=sys.stderr, flush=True)
+                print(f"headgate: {one_line(error)}", file=sys.stderr, flush=True)
             dist.barrier()  # torchrun ends all ranks when the first is gone: not before this line is out
             return 2
         try:

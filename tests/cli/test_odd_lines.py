@@ -34,6 +34,7 @@ KNOWN = {
     "train --batch 2000000000 --text BIG": "must fit into memory",
     "train --checkpoint BIG --text BIG": "--checkpoint must be a folder, got the file BIG",
     "train --text FIFO": "the text must have at least",
+    f"train --steps 1 --text {'x' * 9999}": "File name too long",
     "demo --text /dev/zero": "--text must be a file that can be read, got /dev/zero (a device)",
     "trace --generate --tokens 2000000000 --output big.npz": "--tokens must fit into memory",
     "bench links --at-most-nodes 1 --ranks-per-node 1": "at_most_nodes must hold top_k (8) experts",
