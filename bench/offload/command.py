@@ -111,10 +111,12 @@ def _checkpoint(args: argparse.Namespace) -> int:
     scale = 1.0 if args.scale is None else args.scale
     if not 0 < scale <= 1:
         raise ValueError(f"offload: --scale must be above 0 and at most 1, got {scale:g}")
+    folder = args.folder or Path(tempfile.gettempdir()) / "headgate-bench-checkpoint"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"offload: --folder must be a folder, got the file {folder}")
     machine.need("offload", "transformers", "hf")
     from .checkpoint.rows import measure, remove
 
-    folder = args.folder or Path(tempfile.gettempdir()) / "headgate-bench-checkpoint"
     screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
     screen.say(machine.processor())
     try:

@@ -9,11 +9,13 @@ import random
 import resource
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from offload_cases import D, E, F, L, file_store, layers_of, mixed, weights
 
-from headgate.moe.offload import FileStore, HostCache, HostStore, Kind, Layer
+from headgate.bench.offload.checkpoint import files
+from headgate.moe.offload import FileStore, HostCache, HostStore, Kind, Layer, reads
 from headgate.moe.offload.arena import Arena, plan_slots
 from headgate.moe.offload.kinds import split
 
@@ -300,7 +302,7 @@ def test_reads_that_are_short_go_on(page_cache, monkeypatch, tmp_path):
 
     def short(file, buffers, offset):
         calls.append(offset)
-        return whole(file, [buffers[0][: 1 + len(buffers[0]) // 3]], offset)
+        return min(whole(file, buffers, offset), 1 + len(buffers[0]) // 3)
 
     monkeypatch.setattr(os, "preadv", short)
     check_all(store, store.layers, [[w] for w in made])
@@ -339,6 +341,26 @@ def test_large_aligned_parts_pass_by_the_page_cache(tmp_path, monkeypatch):
         assert all(torch.equal(t, made[0][name][e]) for name, t in arena.slot(e).items())
     assert set(files) == set(store._reads.direct)
     store.close()
+
+
+@pytest.mark.parametrize("page_cache", [True, False])
+def test_pieces_that_begin_and_end_anywhere(page_cache, tmp_path, monkeypatch):
+    """Past the page cache, too, which then holds nothing of the file."""
+    monkeypatch.setattr(reads, "_BUFFER", 3 * 4096)
+    data = np.random.default_rng(0).integers(0, 256, 70_001, np.uint8)
+    path = tmp_path / "x"
+    path.write_bytes(data.tobytes())
+    cold = files.drop([path]) == 0  # not in memory alone, as on tmpfs
+    some = reads.Reads([(os.open(path, os.O_RDONLY), path)], page_cache=page_cache)
+    for offset, size in ((0, 1), (8, 4096), (4095, 2), (4096, 8192), (5000, 20_000), (70_000, 1), (3, 69_998), (9, 0)):
+        into = np.full(size, 255, np.uint8)
+        some.fill([reads.Piece(memoryview(into), 0, offset)])
+        assert np.array_equal(into, data[offset : offset + size])
+    if cold and some.direct[0] >= 0:
+        assert files.cached_share([path]) == 0
+    with pytest.raises(OSError, match="10000 bytes wanted at offset 65537, got 4464"):
+        some.fill([reads.Piece(memoryview(np.empty(10_000, np.uint8)), 0, 65_537)])
+    some.close()
 
 
 # --- whole or not at all ---------------------------------------------------------------------------------------------
