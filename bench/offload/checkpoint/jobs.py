@@ -27,10 +27,13 @@ def tokens_of(vocab: int, count: int, seed: int = 0) -> list[int]:
 
 def first(folder: str, budget: str, begun: float, vocab: int, prompt: int = PROMPT) -> dict[str, Any]:
     """headgate.load and the first token of an answer. Seconds since the process was started, `begun`."""
+    from transformers import Qwen3MoeForCausalLM  # noqa: F401  # what it imports counts as imports
+
     from ....moe.offload.load import load
 
     ids = torch.tensor([tokens_of(vocab, prompt)])
-    ready = time.time()
+    ready, start = time.time(), memory_of()
+    model: Any
     model, offloaded = load(folder, budget)
     loaded = time.time()
     with offloaded, torch.inference_mode():
@@ -40,6 +43,7 @@ def first(folder: str, budget: str, begun: float, vocab: int, prompt: int = PROM
         "first_s": first_s,
         "imports_s": ready - begun,
         "load_s": loaded - ready,
+        "imports_bytes": start["VmRSS"],
         "cpu_s": time.process_time(),
         "wait_s": stats.wait_s,
         "read_bytes": moved["read_bytes"],

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,27 +64,26 @@ class Sizes:
         """As transformers has it."""
         from transformers import Qwen3MoeConfig
 
-        return Qwen3MoeConfig(
-            architectures=["Qwen3MoeForCausalLM"],
-            dtype="bfloat16",
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=3 * self.hidden,
-            moe_intermediate_size=self.ffn,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            num_experts=self.experts,
-            num_experts_per_tok=self.top_k,
-            norm_topk_prob=True,
-            tie_word_embeddings=False,
-            rope_theta=1e6,
-            max_position_embeddings=4096,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+        said: dict[str, Any] = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "dtype": "bfloat16",
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": 3 * self.hidden,
+            "moe_intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.top_k,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 4096,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+        }
+        return Qwen3MoeConfig(**said)
 
 
 def make(folder: Path, sizes: Sizes, seed: int = 0) -> Path:

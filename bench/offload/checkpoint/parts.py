@@ -121,7 +121,8 @@ def start(case: Case) -> Iterator[Line]:
     over, anonymous = done.peak_bytes - need, done.anonymous_bytes
     yield Line(
         "start to first token at 25 %: peak memory above rest + budget", over / 1e9, "GB", 0.5, 0.2,
-        f"peak {_GB(done.peak_bytes)} = {_GB(need)} + {_GB(over)}; anonymous {_GB(anonymous)}",
+        f"peak {_GB(done.peak_bytes)} = {_GB(need)} + {_GB(over)}; anonymous {_GB(anonymous)}; imports alone take "
+        f"{_GB(done.said['imports_bytes'])}",
     )  # fmt: skip
     written = round(done.said["written_bytes"] / 1e6)  # what Python compiles on the way is less than that
     yield Line("extra disk in bf16", written / 1e3, "GB", 0.0, note="written by the process, to the MB")
