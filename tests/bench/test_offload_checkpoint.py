@@ -248,3 +248,12 @@ def test_options_that_do_not_go_together(words, says, tmp_path, monkeypatch, cap
     Path("FILE").touch()
     assert cli.main(["bench", "offload", *words.split()]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_llama_cpp_says_the_same_tokens_within_the_same_memory(case):
+    pytest.importorskip("llama_cpp")
+    (line,) = lines_of(case, "llama").values()
+    found = case.figures["llama.cpp"]
+    assert found["over_bytes"] <= 0.1 * SIZES.expert_bytes
+    assert sum(a == b for a, b in zip(found["answers"], case.direct["answers"], strict=True)) >= 5, line.note

@@ -92,20 +92,27 @@ def decode(
     return found
 
 
-def timed(step: Callable[[Sequence[int]], int], ids: Sequence[int], warm: int) -> dict[str, Any]:
-    """Seconds, processor seconds and bytes from the disk for a token, after `warm` of them; `answers`: what the model
-    says after each."""
-    answers = [step([each]) for each in ids[:warm]]
-    before, begin, cpu = traffic()["read_bytes"], time.perf_counter(), time.process_time()
-    answers += [step([each]) for each in ids[warm:]]
-    count = len(ids) - warm
-    return {
-        "cpu_s": (time.process_time() - cpu) / count,
-        "wall_s": (time.perf_counter() - begin) / count,
-        "read_bytes": (traffic()["read_bytes"] - before) / count,
-        "peak_bytes": memory_of()["VmHWM"],
-        "answers": answers,
-    }
+def timed(
+    step: Callable[[Sequence[int]], int],
+    ids: Sequence[int],
+    warm: int,
+    between: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Seconds, processor seconds and bytes from the disk for a token, after `warm` of them; `between` tokens the clocks
+    stand. `answers`: what the model says after each."""
+    answers, spent = [], np.zeros(3)
+    for at, each in enumerate(ids):
+        before = _clocks()
+        answers.append(step([each]))
+        if at >= warm:
+            spent += _clocks() - before
+        between()
+    cpu, wall, read = (spent / (len(ids) - warm)).tolist()
+    return {"cpu_s": cpu, "wall_s": wall, "read_bytes": read, "peak_bytes": memory_of()["VmHWM"], "answers": answers}
+
+
+def _clocks() -> np.ndarray:
+    return np.array([time.process_time(), time.perf_counter(), traffic()["read_bytes"]])
 
 
 def _steps(model: Any) -> Callable[[Sequence[int]], int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import cached_share, drop
+from .files import drop
 from .held import Held, spans_of
 from .jobs import PROMPT, TOKENS, WARM, _steps, timed, tokens_of
 from .processes import memory_of
@@ -51,15 +51,19 @@ def llama(
     def step(some: Sequence[int]) -> int:
         nonlocal at
         model.eval(some)
-        if held is not None and routing is not None:
-            held.used(routing[at : at + len(some)].transpose(1, 0, 2))
         at += len(some)
         logits = np.ctypeslib.as_array(model._ctx.get_logits_ith(-1), (vocab,))
         return int(logits.argmax())
 
-    for first in range(0, prompt, _AT_ONCE if held is not None else prompt):
-        step(ids[first : min(prompt, first + _AT_ONCE) if held is not None else prompt])
-    found = timed(step, ids[prompt:], warm)
+    def forget(count: int = 1) -> None:
+        if held is not None and routing is not None:
+            held.used(routing[at - count : at].transpose(1, 0, 2))
+
+    some = _AT_ONCE if held is not None else prompt
+    for first in range(0, prompt, some):
+        step(ids[first : min(prompt, first + some)])
+        forget(min(some, prompt - first))
+    found = timed(step, ids[prompt:], warm, forget)
     if held is not None:
         found |= {"experts_bytes": held.most_bytes, "over_bytes": held.over_bytes(rest)}
         held.close()
@@ -93,6 +97,7 @@ def accelerate(
 ) -> dict[str, Any]:
     """The experts on disk by accelerate, everything else in memory. Its files are put out of the page cache after every
     token: going through all of them in turn, a smaller page cache would have let go of each before it comes again."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     begin = time.perf_counter()
@@ -103,21 +108,15 @@ def accelerate(
     load_s = time.perf_counter() - begin
     files = [file for file in Path(offload).rglob("*") if file.is_file() and file.stat().st_size]
     ids = tokens_of(vocab, prompt + warm + tokens)
-    forward = _steps(model)
-    stayed = 0.0
+    step, stayed = _steps(model), [0.0]
 
-    def step(some: Sequence[int]) -> int:
-        nonlocal stayed
-        answer = forward(some)
-        drop(files)
-        stayed = max(stayed, cached_share(files))
-        return answer
-
-    import torch
+    def forget() -> None:
+        stayed.append(drop(files))
 
     with torch.inference_mode():
         step(ids[:prompt])
-        return timed(step, ids[prompt:], warm) | {"load_s": load_s, "stayed": stayed}
+        forget()
+        return timed(step, ids[prompt:], warm, forget) | {"load_s": load_s, "stayed": max(stayed)}
 
 
 RIVALS: Mapping[str, Callable[..., dict[str, Any]]] = {
