@@ -78,17 +78,29 @@ class Held:
         os.close(self._file)
 
     def _let_go(self, expert: tuple[int, int]) -> None:
-        libc = ctypes.CDLL(None)
         mapped = _mapped(self.path)
         for offset, size in self.spans[expert]:
-            begin, end = -(-offset // _PAGE) * _PAGE, (offset + size) // _PAGE * _PAGE
-            if begin >= end:
-                continue
-            for start, stop, at in mapped:
-                low, high = max(begin, at), min(end, at + stop - start)
-                if low < high:
-                    libc.madvise(ctypes.c_void_p(start + low - at), ctypes.c_size_t(high - low), _DONTNEED)
-            os.posix_fadvise(self._file, begin, end - begin, os.POSIX_FADV_DONTNEED)
+            _drop(self._file, mapped, -(-offset // _PAGE) * _PAGE, (offset + size) // _PAGE * _PAGE)
+
+
+def let_go(path: Path) -> None:
+    """A whole file out of this process's maps and of the page cache."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        _drop(file, _mapped(path), 0, -(-os.fstat(file).st_size // _PAGE) * _PAGE)
+    finally:
+        os.close(file)
+
+
+def _drop(file: int, mapped: Sequence[tuple[int, int, int]], begin: int, end: int) -> None:
+    """Pages from `begin` to `end` of a file: what is mapped stays in the page cache, so it is unmapped first."""
+    libc = ctypes.CDLL(None)
+    for start, stop, at in mapped:
+        low, high = max(begin, at), min(end, at + stop - start)
+        if low < high:
+            libc.madvise(ctypes.c_void_p(start + low - at), ctypes.c_size_t(high - low), _DONTNEED)
+    if begin < end:
+        os.posix_fadvise(file, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _mapped(path: Path) -> list[tuple[int, int, int]]:

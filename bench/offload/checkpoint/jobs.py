@@ -108,7 +108,8 @@ def timed(
             spent += _clocks() - before
         between()
     cpu, wall, read = (spent / (len(ids) - warm)).tolist()
-    return {"cpu_s": cpu, "wall_s": wall, "read_bytes": read, "peak_bytes": memory_of()["VmHWM"], "answers": answers}
+    memory = {"peak_bytes": memory_of()["VmHWM"], "anonymous_bytes": memory_of()["RssAnon"]}
+    return {"cpu_s": cpu, "wall_s": wall, "read_bytes": read, **memory, "answers": answers}
 
 
 def _clocks() -> np.ndarray:

@@ -234,8 +234,8 @@ def _beside(case: Case, what: str, ours: Mapping, theirs: Mapping, name: str, re
     return Line(
         what, theirs["wall_s"] / ours["wall_s"], "x", reach,
         note=f"{_pair(ours, theirs, 'wall_s')} s a token, {_pair(ours, theirs, 'cpu_s')} CPU s, "
-        f"{_pair(ours, theirs, 'read_bytes', 1e6, 0)} MB from the disk, {_pair(ours, theirs, 'peak_bytes', 1e9, 1)} GB "
-        f"at most; {same:.0%} of the answers the same",
+        f"{_pair(ours, theirs, 'read_bytes', 1e6, 0)} MB from the disk, "
+        f"{_pair(ours, theirs, 'anonymous_bytes', 1e9, 1)} GB anonymous; {same:.0%} of the answers the same",
         least=True,
     )  # fmt: skip
 

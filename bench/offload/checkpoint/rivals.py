@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .files import drop
-from .held import Held, spans_of
+from .files import cached_share, drop
+from .held import Held, let_go, spans_of
 from .jobs import PROMPT, TOKENS, WARM, _steps, timed, tokens_of
 from .processes import memory_of
 
@@ -108,10 +108,13 @@ def accelerate(
     load_s = time.perf_counter() - begin
     files = [file for file in Path(offload).rglob("*") if file.is_file() and file.stat().st_size]
     ids = tokens_of(vocab, prompt + warm + tokens)
+    drop(files)  # what was just written has to be on the disk first
     step, stayed = _steps(model), [0.0]
 
     def forget() -> None:
-        stayed.append(drop(files))
+        for each in files:
+            let_go(each)
+        stayed.append(cached_share(files))
 
     with torch.inference_mode():
         step(ids[:prompt])
