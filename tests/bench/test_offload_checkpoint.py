@@ -101,8 +101,10 @@ def test_a_checkpoint_is_made_once_and_is_one_that_transformers_takes(tmp_path):
     assert shard.stat().st_mtime_ns == made
     with open(shard, "r+b") as file:
         file.truncate(shard.stat().st_size - 1)
+    (folder / ".tmpkilled").touch()
     make.make(folder, SIZES)
     assert shard.stat().st_mtime_ns != made
+    assert not (folder / ".tmpkilled").exists()
     (folder / "mine.txt").touch()
     with pytest.raises(ValueError, match="--folder must be for this benchmark alone"):
         make.make(folder, make.Sizes().scaled(0.2))

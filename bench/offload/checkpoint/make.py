@@ -96,7 +96,7 @@ def make(folder: Path, sizes: Sizes, seed: int = 0) -> Path:
     """
     if whole(folder, sizes, seed):
         return folder
-    if folder.exists() and any(each.name not in _MINE and not _shard(each) for each in folder.iterdir()):
+    if folder.exists() and any(not _mine(each) for each in folder.iterdir()):
         raise ValueError(f"bench offload: --folder must be for this benchmark alone, got other files in {folder}")
     remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def remove(folder: Path) -> None:
     if not folder.is_dir():
         return
     for each in folder.iterdir():
-        if each.name in _MINE or _shard(each):
+        if _mine(each):
             each.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
@@ -130,6 +130,10 @@ def remove(folder: Path) -> None:
 
 def shards(folder: Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if _shard(each))
+
+
+def _mine(path: Path) -> bool:
+    return path.name in _MINE or _shard(path) or path.name.startswith(".tmp")  # safetensors' own, of a killed run
 
 
 def _shard(path: Path) -> bool:
