@@ -16,7 +16,7 @@ from .files import disk_GBps, drop, warm
 from .processes import Done, Run
 
 BUDGET = "25%"
-FEW = 3  # layers of the model for few bits: more than any cache of the processor
+FEW = 1  # layers of the model for few bits: 340 MB of experts, and minutes to quantise
 BESIDE = {"Q4_K": "Q4_K", "int4": "Q4_0"}  # our format, and llama.cpp's of as many bits
 
 
@@ -265,7 +265,7 @@ def bits(case: Case) -> Iterator[Line]:
 
 
 def _mine(case: Case, format: str) -> float:
-    output = case.folder / f"{format}.experts"
+    output = case.folder / f"few-{format}.experts"
     if not output.exists():
         case.command(["pack", str(case.few), str(output), "--formats", format])
     warm([output])
