@@ -216,17 +216,20 @@ class MoE(nn.Module):
 
     def _with_losses(self, y: Tensor, routing: Routing, sequences: int) -> Tensor:
         """y with this step's losses attached to its backward pass; notes their values in `aux_losses`."""
-        losses, total = balancing_losses(
-            self.router,
-            routing,
-            self.load_balancing_coef,
-            self.load_balancing_scope,
-            self.load_balancing_choice,
-            self.load_balancing_norm,
-            sequences,
-            self.token_ranks,
-        )
-        if self.z_loss_coef:
+        losses: dict[str, Tensor] = {}
+        total = y.new_zeros(())
+        if getattr(self.router, "balances", True):
+            losses, total = balancing_losses(
+                self.router,
+                routing,
+                self.load_balancing_coef,
+                self.load_balancing_scope,
+                self.load_balancing_choice,
+                self.load_balancing_norm,
+                sequences,
+                self.token_ranks,
+            )
+        if self.z_loss_coef and routing.logits is not None:
             losses["z_loss"] = z_loss(routing, ranks=self.token_ranks)
             total = total + self.z_loss_coef * losses["z_loss"]
         if under_transform():  # which does not show what asks for a gradient

@@ -1,11 +1,47 @@
 """Routers: x [T, D] -> Routing. One file each, and one line in the table, which the contract test goes through."""
 
 from .bilevel import BilevelRouter
+from .cosine import CosineRouter
+from .expert_choice import ExpertChoiceRouter
 from .given import Given
-from .router import Router
+from .hash import HashRouter, balanced_table
+from .quantile import QuantileRouter
+from .relu import ReLURouter
+from .router import GatedRouter, Router
 from .sigmoid import SigmoidRouter
+from .sinkhorn import SinkhornRouter
 from .softmax import SoftmaxRouter
+from .steered import SteeredRouter
+from .top_p import TopPRouter
 
-__all__ = ["ROUTERS", "BilevelRouter", "Given", "Router", "SigmoidRouter", "SoftmaxRouter"]
+__all__ = [
+    "ROUTERS",
+    "BilevelRouter",
+    "CosineRouter",
+    "ExpertChoiceRouter",
+    "GatedRouter",
+    "Given",
+    "HashRouter",
+    "QuantileRouter",
+    "ReLURouter",
+    "Router",
+    "SigmoidRouter",
+    "SinkhornRouter",
+    "SoftmaxRouter",
+    "SteeredRouter",
+    "TopPRouter",
+    "balanced_table",
+]
 
-ROUTERS: dict[str, type[Router]] = {"softmax": SoftmaxRouter, "sigmoid": SigmoidRouter, "bilevel": BilevelRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "softmax": SoftmaxRouter,
+    "sigmoid": SigmoidRouter,
+    "bilevel": BilevelRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "sinkhorn": SinkhornRouter,
+    "hash": HashRouter,
+    "cosine": CosineRouter,
+    "top_p": TopPRouter,
+    "relu": ReLURouter,
+    "quantile": QuantileRouter,
+}
