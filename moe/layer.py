@@ -199,9 +199,13 @@ class MoE(nn.Module):
                 raise ValueError(f"MoE: {name} must be {list(shape)} as x is but for D, got {list(t.shape)}")
         if state is not None and state.shape[:-1] != shape:
             raise ValueError(f"MoE: state must be {list(shape)} and a width, got {list(state.shape)}")
-        flat = [None if t is None else t.reshape(-1) for t in (mask, ids)]
-        carried = None if state is None else state.reshape(-1, state.shape[-1])
-        return Given(*flat, carried, math.prod(x.shape[:-2]), self.token_ranks)
+        return Given(
+            mask=None if mask is None else mask.reshape(-1),
+            ids=None if ids is None else ids.reshape(-1),
+            state=None if state is None else state.reshape(-1, state.shape[-1]),
+            sequences=math.prod(x.shape[:-2]),
+            ranks=self.token_ranks,
+        )
 
     def _route(self, tokens: Tensor, given: Given) -> Routing:
         if isinstance(self.router, Router) and type(self.router).forward is Router.forward:
@@ -245,7 +249,8 @@ def _router(router, options, hidden_size: int, num_experts: int, top_k: int, dev
     if isinstance(router, str):
         if router not in ROUTERS:
             raise ValueError(f"MoE: router must be one of {', '.join(ROUTERS)} or a module, got {router!r}")
-        return ROUTERS[router](hidden_size, num_experts, top_k, device=device, dtype=dtype, **(options or {}))
+        made: Any = ROUTERS[router]
+        return made(hidden_size, num_experts, top_k, device=device, dtype=dtype, **(options or {}))
     if not isinstance(router, nn.Module):
         raise TypeError(f"MoE: router must be a name or a module, got {type(router).__name__}")
     if options:

@@ -1,0 +1,203 @@
+"""What each router of the literature promises by itself, as its paper or its users state it."""
+
+import pytest
+import torch
+from router_cases import fitting
+
+from headgate.moe import (
+    CosineRouter,
+    ExpertChoiceRouter,
+    Given,
+    HashRouter,
+    MoE,
+    QuantileRouter,
+    SinkhornRouter,
+    TopPRouter,
+    balanced_table,
+    bias,
+)
+
+D, E, K = 16, 8, 2
+
+
+def skewed(tokens=256, seed=0):
+    """Rows that most routers would send to the same few experts."""
+    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+class TestExpertChoice:
+    @pytest.mark.parametrize(("tokens", "capacity"), [(64, 16), (33, 9), (3, 1)])
+    def test_every_expert_takes_its_share(self, tokens, capacity):
+        routing = ExpertChoiceRouter(D, E, K)(skewed(tokens))
+        assert routing.counts.tolist() == [capacity] * E
+        for e in range(E):  # the best ones, as a loop finds them
+            best = routing.scores[:, e].argsort(descending=True)[:capacity]
+            assert set(best.tolist()) == set((routing.expert_ids == e).any(1).nonzero()[:, 0].tolist())
+
+    def test_some_tokens_go_without(self):
+        ids = ExpertChoiceRouter(D, E, 1)(skewed()).expert_ids
+        assert (ids < 0).all(1).any()
+
+    def test_padding_takes_no_place(self):
+        router, x = ExpertChoiceRouter(D, E, K), skewed(64)
+        mask = torch.arange(64) < 32
+        assert torch.equal(router(x, Given(mask=mask)).counts, router(x[:32]).counts)
+
+    def test_refuses_evaluation_until_told_how(self):
+        layer = MoE(D, 8, E, K, router="expert_choice").eval()
+        with pytest.raises(ValueError, match=r'inference must be "threshold" or "choice" outside .* got None'):
+            layer(skewed(4))
+
+    def test_its_thresholds_keep_the_load_and_are_causal(self):
+        router = ExpertChoiceRouter(D, E, K, inference="threshold", rate=0.2)
+        for seed in range(40):
+            router(skewed(seed=seed))
+            router.update_bias()
+        x = skewed(seed=99)
+        routing = router.eval()(x)
+        assert (routing.counts - 256 * K / E).abs().max() < 0.25 * 256 * K / E
+        assert router.causal
+        assert torch.equal(router(x[:5]).expert_ids, routing.expert_ids[:5])
+
+
+class TestSinkhorn:
+    def test_the_plan_has_even_rows_and_columns(self):
+        logits = 3 * torch.randn(256, E, dtype=torch.float64)
+        c = SinkhornRouter(D, E, K, iterations=60).columns(logits, Given())
+        plan = (logits + c).softmax(1)
+        torch.testing.assert_close(plan.sum(0), torch.full((E,), 256 / E, dtype=torch.float64), rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("shift", [100.0, 1e4, -1e4])
+    def test_a_constant_changes_nothing(self, shift):
+        router, logits = SinkhornRouter(D, E, K), torch.randn(64, E, dtype=torch.float64)
+        torch.testing.assert_close(router.columns(logits + shift, Given()), router.columns(logits, Given()))
+
+    def test_levels_while_training_and_not_after(self):
+        router, x = SinkhornRouter(D, E, 1), skewed(1024)
+        trained, plain = router(x).counts, router.eval()(x).counts
+        assert plain.max() > 2 * 1024 / E
+        assert trained.max() < 0.6 * plain.max()
+        assert torch.equal(plain, torch.bincount((x @ router.weight.T).argmax(1), minlength=E))
+
+    def test_weights_are_the_routers_own(self, assert_close):
+        x = skewed()
+        for k, score in ((1, torch.sigmoid), (2, lambda t: t.softmax(1))):
+            router = SinkhornRouter(D, E, k)
+            routing = router(x)
+            assert_close(routing.weights, score(x @ router.weight.T).gather(1, routing.expert_ids.long()))
+
+
+class TestHash:
+    def test_an_id_has_its_experts_wherever_it_stands(self):
+        router = HashRouter(D, E, K, vocab_size=50)
+        ids = torch.randint(50, (200,))
+        got = router(torch.randn(200, D), Given(ids=ids)).expert_ids
+        assert torch.equal(got, router.table[ids])
+        assert torch.equal(router.table, HashRouter(D, E, K, vocab_size=50).table)
+        assert not torch.equal(router.table, HashRouter(D, E, K, vocab_size=50, seed=1).table)
+
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_a_balanced_table_levels_its_corpus(self, k):
+        counts = (1000 / torch.arange(1, 301)).round()  # as often as Zipf says
+        table = balanced_table(counts, E, k)
+        load = torch.zeros(E).index_add_(0, table.flatten().long(), counts.repeat_interleave(k))
+        assert load.max() <= max(counts.max(), 1.05 * load.mean())
+        assert all(len(set(row)) == k for row in table.tolist())
+
+    def test_its_gate_scores_the_tables_experts(self, assert_close):
+        router, x, ids = HashRouter(D, E, K, vocab_size=50, score="sigmoid"), torch.randn(9, D), torch.arange(9)
+        routing = router(x, Given(ids=ids))
+        assert_close(routing.weights, (x @ router.weight.T).sigmoid().gather(1, router.table[ids].long()))
+
+    def test_what_does_not_fit_is_named(self):
+        router = HashRouter(D, E, 1, vocab_size=50)
+        with pytest.raises(ValueError, match="ids must be between 0 and 49, got 50"):
+            router(torch.randn(2, D), Given(ids=torch.tensor([3, 50])))
+        with pytest.raises(ValueError, match=r"table must name experts between 0 and 7, got 8"):
+            HashRouter(D, E, 1, vocab_size=2, table=torch.tensor([[0], [8]]))
+        with pytest.raises(ValueError, match=r"table must be integers \[V, K\] = \[3, 1\], got torch.int64 \(2, 1\)"):
+            HashRouter(D, E, 1, vocab_size=3, table=torch.tensor([[0], [1]]))
+        with pytest.raises(ValueError, match="different experts for each id, got one twice"):
+            HashRouter(D, E, 2, vocab_size=1, table=torch.tensor([[4, 4]]))
+
+
+def test_a_cosine_knows_no_length():
+    router, x = CosineRouter(D, E, K), torch.randn(64, D)
+    want = router(x)
+    for c in (1e-3, 100.0):
+        got = router(c * x)
+        assert torch.equal(got.expert_ids, want.expert_ids)
+        torch.testing.assert_close(got.weights, want.weights, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.9, 1.0])
+def test_top_p_is_the_smallest_set_with_the_mass(p):
+    routing = TopPRouter(D, E, E, p=p)(3 * torch.randn(128, D))
+    mass, last = routing.weights.sum(1), routing.weights.masked_fill(routing.expert_ids < 0, 1).amin(1)
+    assert (mass >= p - 1e-6).all()
+    assert (mass - last < p).all()
+    if p < 0.9:
+        assert (routing.expert_ids < 0).any()
+
+
+def test_relu_becomes_as_sparse_as_was_asked():
+    torch.manual_seed(0)
+    layer = MoE(D, 8, E, K, router="relu", router_options={"strength": 1e-4}, load_balancing_coef=1.0)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    bias.update_biases(layer, optimizer)
+    target = torch.randn(256, D)
+    share = []
+    for _ in range(250):
+        optimizer.zero_grad()
+        (layer(skewed()) - target).square().mean().backward()
+        optimizer.step()
+        share.append(layer.last_routing.counts.sum().item() / (256 * E))
+    assert share[0] > 0.35
+    assert abs(sum(share[-50:]) / 50 - K / E) < 0.03
+
+
+class TestQuantile:
+    def test_one_step_after_another_evens_the_load(self):
+        router, x = QuantileRouter(D, E, K, rate=0.5), skewed(512)
+        for _ in range(60):
+            router(x)
+            router.update_bias()
+        router.eval()
+        assert (router(x).counts - 512 * K / E).abs().max() <= 1
+
+    def test_any_split_gives_the_same_bias(self):
+        whole, parts = QuantileRouter(D, E, K), QuantileRouter(D, E, K)
+        parts.load_state_dict(whole.state_dict())
+        x = skewed(512)
+        for _ in range(3):
+            whole(x)
+            for part in x.split([100, 1, 300, 111]):
+                parts(part)
+            parts(x, Given(mask=torch.zeros(512, dtype=torch.bool)))
+            assert torch.equal(whole.load, parts.load)
+            whole.update_bias()
+            parts.update_bias()
+        assert torch.equal(whole.expert_bias, parts.expert_bias)
+        assert whole.expert_bias.abs().max() > 0
+
+    def test_it_goes_where_the_formula_says(self):
+        """The (T K / E + 1)-th largest of s - alpha, by a sort."""
+        router, x = QuantileRouter(D, E, K), skewed(512)
+        scores = (x @ router.weight.T).sigmoid()
+        alpha = scores.sort(1, descending=True)[0][:, K : K + 1]
+        share = 512 * K // E
+        ordered = (scores - alpha).sort(0, descending=True)[0]
+        low, high = -ordered[share - 1], -ordered[share]  # between these two, exactly `share` tokens are above
+        router(x)
+        router.update_bias()
+        got = router.expert_bias - router.expert_bias.mean()
+        middle = (low + high) / 2
+        width = (high - low).abs().max() + 0.01 * middle.abs().max()
+        assert (got - (middle - middle.mean())).abs().max() <= width
+
+
+def test_coefficients_for_routers_that_need_none_are_refused():
+    for name in ("expert_choice", "sinkhorn", "hash"):
+        router = fitting(name)(D, E, K)
+        with pytest.raises(ValueError, match=r"load_balancing_coef must be 0 for a \w+, which needs no balancing loss"):
+            MoE(D, 8, E, K, router=router, load_balancing_coef=0.1)
