@@ -3,6 +3,7 @@
 from ..placement.lookup import files_of
 from .capacity import Capacity, Overflow
 from .experts import Experts
+from .free import FreeExperts
 from .layer import MoE
 from .losses import TokenRanks
 from .routers import (
@@ -13,7 +14,13 @@ from .routers import (
     GatedRouter,
     Given,
     HashRouter,
+    LocMoERouter,
+    LongCatRouter,
+    MoEPPRouter,
+    PregateRouter,
     QuantileRouter,
+    RecurrentRouter,
+    ReinforceRouter,
     ReLURouter,
     Router,
     SigmoidRouter,
@@ -22,6 +29,9 @@ from .routers import (
     SteeredRouter,
     TopPRouter,
     balanced_table,
+    capacity_bound,
+    distillation_loss,
+    reward,
 )
 
 __all__ = [
@@ -31,13 +41,20 @@ __all__ = [
     "CosineRouter",
     "ExpertChoiceRouter",
     "Experts",
+    "FreeExperts",
     "GatedRouter",
     "Given",
     "HashRouter",
+    "LocMoERouter",
+    "LongCatRouter",
     "MoE",
+    "MoEPPRouter",
     "Overflow",
+    "PregateRouter",
     "QuantileRouter",
     "ReLURouter",
+    "RecurrentRouter",
+    "ReinforceRouter",
     "Router",
     "SigmoidRouter",
     "SinkhornRouter",
@@ -46,6 +63,9 @@ __all__ = [
     "TokenRanks",
     "TopPRouter",
     "balanced_table",
+    "capacity_bound",
+    "distillation_loss",
+    "reward",
 ]
 
 __getattr__ = files_of(__name__)

@@ -156,6 +156,9 @@ class MoE(nn.Module):
         if self.capacity is not None:
             kept, overflow = limit(routing, self.capacity, self.token_ranks)
         y = self._experts(tokens, kept)
+        free = getattr(self.router, "free", None)
+        if free is not None:
+            y = y + free(tokens, kept)
         if self.shared is not None:
             y = y + self.shared(tokens, given.mask)
         if given.mask is not None:
@@ -165,7 +168,7 @@ class MoE(nn.Module):
         if not under_transform():
             self.last_routing, self.last_overflow = replace(kept.detach(), logits=None, state=None), overflow
         y = y if x.dim() == 2 else y.reshape(x.shape)
-        return y if routing.state is None else (y, routing.state.reshape(*x.shape[:-1], -1))
+        return y if routing.state is None else (y, routing.state.view(*x.shape[:-1], routing.state.shape[-1]))
 
     def _experts(self, tokens: Tensor, routing: Routing) -> Tensor:
         if self.latent_down is None or self.latent_up is None:

@@ -5,7 +5,13 @@ from .cosine import CosineRouter
 from .expert_choice import ExpertChoiceRouter
 from .given import Given
 from .hash import HashRouter, balanced_table
+from .locmoe import LocMoERouter, capacity_bound
+from .longcat import LongCatRouter
+from .moepp import MoEPPRouter
+from .pregate import PregateRouter, distillation_loss
 from .quantile import QuantileRouter
+from .recurrent import RecurrentRouter
+from .reinforce import ReinforceRouter, reward
 from .relu import ReLURouter
 from .router import GatedRouter, Router
 from .sigmoid import SigmoidRouter
@@ -22,8 +28,14 @@ __all__ = [
     "GatedRouter",
     "Given",
     "HashRouter",
+    "LocMoERouter",
+    "LongCatRouter",
+    "MoEPPRouter",
+    "PregateRouter",
     "QuantileRouter",
     "ReLURouter",
+    "RecurrentRouter",
+    "ReinforceRouter",
     "Router",
     "SigmoidRouter",
     "SinkhornRouter",
@@ -31,6 +43,9 @@ __all__ = [
     "SteeredRouter",
     "TopPRouter",
     "balanced_table",
+    "capacity_bound",
+    "distillation_loss",
+    "reward",
 ]
 
 ROUTERS: dict[str, type[Router]] = {
@@ -44,4 +59,10 @@ ROUTERS: dict[str, type[Router]] = {
     "top_p": TopPRouter,
     "relu": ReLURouter,
     "quantile": QuantileRouter,
+    "moepp": MoEPPRouter,
+    "longcat": LongCatRouter,
+    "recurrent": RecurrentRouter,
+    "pregate": PregateRouter,
+    "locmoe": LocMoERouter,
+    "reinforce": ReinforceRouter,
 }

@@ -21,10 +21,13 @@ class Router(nn.Module):
     it has a method `balancing_loss`, with the arguments of the one here, its layer balances by that. One that inherits
     writes `choose`, and `saw` where it keeps count of what it chose. `hidden_size` is D.
 
+    A router that chooses among more than the E experts has a module `free` (see FreeExperts): what ids from E on name.
+
     What a router declares of itself, as attributes:
 
         causal         no token's choice depends on the tokens after it: what was generated stays as it was
         per_token      a token's choice depends on no other token, in no batch (then it is causal too)
+        draws          while training, it draws at random
         joint          while training, choices depend on each other, whatever the two above say, which is for evaluation
         fixed_k        every token that is no padding has K experts
         needs_ids      it chooses by token ids, `Given.ids`
@@ -35,6 +38,7 @@ class Router(nn.Module):
 
     causal: bool = True
     per_token: bool = True
+    draws: bool = False
     joint: bool = False
     fixed_k: bool = True
     needs_ids: bool = False
@@ -90,8 +94,9 @@ class GatedRouter(Router):
     """Abstract: a Router with a linear gate.
 
     `weight` [E, D] and the optional `gate_bias` [E] give the logits; `weight` is [E, `gate_size`] where the gate sees
-    something else than x. `jitter` j multiplies the router's input (not the experts') by uniform noise from
-    [1 - j, 1 + j] while training (Fedus et al., Switch Transformers, 2021).
+    something else than x, and has `rows` rows where it chooses among more than the E experts. `jitter` j multiplies the
+    router's input (not the experts') by uniform noise from [1 - j, 1 + j] while training (Fedus et al., Switch
+    Transformers, 2021).
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class GatedRouter(Router):
         gate_bias: bool = False,
         jitter: float = 0.0,
         gate_size: int | None = None,
+        rows: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -111,8 +117,9 @@ class GatedRouter(Router):
             raise ValueError(f"{type(self).__name__}: jitter must be in [0, 1), got {jitter}")
         self.jitter = jitter
         width = hidden_size if gate_size is None else gate_size
-        self.weight = nn.Parameter(torch.empty(num_experts, width, device=device, dtype=dtype))
-        self.gate_bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if gate_bias else None
+        rows = num_experts if rows is None else rows
+        self.weight = nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype))
+        self.gate_bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if gate_bias else None
         GatedRouter.reset_parameters(self)
 
     def reset_parameters(self) -> None:

@@ -17,6 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hash": {"vocab_size": 50},
     "top_p": {"p": 0.2},
     "relu": {"strength": 0.1},
+    "longcat": {"identity": 4},
 }
 
 
@@ -35,16 +36,16 @@ def fitting(name: str) -> Callable[..., Any]:
     return made
 
 
-def route(router: nn.Module, x: Tensor):
+def route(router: nn.Module, x: Tensor, state: Tensor | None = None):
     """The Routing of x [T, D], with token ids that follow from x."""
-    return router(x, Given(ids=_ids(x) if router.needs_ids else None))
+    return router(x, Given(ids=_ids(x) if router.needs_ids else None, state=state))
 
 
 def _ids(x: Tensor) -> Tensor:
     return x.detach()[..., 0].nan_to_num(0, 0, 0).mul(1000).long() % 50
 
 
-def layer_of(name: str, hidden: int = 20, experts: int = 8, k: int = 2, dtype=torch.float64, **options: Any):
+def layer_of(name: str, hidden: int = 120, experts: int = 8, k: int = 2, dtype=torch.float64, **options: Any):
     """A layer with such a router, in fp64."""
     router = fitting(name)(hidden, experts, k, dtype=dtype)
     return headgate.MoE(hidden, 12, experts, k, router=router, dtype=dtype, **options)
