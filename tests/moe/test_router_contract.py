@@ -76,16 +76,16 @@ class TestRouting:
     def test_gradients_reach_gate_and_input(self, name):
         bias = {"gate_bias": True} if _takes(name, "gate_bias") else {}
         router, x = fitting(name)(D, 8, 2, **bias), torch.randn(9, D, requires_grad=True)
-        weights = route(router, x).weights
         if not router.trains_gate:
             return  # see test_trains_gate
-        if weights.requires_grad:
-            (weights * torch.randn_like(weights)).sum().backward()
-        own = [p for path, p in router.named_parameters() if not path.startswith("free.")]
-        if name == "pregate":  # who has a state follows it, and the first layer has none
-            (router(x).weights * torch.randn_like(weights)).sum().backward()
-        for tensor in (x, *own):
-            assert tensor.grad.abs().sum() > 0
+        first = route(router, x)
+        total = (first.weights * torch.randn_like(first.weights)).sum()
+        if router.carries_state:
+            then = route(router, x, torch.randn_like(first.state)).weights
+            total = total + (then * torch.randn_like(then)).sum()
+        total.backward()
+        for path, p in (("x", x), *router.named_parameters()):
+            assert path.startswith("free.") or p.grad.abs().sum() > 0
 
     def test_jitter_only_while_training(self, name):
         if not _takes(name, "jitter"):

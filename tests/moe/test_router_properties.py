@@ -383,7 +383,7 @@ class TestLocMoE:
             LocMoERouter(20, E, 1)
 
     def test_the_bound_is_that_of_angles(self):
-        """P(cos >= delta) by drawing directions: the share of tokens that an expert must take is 1 / E of its inverse."""
+        """P(cos >= delta) by drawing directions: an expert must take a share of 1 / E of its inverse."""
         d, delta = 64, 0.1
         drawn = torch.randn(200_000, d, generator=torch.Generator().manual_seed(0))
         cosine = drawn[:, 0] / drawn.norm(dim=1)
