@@ -26,8 +26,8 @@ from .shared import SharedExpert
 class MoE(nn.Module):
     """Mixture of experts: x [..., D] -> y [..., D], each token through K = `top_k` of E = `num_experts` experts.
 
-    `router`: a name in ROUTERS ("softmax", "sigmoid", "bilevel"), made with `router_options` (see SoftmaxRouter,
-    SigmoidRouter, BilevelRouter), or a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see
+    `router`: a name in ROUTERS ("softmax", "sigmoid", "bilevel", ...), made with `router_options` (see SoftmaxRouter,
+    SigmoidRouter, ...), or a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see
     Experts. With `shared_intermediate_size` > 0 every token also passes a shared expert of that size, weighted by a
     sigmoid gate if `shared_gate`. With `latent_size` L > 0 the experts work on L numbers in place of D: a projection
     D -> L before rows are dispatched, one L -> D after they are combined; router and shared expert see D (Nemotron 3,

@@ -32,7 +32,7 @@ class QuantileRouter(SteeredRouter):
     Source: Kimi's quantile balancing, as in Megatron-Core 0.19, which averages quantiles over micro-batches and ranks.
 
     >>> router, x = QuantileRouter(hidden_size=16, num_experts=8, top_k=2), torch.randn(512, 16) + 1
-    >>> for step in range(20): router(x); router.update_bias()
+    >>> for step in range(20): _ = router(x), router.update_bias()
     >>> router(x).counts.max() <= 512 * 2 / 8 + 2
     tensor(True)
     """

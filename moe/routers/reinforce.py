@@ -29,7 +29,7 @@ class ReinforceRouter(GatedRouter):
     Source: Clark et al., Unified Scaling Laws for Routed Language Models (2022), RL-R; Williams (1992).
 
     >>> router = ReinforceRouter(hidden_size=16, num_experts=8, top_k=1)
-    >>> router(torch.randn(5, 16)).weights.unique()
+    >>> router(torch.randn(5, 16)).weights.detach().unique()
     tensor([1.])
     """
 
