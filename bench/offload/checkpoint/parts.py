@@ -215,7 +215,7 @@ def llama(case: Case) -> Iterator[Line]:
 
 
 def accelerate(case: Case) -> Iterator[Line]:
-    what = "tokens/s at 25 % over accelerate's disk offload held to the same memory"
+    what = "tokens/s at 25 % over accelerate's disk offload, its page cache emptied between tokens"
     if (lacking := _lacking("accelerate")) is not None:
         yield Line(what, note=lacking)
         return

@@ -96,7 +96,7 @@ def accelerate(
     tokens: int = 3,
 ) -> dict[str, Any]:
     """The experts on disk by accelerate, everything else in memory. Its files are put out of the page cache after every
-    token: going through all of them in turn, a smaller page cache would have let go of each before it comes again."""
+    token: it maps them, and what a page cache of the same memory would have kept is read once more."""
     import torch
     from transformers import AutoModelForCausalLM
 
