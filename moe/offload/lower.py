@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...kernels.quantized import Quantized, quantize
 from ..hf.accelerated import keeps_weights
+from .checksums import Verify
 from .file import FileStore
 from .forms import Found
 from .host import HostStore, Store
@@ -101,7 +102,7 @@ def pieces_of(whole: Mapping[str, Tensor], groups: Sequence[tuple[list[int], str
     ]
 
 
-def store_of(found: Found, layers, groups, disk, device: torch.device, *, page_cache: bool, verify: bool) -> Store:
+def store_of(found: Found, layers, groups, disk, device: torch.device, *, page_cache: bool, verify: Verify) -> Store:
     """The lower tier with everything in it; a file that is there already where experts are on the meta device."""
     absent = [name for name, module, form in found if form.weights(module)["w_down"].is_meta]
     kept = [name for name, module, _ in found if keeps_weights(module)]

@@ -21,10 +21,11 @@ from ...placement.traces.trace import Trace
 from ..elsewhere import send_elsewhere
 from . import ahead
 from .arena import plan_slots
+from .checksums import Verify, check_verify
 from .costs import costs_of
 from .engine import Engine
 from .forms import Found, survey
-from .host import Store
+from .host import Store, maps_files
 from .kinds import Layer
 from .lower import Formats, groups_of, layers_of, store_of
 from .moved import Moved, move_others
@@ -46,7 +47,7 @@ def offload(
     hybrid: bool | Costs = False,
     readers: int | None = None,
     page_cache: bool = True,
-    verify: bool = False,
+    verify: Verify = "first",
     log: bool = False,
 ) -> Offload:
     """Moves the experts of a model out of its device's memory, in place; outputs stay the same to the bit (on a GPU for
@@ -76,8 +77,8 @@ def offload(
               Costs are given. On a GPU outputs then stay the same to rounding: the host sums in another order
     readers   threads that fetch; from disk, each with four requests at a time. 0, without a disk: none, as a GPU copies
               out of page-locked memory by itself, in order. None: 0 there, else 2
-    page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether each expert's
-              checksum is compared when it is read
+    page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether an expert's checksum
+              is compared when it is read for the "first" time, at each read (True) or never (False)
     log       keep every access, for `Offload.log`
 
     Returns an Offload: what was moved and what was not (`skipped`, with the reason), `stats()`, and `close()`, which
@@ -102,6 +103,7 @@ def offload(
             "offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None"
         )
     _check_hybrid(hybrid, disk, formats)
+    check_verify(verify, "offload")
     groups = groups_of(found, {} if formats is None else formats)
     layers = layers_of(found, groups)
     plan = Plan.of(
@@ -216,7 +218,7 @@ class Offload:
         try:
             move_others(model, found, device)
             for index, (name, module, form) in enumerate(found):
-                self._moved.append(Moved.of(name, module, form, store.whole(index)))
+                self._moved.append(Moved.of(name, module, form, store.whole(index), maps_files(store)))
                 send_elsewhere(module, _Elsewhere(self, index))
         except BaseException:
             self.close()
