@@ -48,6 +48,7 @@ def load(
     readers: int | None = None,
     page_cache: bool = True,
     verify: Verify = "first",
+    context: int | None = None,
     log: bool = False,
 ) -> tuple[nn.Module, Offload]:
     """A transformers MoE model from a folder, with its experts left in the folder's own safetensors files: they are
@@ -56,8 +57,9 @@ def load(
 
     path      a folder with config.json and either model.safetensors.index.json with its files or model.safetensors, as
               save_pretrained and hub downloads have it; the files must stay as they are while the model is used
-    budget    what the slots for experts may take on the device, see `offload`. Beside it stands the rest of the model:
-              attention, embeddings, norms, routers, shared experts, and the KV cache of a generation
+    budget    what the slots for experts may take on the device, see `offload`, or "auto". Beside it stand the rest of
+              the model (attention, embeddings, norms, routers, shared experts) and the KV cache of a generation, for
+              `context` tokens of which "auto" leaves room
     formats   experts in few bits, see `offload`; `disk` must be given
     disk      a folder for experts.safetensors, written expert by expert where it is not there yet; or a file that
               `headgate.pack` wrote. A file that is there is used if it was made of this very checkpoint with these
@@ -68,7 +70,7 @@ def load(
               whose size or time of change is another than at first (unless False). True: files whose SHA-256 Hugging
               Face's client noted are read whole before anything else and compared, and each expert, at each read, with
               what it was at its first
-    policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
+    policy, prefetch, scope, trace, readers, page_cache, context, log   as in `offload`
 
     Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
     files make which parameter is asked of transformers. The model is in evaluation mode and runs through Headgate.
@@ -95,7 +97,7 @@ def load(
         layers = layers_of(what.found, groups)
         plan = Plan.of(
             model, what.found, what.skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch,
-            scope=scope, trace=trace, readers=readers, log=log, from_disk=True,
+            scope=scope, trace=trace, readers=readers, log=log, from_disk=True, context=context,
         )  # fmt: skip
         left = {f"{name}.{theirs}" for name, _, form in what.found for theirs in form.names.values()}
         experts = {key for name in left for keys in what.conversion.sources[name].keys.values() for key in keys}
