@@ -75,7 +75,11 @@ class Moved:
             for e in range(layer.experts):
                 kind = layer.kind(e)
                 parts = {part.name: torch.empty(1, *part.shape, dtype=part.dtype) for part in kind.parts}
-                store.read(index, e, {name: t[0] for name, t in parts.items()})
+                try:
+                    store.read(index, e, {name: t[0] for name, t in parts.items()})
+                except OSError as error:
+                    what = f"offload: {self.name} could not be brought back: {error}; close(restore=False) gives it up"
+                    raise OSError(error.errno, what) from error
                 for ours, w in kind.join(parts).items():
                     back[ours][e] = (w.dequantize(back[ours].dtype) if isinstance(w, Quantized) else w)[0]
             self.put_back(back)

@@ -27,7 +27,7 @@ from .engine import Engine
 from .forms import Found, survey
 from .host import Store, maps_files
 from .kinds import Layer
-from .lower import Formats, groups_of, layers_of, store_of
+from .lower import Formats, check_there, groups_of, layers_of, store_of
 from .moved import Moved, move_others
 from .pace import Pace
 from .ready import compiling
@@ -104,6 +104,7 @@ def offload(
     if not isinstance(model, nn.Module):
         raise TypeError(f"offload: model must be a torch.nn.Module, got {type(model).__name__}")
     found, skipped = survey(model)
+    check_there(model, found)
     where = torch.device(device) if device is not None else _device_of(model, found)
     if where.type == "cpu" and disk is None:
         raise ValueError(
@@ -235,8 +236,8 @@ class Offload:
             for index, (name, module, form) in enumerate(found):
                 self._moved.append(Moved.of(name, module, form, store.whole(index), maps_files(store)))
                 send_elsewhere(module, _Elsewhere(self, index))
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self._undo(error)
             raise
 
     @property
@@ -263,7 +264,8 @@ class Offload:
         computed with; after a `headgate.load` they stay on the meta device: a call of the model raises RuntimeError.
         True brings all back into memory.
 
-        Experts in few bits come back rounded. Raises RuntimeError, before anything is done, where weights were changed
+        Experts in few bits come back rounded. Raises OSError where some cannot be read, as in a file that was damaged:
+        `restore=False` gives them up. Raises RuntimeError, before anything is done, where weights were changed
         meanwhile, which would be lost: `discard` says that they may. After an error it can be called again.
         With `restore=False` nothing is brought back: parameters keep what they hold now, the lower tier's own bytes.
         That is for a model which is offloaded again from the same store (`HostStore.lend`), with other settings.
@@ -284,6 +286,14 @@ class Offload:
                 self._moved.pop()
             self._hook.remove()
             self.engine.close()
+
+    def _undo(self, error: BaseException) -> None:
+        """The end of one that could not begin, for a cause that is to be heard, whatever else goes wrong."""
+        try:
+            self.close(discard=True)
+        except Exception as another:
+            error.add_note(f"and experts that had been moved could not be brought back: {another}")
+            self.close(discard=True, restore=False)
 
     def __enter__(self) -> Offload:
         return self

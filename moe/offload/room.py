@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.routing import Routing
 from ..elsewhere import send_elsewhere
+from .arena import numbered
 from .forms import Found
 from .kinds import Layer
 
@@ -72,7 +73,7 @@ def split_of(
 ) -> Split:
     """For a transformers model on its way to `device`, with the experts modules `found`, which `layers` says how they
     are kept. Raises ValueError where too little is free for any expert, or where that of a device is not known."""
-    tokens = CONTEXT if context is None else context
+    tokens, device = CONTEXT if context is None else context, numbered(device)
     moved = {p for _, module, form in found for p in form.weights(module).values()}
     others = {t for t in (*model.parameters(), *model.buffers()) if t not in moved and t.device != device}
     free, limit = free_bytes(device)
@@ -128,7 +129,7 @@ def cache_bytes(model: nn.Module, found: Found, tokens: int) -> int:
             f"offload: budget must be bytes or a share for a {type(model).__name__}, or context=0: what its KV cache "
             f"takes cannot be counted ({said})"
         ) from error
-    return sum(t.nbytes for t in _tensors(cache))
+    return sum(t.nbytes for t in _tensors(cache) if t.is_floating_point())  # others are lengths and the like
 
 
 def _tensors(of: object, seen: set[int] | None = None) -> Iterator[Tensor]:
