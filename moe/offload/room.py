@@ -153,20 +153,20 @@ def _tensors(of: object, seen: set[int] | None = None) -> Iterator[Tensor]:
 @contextmanager
 def _on_meta(model: nn.Module) -> Iterator[None]:
     """The model's parameters and buffers on the meta device for a while; the objects stay the same."""
-    kept = [(module, name, t) for module in model.modules() for name, t in _own(module)]
-    empty = {t: t if t.is_meta else torch.empty_like(t, device="meta") for _, _, t in kept}
+    kept = [(table, name, t) for m in model.modules() for table in _tables(m) for name, t in table.items()]
+    empty = {t: t if t.is_meta else torch.empty_like(t, device="meta") for _, _, t in kept if t is not None}
     try:
-        for module, name, t in kept:
-            table = module._parameters if name in module._parameters else module._buffers
-            table[name] = nn.Parameter(empty[t], t.requires_grad) if isinstance(t, nn.Parameter) else empty[t]
+        for table, name, t in kept:
+            if t is not None:
+                table[name] = nn.Parameter(empty[t], t.requires_grad) if isinstance(t, nn.Parameter) else empty[t]
         yield
     finally:
-        for module, name, t in kept:
-            (module._parameters if name in module._parameters else module._buffers)[name] = t  # type: ignore[assignment]
+        for table, name, t in kept:
+            table[name] = t
 
 
-def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(n, t) for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
+def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
 
 
 @contextmanager
@@ -229,11 +229,12 @@ def host_bounds(root: Path = Path("/")) -> dict[str, int]:
     return bounds
 
 
-_V2 = (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
-_V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+_Names = tuple[tuple[str, ...], str, tuple[str, str]]  # of a control group's files: limits, what is used, page cache
+_V2: _Names = (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+_V1: _Names = (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
-def _cgroups(root: Path) -> Iterator[tuple[Path, tuple]]:
+def _cgroups(root: Path) -> Iterator[tuple[Path, _Names]]:
     """The folders of this process's control groups and of those above them; in a container the first is the mount."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
