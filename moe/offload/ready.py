@@ -27,7 +27,7 @@ def compiling(device: torch.device) -> threading.Thread:
                 native.library()
             compile_steps()
 
-    thread = threading.Thread(target=work, name="headgate-compile", daemon=True)
+    thread = threading.Thread(target=work, name="headgate-compile")  # no daemon: LLVM dies of an exit
     thread.start()
     return thread
 
