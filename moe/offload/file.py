@@ -176,7 +176,7 @@ class FileStore:
         except OSError as error:
             if error.errno != errno.ENOMEM:
                 raise
-            why = "a limit (ulimit -v) leaves no addresses for a map of"
+            why = "a limit (ulimit -v or -d) leaves no addresses for a map of"
             warnings.warn(f"offload: experts' parameters have no numbers: {why} {self.path}", stacklevel=2)
             return {}
         return found

@@ -227,13 +227,14 @@ def test_a_run_within_limits_on_memory(tmp_path):
         return done.stdout.split("]]")[0], int(done.stdout.split()[-1 - (args[1] == "auto")]), done.stderr
 
     want, *_ = run("", "10%", "DATA", 4 << 30)
-    for disk, kind, more in (("", "DATA", few), (tmp_path / "d", "DATA", few), ("", "AS", few + (512 << 20))):
-        tokens, arena, _ = run(disk, "10%", kind, more)
+    for disk, kind, more in ((tmp_path / "d", "DATA", few), ("", "AS", few + (512 << 20))):
+        tokens, arena, said = run(disk, "10%", kind, more)
         assert tokens == want
+        assert "no numbers" not in said
         assert arena <= whole // 10
     tokens, _, said = run(tmp_path / "d", "10%", "AS", few + (256 << 20))
     assert tokens == want
-    assert "experts' parameters have no numbers: a limit (ulimit -v) leaves no addresses" in said
+    assert "experts' parameters have no numbers: a limit (ulimit -v or -d) leaves no addresses" in said
     tokens, arena, _ = run("", "auto", "DATA", rest + (400 << 20))
     assert tokens == want
     assert whole // 10 < arena < 160 << 20

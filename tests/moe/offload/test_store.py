@@ -79,6 +79,24 @@ def test_others_read_the_file(tmp_path):
     assert torch.equal(found["c.w_down#1"], made[1][1]["w_down"])
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+def test_maps_of_the_file_are_not_the_processs_own_memory(tmp_path):
+    """`ulimit -d` counts what a process could write into: of a file, nothing, unless it shall be `writable`."""
+    made = [{"w_down": torch.zeros(8, 2048, 2048)}]  # 128 MiB
+    store = file_store(made, tmp_path / "x")
+    taken = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) << 10
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + (64 << 20), hard))
+    try:
+        found = store.whole(0)
+        assert torch.equal(found["w_down"][7], made[0]["w_down"][7])
+        with pytest.warns(UserWarning, match=r"experts' parameters have no numbers: a limit .* for a map of \S+/x"):
+            assert not store.whole(0, writable=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    store.close()
+
+
 def test_layers_are_asked_for_once_in_order_and_may_be_let_go(tmp_path):
     made, asked = weights(), []
 
