@@ -76,9 +76,7 @@ def split_of(
     tokens, device = CONTEXT if context is None else context, numbered(device)
     moved = {p for _, module, form in found for p in form.weights(module).values()}
     others = {t for t in (*model.parameters(), *model.buffers()) if t not in moved and t.device != device}
-    free, limit = free_bytes(device)
-    if device.type == "cpu" and limit in ("MemAvailable", "cgroup memory"):  # these go, once they are on the disk
-        free += sum(p.nbytes for p in moved if p.device.type == "cpu")
+    free, limit = free_bytes(device, sum(p.nbytes for p in moved if p.device.type == "cpu"))
     widths = [layer.outputs(form.transposed) for layer, (_, _, form) in zip(layers, found, strict=True)]
     margin = max(_ADDRESSES if limit == "RLIMIT_AS" else _LEAST, free // _SHARE)
     split = Split(
@@ -188,8 +186,9 @@ def _experts_aside(found: Found) -> Iterator[None]:
 # --- what is free ----------------------------------------------------------------------------------------------------
 
 
-def free_bytes(device: torch.device) -> tuple[int, str]:
-    """What this process can still take on a device, and what bounds it. Raises ValueError for a device that does not
+def free_bytes(device: torch.device, leaving: int = 0) -> tuple[int, str]:
+    """What this process can still take on a device, and what bounds it. Of host memory so many bytes are `leaving`, as
+    experts that go to the disk; addresses for slots are taken before that. Raises ValueError for a device that does not
     say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -197,7 +196,7 @@ def free_bytes(device: torch.device) -> tuple[int, str]:
         return free + own, f"free on {device}"
     if device.type != "cpu":
         raise ValueError(f'offload: budget must be bytes or a share on {device}, got "auto", which is for CPU and CUDA')
-    bounds = host_bounds()
+    bounds = {name: n + leaving * (name in ("MemAvailable", "cgroup memory")) for name, n in host_bounds().items()}
     if not bounds:
         raise ValueError(
             'offload: budget must be bytes or a share where the system does not say what is free, got "auto"'

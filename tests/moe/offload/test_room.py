@@ -144,22 +144,27 @@ def test_auto_shares_out_what_is_free(folder, monkeypatch):
     assert f"({whole.limit})" in str(whole)
     offloaded.close()
     need = whole.rest + whole.cache + whole.step + margin
-    monkeypatch.setattr(room, "free_bytes", lambda device: (need + whole.experts // 2, "MemAvailable"))
+    monkeypatch.setattr(room, "host_bounds", lambda: {"MemAvailable": need + whole.experts // 2})
     model, offloaded = headgate.load(folder, " Auto ", context=16)
     assert whole.experts // 3 < offloaded.engine.arena.nbytes <= offloaded.split.budget == whole.experts // 2
     with offloaded, torch.no_grad():
         model.generate(torch.arange(8)[None], max_new_tokens=2)
-    monkeypatch.setattr(room, "free_bytes", lambda device: (need, "RLIMIT_DATA"))
+    monkeypatch.setattr(room, "host_bounds", lambda: {"MemAvailable": 2 * need, "RLIMIT_DATA": need})
     with pytest.raises(ValueError, match=r'where "auto" leaves none, got 0 MB for experts: .* free \(RLIMIT_DATA\)'):
         headgate.load(folder, "auto", context=16)
 
 
 def test_of_a_model_in_memory_the_experts_go_first(stack, tmp_path, monkeypatch):
     experts = sum(p.nbytes for b in stack.blocks for p in b.experts.parameters())
-    for limit, more in (("MemAvailable", experts), ("RLIMIT_AS", 0)):
-        monkeypatch.setattr(room, "free_bytes", lambda device, limit=limit: (2 << 30, limit))
+    free = 2 << 30
+    for bounds, want in (
+        ({"MemAvailable": free}, (free + experts, "MemAvailable")),
+        ({"RLIMIT_AS": free, "cgroup memory": free + 1}, (free, "RLIMIT_AS")),
+        ({"RLIMIT_DATA": free, "MemAvailable": free - 1}, (free, "RLIMIT_DATA")),
+    ):
+        monkeypatch.setattr(room, "host_bounds", lambda bounds=bounds: bounds)
         with headgate.offload(stack, "auto", disk=tmp_path) as offloaded:
-            assert offloaded.split.free == (2 << 30) + more
+            assert (offloaded.split.free, offloaded.split.limit) == want
             assert (offloaded.split.rest, offloaded.split.cache) == (0, 0)
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ def test_maps_of_the_file_are_not_the_processs_own_memory(tmp_path):
     """`ulimit -d` counts what a process could write into: of a file, nothing, unless it shall be `writable`."""
     made = [{"w_down": torch.zeros(8, 2048, 2048)}]  # 128 MiB
     store = file_store(made, tmp_path / "x")
-    taken = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) << 10
+    said = Path("/proc/self/status").read_text().splitlines()
+    taken = int(next(line for line in said if line.startswith("VmData")).split()[1]) << 10
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (taken + (64 << 20), hard))
     try:
