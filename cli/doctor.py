@@ -163,10 +163,15 @@ def examine_model(path: Path) -> dict[str, Any]:
     return {**found, "replaced": how, "skipped": report.skipped, "calls": calls, "complete": complete}
 
 
-def _memory(model: Any) -> dict[str, int] | None:
-    """Bytes of the experts that `headgate.offload` moves, and of the rest; None for a model without. Swaps `model`."""
+def _memory(model: Any) -> dict[str, Any] | None:
+    """Bytes of the experts that `headgate.offload` moves, and of the rest; None for a model without. `auto`: what
+    budget="auto" would be on this machine, in words, and `auto_bytes`, None where it leaves none. Swaps `model`."""
+    import torch
+
     from ..moe.hf import replace
     from ..moe.offload.forms import survey
+    from ..moe.offload.lower import groups_of, layers_of
+    from ..moe.offload.room import split_of
 
     try:
         replace(model)
@@ -175,7 +180,12 @@ def _memory(model: Any) -> dict[str, int] | None:
         return None
     experts = {p for _, module, form in moved for p in form.weights(module).values()}
     rest = {p for p in model.parameters() if p not in experts}
-    return {"experts_bytes": sum(p.nbytes for p in experts), "rest_bytes": sum(p.nbytes for p in rest)}
+    found = {"experts_bytes": sum(p.nbytes for p in experts), "rest_bytes": sum(p.nbytes for p in rest)}
+    try:
+        split = split_of(model, moved, layers_of(moved, groups_of(moved, {})), torch.device("cpu"), None)
+    except ValueError as error:
+        return {**found, "auto_bytes": None, "auto": _first_line(error)}
+    return {**found, "auto_bytes": split.budget, "auto": str(split)}
 
 
 def _checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -303,6 +313,7 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  experts {_GB(experts)}, the rest {_GB(rest)}")
         at = ", ".join(f"{_GB(rest + experts * share / 100)} with {share}%" for share in SHARES)
         lines.append(f"  headgate.load(folder, budget=...) takes {at}; the KV cache and about 1 GB beside that")
+        lines.append(f"  budget='auto' on a CPU here: {memory['auto']}")
     if files is not None:
         trouble = files["trouble"] or "headgate.load takes them"
         lines.append(f"  {files['files']} safetensors files of {_GB(files['bytes'])}: {trouble}")

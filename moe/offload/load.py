@@ -23,6 +23,7 @@ from ..hf.conversion import Conversion, conversion_of
 from ..hf.pretrained import blank_model, fill_rest, missing_of
 from ..hf.swap import replace
 from .checkpoint import Checkpoint
+from .checksums import Verify, check_digests, check_verify
 from .file import FileStore
 from .forms import Form, Found, survey
 from .host import Store
@@ -46,6 +47,8 @@ def load(
     trace: Trace | None = None,
     readers: int | None = None,
     page_cache: bool = True,
+    verify: Verify = "first",
+    context: int | None = None,
     log: bool = False,
 ) -> tuple[nn.Module, Offload]:
     """A transformers MoE model from a folder, with its experts left in the folder's own safetensors files: they are
@@ -54,14 +57,20 @@ def load(
 
     path      a folder with config.json and either model.safetensors.index.json with its files or model.safetensors, as
               save_pretrained and hub downloads have it; the files must stay as they are while the model is used
-    budget    what the slots for experts may take on the device, see `offload`. Beside it stands the rest of the model:
-              attention, embeddings, norms, routers, shared experts, and the KV cache of a generation
+    budget    what the slots for experts may take on the device, see `offload`, or "auto". Beside it stand the rest of
+              the model (attention, embeddings, norms, routers, shared experts) and the KV cache of a generation, for
+              `context` tokens of which "auto" leaves room
     formats   experts in few bits, see `offload`; `disk` must be given
     disk      a folder for experts.safetensors, written expert by expert where it is not there yet; or a file that
               `headgate.pack` wrote. A file that is there is used if it was made of this very checkpoint with these
               formats, and refused if not
     device    where to compute
-    policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
+    verify    of an experts file (`disk`), an expert's checksum is compared when it is read for the "first" time, at
+              each read (True) or never (False). The folder's own files have no checksums: no expert is read from one
+              whose size or time of change is another than at first (unless False). True: files whose SHA-256 Hugging
+              Face's client noted are read whole before anything else and compared, and each expert, at each read, with
+              what it was at its first
+    policy, prefetch, scope, trace, readers, page_cache, context, log   as in `offload`
 
     Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
     files make which parameter is asked of transformers. The model is in evaluation mode and runs through Headgate.
@@ -81,36 +90,44 @@ def load(
     where = torch.device(device)
     if formats not in (None, {}) and disk is None:
         raise ValueError(f"load: disk must be a folder for experts in few bits, got None with formats={formats!r}")
+    check_verify(verify, "load")
     with seen(path) as what:
         model = what.model
         groups = groups_of(what.found, {} if formats is None else formats)
         layers = layers_of(what.found, groups)
         plan = Plan.of(
             model, what.found, what.skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch,
-            scope=scope, trace=trace, readers=readers, log=log, from_disk=True,
+            scope=scope, trace=trace, readers=readers, log=log, from_disk=True, context=context,
         )  # fmt: skip
         left = {f"{name}.{theirs}" for name, _, form in what.found for theirs in form.names.values()}
         experts = {key for name in left for keys in what.conversion.sources[name].keys.values() for key in keys}
         rest = [key for key in what.checkpoint.tensors if key not in experts]
-        packed = None if disk is None else _packed(what, layers, groups, Path(disk), page_cache)
+        if verify is True:
+            check_digests(what.checkpoint.files, "load")
+        packed = None if disk is None else _packed(what, layers, groups, Path(disk), page_cache, verify)
         try:
             fill_rest(model, what.conversion, rest, what.checkpoint.read, left)
         except BaseException:
             if packed is not None:
                 packed.close()
             raise
-        store: Store = packed or ShardStore(layers, what.laid, what.checkpoint.take(), page_cache=page_cache)
+        stamps = what.checkpoint.stamps
+        store: Store = packed or ShardStore(
+            layers, what.laid, what.checkpoint.take(), page_cache=page_cache, stamps=stamps, verify=verify
+        )
     return model, plan.start(store)
 
 
-def _packed(what: Seen, layers: Sequence[Layer], groups: Groups, disk: Path, page_cache: bool) -> FileStore:
+def _packed(
+    what: Seen, layers: Sequence[Layer], groups: Groups, disk: Path, page_cache: bool, verify: Verify
+) -> FileStore:
     """The experts file in a folder, or the file itself; written now if it is not there. Raises OSError where the disk
     has no room, ValueError where the file is another checkpoint's."""
     path = disk if disk.exists() and not disk.is_dir() else disk / FILE
     if path.exists():
-        return FileStore(path, layers, source=_source(what, groups), page_cache=page_cache)
+        return FileStore(path, layers, source=_source(what, groups), page_cache=page_cache, verify=verify)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return written(what, layers, groups, path, page_cache=page_cache, who="load: disk")
+    return written(what, layers, groups, path, page_cache=page_cache, who="load: disk", verify=verify)
 
 
 def written(
@@ -122,6 +139,7 @@ def written(
     page_cache: bool,
     who: str,
     tell: Callable[[int, int], object] = lambda done, total: None,
+    verify: Verify = "first",
 ) -> FileStore:
     """The experts file at `path`, written now, expert by expert. `who`: the argument that says where. `tell`: called
     with experts done and all experts. Raises OSError where the disk has no room."""
@@ -132,7 +150,8 @@ def written(
     format_of = [{e: format for some, format in of for e in some} for of in groups]
     done, total = count(1), sum(layer.experts for layer in layers)
     files = [(os.dup(handle), name) for handle, name in what.checkpoint.files]
-    with closing(ShardStore(what.layers, what.laid, files, page_cache=page_cache)) as shards:
+    stamps = what.checkpoint.stamps
+    with closing(ShardStore(what.layers, what.laid, files, page_cache=page_cache, stamps=stamps)) as shards:
 
         def expert(i: int, e: int) -> dict[str, Tensor]:
             whole = {p.name: torch.empty(1, *p.shape, dtype=p.dtype) for p in what.layers[i].kind(e).parts}
@@ -141,7 +160,8 @@ def written(
             tell(next(done), total)
             return {name: t[0] for name, t in parts.items()}
 
-        return FileStore.write_each(path, layers, expert, source=_source(what, groups), page_cache=page_cache)
+        source = _source(what, groups)
+        return FileStore.write_each(path, layers, expert, source=source, page_cache=page_cache, verify=verify)
 
 
 def _source(what: Seen, groups: Groups) -> str:

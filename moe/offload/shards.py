@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..hf.conversion import Source
 from .checkpoint import Checkpoint
+from .checksums import Checksums, Stamp, Verify, check_verify
 from .kinds import Layer
 from .reads import Piece, Reads, bytes_of
 
@@ -99,6 +100,8 @@ class ShardStore:
     """The experts of `layers` in the files of a checkpoint. `laid[i]`: of layer i, each part [E, ...] as it lies.
 
     `page_cache=False`: the kernel keeps no copy of what was read. `ways`: an expert is read in so many pieces at once.
+    `stamps`: what the files were when their headers were read. Unless `verify` is False, a read fails where a file is
+    no longer as it was; with True, also where an expert is another than when it was read first.
     """
 
     def __init__(
@@ -109,12 +112,17 @@ class ShardStore:
         *,
         page_cache: bool = True,
         ways: int = 4,
+        stamps: Sequence[Stamp] = (),
+        verify: Verify = "first",
     ) -> None:
+        check_verify(verify, "ShardStore")
         self.layers = tuple(layers)
+        self._sums = Checksums(verify is True, self.layers)
         self._runs = [
             {n: one.cut(layer.experts) for n, one in of.items()} for layer, of in zip(layers, laid, strict=True)
         ]
         self._reads = Reads(files, page_cache=page_cache, ways=ways)
+        self._stamps = list(stamps if verify else ())
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """See Store. What goes to a CUDA device passes through a page-locked buffer of this thread's own."""
@@ -127,6 +135,10 @@ class ShardStore:
                     wanted.append(Piece(data[at : at + nbytes], file, offset))
                     at += nbytes
             self._reads.fill(wanted)
+            files = {piece.file for piece in wanted}
+            for file in files if self._stamps else ():
+                self._stamps[file].compare(self._reads.handles[file], self._reads.paths[file])
+            self._sums.compare(layer, expert, wanted, self._reads.paths[min(files)])
 
     def whole(self, layer: int) -> dict[str, Tensor]:
         """Nothing: a layer's weights are in no one piece."""

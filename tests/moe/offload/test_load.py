@@ -321,6 +321,48 @@ def test_what_is_computed_cannot_be_read_in_place(saved):
     checkpoint.close()
 
 
+# --- a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("disk", [None, "int8"])
+@pytest.mark.parametrize("page_cache", [True, False])
+def test_experts_go_from_the_files_to_a_gpu(saved, tmp_path, disk, page_cache):
+    """Through page-locked buffers of the readers, on a stream of their own; the rest of the model goes there, too."""
+    options = {} if disk is None else {"disk": tmp_path, "formats": disk}
+    on_cpu, offloaded = headgate.load(saved("qwen3"), "50%", **options)
+    with offloaded:
+        want = answer(on_cpu)[0]
+    model, offloaded = headgate.load(
+        saved("qwen3"), "40%", device="cuda", page_cache=page_cache, verify=True, **options
+    )
+    with offloaded, torch.no_grad():
+        assert {t.device.type for t in (*model.parameters(), *model.buffers()) if not t.is_meta} == {"cuda"}
+        assert offloaded.engine.arena.weights(0, 1)["w_down"].device.type == "cuda"
+        for _ in range(3):
+            got = model(IDS.cuda()).logits
+            torch.testing.assert_close(got.cpu(), want, rtol=5e-2, atol=5e-2)
+        model.generate(IDS.cuda(), max_new_tokens=6, do_sample=False)
+        assert offloaded.stats().loads > 0
+        assert offloaded._store._reads._pool is not None
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_takes_what_it_has_free(saved, monkeypatch):
+    free, _ = torch.cuda.mem_get_info()
+    model, offloaded = headgate.load(saved("qwen3"), "auto", device="cuda", context=64)
+    with offloaded:
+        split = offloaded.split
+        assert "free on cuda:" in split.limit
+        assert abs(split.free - free) < free // 4
+        assert split.budget == split.experts
+        with torch.no_grad():
+            model(IDS.cuda())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (100 << 20, 1 << 40))
+    with pytest.raises(ValueError, match=r'"auto" leaves none, got .* free on cuda:0'):
+        headgate.load(saved("qwen3"), "auto", device="cuda")
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
