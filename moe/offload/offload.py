@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...kernels.autocast import under_autocast
@@ -53,8 +55,9 @@ def offload(
     up to four rows where their experts can all be there at once, as spare slots let those of one token; else to
     rounding).
 
-    model     a transformers model after `headgate.replace`, or one with `headgate.MoE` layers. For inference: a call
-              whose rows or router weights ask for a gradient raises
+    model     a transformers model after `headgate.replace` or with headgate as its experts implementation, or one with
+              `headgate.MoE` layers. Its experts are frozen; everything else may learn (see docs/lora.md): gradients go
+              through them, by a step of its own of each layer in the backward pass
     budget    what the slots for experts may take on the device: bytes ("8GiB", 4096) or a share of all experts' bytes,
               at most all ("25%", 0.25). Room for one expert at least (scope "shared"), or for one of each layer
               ("layer"). The rest of the model and the KV cache of a generation come beside it
@@ -210,6 +213,7 @@ class Offload:
         self.layers = [name for name, _, _ in found]
         self._store, self._foresight = store, foresight
         self._pace = Pace(len(found))
+        self._came: dict[int, NDArray[np.int32]] = {}  # what each layer chose last, going forward
         self._moved: list[Moved] = []
         self._lock = threading.Lock()
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -289,6 +293,7 @@ class Offload:
         if one is None:
             raise RuntimeError("offload: the Offload must be open, got one that is being closed")
         one.check()
+        one.refuse_learning()
         form, dtype = one.form, one.now["w_down"].parameter.dtype
         if under_autocast(rows.device):
             wanted = torch.get_autocast_dtype(rows.device.type)
@@ -298,12 +303,17 @@ class Offload:
             index, rows.to(dtype), routing,
             activation=form.activation, gated=form.activation.gated, transposed=form.transposed,
             interleaved=form.interleaved, then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
+            back=lambda ids: self._fetch_back(index),
         ).to(rows.dtype)  # fmt: skip
 
-    def _fetch_ahead(self, index: int, rows: Tensor, routing: Routing, ids) -> None:
+    def _fetch_ahead(self, index: int, rows: Tensor, routing: Routing, ids: NDArray[np.int32]) -> None:
         """While a layer waits and computes: what the next may need."""
         if self._foresight is None:
             return
+        if torch._C._current_graph_task_id() >= 0:  # checkpointing repeats a forward pass within the backward pass
+            self._fetch_back(index)
+            return
+        self._came[index] = ids
         self._foresight.came(index, ids)
         self._pace.asked(index)
         guess = self._foresight.guess(index, rows, routing.expert_ids)
@@ -311,6 +321,13 @@ class Offload:
             layer, chance = guess
             price, room = self._pace.order(layer, *self.engine.pace())
             self.engine.prefetch_likely(layer, chance, price, room)
+
+    def _fetch_back(self, index: int) -> None:
+        """While a layer's backward pass waits and computes: what the layer before it chose last."""
+        self._moved[index].check()
+        before = self._came.get(index - 1)
+        if before is not None:
+            self.engine.prefetch(index - 1, before)
 
     @torch.compiler.disable
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
