@@ -106,7 +106,7 @@ class Moved:
         for parameter, _, _, about in self.now.values():
             if parameter.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
-                    f"offload: {about.name} must not ask for a gradient while it is offloaded: experts are frozen there; "
+                    f"offload: {about.name} must not ask for a gradient while it is offloaded, as experts are frozen: "
                     "requires_grad_(False) on it, or close the Offload to train it"
                 )
 

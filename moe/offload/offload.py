@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from . import ahead
 from .arena import plan_slots
 from .costs import costs_of
 from .engine import Engine
-from .forms import Found, survey
+from .forms import Found, runs_here, survey
 from .host import Store
 from .kinds import Layer
 from .lower import Formats, groups_of, layers_of, store_of
@@ -213,7 +214,7 @@ class Offload:
         self.layers = [name for name, _, _ in found]
         self._store, self._foresight = store, foresight
         self._pace = Pace(len(found))
-        self._came: dict[int, NDArray[np.int32]] = {}  # what each layer chose last, going forward
+        self._came: dict[tuple[int, int], NDArray[np.int32]] = {}  # (thread, layer): what it chose last, forward
         self._moved: list[Moved] = []
         self._lock = threading.Lock()
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -303,7 +304,7 @@ class Offload:
             index, rows.to(dtype), routing,
             activation=form.activation, gated=form.activation.gated, transposed=form.transposed,
             interleaved=form.interleaved, then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
-            back=lambda ids: self._fetch_back(index),
+            back=partial(self._fetch_back, index, self._came.get((threading.get_ident(), index - 1))),
         ).to(rows.dtype)  # fmt: skip
 
     def _fetch_ahead(self, index: int, rows: Tensor, routing: Routing, ids: NDArray[np.int32]) -> None:
@@ -311,9 +312,9 @@ class Offload:
         if self._foresight is None:
             return
         if torch._C._current_graph_task_id() >= 0:  # checkpointing repeats a forward pass within the backward pass
-            self._fetch_back(index)
+            self._fetch_back(index, self._came.get((threading.get_ident(), index - 1)), ids)
             return
-        self._came[index] = ids
+        self._came[threading.get_ident(), index] = ids
         self._foresight.came(index, ids)
         self._pace.asked(index)
         guess = self._foresight.guess(index, rows, routing.expert_ids)
@@ -322,15 +323,20 @@ class Offload:
             price, room = self._pace.order(layer, *self.engine.pace())
             self.engine.prefetch_likely(layer, chance, price, room)
 
-    def _fetch_back(self, index: int) -> None:
-        """While a layer's backward pass waits and computes: what the layer before it chose last."""
+    def _fetch_back(self, index: int, before: NDArray[np.int32] | None, _ids: NDArray[np.int32]) -> None:
+        """While a layer's backward pass waits and computes: what the one `before` it had chosen."""
         self._moved[index].check()
-        before = self._came.get(index - 1)
         if before is not None:
             self.engine.prefetch(index - 1, before)
 
     @torch.compiler.disable
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        for one in self._moved:
+            if not runs_here(one.module):
+                raise RuntimeError(
+                    f"offload: {one.name} must run through Headgate while it is offloaded, got another experts "
+                    "implementation; choose headgate again, or close the Offload first"
+                )
         past: Any = kwargs.get("past_key_values")
         if past is None or (hasattr(past, "get_seq_length") and not past.get_seq_length()):
             self.new_sequence()

@@ -4,15 +4,12 @@ over calls and slots."""
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from headgate.kernels import GPT_OSS, Routing, combine_gradients, expert_gradients, grouped_ffn, native, quantize
-from headgate.kernels.activation import as_activation
-from headgate.kernels.expert_gradients import combine_gradients_reference, expert_gradients_reference
+from headgate.kernels import GPT_OSS, Routing, combine_gradients, expert_gradients
 
 pytestmark = pytest.mark.usefixtures("cpu_form")
 HALF = [torch.bfloat16, torch.float16]
