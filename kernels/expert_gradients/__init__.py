@@ -17,7 +17,7 @@ from ..expert_outputs.checks import check_out, check_slots, coding, listed, refu
 from ..grouped_ffn.checks import check
 from ..quantized import Quantized
 from ..routing import Routing, narrow_ids
-from ..transforms import implement, refuse_transforms, register_composite
+from ..transforms import implement, refuse_transforms, register_composite, run
 from . import on_cpu, on_gpu, plain
 from .reference import combine_gradients_reference, expert_gradients_reference
 
@@ -149,4 +149,5 @@ def combine_gradients(d_rows: Tensor, routing: Routing, dtype: torch.dtype) -> T
     check_out("combine_gradients", d_rows, routing, dtype, None, routing.expert_ids.device, name="d_rows")
     refuse_gradients("combine_gradients", d_rows=d_rows)
     ids = narrow_ids(routing.expert_ids, routing.num_experts)
-    return torch.ops.headgate.combine_gradients(d_rows, ids, routing.num_experts, dtype)
+    args = (d_rows, ids, routing.num_experts, dtype)
+    return run(torch.ops.headgate.combine_gradients, combine_gradients_reference, *args)
