@@ -45,6 +45,10 @@ def measure(
     ids = torch.randint(2, 256, (rounds + 1, rows, length), generator=generator)
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(dir=folder) as to, ExitStack() as opened:
+        opened.enter_context(warnings.catch_warnings())
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # newer versions have another word for checkpointing
         ways: dict[str, tuple[Any, Any]] = {}
         for name, options in SETTINGS.items():
             model = _adapted(build(trace, size, seed), seed)
@@ -85,15 +89,13 @@ def _adapted(model: nn.Module, seed: int) -> Any:
 
 def _step(model: Any, offloaded: Any, ids: Tensor, checkpointed: bool) -> tuple[dict[str, float], list[Tensor]]:
     """(figures, gradients of the adapters)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions have other names, older ones only these
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
     before = offloaded.stats().bytes if offloaded else 0
     cpu, wall = time.process_time(), time.perf_counter()
-    model(input_ids=ids, labels=ids).loss.backward()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     model.optimizer.step()
     figures = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     figures["MB"] = ((offloaded.stats().bytes if offloaded else 0) - before) / 1e6
