@@ -46,9 +46,7 @@ def measure(
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(dir=folder) as to, ExitStack() as opened:
         opened.enter_context(warnings.catch_warnings())
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # newer versions have another word for checkpointing
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions have another word for checkpointing
         ways: dict[str, tuple[Any, Any]] = {}
         for name, options in SETTINGS.items():
             model = _adapted(build(trace, size, seed), seed)

@@ -80,7 +80,7 @@ def write_outputs(group: Group, rows: Tensor, routing: Routing, out: Tensor, for
 
 
 def write_gradients(
-    group: Group, grad: Tensor, rows: Tensor, routing: Routing, form: Mapping[str, Any], **outs: Tensor
+    group: Group, grad: Tensor, rows: Tensor, routing: Routing, form: Mapping[str, Any], **outs: Any
 ) -> None:
     """`expert_gradients` of a group, to `outs`: d_rows, d_weights, or one of them."""
     w, slots = group.weights, _slots(group, routing, rows.device)
