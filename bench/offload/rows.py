@@ -163,7 +163,7 @@ def learning(case: Case, effort: float) -> Row:
     from .learning import measure
     from .model import Size
 
-    found = measure(case.judge, Size(), rounds=max(3, round(5 * effort)))
+    found = measure(case.judge, Size(layers=2), rounds=max(3, round(5 * effort)))
     lines = []
     for name, one in found.items():
         base = found["resident, checkpointed" if name.endswith("checkpointed") else "resident"]
