@@ -36,10 +36,15 @@ class Form:
 
 
 def experts_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The experts modules that run through Headgate, by name: its own, and the swapped ones of transformers models."""
+    """The experts modules that run through Headgate, by name: its own, and those of transformers models that are
+    swapped or have headgate as their experts implementation."""
     for name, module in model.named_modules():
-        if isinstance(module, Experts) or adapter_in(module) is not None:
+        if runs_here(module):
             yield name, module
+
+
+def runs_here(module: nn.Module) -> bool:
+    return isinstance(module, Experts) or adapter_in(module) is not None
 
 
 def form_of(module: nn.Module) -> Form | str:
@@ -51,6 +56,8 @@ def form_of(module: nn.Module) -> Form | str:
         return Form({name: name for name in WEIGHTS if getattr(module, name) is not None}, module.activation)
     adapter = adapter_in(module)
     assert adapter is not None
+    if (why := adapter.refusal(module)) is not None:
+        return why
     if adapter.forward is not boundary.experts_forward:
         return f"{type(module).__name__} is not called at transformers' experts boundary with stacked weights"
     gated, biased, transposed, interleaved, normed = boundary.flags(module)
@@ -97,6 +104,7 @@ def survey(model: nn.Module) -> tuple[Found, dict[str, str]]:
                 raise ValueError(f"offload: experts must have their own weights, got {name} with {taken[parameter]}'s")
             taken[parameter] = name
     if not found:
-        why = next(iter(skipped.values()), "run headgate.replace on a transformers model first")
+        first = "run headgate.replace on a transformers model first, or choose headgate as its experts implementation"
+        why = next(iter(skipped.values()), first)
         raise ValueError(f"offload: model must have experts that run through Headgate, got none to move: {why}")
     return found, skipped

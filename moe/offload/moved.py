@@ -112,6 +112,15 @@ class Moved:
         setattr(self.module, name, parameter)
         return parameter
 
+    def refuse_learning(self) -> None:
+        """Raises ValueError where a weight asks for a gradient and one would be taken."""
+        for parameter, _, _, about in self.now.values():
+            if parameter.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"offload: {about.name} must not ask for a gradient while it is offloaded, as experts are frozen: "
+                    "requires_grad_(False) on it, or close the Offload to train it"
+                )
+
     def check(self) -> None:
         """Raises RuntimeError where somebody has changed, moved or exchanged the weights, or adapters compute them."""
         for ours, (parameter, version, address, about) in self.now.items():

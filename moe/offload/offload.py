@@ -6,9 +6,12 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...kernels.autocast import under_autocast
@@ -24,7 +27,7 @@ from .arena import plan_slots
 from .checksums import Verify, check_verify
 from .costs import costs_of
 from .engine import Engine
-from .forms import Found, survey
+from .forms import Found, runs_here, survey
 from .host import Store, maps_files
 from .kinds import Layer
 from .lower import Formats, check_there, groups_of, layers_of, store_of
@@ -57,8 +60,9 @@ def offload(
     up to four rows where their experts can all be there at once, as spare slots let those of one token; else to
     rounding).
 
-    model     a transformers model after `headgate.replace`, or one with `headgate.MoE` layers. For inference: a call
-              whose rows or router weights ask for a gradient raises
+    model     a transformers model after `headgate.replace` or with headgate as its experts implementation, or one with
+              `headgate.MoE` layers. Its experts are frozen; everything else may learn (see docs/lora.md): gradients go
+              through them, by a step of its own of each layer in the backward pass
     budget    what the slots for experts may take on the device: bytes ("8GiB", 4096) or a share of all experts' bytes,
               at most all ("25%", 0.25). Room for one expert at least (scope "shared"), or for one of each layer
               ("layer"). It covers the slots and nothing else: the rest of the model, the KV cache and the rows that are
@@ -228,6 +232,7 @@ class Offload:
         self.layers = [name for name, _, _ in found]
         self._store, self._foresight = store, foresight
         self._pace = Pace(len(found))
+        self._came: dict[tuple[int, int], NDArray[np.int32]] = {}  # (thread, layer): what it chose last, forward
         self._moved: list[Moved] = []
         self._lock = threading.Lock()
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -316,6 +321,7 @@ class Offload:
         if one is None:
             raise RuntimeError("offload: the Offload must be open, got one that is being closed")
         one.check()
+        one.refuse_learning()
         form, dtype = one.form, one.now["w_down"].parameter.dtype
         if under_autocast(rows.device):
             wanted = torch.get_autocast_dtype(rows.device.type)
@@ -325,12 +331,17 @@ class Offload:
             index, rows.to(dtype), routing,
             activation=form.activation, gated=form.activation.gated, transposed=form.transposed,
             interleaved=form.interleaved, then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
+            back=partial(self._fetch_back, index, self._came.get((threading.get_ident(), index - 1))),
         ).to(rows.dtype)  # fmt: skip
 
-    def _fetch_ahead(self, index: int, rows: Tensor, routing: Routing, ids) -> None:
+    def _fetch_ahead(self, index: int, rows: Tensor, routing: Routing, ids: NDArray[np.int32]) -> None:
         """While a layer waits and computes: what the next may need."""
         if self._foresight is None:
             return
+        if torch._C._current_graph_task_id() >= 0:  # checkpointing repeats a forward pass within the backward pass
+            self._fetch_back(index, self._came.get((threading.get_ident(), index - 1)), ids)
+            return
+        self._came[threading.get_ident(), index] = ids
         self._foresight.came(index, ids)
         self._pace.asked(index)
         guess = self._foresight.guess(index, rows, routing.expert_ids)
@@ -339,8 +350,20 @@ class Offload:
             price, room = self._pace.order(layer, *self.engine.pace())
             self.engine.prefetch_likely(layer, chance, price, room)
 
+    def _fetch_back(self, index: int, before: NDArray[np.int32] | None, _ids: NDArray[np.int32]) -> None:
+        """While a layer's backward pass waits and computes: what the one `before` it had chosen."""
+        self._moved[index].check()
+        if before is not None:
+            self.engine.prefetch(index - 1, before)
+
     @torch.compiler.disable
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        for one in self._moved:
+            if not runs_here(one.module):
+                raise RuntimeError(
+                    f"offload: {one.name} must run through Headgate while it is offloaded, got another experts "
+                    "implementation; choose headgate again, or close the Offload first"
+                )
         past: Any = kwargs.get("past_key_values")
         if past is None or (hasattr(past, "get_seq_length") and not past.get_seq_length()):
             self.new_sequence()

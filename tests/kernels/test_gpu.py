@@ -12,7 +12,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headgate.kernels import GPT_OSS, Activation, Routing, combine_outputs, expert_outputs, grouped_ffn, plan, topk
+from headgate.kernels import (
+    GPT_OSS,
+    Activation,
+    Routing,
+    combine_gradients,
+    combine_outputs,
+    expert_gradients,
+    expert_outputs,
+    grouped_ffn,
+    plan,
+    topk,
+)  # fmt: skip
 from headgate.kernels.grouped_ffn import grouped_ffn_reference
 from headgate.kernels.plan import plan_reference
 from headgate.kernels.topk import topk_reference
@@ -156,6 +167,40 @@ def test_experts_in_two_calls_are_those_of_one(problem, form, size):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got, p.call(t))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_experts_in_two_calls_are_those_of_one(problem, form):
+    """To the bit, and without waiting for the device."""
+    p = problem(dtype=torch.bfloat16, **MANY, **FORMS[form])
+    t, routing = p.tensors, Routing.from_topk(p.ids, p.tensors["weights"], p.experts)
+    grad, pairs = torch.randn_like(p.call(t)), p.ids.numel()
+    d_rows, d_weights = torch.empty(pairs, t["rows"].shape[1], device="cuda"), torch.zeros(pairs, device="cuda")
+    calls = []
+    for part in (torch.arange(0, p.experts, 2), torch.arange(1, p.experts, 2)):
+        slots = torch.full((p.experts,), -1, dtype=torch.int32)
+        slots[part] = torch.arange(len(part)).int()
+        calls.append(({n: w[part.cuda()] for n, w in t.items() if n not in ("rows", "weights")}, slots.cuda()))
+
+    def step():
+        for w, slots in calls:
+            w1 = (w["w_gate_up"], w["w_up"]) if "w_up" in w else w["w_gate_up"]
+            how = {n: b for n, b in w.items() if n.startswith("b_")} | p.form
+            outs = {"d_rows": d_rows, "d_weights": d_weights}
+            expert_gradients(grad, t["rows"], routing, w1, w["w_down"], slots, **outs, **how)
+        return combine_gradients(d_rows, routing, torch.bfloat16)
+
+    step()  # compiles
+    d_rows.fill_(math.nan)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = replace(p, needs=("rows", "weights")).run(grad)
+    assert torch.equal(got, want["rows"])
+    assert torch.equal(d_weights.view(p.ids.shape).to(t["weights"].dtype), want["weights"])
 
 
 def test_nothing_waits_for_the_device(problem):
