@@ -32,6 +32,8 @@ from .offload import Offload, Plan
 from .reads import DTYPES
 from .shards import WHAT_TO_DO, Laid, ShardStore, laid_out
 
+Tell = Callable[[str, int, int], object]
+
 
 def load(
     path: str | os.PathLike[str],
@@ -47,6 +49,7 @@ def load(
     readers: int | None = None,
     page_cache: bool = True,
     log: bool = False,
+    tell: Tell = lambda what, done, total: None,
 ) -> tuple[nn.Module, Offload]:
     """A transformers MoE model from a folder, with its experts left in the folder's own safetensors files: they are
     never in memory all at once, and without `disk` nothing is written. Outputs are those of `from_pretrained` and
@@ -62,6 +65,8 @@ def load(
               formats, and refused if not
     device    where to compute
     policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
+    tell      called, from any thread, as the work goes on: with "experts", written to `disk`, or "tensors", read into
+              memory; how many are done; and of how many
 
     Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
     files make which parameter is asked of transformers. The model is in evaluation mode and runs through Headgate.
@@ -92,9 +97,16 @@ def load(
         left = {f"{name}.{theirs}" for name, _, form in what.found for theirs in form.names.values()}
         experts = {key for name in left for keys in what.conversion.sources[name].keys.values() for key in keys}
         rest = [key for key in what.checkpoint.tensors if key not in experts]
-        packed = None if disk is None else _packed(what, layers, groups, Path(disk), page_cache)
+        packed = None if disk is None else _packed(what, layers, groups, Path(disk), page_cache, tell)
+        read, count_of = count(1), len(rest)
+
+        def one(key: str) -> Tensor:
+            tensor = what.checkpoint.read(key)
+            tell("tensors", next(read), count_of)
+            return tensor
+
         try:
-            fill_rest(model, what.conversion, rest, what.checkpoint.read, left)
+            fill_rest(model, what.conversion, rest, one, left)
         except BaseException:
             if packed is not None:
                 packed.close()
@@ -103,14 +115,18 @@ def load(
     return model, plan.start(store)
 
 
-def _packed(what: Seen, layers: Sequence[Layer], groups: Groups, disk: Path, page_cache: bool) -> FileStore:
+def _packed(
+    what: Seen, layers: Sequence[Layer], groups: Groups, disk: Path, page_cache: bool, tell: Tell
+) -> FileStore:
     """The experts file in a folder, or the file itself; written now if it is not there. Raises OSError where the disk
     has no room, ValueError where the file is another checkpoint's."""
     path = disk if disk.exists() and not disk.is_dir() else disk / FILE
     if path.exists():
         return FileStore(path, layers, source=_source(what, groups), page_cache=page_cache)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return written(what, layers, groups, path, page_cache=page_cache, who="load: disk")
+    return written(
+        what, layers, groups, path, page_cache=page_cache, who="load: disk", tell=lambda *of: tell("experts", *of)
+    )
 
 
 def written(

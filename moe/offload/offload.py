@@ -314,6 +314,8 @@ class Offload:
 
     @torch.compiler.disable
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("cache") is not None:  # continuous batching: several texts in each call, none of them new as such
+            return
         past: Any = kwargs.get("past_key_values")
         if past is None or (hasattr(past, "get_seq_length") and not past.get_seq_length()):
             self.new_sequence()
