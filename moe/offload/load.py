@@ -115,9 +115,7 @@ def load(
     return model, plan.start(store)
 
 
-def _packed(
-    what: Seen, layers: Sequence[Layer], groups: Groups, disk: Path, page_cache: bool, tell: Tell
-) -> FileStore:
+def _packed(what: Seen, layers: Sequence[Layer], groups: Groups, disk: Path, page_cache: bool, tell: Tell) -> FileStore:
     """The experts file in a folder, or the file itself; written now if it is not there. Raises OSError where the disk
     has no room, ValueError where the file is another checkpoint's."""
     path = disk if disk.exists() and not disk.is_dir() else disk / FILE
