@@ -60,9 +60,12 @@ def tokenizer_of(folder: Path, who: str) -> Any:
         raise ValueError(f"{who}: MODEL must be a transformers model folder, got {folder}")
     where: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {}
     try:
-        return AutoTokenizer.from_pretrained(
+        found = AutoTokenizer.from_pretrained(
             folder.parent if where else folder, local_files_only=True, trust_remote_code=False, **where
         )
+        if not set(found.get_vocab()) - set(found.all_special_tokens):  # transformers makes one of no file at all
+            raise ValueError("one without words, as of no file")
+        return found
     except Exception as error:  # a stranger's files in another library: whatever it says
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{who}: MODEL must have a tokenizer that transformers can read, got {said}") from error

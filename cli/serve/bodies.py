@@ -128,4 +128,8 @@ def checked(kind: type[Body], body: Any, name: str, tokenizer: Any) -> tuple[dic
     tokens = found.max_completion_tokens or found.max_tokens or found.max_output_tokens
     for field in ("stop", "seed", *UNSERVED):  # those are ours, or ask for nothing
         body.pop(field, None)
-    return body | {"model": name}, Wanted(tokens, found.temperature, found.top_p, found.seed, stop)
+    if found.logit_bias is not None:
+        body["logit_bias"] = found.logit_bias  # numbers, as the handler wants them
+    return body | {"model": name, "stream": bool(found.stream)}, Wanted(
+        tokens, found.temperature, found.top_p, found.seed, stop
+    )

@@ -20,6 +20,7 @@ from .bodies import Refused, Wanted
 
 PAGE, STEP = 64, 1024  # tokens of a page of the cache, and of one call of the model at most
 DEFAULT_NEW = 1024
+_NONE = -1  # an end token that never comes
 
 
 class Manager(BaseGenerateManager):
@@ -133,7 +134,7 @@ class Together(Manager):
             max_requests_per_batch=self.at_once, max_memory_percent=0.95, use_cuda_graph=False,
             use_async_batching=False, auto_switch_to_flash=False,
         )  # fmt: skip
-        plain = GenerationConfig(do_sample=True, eos_token_id=-1)
+        plain = GenerationConfig(do_sample=True, eos_token_id=_NONE)
         found = self.model.init_continuous_batching(generation_config=plain, continuous_batching_config=config)
         found.logit_processor.logits_processor = LogitsProcessorList([Choice()])
         found.logit_processor.tensors_required = 1
@@ -146,7 +147,7 @@ class Together(Manager):
     def warm_up(self) -> None:
         """Two tokens. Raises RuntimeError where the model cannot be batched so."""
         config = sampling(self.model.generation_config, Wanted(2, 0.0, None, None, ()))
-        self._batching.add_request([0, 0], max_new_tokens=2, eos_token_id=-1, choose=self._choose(config, None))
+        self._batching.add_request([0, 0], max_new_tokens=2, eos_token_id=_NONE, choose=self._choose(config, None, 2))
         while (found := self._batching.get_result(timeout=1)) is None:
             if not self._batching.is_running() or not self.alive():
                 raise RuntimeError(str(self._batching.background_thread_status.fatal_error))
@@ -167,16 +168,19 @@ class Together(Manager):
                 answer.end()
 
         batching.register_result_handler(name, came)
+        ids = inputs["input_ids"][0].tolist()
         taken = batching.add_request(
-            inputs["input_ids"][0].tolist(), request_id=name, max_new_tokens=config.max_new_tokens, streaming=True,
-            eos_token_id=config.eos_token_id, choose=self._choose(config, seed),
+            ids, request_id=name, max_new_tokens=config.max_new_tokens, streaming=True,
+            eos_token_id=_NONE if config.eos_token_id is None else config.eos_token_id,
+            choose=self._choose(config, seed, len(ids)),
         )  # fmt: skip
         if taken is None:
             answer.fail("continuous batching has ended")
 
-    def _choose(self, config: GenerationConfig, seed: int | None) -> Chooser:
-        processors = self.model._get_logits_processor(generation_config=config)
-        return Chooser(processors, config.do_sample, seed, self.model.device)
+    def _choose(self, config: GenerationConfig, seed: int | None, length: int) -> Chooser:
+        device = self.model.device
+        processors = self.model._get_logits_processor(config, input_ids_seq_length=length, device=device)
+        return Chooser(processors, config.do_sample, seed, device)
 
     def give_up(self, name: str) -> None:
         self._batching.cancel_request(name)
@@ -249,11 +253,9 @@ def sampling(config: GenerationConfig, wanted: Wanted) -> GenerationConfig:
         config.do_sample = True
     if not config.do_sample:
         config.temperature = config.top_p = config.top_k = None
-    if config.eos_token_id is None:
-        config.eos_token_id = -1
     if config.pad_token_id is None:
         ends = config.eos_token_id
-        config.pad_token_id = ends[0] if isinstance(ends, list) else max(ends, 0)
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends or 0
     return config
 
 
