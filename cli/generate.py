@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,7 +240,7 @@ class Job:
         config.max_new_tokens = asked or (NEW if most is None else min(NEW, most - length))
         return config
 
-    def answer(self, ids: list[int], answer: Answer) -> Iterator[str]:
+    def answer(self, ids: list[int], answer: Answer) -> Generator[str, None, None]:
         """Pieces of text as they are made, by a thread of its own: a signal ends the answer at its next token, never
         amid a step of the model."""
         import torch

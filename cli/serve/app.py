@@ -42,8 +42,8 @@ class One(ModelManager):
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         super().__init__()
-        self.force_model = name
-        self._pair = model, tokenizer
+        self.force_model = self.name = name
+        self.tokenizer, self._pair = tokenizer, (model, tokenizer)
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
@@ -114,9 +114,9 @@ class Endpoint:
         self.most_bytes, self.one = most_bytes, one
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        tokenizer = self.one._pair[1]
+        tokenizer = self.one.tokenizer
         said = await _read_json(Request(scope, receive), self.most_bytes)
-        body, wanted = checked(self.kind, said, self.one.force_model, tokenizer)
+        body, wanted = checked(self.kind, said, self.one.name, tokenizer)
         if self.kind is not Completion and tokenizer.chat_template is None:
             raise Refused(400, "the model has no chat template: ask /v1/completions")
         name = uuid.uuid4().hex

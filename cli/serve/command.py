@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import logging
 import os
 import socket
 import sys
@@ -46,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = loading.tokenizer_of(args.model, "serve")
     if not hasattr(tokenizer, "_tokenizer"):
         raise ValueError(f"serve: MODEL must have a fast tokenizer, got {type(tokenizer).__name__}")
-    from transformers.utils import logging
+    import transformers.utils.logging as said
 
-    logging.set_verbosity_error()
+    said.set_verbosity_error()
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # what fails is said once, by us
     with closing(_listening(args.host, args.port)) as listener, loading.opened(args, tokenizer) as loaded:
         _serve(args, loaded, key, listener)
     return 0
@@ -94,7 +96,7 @@ def _manager(model: Any, context: int, at_once: int) -> Any:
 
     if at_once == 1:
         return InTurn(model, context)
-    why, together = "transformers cannot batch this model", None
+    together, attention = None, model.config._attn_implementation
     try:
         together = Together(model, context, at_once)
         together.warm_up()
@@ -103,6 +105,8 @@ def _manager(model: Any, context: int, at_once: int) -> Any:
         why = str(error) or type(error).__name__
         if together is not None:
             together.stop()
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
     print(f"headgate: serve: one answer after another, as continuous batching failed: {why[:300]}", file=sys.stderr)
     return InTurn(model, context)
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+import small_configs
 import talking
 import torch
 from signalled import Process
@@ -346,14 +347,21 @@ def test_the_command_serves_with_a_key_and_ends_when_the_answer_has(folder, tmp_
     assert not ended.children
 
 
-def test_a_model_that_cannot_be_batched_is_served_in_turn_and_it_is_said(loaded, monkeypatch, capsys):
-    def refuse(**_):
-        raise ValueError("Invalid layer type: linear_attention")
-
-    monkeypatch.setattr(loaded[0], "init_continuous_batching", refuse)
-    manager = command._manager(loaded[0], talking.CONTEXT, 4)
-    assert (type(manager), manager.at_once) == (managers.InTurn, 1)
-    assert "one answer after another, as continuous batching failed: Invalid layer" in capsys.readouterr().err
+def test_a_model_that_cannot_be_batched_is_served_in_turn_and_it_is_said(tmp_path, capsys):
+    """Latent attention: keys and values are not of one size, as transformers' paged cache wants them."""
+    config = transformers.DeepseekV3Config(
+        **small_configs.small_values(transformers.DeepseekV3Config) | {"vocab_size": 97, "eos_token_id": None}
+    )
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
+    talking.save_tokenizer(tmp_path)
+    model, offloaded = headgate.load(tmp_path, "50%")
+    with offloaded:
+        manager = command._manager(model, 64, 4)
+        assert (type(manager), manager.at_once) == (managers.InTurn, 1)
+        assert "one answer after another, as continuous batching failed: index_copy_()" in capsys.readouterr().err
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        with listening(model, tokenizer, manager) as address, httpx.Client(base_url=address, timeout=60) as client:
+            assert ask(client, "a").json()["usage"]["completion_tokens"] == 6
 
 
 def test_continuous_batching_begins_no_text_at_every_step(loaded, monkeypatch):
@@ -405,8 +413,21 @@ def test_a_model_without_a_template_is_asked_for_completions(loaded, folder, who
         assert plain["choices"][0]["text"] == whole("Once", 5)
 
 
-def test_loading_is_what_generate_takes_too(folder):
-    words = ["--budget", "30%", "--prefetch", "none", "--policy", "lru", "--no-page-cache", "--readers", "1"]
-    args = cli.parser(["serve", str(folder), *words]).parse_args(["serve", str(folder), *words])
-    with loading.opened(args, None) as found:
-        assert "lru" in repr(found.offloaded.engine)
+def test_options_reach_load(folder, monkeypatch):
+    from headgate.moe.offload import load as module
+
+    real, asked = module.load, {}
+
+    def load(path, budget, policy, prefetch, disk, **options):
+        asked.update(options, budget=budget, policy=policy, prefetch=prefetch, disk=disk)
+        return real(path, budget, policy, prefetch, disk, **options)
+
+    monkeypatch.setattr(module, "load", load)
+    line = f"serve {folder} --budget 30% --prefetch none --policy lru --no-page-cache --readers 1".split()
+    with loading.opened(cli.parser(line).parse_args(line), None) as found:
+        assert found.longest == talking.CONTEXT
+    del asked["tell"]
+    assert asked == {
+        "budget": "30%", "policy": "lru", "prefetch": None, "disk": None, "formats": None, "device": "cpu",
+        "trace": None, "readers": 1, "page_cache": False,
+    }  # fmt: skip
