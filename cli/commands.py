@@ -124,8 +124,8 @@ and others recorded, and shows what a trace says. A trace is an .npz file; it is
         """\
   headgate generate ./Qwen3-30B-A3B --budget 4GiB --prompt "Why is the sky blue?" --stats
   headgate generate ./Qwen3-30B-A3B --budget 4GiB --disk /scratch --formats int4 --chat
-  headgate generate ./OLMoE-1B-7B --budget 25% --file prompts.txt --batch 8 --json > answers.jsonl
-  headgate generate ./OLMoE-1B-7B --budget 25% --raw --temperature 0 < story.txt
+  headgate generate ./OLMoE-1B-7B --budget 25% --file prompts.txt --batch 8 --json
+  headgate generate ./OLMoE-1B-7B --budget 25% --raw --temperature 0 --prompt "Once upon a time"
 """,
     ),
     "serve": Command(
@@ -136,7 +136,7 @@ and others recorded, and shows what a trace says. A trace is an .npz file; it is
         "Ctrl-C or SIGTERM ends it when what is being answered has ended, or after 10 seconds.",
         """\
   headgate serve ./Qwen3-30B-A3B --budget 4GiB --port 8000
-  HEADGATE_API_KEY=... headgate serve ./OLMoE-1B-7B --budget 25% --host 0.0.0.0 --at-once 8
+  headgate serve ./OLMoE-1B-7B --budget 25% --host 0.0.0.0 --at-once 8    with HEADGATE_API_KEY in the environment
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
 """,

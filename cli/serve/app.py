@@ -29,6 +29,7 @@ from .bodies import Body, Chat, Completion, Refused, Response, checked
 from .managers import Manager, until
 
 BODY_S = 30.0  # for a request's body to come
+PASSED_OVER = 1 << 24  # bytes beyond the bound that are read to no end: a client that is cut off hears no answer
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -160,17 +161,20 @@ async def _read_json(request: Request, most: int) -> Any:
         raise Refused(415, f"content-type must be application/json, got {kind[:100]!r}")
     parts, size = list[bytes](), 0
     too_large = Refused(413, f"the body must have at most {most:,} bytes", "request_too_large", {"Connection": "close"})
-    if int(request.headers.get("content-length") or 0) > most:  # the server has seen that it is a number
+    if int(request.headers.get("content-length") or 0) > most + PASSED_OVER:  # the server has seen that it is a number
         raise too_large
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():
-                parts.append(part)
                 size += len(part)
-                if size > most:
+                if size <= most:
+                    parts.append(part)
+                elif size > most + PASSED_OVER:
                     raise too_large
     except TimeoutError as error:
         raise Refused(408, f"the body must come within {BODY_S:.0f} s", None, {"Connection": "close"}) from error
+    if size > most:
+        raise too_large
     try:
         return json.loads(b"".join(parts))
     except (ValueError, RecursionError) as error:
