@@ -209,21 +209,18 @@ def test_the_client_of_openai(server, whole):
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_goes_away_is_not_computed_for(server, loaded, stream):
     body = {"messages": [{"role": "user", "content": "why?"}], "max_tokens": LONG, "stream": stream}
-    began = time.monotonic()
-    text_of(ask(server, new=LONG))
-    whole_s = time.monotonic() - began
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
     said = json.dumps(body).encode()
-    began = time.monotonic()
     with socket.create_connection((server.base_url.host, server.base_url.port)) as raw:
         raw.sendall(f"{head}{len(said)}\r\n\r\n".encode() + said)
         if stream:
             assert raw.recv(20).startswith(b"HTTP/1.1 200")
-        until(lambda: not idle(server))
+        until(lambda: server.manager._answers)
+        (answer,) = server.manager._answers.values()
     until(lambda: idle(server))
-    assert time.monotonic() - began < whole_s / 2
     accesses = []
-    until(lambda: accesses.append(loaded[1].stats().accesses) or accesses[-1] in accesses[-9:-4], 5.0)
+    until(lambda: accesses.append(loaded[1].stats().accesses) or accesses[-1] in accesses[-30:-25])
+    assert len(answer.tokens) < LONG - 50
     assert not server.manager._answers
 
 
@@ -335,10 +332,10 @@ def test_the_command_serves_with_a_key_and_ends_when_the_answer_has(folder, tmp_
             assert refused.headers["www-authenticate"] == "Bearer"
         client.headers["Authorization"] = "Bearer s3cret"
         with ThreadPoolExecutor(1) as pool:
-            last = pool.submit(ask, client, "why?", 60)
+            last = pool.submit(ask, client, "why?", 40)
             until(lambda: client.get("/health").json()["inside"] == 1)
             process.process.send_signal(signal.SIGTERM)
-            assert text_of(last.result()) == whole(templated("why?"), 60)
+            assert text_of(last.result()) == whole(templated("why?"), 40)
     ended = process.ended()
     assert (ended.status, ended.said) == (143, "headgate: terminated\n")
     assert (
