@@ -23,12 +23,16 @@ PACKAGES = {
     "numpy": None,
     "transformers": "hf",
     "safetensors": "hf",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "openai": "serve",
     "peft": None,
     "triton": "gpu",
     "matplotlib": "plot",
 }
 EXTRAS = {
     "hf": "the drop-in for transformers models, headgate demo and train",
+    "serve": "headgate serve",
     "gpu": "kernels for CUDA devices",
     "plot": "pictures: headgate demo, and every --plot that draws",
 }

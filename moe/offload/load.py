@@ -33,6 +33,8 @@ from .offload import Offload, Plan
 from .reads import DTYPES
 from .shards import WHAT_TO_DO, Laid, ShardStore, laid_out
 
+Tell = Callable[[str, int, int], object]
+
 
 def load(
     path: str | os.PathLike[str],
@@ -50,6 +52,7 @@ def load(
     verify: Verify = "first",
     context: int | None = None,
     log: bool = False,
+    tell: Tell = lambda what, done, total: None,
 ) -> tuple[nn.Module, Offload]:
     """A transformers MoE model from a folder, with its experts left in the folder's own safetensors files: they are
     never in memory all at once, and without `disk` nothing is written. Outputs are those of `from_pretrained` and
@@ -71,6 +74,8 @@ def load(
               Face's client noted are read whole before anything else and compared, and each expert, at each read, with
               what it was at its first
     policy, prefetch, scope, trace, readers, page_cache, context, log   as in `offload`
+    tell      called, from any thread, as the work goes on: with "experts", written to `disk`, or "tensors", read into
+              memory; how many are done; and of how many
 
     Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
     files make which parameter is asked of transformers. The model is in evaluation mode and runs through Headgate.
@@ -104,9 +109,16 @@ def load(
         rest = [key for key in what.checkpoint.tensors if key not in experts]
         if verify is True:
             check_digests(what.checkpoint.files, "load")
-        packed = None if disk is None else _packed(what, layers, groups, Path(disk), page_cache, verify)
+        packed = None if disk is None else _packed(what, layers, groups, Path(disk), page_cache, verify, tell)
+        read, count_of = count(1), len(rest)
+
+        def one(key: str) -> Tensor:
+            tensor = what.checkpoint.read(key)
+            tell("tensors", next(read), count_of)
+            return tensor
+
         try:
-            fill_rest(model, what.conversion, rest, what.checkpoint.read, left)
+            fill_rest(model, what.conversion, rest, one, left)
         except BaseException:
             if packed is not None:
                 packed.close()
@@ -119,7 +131,13 @@ def load(
 
 
 def _packed(
-    what: Seen, layers: Sequence[Layer], groups: Groups, disk: Path, page_cache: bool, verify: Verify
+    what: Seen,
+    layers: Sequence[Layer],
+    groups: Groups,
+    disk: Path,
+    page_cache: bool,
+    verify: Verify,
+    tell: Tell,
 ) -> FileStore:
     """The experts file in a folder, or the file itself; written now if it is not there. Raises OSError where the disk
     has no room, ValueError where the file is another checkpoint's."""
@@ -127,7 +145,10 @@ def _packed(
     if path.exists():
         return FileStore(path, layers, source=_source(what, groups), page_cache=page_cache, verify=verify)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return written(what, layers, groups, path, page_cache=page_cache, who="load: disk", verify=verify)
+    return written(
+        what, layers, groups, path, page_cache=page_cache, who="load: disk", verify=verify,
+        tell=lambda *of: tell("experts", *of),
+    )  # fmt: skip
 
 
 def written(

@@ -364,6 +364,8 @@ class Offload:
                     f"offload: {one.name} must run through Headgate while it is offloaded, got another experts "
                     "implementation; choose headgate again, or close the Offload first"
                 )
+        if kwargs.get("cache") is not None:  # continuous batching: several texts in each call, none of them new as such
+            return
         past: Any = kwargs.get("past_key_values")
         if past is None or (hasattr(past, "get_seq_length") and not past.get_seq_length()):
             self.new_sequence()
