@@ -167,7 +167,7 @@ _EACH_FOR_ITSELF = {
 }
 
 
-def _converted(source: Source, checkpoint: Checkpoint, parameter: nn.Parameter) -> tuple[Laid, Make] | None:
+def _converted(source: Source, checkpoint: Checkpoint, parameter: nn.Parameter) -> tuple[Laid, Make | None] | None:
     """The bytes of each expert, and transformers' own operations on them, where these do with all experts what they do
     with each."""
     stored = {pattern: [checkpoint.tensors[key] for key in keys] for pattern, keys in source.keys.items()}
@@ -199,6 +199,8 @@ def _converted(source: Source, checkpoint: Checkpoint, parameter: nn.Parameter) 
         for some, size in zip(stored.values(), sizes, strict=True):
             t = some[0] if stacked else some[e]
             runs.append(Run(t.file, t.offset + (e * size if stacked else 0), size))
+    if not operations and stacked and len(stored) == 1:
+        return Laid((experts, *shapes[0]), dtype, tuple(runs)), None
     names = list(stored)
 
     def make(data: Tensor) -> Tensor:

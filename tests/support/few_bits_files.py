@@ -181,7 +181,8 @@ def written(folder: Path, to: Path, tensors: dict[str, Tensor], config: dict[str
     """A folder with config.json of another, a quantization_config, and these tensors in one file."""
     to.mkdir(parents=True)
     for name in ("config.json", "generation_config.json"):
-        shutil.copy(folder / name, to)
+        if (folder / name).exists():
+            shutil.copy(folder / name, to)
     if config is not None:
         said = json.loads((to / "config.json").read_text())
         (to / "config.json").write_text(json.dumps({**said, "quantization_config": config}))

@@ -21,6 +21,7 @@ SIZES = {
 }  # fmt: skip
 IDS = torch.arange(3, 13).reshape(1, 10)
 MLP = "model.layers.1.mlp.experts"
+TURNED = "model.language_model.layers.1.mlp.experts"
 FORMATS = {
     "compressed-tensors int4": "int4", "compressed-tensors int4, rows": "int4",
     "compressed-tensors int4 with zeros": "uint4", "compressed-tensors int4 with zeros, rows": "uint4",
@@ -153,10 +154,6 @@ def test_gpt_oss_in_place(gpt_oss, tmp_path):
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def change(scheme, edit, config=None):
-    return scheme, edit, config or {}
-
-
 def drop(*names):
     return lambda t: [t.pop(f"{MLP}.2.up_proj.{name}") for name in names]
 
@@ -165,40 +162,48 @@ def put(name, value):
     return lambda t: t.update({f"{MLP}.2.up_proj.{name}": value})
 
 
-SPOILT = {
-    "a scale is missing": change("gptq", drop("scales"), None) + (r"experts.2.up_proj.scales of \S+ must be",),
-    "zeros are missing": change("awq", drop("qzeros"), None) + (r"up_proj.qzeros of \S+ must be beside its weight",),
-    "another order of columns": change(
-        "gptq", put("g_idx", torch.arange(64).int() % 2), {"desc_act": True}
-    ) + (r"up_proj.g_idx of \S+ must be rising \(desc_act: false\)",),
-    "three bits": change("gptq", lambda t: None, {"bits": 3}) + ("bits of .* must be 4, got 3",),
-    "gemv": change("awq", lambda t: None, {"version": "gemv"}) + ("version of .* must be gemm, got gemv",),
-    "nvfp4": change(
-        "compressed-tensors int4", put("weight_packed", torch.zeros(64, 32).byte())
-    ) + (r"up_proj.weight_packed of \S+ must be a matrix of I32, got U8",),
-    "groups of 16": change(
-        "compressed-tensors int4", put("weight_scale", torch.ones(64, 4).bfloat16())
-    ) + (r"up_proj.weight_scale of \S+ must be of groups of 32, 64 or a multiple of 128 columns.*got groups of 16",),
-    "an order of its own": change(
-        "compressed-tensors int4", put("weight_g_idx", torch.zeros(64).int())
-    ) + ("weights with a weight_g_idx are not taken",),
-    "bits that differ": change(
-        "compressed-tensors int4", lambda t: None,
-        {"config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 2}}}},
-    ) + ("",),
-    "scales of another shape": change(
-        "fp8", put("weight_scale_inv", torch.ones(3, 2))
-    ) + (r"up_proj.weight_scale_inv of \S+ must be one of each block of 32 x 32, got \[3, 2\]",),
-    "float8 without a scale": change("fp8", drop("weight_scale_inv")) + (
-        r"dtype of \S+up_proj.weight of \S+ must be a float's, or one of fp8 with its scale, got F8_E4M3",),
-    "some experts in bf16": change(
-        "fp8", lambda t: [drop("weight_scale_inv")(t), put("weight", torch.zeros(64, 64))(t)]
-    ) + (f"must have all matrices of {MLP} in few bits or none, got some",),
-    "an expert of another size": change(
-        "compressed-tensors int4",
-        lambda t: [put("weight_packed", torch.zeros(32, 8).int())(t), put("weight_scale", torch.ones(32, 2).bfloat16())(t)],
-    ) + (f"must have one format and shape for all of {MLP}.gate_up_proj",),
-    "a config that is no object": change("gptq", lambda t: None, {"quant_method": ["gptq"]}) + ("of one of the methods",),
+def narrower(t):
+    put("weight_packed", torch.zeros(32, 8).int())(t)
+    put("weight_scale", torch.ones(32, 2).bfloat16())(t)
+
+
+def dense(t):
+    drop("weight_scale_inv")(t)
+    put("weight", torch.zeros(64, 64))(t)
+
+
+def nothing(_):
+    return None
+
+
+CT = "compressed-tensors int4"
+SPOILT = {  # scheme, what becomes of its tensors and of its config, the error
+    "a scale is missing": ("gptq", drop("scales"), {}, r"experts.2.up_proj.scales of \S+ must be"),
+    "zeros are missing": ("awq", drop("qzeros"), {}, r"up_proj.qzeros of \S+ must be beside its weight"),
+    "another order of columns": (
+        "gptq", put("g_idx", torch.arange(64).int() % 2), {"desc_act": True},
+        r"up_proj.g_idx of \S+ must be rising \(desc_act: false\)"),
+    "three bits": ("gptq", nothing, {"bits": 3}, "bits of .* must be 4, got 3"),
+    "gemv": ("awq", nothing, {"version": "gemv"}, "version of .* must be gemm, got gemv"),
+    "nvfp4": (
+        CT, put("weight_packed", torch.zeros(64, 32).byte()), {},
+        r"up_proj.weight_packed of \S+ must be a matrix of I32, got U8"),
+    "groups of 16": (
+        CT, put("weight_scale", torch.ones(64, 4).bfloat16()), {},
+        r"up_proj.weight_scale of \S+ must be of groups of 32, 64 or a multiple of 128 columns.*got groups of 16"),
+    "an order of its own": (
+        CT, put("weight_g_idx", torch.zeros(64).int()), {}, "weights with a weight_g_idx are not taken"),
+    "two bits": (
+        CT, nothing, {"config_groups": {"a": {"weights": {"num_bits": 2}}}}, "num_bits of .* must be 4 or 8, got 2"),
+    "scales of another shape": (
+        "fp8", put("weight_scale_inv", torch.ones(3, 2)), {},
+        r"up_proj.weight_scale_inv of \S+ must be one of each block of 32 x 32, got \[3, 2\]"),
+    "float8 without a scale": (
+        "fp8", drop("weight_scale_inv"), {},
+        r"dtype of \S+up_proj.weight of \S+ must be a float's, or one of fp8 with its scale, got F8_E4M3"),
+    "some experts in bf16": ("fp8", dense, {}, f"must have all matrices of {MLP} in few bits or none, got some"),
+    "an expert of another size": (CT, narrower, {}, f"must have one format and shape for all of {MLP}.gate_up_proj"),
+    "a method that is no name": ("gptq", nothing, {"quant_method": ["gptq"]}, "of one of the methods"),
 }  # fmt: skip
 
 
@@ -210,9 +215,45 @@ def test_what_is_not_taken_is_said_before_a_weight_is_read(both, tmp_path, monke
     edit(tensors)
     folder = written(packed, tmp_path / "m", tensors, {**SCHEMES[scheme][1], **config})
     monkeypatch.setattr(headgate.moe.offload.shards.ShardStore, "read", lambda *_: 1 / 0)
-    if not message:  # weight_shape tells the bits
-        headgate.load(folder, "50%")[1].close()
-        return
     with pytest.raises(ValueError, match=message) as said:
         headgate.load(folder, "50%")
     assert len(str(said.value)) <= 400
+
+
+def test_weight_shape_tells_the_bits_where_groups_differ(both, tmp_path):
+    packed, _ = both(CT)
+    groups = {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}
+    config = {**SCHEMES[CT][1], "config_groups": groups}
+    folder = written(packed, tmp_path / "m", dense_in(packed), config)
+    model, offloaded = headgate.load(folder, "50%")
+    with offloaded:
+        got = answer(model)
+    model, offloaded = headgate.load(packed, "50%")
+    with offloaded:
+        assert torch.equal(answer(model), got)
+
+
+# ---- turned while read -----------------------------------------------------------------------------------------------
+
+
+def test_experts_that_are_stored_turned(tmp_path):
+    """Qwen3-VL-MoE's checkpoints have [E, in, out]; those that transformers saves have [E, out, in]."""
+    text = {**SIZES, "num_experts": 4, "moe_intermediate_size": 32, "intermediate_size": 64}
+    text["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    eyes = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text, vision_config={**eyes, "deepstack_visual_indexes": [0]}, tie_word_embeddings=False
+    )
+    folder = save(transformers.Qwen3VLMoeForConditionalGeneration(config), tmp_path / "straight")
+    tensors = dense_in(folder)
+    turned = {n: w.transpose(1, 2) if n.endswith("down_proj") and w.dim() == 3 else w for n, w in tensors.items()}
+    other = written(folder, tmp_path / "turned", turned, None)
+    with seen(folder) as what:
+        assert not any(what.made)  # as they lie
+    for path in (folder, other):
+        want = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(path).eval()
+        assert torch.equal(want.state_dict()[f"{TURNED}.down_proj"], tensors[f"{TURNED}.down_proj"])
+        headgate.replace(want)
+        model, offloaded = headgate.load(path, "50%")
+        with offloaded:
+            assert torch.equal(answer(model), answer(want))
