@@ -13,6 +13,7 @@ from torch import Tensor
 from ..activation import Activation, as_activation
 from ..chip import say_once
 from ..grouped_ffn.checks import check
+from ..grouped_ffn.quantized import form_of
 from ..quantized import Quantized
 from ..routing import Routing, narrow_ids
 from ..transforms import implement, refuse_transforms, register_composite, run
@@ -118,7 +119,7 @@ def expert_outputs(
     formats: list[str] = []
     blocks: list[int] = []
     if isinstance(w1, Quantized) and isinstance(w_down, Quantized):
-        formats, blocks = [w1.format, w_down.format], [min(n, 2**31 - 1) for n in (*w1.block, *w_down.block)]
+        formats, blocks = form_of(w1, w_up, w_down)
     torch.ops.headgate.expert_outputs(
         rows, routing.expert_ids, *map(_parts, (w1, w_up, w_down)), b_gate_up, b_down, slot_of_expert, out,
         formats, blocks, act.kind, act.params, act.gated, transposed, interleaved,

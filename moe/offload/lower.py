@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...kernels.quantized import Quantized, quantize
+from ...kernels.quantized import BLOCKS, Quantized, quantize
 from ..hf.accelerated import keeps_weights
 from .file import FileStore
 from .forms import Found
@@ -21,7 +21,7 @@ Formats = Mapping[str, Sequence[str | None]] | str
 
 Groups = list[list[tuple[list[int], str | None]]]  # of each layer, (experts, their format)
 # bytes for each weight that `quantize` takes at most: half in tensors, half that the allocator still keeps of others
-_BETWEEN = {"fp8": 48, "int8": 40, "int4": 40, "mxfp4": 104}
+_BETWEEN = {"fp8": 48, "int8": 40, "int4": 40, "mxfp4": 104, **dict.fromkeys(BLOCKS, 44), "gguf_mxfp4": 64}
 
 
 def groups_of(found: Found, formats: Formats) -> Groups:
