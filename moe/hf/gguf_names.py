@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...placement.careful import Guard
 
 _WHO = "load"
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class _Family:
 
     model_type: str
     table: str = ""
-    keys: Mapping[str, str] = None  # type: ignore[assignment]
+    keys: Mapping[str, str] = field(default_factory=dict)
     given: bool = False
 
 
@@ -65,17 +66,19 @@ def check_architecture(guard: Guard, architecture: str) -> None:
     guard.rule(architecture in _FAMILIES, "general.architecture", f"one of {', '.join(_FAMILIES)}", architecture)
 
 
-def config_of(guard: Guard, architecture: str, metadata: Mapping[str, Any], vocabulary: int, tied: bool) -> Any:
-    """The transformers config that a file's metadata say. `vocabulary`: rows of the embedding; `tied`: whether the file
-    has no matrix of its own for the output. Raises ValueError where they do not say enough."""
+def config_of(guard: Guard, architecture: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """The transformers config that a file's metadata and the shapes of its tensors say. Raises ValueError where they do
+    not say enough."""
     from transformers import CONFIG_MAPPING
     from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
     family = _FAMILIES[architecture]
+    blocks = len({name.split(".")[1] for name in shapes if name.startswith("blk.")})
     if family.given:
         raise guard.refusal("metadata", f"a whole config, which those of {architecture} are not: give config=", "None")
     said: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(family.model_type, {}))
-    for theirs, ours in {**GGUF_CONFIG_MAPPING[family.table], **family.keys}.items():
+    table: Any = GGUF_CONFIG_MAPPING[family.table]
+    for theirs, ours in {**table, **family.keys}.items():
         if ours is not None and f"{architecture}.{theirs}" in metadata:
             said[ours] = metadata[f"{architecture}.{theirs}"]
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
@@ -85,11 +88,13 @@ def config_of(guard: Guard, architecture: str, metadata: Mapping[str, Any], voca
         if family.model_type == "gpt_oss":
             said["rope_scaling"]["truncate"] = False
     tokens = {ours: metadata.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in _TOKENS.items()}
-    said |= {"vocab_size": vocabulary, "tie_word_embeddings": tied, **tokens}
+    said |= {"vocab_size": shapes[EMBEDDING][0], "tie_word_embeddings": OUTPUT not in shapes, **tokens}
     odd = [name for name in family.keys.values() if name not in said and name not in ("clip_qkv", "sliding_window")]
     missing = [name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", *odd) if name not in said]
     if missing:
         raise guard.refusal("metadata", f"a whole config: give config=, or {missing[0]} in it", "none")
+    layers = said["num_hidden_layers"]
+    guard.rule(type(layers) is int and 1 <= layers <= blocks, "block_count", f"in 1 .. {blocks}, as tensors say", layers)
     with guard.watched("a config", "metadata"):
         return CONFIG_MAPPING[family.model_type](**said)
 
@@ -106,8 +111,9 @@ class Dense:
     ) -> None:
         self._guard, self._architecture = guard, architecture
         self.config: Any = model.config
+        layers: int = self.config.num_hidden_layers
         self._wanted = {name: t.shape for name, t in model.state_dict().items() if name not in left}
-        table = _table(guard, architecture, self.config.num_hidden_layers)
+        table = _table(guard, architecture, layers)
         self.names: dict[str, tuple[str, ...]] = {}
         for name in self._wanted:
             found = next((some for some in _candidates(name, table) if set(some) <= set(there)), None)

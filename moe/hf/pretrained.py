@@ -26,9 +26,6 @@ def blank_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
 
     Raises OSError and ValueError where config.json is not what it should be.
     """
-    import transformers
-    from transformers.initialization import no_init_weights
-
     with opened(folder / "config.json", _WHO) as file:
         said = file.json()
         file.rule(isinstance(said, dict), "config", "an object", type(said).__name__)
@@ -37,15 +34,32 @@ def blank_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             rule = "absent: experts are read as they lie, in bf16, fp16 or fp32 (take one without it)"
             raise file.refusal("quantization_config", rule, method)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return blank_of(config_in(folder), folder, dtype, Guard(folder / "config.json", _WHO))
+
+
+def config_in(folder: Path) -> Any:
+    """The transformers config of a folder. Raises as `blank_model`."""
+    import transformers
+
+    with opened(folder / "config.json", _WHO) as file:
+        said = file.json()
+        file.rule(isinstance(said, dict), "config", "an object", type(said).__name__)
+    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def blank_of(config: Any, path: Path, dtype: torch.dtype | None, guard: Guard) -> nn.Module:
+    """The model of a config, all of it on the meta device. `path`: where it comes from; `guard`: of what says so."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
     for auto in (getattr(transformers, name) for name in _AUTO):
         if type(config) in auto._model_mapping:
             with torch.device("meta"), no_init_weights():
                 model = auto.from_config(config, dtype=config.dtype or dtype, trust_remote_code=False)
-            model.config.name_or_path = str(folder)
+            model.config.name_or_path = str(path)
             return model
     rule = "that of a model of the installed transformers"
-    raise Guard(folder / "config.json", _WHO).refusal("model_type", rule, config.model_type)
+    raise guard.refusal("model_type", rule, config.model_type)
 
 
 def missing_of(model: nn.Module, conversion: Conversion) -> list[str]:

@@ -1,7 +1,7 @@
 """GGUF files: what their headers say, and which tensor lies where. Nothing but headers is read at first.
 
-Source: ggml's docs/gguf.md, versions 2 and 3, little-endian. The reader is our own: a file may be a stranger's, and what
-its header declares is compared with the bytes that are there before memory or time is spent on it.
+Source: ggml's docs/gguf.md, versions 2 and 3, little-endian. The reader is our own: a file may be a stranger's, and
+what its header declares is compared with the bytes that are there before memory or time is spent on it.
 """
 
 from __future__ import annotations
@@ -131,10 +131,6 @@ class Gguf:
         with guard.watched("a GGUF file"):
             words = _Words(handle, guard, min(size, _LARGEST_HEADER))
             metadata, begin = self._header(words, size)
-        number, count = metadata.get("split.no", 0), metadata.get("split.count", 1)
-        here = (len(self.files) - 1, len(self.parts))
-        guard.rule((number, count) == here or (len(self.parts) == 1 and count in (0, 1)), "split.no and split.count",
-                   f"{here[0]} and {here[1]}, as its name says", f"{number} and {count}")  # fmt: skip
         if not self.metadata:
             self.metadata = metadata
         self._digest.update(f"{path.name} {size} ".encode())
@@ -155,6 +151,11 @@ class Gguf:
             key = words.text(_LONGEST_NAME, "a key")
             guard.rule(key not in metadata, key, "there once", "a second one")
             metadata[key] = words.value(key)
+        got = metadata.get("split.no", 0), metadata.get("split.count", 1)
+        here = len(self.files) - 1, len(self.parts)
+        fine = got == here or (len(self.parts) == 1 and got[1] in (0, 1))
+        rule = f"{here[0]} and {here[1]}, as its name says"
+        guard.rule(fine, "split.no and split.count", rule, f"{got[0]} and {got[1]}")
         spans = []
         for _ in range(tensors):
             name = words.text(_LONGEST_NAME, "a tensor's name")

@@ -9,8 +9,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,10 @@ from ..hf.swap import replace
 from .checkpoint import Checkpoint
 from .file import FileStore
 from .forms import Form, Found, survey
+from .gguf_file import Gguf, gguf_in
+from .gguf_load import model_in
 from .host import Store
-from .kinds import Layer, split
+from .kinds import Layer, Weights, split, widened
 from .lower import FILE, Formats, Groups, coded, groups_of, layers_of
 from .offload import Offload, Plan
 from .reads import DTYPES
@@ -40,6 +44,7 @@ def load(
     prefetch: str | Predictor | None = "gate",
     disk: str | os.PathLike[str] | None = None,
     *,
+    config: Any = None,
     formats: Formats | None = None,
     device: torch.device | str = "cpu",
     scope: str = "layer",
@@ -53,7 +58,9 @@ def load(
     `offload`.
 
     path      a folder with config.json and either model.safetensors.index.json with its files or model.safetensors, as
-              save_pretrained and hub downloads have it; the files must stay as they are while the model is used
+              save_pretrained and hub downloads have it; or a GGUF file, the first of a split one, or a folder with one.
+              The files must stay as they are while the model is used
+    config    of a GGUF file: a folder with config.json, or a transformers config; None: what the file's metadata say
     budget    what the slots for experts may take on the device, see `offload`. Beside it stands the rest of the model:
               attention, embeddings, norms, routers, shared experts, and the KV cache of a generation
     formats   experts in few bits, see `offload`; `disk` must be given
@@ -64,7 +71,9 @@ def load(
     policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
 
     Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
-    files make which parameter is asked of transformers. The model is in evaluation mode and runs through Headgate.
+    files make which parameter is asked of transformers. Experts of a GGUF file stay in its blocks where products take
+    them (Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, MXFP4, and Q5_0 and IQ4_NL, which become Q8_0 exactly); others are widened to
+    the model's dtype whenever one is read, and it says so. The model is in evaluation mode and runs through Headgate.
     Without `disk` its experts' parameters are on the meta device: they have names and shapes, and no numbers.
     `Offload.close()` leaves them there, and the model can compute no more; `close(restore=True)` brings them into
     memory.
@@ -81,25 +90,22 @@ def load(
     where = torch.device(device)
     if formats not in (None, {}) and disk is None:
         raise ValueError(f"load: disk must be a folder for experts in few bits, got None with formats={formats!r}")
-    with seen(path) as what:
+    with seen(path, config) as what:
         model = what.model
         groups = groups_of(what.found, {} if formats is None else formats)
-        layers = layers_of(what.found, groups)
+        layers = what.layers_in(groups)
         plan = Plan.of(
             model, what.found, what.skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch,
             scope=scope, trace=trace, readers=readers, log=log, from_disk=True,
         )  # fmt: skip
-        left = {f"{name}.{theirs}" for name, _, form in what.found for theirs in form.names.values()}
-        experts = {key for name in left for keys in what.conversion.sources[name].keys.values() for key in keys}
-        rest = [key for key in what.checkpoint.tensors if key not in experts]
         packed = None if disk is None else _packed(what, layers, groups, Path(disk), page_cache)
         try:
-            fill_rest(model, what.conversion, rest, what.checkpoint.read, left)
+            what.fill()
         except BaseException:
             if packed is not None:
                 packed.close()
             raise
-        store: Store = packed or ShardStore(layers, what.laid, what.checkpoint.take(), page_cache=page_cache)
+        store: Store = packed or what.store(what.files.take(), page_cache)
     return model, plan.start(store)
 
 
@@ -131,42 +137,75 @@ def written(
         raise OSError(errno.ENOSPC, f"{who} must have {size:,} bytes for the experts, got {free:,} free", str(path))
     format_of = [{e: format for some, format in of for e in some} for of in groups]
     done, total = count(1), sum(layer.experts for layer in layers)
-    files = [(os.dup(handle), name) for handle, name in what.checkpoint.files]
-    with closing(ShardStore(what.layers, what.laid, files, page_cache=page_cache)) as shards:
+    files = [(os.dup(handle), name) for handle, name in what.files.files]
+    with closing(what.store(files, page_cache)) as shards:
 
         def expert(i: int, e: int) -> dict[str, Tensor]:
             whole = {p.name: torch.empty(1, *p.shape, dtype=p.dtype) for p in what.layers[i].kind(e).parts}
             shards.read(i, e, {name: t[0] for name, t in whole.items()})
-            parts = split(coded(whole, format_of[i][e]))
+            parts = split(_recoded(what, i, whole, e, format_of[i][e]))
             tell(next(done), total)
             return {name: t[0] for name, t in parts.items()}
 
         return FileStore.write_each(path, layers, expert, source=_source(what, groups), page_cache=page_cache)
 
 
+def _recoded(what: Seen, i: int, parts: Mapping[str, Tensor], e: int, format: str | None) -> Weights:
+    """An expert's weights [1, ...] in a format, from its parts as they are stored."""
+    joined = what.layers[i].kind(e).join(parts)
+    if format is None:
+        return joined
+    return coded(what.found[i][2].inside(widened(joined, torch.float32)), format)
+
+
 def _source(what: Seen, groups: Groups) -> str:
     """The fingerprint of a checkpoint's experts in these formats."""
-    said = f"{what.checkpoint.digest} {[[(len(some), some[0], format) for some, format in of] for of in groups]}"
+    said = f"{what.files.digest} {[[(len(some), some[0], format) for some, format in of] for of in groups]}"
     return hashlib.sha256(said.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A folder that `load` can take, before a weight is read: the model on the meta device, swapped; its experts
-    modules `found` and `skipped`; where everything lies in the files."""
+    """What `load` can take, before a weight is read: open files; the model on the meta device, swapped; its experts
+    modules `found` and `skipped`; the experts as they are stored, `laid` in the files or `made` of their bytes; `fill`
+    reads all the rest."""
 
-    checkpoint: Checkpoint
+    files: Checkpoint | Gguf
     model: nn.Module
     found: Found
     skipped: Mapping[str, str]
-    conversion: Conversion
     laid: Sequence[Mapping[str, Laid]]
     layers: Sequence[Layer]
+    fill: Callable[[], None]
+    made: Sequence[Mapping[str, Callable[[Tensor], Tensor]]] | None = None
+
+    def layers_in(self, groups: Groups) -> list[Layer]:
+        """The experts in other formats; those without one are as they are stored."""
+        made = layers_of(self.found, groups)
+        return [
+            Layer(new.name, tuple((some, old.kind(0) if format is None else kind) for (some, kind), (_, format) in zip(
+                new.groups, of, strict=True
+            )))
+            for new, old, of in zip(made, self.layers, groups, strict=True)
+        ]  # fmt: skip
+
+    def store(self, files: Sequence[tuple[int, Path]], page_cache: bool) -> ShardStore:
+        """The experts in these files, which it takes over."""
+        return ShardStore(self.layers, self.laid, files, made=self.made, page_cache=page_cache)
 
 
 @contextmanager
-def seen(path: str | os.PathLike[str]) -> Iterator[Seen]:
-    """What the files of a folder say, open for the length of a `with` unless somebody takes them. Raises as `load`."""
+def seen(path: str | os.PathLike[str], config: Any = None) -> Iterator[Seen]:
+    """What the files of a model say, open for the length of a `with` unless somebody takes them. Raises as `load`."""
+    if gguf_in(path):
+        with closing(Gguf(path)) as gguf:
+            m = model_in(gguf, config)
+            layers = [one.layer(name) for one, (name, _, _) in zip(m.stored, m.found, strict=True)]
+            laid, made = [one.laid for one in m.stored], [one.made for one in m.stored]
+            yield Seen(gguf, m.model, m.found, m.skipped, laid, layers, m.fill, made)
+        return
+    if config is not None:
+        raise ValueError(f"load: config must be None for a folder with config.json, got a {type(config).__name__}")
     folder = Path(path)
     checkpoint = Checkpoint(folder)
     try:
@@ -176,9 +215,13 @@ def seen(path: str | os.PathLike[str]) -> Iterator[Seen]:
         found, skipped = survey(model)
         conversion = conversion_of(model, checkpoint.tensors)
         _check_rest(model, conversion, checkpoint)
-        laid = [_experts(one, conversion, checkpoint) for one in found]
+        lies = [_experts(one, conversion, checkpoint) for one in found]
         layers = layers_of(found, groups_of(found, {}))
-        yield Seen(checkpoint, model, found, skipped, conversion, laid, layers)
+        left = {f"{name}.{theirs}" for name, _, form in found for theirs in form.names.values()}
+        experts = {key for name in left for keys in conversion.sources[name].keys.values() for key in keys}
+        rest = [key for key in checkpoint.tensors if key not in experts]
+        fill = partial(fill_rest, model, conversion, rest, checkpoint.read, left)
+        yield Seen(checkpoint, model, found, skipped, lies, layers, fill)
     finally:
         checkpoint.close()
 
