@@ -26,7 +26,8 @@ FORMATS = {
     "compressed-tensors int4": "int4", "compressed-tensors int4, rows": "int4",
     "compressed-tensors int4 with zeros": "uint4", "compressed-tensors int4 with zeros, rows": "uint4",
     "compressed-tensors int8": "int8", "compressed-tensors int8 as it lies": "int8",
-    "compressed-tensors fp8, rows": "fp8", "compressed-tensors fp8, one scale": "fp8", "gptq": "uint4",
+    "compressed-tensors fp8, rows": "fp8", "compressed-tensors fp8, one scale": "fp8", "compressed-tensors mxfp4": "mxfp4",
+    "gptq": "uint4",
     "gptq_v2, rows": "uint4", "awq": "uint4", "fp8": "fp8", "fp8, blocks cut short": "fp8",
 }  # fmt: skip
 
@@ -187,7 +188,7 @@ SPOILT = {  # scheme, what becomes of its tensors and of its config, the error
     "gemv": ("awq", nothing, {"version": "gemv"}, "version of .* must be gemm, got gemv"),
     "nvfp4": (
         CT, put("weight_packed", torch.zeros(64, 32).byte()), {},
-        r"up_proj.weight_packed of \S+ must be a matrix of I32, got U8"),
+        r"up_proj.weight_scale of \S+ must be U8 \[64, 2\], got BF16"),
     "groups of 16": (
         CT, put("weight_scale", torch.ones(64, 4).bfloat16()), {},
         r"up_proj.weight_scale of \S+ must be of groups of 32, 64 or a multiple of 128 columns.*got groups of 16"),
