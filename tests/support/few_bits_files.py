@@ -143,7 +143,7 @@ def awq(group=64):
     return pack, {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
 
 
-def fp8(block=(32, 32)):
+def fp8(block=(32, 32), exponents=False):
     def pack(stem: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         down, across = block
         spread = torch.zeros(w.shape)
@@ -152,9 +152,12 @@ def fp8(block=(32, 32)):
             for j in range(scale.shape[1]):
                 at = (slice(i * down, (i + 1) * down), slice(j * across, (j + 1) * across))
                 scale[i, j] = w[at].float().abs().max() / 448
+                if exponents:
+                    scale[i, j] = torch.exp2(torch.log2(scale[i, j]).ceil())
                 spread[at] = scale[i, j]
         data = (w.float() / spread).to(torch.float8_e4m3fn)
-        return {f"{stem}.weight": data, f"{stem}.weight_scale_inv": scale}, data.float() * spread
+        stored = scale.to(torch.float8_e8m0fnu) if exponents else scale
+        return {f"{stem}.weight": data, f"{stem}.weight_scale_inv": stored}, data.float() * spread
 
     return pack, {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
 
@@ -174,6 +177,7 @@ SCHEMES: dict[str, tuple[Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor
     "awq": awq(),
     "fp8": fp8(),
     "fp8, blocks cut short": fp8((48, 48)),
+    "fp8, exponents": fp8(exponents=True),
 }
 
 
