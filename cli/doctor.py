@@ -122,10 +122,10 @@ def examine_model(path: Path) -> dict[str, Any]:
     1 GiB, or more than fits into memory, is built without storage and swapped, but not run.
 
     Returns, among others, `replaced` (name -> what runs), `skipped` (name -> reason), `calls` (name -> number),
-    `memory` (bytes of the experts, as the files have them, and of the rest), `checkpoint` (files in the folder: how many,
-    their bytes, those of experts, the `trouble` that `headgate.load` has with them, whether they are `damaged`),
-    `complete` (every MoE block taken, and called if the model ran, and no file missing or cut). Raises ValueError naming
-    the rule where the path will not do.
+    `memory` (bytes of the experts, as the files have them, and of the rest), `checkpoint` (files in the folder: how
+    many, their bytes, those of experts, the `trouble` that `headgate.load` has with them, whether they are `damaged`),
+    `complete` (every MoE block taken, and called if the model ran, and no file missing or cut). Raises ValueError
+    naming the rule where the path will not do.
     """
     from ..moe.hf import replace
 

@@ -93,6 +93,11 @@ def _check_rest(model: nn.Module, conversion: Conversion, there: Translated) -> 
         raise fault(_WHO, folder, f"must have a tensor for each weight, got none for {missing[0]}{more}")
     wanted = model.state_dict()
     for name, source in conversion.sources.items():
+        for key in (key for keys in source.keys.values() for key in keys if wanted[name].is_floating_point()):
+            t = there.tensors[key]
+            if not isinstance(t, FewBits) and (not DTYPES[t.dtype].is_floating_point or DTYPES[t.dtype].itemsize < 2):
+                rule = f"must have {key} in bf16, fp16 or fp32, or with a quantization_config, got {t.dtype}"
+                raise fault(_WHO, folder, rule)
         if not source.operations:
             (keys,) = source.keys.values()
             for key in keys:

@@ -233,6 +233,15 @@ def test_what_is_not_taken_is_said_before_a_weight_is_read(both, tmp_path, monke
     assert len(str(said.value)) <= 400
 
 
+def test_few_bits_without_a_config_are_no_weights(both, tmp_path):
+    packed, _ = both("fp8")
+    folder = written(both("fp8")[1], tmp_path / "m", dense_in(packed), None)
+    with pytest.raises(
+        ValueError, match=r"must have \S+weight in bf16, fp16 or fp32, or with a quantization_config, got F8"
+    ):
+        headgate.load(folder, "50%")
+
+
 def test_weight_shape_tells_the_bits_where_groups_differ(both, tmp_path):
     packed, _ = both(CT)
     groups = {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}
