@@ -216,9 +216,8 @@ def few_bits(folder: Path) -> list[Path]:
 def used_few_bits(path: Path) -> Any:
     with closing(Checkpoint(path)) as found:
         there = Translated(found, quantization_in(path))
-        return {
-            key: (t.shape, there.read(key, torch.float32).nan_to_num().tolist()) for key, t in there.tensors.items()
-        }
+        read = {key: there.read(key, torch.float32).float().nan_to_num() for key in there.tensors}
+        return {key: (t.shape, t.tolist()) for key, t in read.items()}
 
 
 def checkpoint(folder: Path) -> list[Path]:
