@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..hf.pretrained import blank_model, fill_rest, missing_of
 from ..hf.swap import replace
 from .checkpoint import Checkpoint
 from .file import FileStore
-from .forms import Form, Found, survey
+from .forms import Form, Found, merged, survey
 from .gguf_file import Gguf, gguf_in
 from .gguf_load import model_in
 from .host import Store
@@ -155,7 +155,7 @@ def _recoded(what: Seen, i: int, parts: Mapping[str, Tensor], e: int, format: st
     joined = what.layers[i].kind(e).join(parts)
     if format is None:
         return joined
-    return coded(what.found[i][2].inside(widened(joined, torch.float32)), format)
+    return coded(merged(widened(joined, torch.float32)), format)
 
 
 def _source(what: Seen, groups: Groups) -> str:
@@ -178,6 +178,9 @@ class Seen:
     layers: Sequence[Layer]
     fill: Callable[[], None]
     made: Sequence[Mapping[str, Callable[[Tensor], Tensor]]] | None = None
+    keys: Sequence[set[str]] = ()  # of a GGUF file: the tensors of each layer's experts
+    # else: a parameter of the rest -> the tensor that it is, or None where transformers makes it by more than taking it
+    rest: Mapping[str, str | None] = field(default_factory=dict)
 
     def layers_in(self, groups: Groups) -> list[Layer]:
         """The experts in other formats; those without one are as they are stored."""
@@ -202,7 +205,7 @@ def seen(path: str | os.PathLike[str], config: Any = None) -> Iterator[Seen]:
             m = model_in(gguf, config)
             layers = [one.layer(name) for one, (name, _, _) in zip(m.stored, m.found, strict=True)]
             laid, made = [one.laid for one in m.stored], [one.made for one in m.stored]
-            yield Seen(gguf, m.model, m.found, m.skipped, laid, layers, m.fill, made)
+            yield Seen(gguf, m.model, m.found, m.skipped, laid, layers, m.fill, made, [one.keys for one in m.stored])
         return
     if config is not None:
         raise ValueError(f"load: config must be None for a folder with config.json, got a {type(config).__name__}")
@@ -219,11 +222,20 @@ def seen(path: str | os.PathLike[str], config: Any = None) -> Iterator[Seen]:
         layers = layers_of(found, groups_of(found, {}))
         left = {f"{name}.{theirs}" for name, _, form in found for theirs in form.names.values()}
         experts = {key for name in left for keys in conversion.sources[name].keys.values() for key in keys}
-        rest = [key for key in checkpoint.tensors if key not in experts]
-        fill = partial(fill_rest, model, conversion, rest, checkpoint.read, left)
-        yield Seen(checkpoint, model, found, skipped, lies, layers, fill)
+        others = [key for key in checkpoint.tensors if key not in experts]
+        fill = partial(fill_rest, model, conversion, others, checkpoint.read, left)
+        yield Seen(checkpoint, model, found, skipped, lies, layers, fill, rest=_rest_of(conversion, left))
     finally:
         checkpoint.close()
+
+
+def _rest_of(conversion: Conversion, left: set[str]) -> dict[str, str | None]:
+    """What `Seen.rest` is."""
+    found: dict[str, str | None] = dict.fromkeys(conversion.made - left)
+    for name, source in conversion.sources.items():
+        if name in found and not source.operations:
+            ((found[name],),) = source.keys.values()
+    return found
 
 
 def _check_rest(model: nn.Module, conversion: Conversion, checkpoint: Checkpoint) -> None:
