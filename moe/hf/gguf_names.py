@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -66,7 +67,9 @@ def check_architecture(guard: Guard, architecture: str) -> None:
     guard.rule(architecture in _FAMILIES, "general.architecture", f"one of {', '.join(_FAMILIES)}", architecture)
 
 
-def config_of(guard: Guard, architecture: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
+def config_of(
+    guard: Guard, architecture: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> Any:
     """The transformers config that a file's metadata and the shapes of its tensors say. Raises ValueError where they do
     not say enough."""
     from transformers import CONFIG_MAPPING
@@ -94,9 +97,47 @@ def config_of(guard: Guard, architecture: str, metadata: Mapping[str, Any], shap
     if missing:
         raise guard.refusal("metadata", f"a whole config: give config=, or {missing[0]} in it", "none")
     layers = said["num_hidden_layers"]
-    guard.rule(type(layers) is int and 1 <= layers <= blocks, "block_count", f"in 1 .. {blocks}, as tensors say", layers)
+    guard.rule(
+        type(layers) is int and 1 <= layers <= blocks, "block_count", f"in 1 .. {blocks}, as tensors say", layers
+    )
     with guard.watched("a config", "metadata"):
         return CONFIG_MAPPING[family.model_type](**said)
+
+
+def architecture_of(config: Any) -> str:
+    """The name in GGUF of a config's architecture. Raises ValueError where a file of it could not be written."""
+    found = {family.model_type: name for name, family in _FAMILIES.items() if not family.given}
+    if config.model_type not in found:
+        raise ValueError(f"pack: model_type must be one of {', '.join(found)} for a GGUF file, got {config.model_type}")
+    return found[config.model_type]
+
+
+def metadata_of(config: Any) -> dict[str, Any]:
+    """What a config says, in GGUF's keys: what `config_of` reads, and llama.cpp. There is no tokenizer in it."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    architecture = architecture_of(config)
+    family = _FAMILIES[architecture]
+    table: Any = GGUF_CONFIG_MAPPING[family.table]
+    rope = dict(config.rope_parameters)
+    said = {"rope.freq_base": float(rope["rope_theta"])}
+    if rope.get("rope_type", "default") != "default":
+        said |= {"rope.scaling.type": rope["rope_type"]}
+        said |= {theirs: rope[ours] for theirs, ours in _ROPE.items() if rope.get(ours) is not None}
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    said |= dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head)
+    for theirs, ours in {**table, **family.keys}.items():
+        value = getattr(config, ours, None) if ours is not None else None
+        if theirs not in said and isinstance(value, int | float):
+            said[theirs] = value
+    found = {"general.architecture": architecture, "general.quantization_version": 2}
+    found |= {f"{architecture}.{key}": value for key, value in said.items()}
+    found["tokenizer.ggml.model"] = "no_vocab"
+    for theirs, ours in _TOKENS.items():
+        value = getattr(config, ours, None)
+        if isinstance(value, int):
+            found[f"tokenizer.ggml.{theirs}_token_id"] = value
+    return found
 
 
 class Dense:
@@ -110,15 +151,33 @@ class Dense:
         self, guard: Guard, architecture: str, model: nn.Module, there: Collection[str], left: Collection[str]
     ) -> None:
         self._guard, self._architecture = guard, architecture
-        self.config: Any = model.config
-        layers: int = self.config.num_hidden_layers
+        m: Any = model
+        self.config = m.config
         self._wanted = {name: t.shape for name, t in model.state_dict().items() if name not in left}
-        table = _table(guard, architecture, layers)
+        table = _table(guard, architecture, self.config.num_hidden_layers)
         self.names: dict[str, tuple[str, ...]] = {}
         for name in self._wanted:
-            found = next((some for some in _candidates(name, table) if set(some) <= set(there)), None)
+            found = next((some for some in _candidates(name, table) if all(key in there for key in some)), None)
             if found is not None:
                 self.names[name] = found
+
+    @classmethod
+    def to_write(cls, model: nn.Module, left: Collection[str]) -> Dense:
+        """Of a file that is to be written: every parameter has the name that llama.cpp gives it."""
+        m: Any = model
+        guard = Guard(Path(m.config.name_or_path), "pack")
+        dense = cls(guard, architecture_of(m.config), model, _All(), left)
+        nameless = sorted(dense._wanted.keys() - dense.names.keys())
+        guard.rule(not nameless, "parameters", "such as a GGUF file has a name for", nameless[:1])
+        return dense
+
+    def written(self, name: str, t: Tensor) -> Tensor:
+        """A parameter as llama.cpp's converter writes it, in one dimension less where there is but one row."""
+        if self._architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = self.config.num_attention_heads if name.endswith("q_proj.weight") else None
+            halves = t.reshape(heads or self.config.num_key_value_heads, 2, -1, *t.shape[1:])
+            t = halves.transpose(1, 2).reshape(t.shape)
+        return t.squeeze(0) if t.dim() == 2 else t
 
     def check_rest(self, rest: Collection[str]) -> None:
         """`rest`: the file's tensors that are no experts'. Raises ValueError where one would be left out."""
@@ -151,6 +210,19 @@ class Dense:
                 want, got = (tuple(n for n in shape if n != 1) for shape in (self._wanted[name], shapes[keys[0]]))
                 rule = f"{list(self._wanted[name])}, as the config says of {name}"
                 self._guard.rule(want == got, f"shape of {keys[0]}", rule, list(shapes[keys[0]]))
+
+
+class _All(Collection[str]):
+    """Every name."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
 
 
 def _plain(t: Tensor) -> Any:

@@ -84,6 +84,7 @@ class Gguf:
         self.files: list[tuple[int, Path]] = []
         self.tensors: dict[str, GgufTensor] = {}
         self.metadata: dict[str, Any] = {}
+        self._said: dict[str, tuple[int, int]] = {}
         self._digest = hashlib.sha256()
         try:
             for part in self.parts:
@@ -107,6 +108,11 @@ class Gguf:
             piece = Piece(memoryview(bytes_of(found)), stored.file, stored.offset + begin)
             Reads(self.files, ways=1).fill([piece])
         return found
+
+    def said(self, key: str) -> bytes:
+        """A key and its value, as the header has them."""
+        begin, end = self._said[key]
+        return pread_all(self.files[0][0], end - begin, begin)
 
     @property
     def digest(self) -> str:
@@ -148,9 +154,11 @@ class Gguf:
         guard.rule(version in (2, 3), "version", "2 or 3, little-endian", version)
         metadata: dict[str, Any] = {}
         for _ in range(keys):
-            key = words.text(_LONGEST_NAME, "a key")
+            first, key = words.at, words.text(_LONGEST_NAME, "a key")
             guard.rule(key not in metadata, key, "there once", "a second one")
             metadata[key] = words.value(key)
+            if len(self.files) == 1:
+                self._said[key] = (first, words.at)
         got = metadata.get("split.no", 0), metadata.get("split.count", 1)
         here = len(self.files) - 1, len(self.parts)
         fine = got == here or (len(self.parts) == 1 and got[1] in (0, 1))

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ...placement.files import remove_stale
 from ...placement.traces.trace import Trace
 from .checkpoint import Checkpoint
 from .file import FileStore
-from .forms import Found
+from .forms import Found, merged
 from .gguf_file import Gguf, gguf_in
 from .gguf_load import model_in
 from .host import Store
@@ -153,7 +153,7 @@ def _recoded(what: Seen, i: int, parts: Mapping[str, Tensor], e: int, format: st
     joined = what.layers[i].kind(e).join(parts)
     if format is None:
         return joined
-    return coded(what.found[i][2].inside(widened(joined, torch.float32)), format)
+    return coded(merged(widened(joined, torch.float32)), format)
 
 
 def _source(what: Seen, groups: Groups) -> str:
@@ -176,6 +176,9 @@ class Seen:
     layers: Sequence[Layer]
     fill: Callable[[], None]
     made: Sequence[Mapping[str, Callable[[Tensor], Tensor]]] | None = None
+    keys: Sequence[set[str]] = ()  # of a GGUF file: the tensors of each layer's experts
+    # else: a parameter of the rest -> the tensor that it is, or None where transformers makes it by more than taking it
+    rest: Mapping[str, str | None] = field(default_factory=dict)
 
     def layers_in(self, groups: Groups) -> list[Layer]:
         """The experts in other formats; those without one are as they are stored."""
@@ -200,7 +203,7 @@ def seen(path: str | os.PathLike[str], config: Any = None) -> Iterator[Seen]:
             m = model_in(gguf, config)
             layers = [one.layer(name) for one, (name, _, _) in zip(m.stored, m.found, strict=True)]
             laid, made = [one.laid for one in m.stored], [one.made for one in m.stored]
-            yield Seen(gguf, m.model, m.found, m.skipped, laid, layers, m.fill, made)
+            yield Seen(gguf, m.model, m.found, m.skipped, laid, layers, m.fill, made, [one.keys for one in m.stored])
         return
     if config is not None:
         raise ValueError(f"load: config must be None for a folder with config.json, got a {type(config).__name__}")
@@ -208,4 +211,4 @@ def seen(path: str | os.PathLike[str], config: Any = None) -> Iterator[Seen]:
         m = model_of(checkpoint)
         laid, made = [one.laid for one in m.stored], [one.made for one in m.stored]
         layers = [one.layer(name) for one, (name, _, _) in zip(m.stored, m.found, strict=True)]
-        yield Seen(checkpoint, m.model, m.found, m.skipped, laid, layers, m.fill, made)
+        yield Seen(checkpoint, m.model, m.found, m.skipped, laid, layers, m.fill, made, rest=m.rest)

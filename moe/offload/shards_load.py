@@ -45,13 +45,14 @@ class Stored:
 @dataclass(frozen=True)
 class ShardsModel:
     """The model on the meta device, swapped; its experts modules `found` and `skipped`; each one's experts `stored`;
-    `fill` reads all the rest."""
+    `fill` reads all the rest, and `rest` says where it lies (see load.Seen)."""
 
     model: nn.Module
     found: Found
     skipped: Mapping[str, str]
     stored: list[Stored]
     fill: Callable[[], None]
+    rest: Mapping[str, str | None]
 
 
 def model_of(checkpoint: Checkpoint) -> ShardsModel:
@@ -82,7 +83,16 @@ def model_of(checkpoint: Checkpoint) -> ShardsModel:
             say_once(_WHO, why, f"these weights widened to {str(dtype)[6:]}, once")
         fill_rest(model, conversion, rest, lambda key: there.read(key, dtype), left)
 
-    return ShardsModel(model, found, skipped, stored, fill)
+    return ShardsModel(model, found, skipped, stored, fill, _rest_of(conversion, left, there))
+
+
+def _rest_of(conversion: Conversion, left: set[str], there: Translated) -> dict[str, str | None]:
+    found: dict[str, str | None] = dict.fromkeys(conversion.made - left)
+    for name, source in conversion.sources.items():
+        if name in found and not source.operations:
+            ((key,),) = source.keys.values()
+            found[name] = None if isinstance(there.tensors[key], FewBits) else key
+    return found
 
 
 def _check_rest(model: nn.Module, conversion: Conversion, there: Translated) -> None:

@@ -86,7 +86,7 @@ def write(
 
     def add(name: str, w: torch.Tensor) -> torch.Tensor:
         """Into the file; the numbers that it says."""
-        plain = w.dim() < 2 or "ffn_gate_inp" in name
+        plain = w.dim() < 2 or "ffn_gate_inp" in name or name.endswith(".bias")
         raw, kind = _coded(w.detach().float().contiguous(), "F32" if plain else type_of(name))
         file.add_tensor(name, raw, raw_dtype=kind)
         read = raw if raw.dtype == np.float32 else gguf.quants.dequantize(raw, kind)
@@ -185,7 +185,7 @@ def _metadata(file: Any, family: str, config: Any) -> None:
     if family in ("qwen3moe", "gpt-oss"):
         file.add_key_length(config.head_dim)
         file.add_value_length(config.head_dim)
-    if family != "llama":
+    if family not in ("llama", "olmoe"):
         file.add_expert_feed_forward_length(F)
     if family == "qwen2moe":
         file.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
