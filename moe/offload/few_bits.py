@@ -423,9 +423,15 @@ def _sorted(words: Tensor) -> Tensor:
 
 
 def _from_awq(words: Tensor) -> Tensor:
-    """AWQ: int32 [I, O/8] -> bytes [O, I/2]."""
-    n = _sorted(words)
-    return (n[0::2] | n[1::2] << 4).T
+    """AWQ: int32 [I, O/8] -> bytes [O, I/2]. Pairs of columns are joined as they lie, then turned as whole bytes."""
+    even, odd = (words[i::2].contiguous().view(torch.uint8) for i in (0, 1))
+    halves = (even & 15 | odd << 4, even >> 4 | odd & 0xF0)  # of the lower and of the upper nibbles of a word's bytes
+    out = torch.empty(words.shape[1], 8, len(even), dtype=torch.uint8)
+    for upper, half in enumerate(halves):
+        turned = half.T.contiguous().view(-1, 4, len(even))
+        for byte in range(4):
+            out[:, _AWQ[2 * byte + upper]] = turned[:, byte]
+    return out.view(-1, len(even))
 
 
 def _turned_scales(scale: Tensor, zeros: Tensor, plus: int | None, times: int, groups: int) -> Tensor:

@@ -19,7 +19,7 @@ def test_every_form_is_measured_and_compared(tmp_path, capsys):
     found = json.loads(target.read_text())
     assert list(found) == ["1", "2"]
     for row in found.values():
-        assert list(row) == ["fp32", "bf16", "int8", "int4", "mxfp4"]
+        assert list(row) == ["fp32", "bf16", "int8", "int4", "uint4", "mxfp4"]
         assert row["bf16"]["over_bf16"] == row["fp32"]["over_fp32"] == 1
         for f in row.values():
             assert 0 < f["ms"] <= f["median_ms"]
