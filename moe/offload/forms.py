@@ -22,46 +22,48 @@ from ..shards import shards_of
 @dataclass(frozen=True)
 class Form:
     """`names`: what the operation calls a weight -> the module's parameter, [E, ...] each, which may be `transposed`,
-    with gate and up rows `interleaved`. `straight`: outside of the module experts are neither."""
+    with gate and up rows `interleaved`. `straight`: outside of the module experts are neither; `turned`: they are not
+    transposed."""
 
     names: dict[str, str]
     activation: Activation
     transposed: bool = False
     interleaved: bool = False
     straight: bool = False
+    turned: bool = False
 
     @property
     def layout(self) -> dict[str, bool]:
         """How experts lie outside of the module, as the operation has it."""
         return {
-            "transposed": self.transposed and not self.straight, "interleaved": self.interleaved and not self.straight
-        }  # fmt: skip
+            "transposed": self.transposed and not (self.straight or self.turned),
+            "interleaved": self.interleaved and not self.straight,
+        }
 
     def shapes(self, module: nn.Module) -> dict[str, Tensor]:
         """The experts' weights outside of the module [E, ...], without a number."""
         weights = {name: p.detach().to("meta") for name, p in self.weights(module).items()}
-        return self.outside(weights) if self.straight else weights
+        return self.outside(weights)
 
     def inside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights [n, ...] of outside as the module's parameters have them."""
-        found = merged(weights)
-        if self.straight:
-            for name in ("w_gate_up", "b_gate_up"):
-                if self.interleaved and name in found:
-                    found[name] = torch.stack(found[name].chunk(2, 1), 2).flatten(1, 2)
-            for name in ("w_gate_up", "w_down"):
-                if self.transposed:
-                    found[name] = found[name].transpose(1, 2)
+        found, layout = merged(weights), self.layout
+        for name in ("w_gate_up", "b_gate_up"):
+            if self.interleaved and not layout["interleaved"] and name in found:
+                found[name] = torch.stack(found[name].chunk(2, 1), 2).flatten(1, 2)
+        for name in ("w_gate_up", "w_down"):
+            if self.transposed and not layout["transposed"]:
+                found[name] = found[name].transpose(1, 2)
         return found
 
     def outside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights [n, ...] of the module's parameters with rows of outputs, gate rows above up rows."""
-        found = dict(weights)
+        """Weights [n, ...] of the module's parameters as they lie outside."""
+        found, layout = dict(weights), self.layout
         for name in ("w_gate_up", "w_down"):
-            if self.transposed:
+            if self.transposed and not layout["transposed"]:
                 found[name] = found[name].transpose(1, 2)
         for name in ("w_gate_up", "b_gate_up"):
-            if self.interleaved and name in found:
+            if self.interleaved and not layout["interleaved"] and name in found:
                 found[name] = torch.cat((found[name][:, ::2], found[name][:, 1::2]), 1)
         return found
 

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ...placement.caching.predict import Predictor
-from ...placement.careful import fault
 from ...placement.files import remove_stale
 from ...placement.traces.trace import Trace
-from ..hf.conversion import Conversion, conversion_of
-from ..hf.pretrained import blank_model, fill_rest, missing_of
-from ..hf.swap import replace
 from .checkpoint import Checkpoint
 from .file import FileStore
-from .forms import Form, Found, merged, survey
+from .forms import Found, merged
 from .gguf_file import Gguf, gguf_in
 from .gguf_load import model_in
 from .host import Store
 from .kinds import Layer, Weights, split, widened
 from .lower import FILE, Formats, Groups, coded, groups_of, layers_of
 from .offload import Offload, Plan
-from .reads import DTYPES
-from .shards import WHAT_TO_DO, Laid, ShardStore, laid_out
+from .shards import Laid, ShardStore
+from .shards_load import model_of
 
 
 def load(
@@ -71,9 +66,11 @@ def load(
     policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
 
     Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
-    files make which parameter is asked of transformers. Experts of a GGUF file stay in its blocks where products take
-    them (Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, MXFP4, and Q5_0 and IQ4_NL, which become Q8_0 exactly); others are widened to
-    the model's dtype whenever one is read, and it says so. The model is in evaluation mode and runs through Headgate.
+    files make which parameter is asked of transformers. Experts in few bits stay so, in slots and in products: those of
+    compressed-tensors, GPTQ, AWQ, FP8 and MXFP4, and the blocks of a GGUF file where products take them (Q8_0, Q4_0,
+    Q4_K, Q5_K, Q6_K, MXFP4, and Q5_0 and IQ4_NL, which become Q8_0 exactly). Others are widened to the model's dtype
+    whenever one is read, and what else is in few bits once, when it is loaded; it says so. The model is in evaluation
+    mode and runs through Headgate.
     Without `disk` its experts' parameters are on the meta device: they have names and shapes, and no numbers.
     `Offload.close()` leaves them there, and the model can compute no more; `close(restore=True)` brings them into
     memory.
@@ -81,8 +78,9 @@ def load(
     Returns the model and its Offload.
 
     Raises OSError where a file is missing or cannot be read; ValueError where one is not what it should be, a tensor is
-    missing or of another shape or dtype than the model's, the checkpoint is quantized, or transformers makes experts by
-    more than stacking and concatenating; else as `offload`. All this is found out before a weight is read.
+    missing or of another shape or dtype than the model's, the checkpoint is quantized in a way that is not taken, or
+    transformers makes experts by more than stacking, concatenating and turning; else as `offload`. All this is found
+    out before a weight is read.
 
     >>> model, offloaded = headgate.load("/models/Qwen3-30B-A3B", budget="4GiB")
     >>> model.generate(**inputs)
@@ -209,79 +207,8 @@ def seen(path: str | os.PathLike[str], config: Any = None) -> Iterator[Seen]:
         return
     if config is not None:
         raise ValueError(f"load: config must be None for a folder with config.json, got a {type(config).__name__}")
-    folder = Path(path)
-    checkpoint = Checkpoint(folder)
-    try:
-        dtypes = [DTYPES[t.dtype] for t in checkpoint.tensors.values()]
-        model = blank_model(folder, next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None))
-        replace(model)
-        found, skipped = survey(model)
-        conversion = conversion_of(model, checkpoint.tensors)
-        _check_rest(model, conversion, checkpoint)
-        lies = [_experts(one, conversion, checkpoint) for one in found]
-        layers = layers_of(found, groups_of(found, {}))
-        left = {f"{name}.{theirs}" for name, _, form in found for theirs in form.names.values()}
-        experts = {key for name in left for keys in conversion.sources[name].keys.values() for key in keys}
-        others = [key for key in checkpoint.tensors if key not in experts]
-        fill = partial(fill_rest, model, conversion, others, checkpoint.read, left)
-        yield Seen(checkpoint, model, found, skipped, lies, layers, fill, rest=_rest_of(conversion, left))
-    finally:
-        checkpoint.close()
-
-
-def _rest_of(conversion: Conversion, left: set[str]) -> dict[str, str | None]:
-    """What `Seen.rest` is."""
-    found: dict[str, str | None] = dict.fromkeys(conversion.made - left)
-    for name, source in conversion.sources.items():
-        if name in found and not source.operations:
-            ((found[name],),) = source.keys.values()
-    return found
-
-
-def _check_rest(model: nn.Module, conversion: Conversion, checkpoint: Checkpoint) -> None:
-    """Raises ValueError where a tensor is missing, or one that is taken as it lies has another shape."""
-    missing = missing_of(model, conversion)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise fault("load", checkpoint.folder, f"must have a tensor for each weight, got none for {missing[0]}{more}")
-    wanted = model.state_dict()
-    for name, source in conversion.sources.items():
-        if not source.operations:
-            (keys,) = source.keys.values()
-            for key in keys:
-                shape = checkpoint.tensors[key].shape
-                if shape != tuple(wanted[name].shape):
-                    rule = f"must have {key} of shape {list(wanted[name].shape)}, got {list(shape)}"
-                    raise fault("load", checkpoint.folder, rule)
-
-
-def _experts(one: tuple[str, nn.Module, Form], conversion: Conversion, checkpoint: Checkpoint) -> Mapping[str, Laid]:
-    """Where the parts of a layer's experts lie. Raises ValueError where one is of another shape or dtype than the
-    model's, or not in whole pieces."""
-    name, module, form = one
-    found = {}
-    for ours, parameter in form.weights(module).items():
-        whole = f"{name}.{form.names[ours]}"
-        source = conversion.sources.get(whole)
-        if source is None:
-            why = "transformers makes it together with others"
-            raise ValueError(f"load: {whole} must lie in the checkpoint for itself, {why}: {WHAT_TO_DO}")
-        if len({len(keys) for keys in source.keys.values()}) > 1 or len(source.keys) < len(source.patterns):
-            raise fault("load", checkpoint.folder, f"must have as many tensors of each kind for {whole}, got {source}")
-        try:
-            laid = laid_out(source, checkpoint)
-        except ValueError as error:
-            raise fault("load", checkpoint.folder, f"must have for {whole} {error}") from error
-        if isinstance(laid, str):
-            raise ValueError(
-                f"load: {whole} must lie in the checkpoint as bytes that can be read in place, {laid}: {WHAT_TO_DO}"
-            )
-        if laid.shape != tuple(parameter.shape):
-            rule = f"must make {whole} {list(parameter.shape)}, got {list(laid.shape)} from {source}"
-            raise fault("load", checkpoint.folder, rule)
-        if DTYPES[laid.dtype] != parameter.dtype:
-            raise ValueError(
-                f"load: {whole} must be stored in the model's {parameter.dtype}, got {laid.dtype}: {WHAT_TO_DO}"
-            )
-        found[ours] = laid
-    return found
+    with closing(Checkpoint(path)) as checkpoint:
+        m = model_of(checkpoint)
+        laid, made = [one.laid for one in m.stored], [one.made for one in m.stored]
+        layers = [one.layer(name) for one, (name, _, _) in zip(m.stored, m.found, strict=True)]
+        yield Seen(checkpoint, m.model, m.found, m.skipped, laid, layers, m.fill, made, rest=m.rest)
