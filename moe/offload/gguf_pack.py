@@ -106,12 +106,12 @@ def _anew(what: Seen, formats: list[str | None]) -> _Plan:
                 f"pack: {name} must be a tensor of the checkpoint, got one that transformers makes of others"
             )
         type = "F32" if t.dim() < 2 or 1 in t.shape or ".ffn_gate_inp." in key else _TYPE_OF[t.dtype]
-        shape = dense.written(name, t.new_empty(t.shape, device="meta")).shape
+        lies = dense.written(name, t.new_empty(t.shape, device="meta")).shape
 
         def parts(name: str = name, type: str = type, source: str = source) -> Iterator[Tensor]:
             yield dense.written(name, what.files.read(source)).to(DTYPE_OF[type]).contiguous()
 
-        plan.tensors[key], plan.rest[key] = (type, tuple(shape)), parts
+        plan.tensors[key], plan.rest[key] = (type, tuple(lies)), parts
     for (name, module, form), format in zip(what.found, formats, strict=True):
         down = form.weights(module)["w_down"]
         width, (experts, *sides) = form.width(module), down.shape
