@@ -119,7 +119,7 @@ def expert_outputs(
     formats: list[str] = []
     blocks: list[int] = []
     if isinstance(w1, Quantized) and isinstance(w_down, Quantized):
-        formats, blocks = form_of(w1, w_up, w_down)
+        formats, blocks = form_of(w1, w_up if isinstance(w_up, Quantized) else None, w_down)
     torch.ops.headgate.expert_outputs(
         rows, routing.expert_ids, *map(_parts, (w1, w_up, w_down)), b_gate_up, b_down, slot_of_expert, out,
         formats, blocks, act.kind, act.params, act.gated, transposed, interleaved,

@@ -7,19 +7,20 @@ from torch import Tensor
 
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
-from .router import Router, warn_of_constant_weights
+from .given import Given
+from .router import GatedRouter, warn_of_constant_weights
 
 ORDERS = {"softmax_topk": "softmax", "topk_softmax": "topk_softmax"}
 
 
-class SoftmaxRouter(Router):
+class SoftmaxRouter(GatedRouter):
     """Softmax over the experts' logits and the K best of them, in either order.
 
     `order` "softmax_topk" takes the probabilities of the K best, divided by their sum if `renormalize` (Mixtral,
     Qwen3); "topk_softmax" takes the softmax of the K best logits, which sums to one by itself (gpt-oss, GraniteMoE).
     `scale` multiplies the weights. `groups`, `topk_groups`, `group_score` limit the choice as in `topk` (DeepSeek-V2:
     "max").
-    `gate_bias` adds a learned bias to the logits (gpt-oss). `jitter`: see Router.
+    `gate_bias` adds a learned bias to the logits (gpt-oss). `jitter`: see GatedRouter.
 
     >>> SoftmaxRouter(hidden_size=16, num_experts=8, top_k=2, renormalize=True)(torch.randn(5, 16)).weights.shape
     torch.Size([5, 2])
@@ -53,7 +54,7 @@ class SoftmaxRouter(Router):
         self.score, self.renormalize, self.scale = ORDERS[order], renormalize, scale
         self.groups, self.topk_groups, self.group_score = groups, topk_groups, group_score
 
-    def forward(self, x: Tensor) -> Routing:
+    def choose(self, x: Tensor, given: Given) -> Routing:
         return topk(
             self.logits(x),
             self.top_k,
