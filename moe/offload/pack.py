@@ -10,10 +10,13 @@ from typing import Any
 
 from .arena import parse_size
 from .file import FileStore
+from .forms import Found
 from .gguf_file import Gguf
 from .gguf_pack import check_formats, is_gguf, write_gguf
 from .load import Seen, seen, written
 from .lower import Formats, Groups, groups_of, layers_of, room_for
+
+_WIDENING = 24  # bytes for each weight that is widened, at most
 
 
 def pack(
@@ -58,7 +61,7 @@ def pack(
             check_formats(groups)
         layers = layers_of(found, groups) if is_gguf(to) else what.layers_in(groups)
         if most is not None:
-            _check_memory(what, groups, most, max_memory)
+            _check_memory(what, found, groups, most, max_memory)
         if is_gguf(to):
             write_gguf(what, groups, to, tell)
             return
@@ -78,8 +81,12 @@ def _check_output(path: Path) -> None:
         raise ValueError(f"pack: output must be a new file or {kind}, got {path} ({error})") from error
 
 
-def _check_memory(what: Seen, groups: Groups, most: int, said: object) -> None:
-    for (name, module, form), of in zip(what.found, groups, strict=True):
-        need = max(room_for(form.weights(module), format) for _, format in of)
+def _check_memory(what: Seen, found: Found, groups: Groups, most: int, said: object) -> None:
+    for (name, module, form), of, layer in zip(found, groups, what.layers, strict=True):
+        weights = form.shapes(module)
+        need = max(room_for(weights, format) for _, format in of)
+        if layer.kind(0).coded and any(format is not None for _, format in of):  # these are widened on the way
+            sizes = [w[0].numel() for w in weights.values()]
+            need += 4 * sum(sizes) + _WIDENING * max(sizes)
         if need > most:
             raise ValueError(f"pack: max_memory must be at least {need:,} bytes for an expert of {name}, got {said!r}")
