@@ -145,10 +145,10 @@ def _backward(m: Meta, chip: Chip, recorder: Recorder) -> None:
 def _quantized(m: Meta, chip: Chip, recorder: Recorder) -> None:
     """`inference` on every kind of quantized weights, for as few rows as the kernels of few rows serve."""
     from ...kernels.grouped_ffn.thin import serves, thin_forward
-    from ...kernels.quantized import FORMATS, quantize
+    from ...kernels.quantized import PER_BYTE, quantize
 
     s = m.shape
-    for kind in FORMATS if serves(m.rows) else ():
+    for kind in PER_BYTE if serves(m.rows) else ():
         one, two = (quantize(m.new(*size), kind) for size in (
             (s.experts, 2 * s.intermediate, s.hidden), (s.experts, s.hidden, s.intermediate)
         ))  # fmt: skip

@@ -132,7 +132,7 @@ def expert_gradients(
     with torch.no_grad():
         torch.ops.headgate.expert_gradients(
             grad, rows, routing.expert_ids, routing.weights, *map(listed, (w1, w_up, w_down)), *biases, slot_of_expert,
-            d_rows, d_weights, *coding(w1, w_down), act.kind, act.params, act.gated, transposed, interleaved,
+            d_rows, d_weights, *coding(w1, w_up, w_down), act.kind, act.params, act.gated, transposed, interleaved,
         )  # fmt: skip
 
 

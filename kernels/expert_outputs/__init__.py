@@ -13,6 +13,7 @@ from torch import Tensor
 from ..activation import Activation, as_activation
 from ..chip import say_once
 from ..grouped_ffn.checks import check
+from ..grouped_ffn.quantized import form_of
 from ..quantized import Quantized
 from ..routing import Routing, narrow_ids
 from ..transforms import implement, refuse_transforms, register_composite, run
@@ -118,7 +119,7 @@ def expert_outputs(
     refuse_gradients("expert_outputs", out=out, **tensors)
     torch.ops.headgate.expert_outputs(
         rows, routing.expert_ids, *map(listed, (w1, w_up, w_down)), b_gate_up, b_down, slot_of_expert, out,
-        *coding(w1, w_down), act.kind, act.params, act.gated, transposed, interleaved,
+        *coding(w1, w_up, w_down), act.kind, act.params, act.gated, transposed, interleaved,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..grouped_ffn.quantized import form_of
 from ..quantized import Quantized
 from ..routing import Routing
 
@@ -16,11 +17,13 @@ def listed(w: Tensor | Quantized | None) -> list[Tensor]:
     return [w.data, w.scale] if isinstance(w, Quantized) else [w]
 
 
-def coding(w1: Tensor | Quantized, w_down: Tensor | Quantized) -> tuple[list[str], list[int]]:
+def coding(
+    w1: Tensor | Quantized, w_up: Tensor | Quantized | None, w_down: Tensor | Quantized
+) -> tuple[list[str], list[int]]:
     """(formats, blocks) of weights that are Quantized; nothing of others."""
     if not (isinstance(w1, Quantized) and isinstance(w_down, Quantized)):
         return [], []
-    return [w1.format, w_down.format], [min(n, 2**31 - 1) for n in (*w1.block, *w_down.block)]
+    return form_of(w1, w_up if isinstance(w_up, Quantized) else None, w_down)
 
 
 def check_slots(op: str, slots: Tensor, routing: Routing, rows: Tensor) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...kernels.quantized import Quantized, quantize
+from ...kernels.quantized import BLOCKS, Quantized, quantize
 from ..hf.accelerated import keeps_weights
 from .checksums import Verify
 from .file import FileStore
@@ -23,7 +23,9 @@ Formats = Mapping[str, Sequence[str | None]] | str
 
 Groups = list[list[tuple[list[int], str | None]]]  # of each layer, (experts, their format)
 # bytes for each weight that `quantize` takes at most: half in tensors, half that the allocator still keeps of others
-_BETWEEN = {"fp8": 48, "int8": 40, "int4": 40, "mxfp4": 104}
+_BETWEEN = {
+    "fp8": 48, "int8": 40, "int4": 40, "uint4": 64, "mxfp4": 104, **dict.fromkeys(BLOCKS, 44), "gguf_mxfp4": 64,
+}  # fmt: skip
 
 
 def groups_of(found: Found, formats: Formats) -> Groups:
@@ -45,7 +47,7 @@ def groups_of(found: Found, formats: Formats) -> Groups:
             raise ValueError(
                 f"offload: formats must have one for each of the {experts} experts of {name}, got {len(of)}"
             )
-        if form.transposed and any(of):
+        if form.layout["transposed"] and any(of):
             raise ValueError(f"offload: formats must be None for transposed weights, got some for {name}")
         kinds = dict.fromkeys(of)
         groups.append([([e for e in range(experts) if of[e] == kind], kind) for kind in kinds])
@@ -89,7 +91,7 @@ def like(weights: Mapping[str, Tensor], n: int, format: str | None) -> Weights:
 def layers_of(found: Found, groups: Groups) -> list[Layer]:
     """What the experts are, without a number."""
     return [
-        Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
+        Layer.of(name, *((experts, like(form.shapes(module), len(experts), format)) for experts, format in parts))
         for (name, module, form), parts in zip(found, groups, strict=True)
     ]
 

@@ -329,8 +329,8 @@ class Offload:
                 raise ValueError(f"offload: autocast must be off or to the experts' {dtype}, got autocast to {wanted}")
         return self.engine.compute(
             index, rows.to(dtype), routing,
-            activation=form.activation, gated=form.activation.gated, transposed=form.transposed,
-            interleaved=form.interleaved, then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
+            activation=form.activation, gated=form.activation.gated, **form.layout,
+            then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
             back=partial(self._fetch_back, index, self._came.get((threading.get_ident(), index - 1))),
         ).to(rows.dtype)  # fmt: skip
 

@@ -77,7 +77,7 @@ def split_of(
     moved = {p for _, module, form in found for p in form.weights(module).values()}
     others = {t for t in (*model.parameters(), *model.buffers()) if t not in moved and t.device != device}
     free, limit = free_bytes(device, sum(p.nbytes for p in moved if p.device.type == "cpu"))
-    widths = [layer.outputs(form.transposed) for layer, (_, _, form) in zip(layers, found, strict=True)]
+    widths = [layer.outputs(form.layout["transposed"]) for layer, (_, _, form) in zip(layers, found, strict=True)]
     margin = max(_ADDRESSES if limit == "RLIMIT_AS" else _LEAST, free // _SHARE)
     split = Split(
         free=free, limit=limit, rest=sum(t.nbytes for t in others), cache=cache_bytes(model, found, tokens),

@@ -221,7 +221,10 @@ def test_doctor_says_how_much_memory_a_model_takes_and_whether_its_files_are_who
     assert "100% of all" in auto
     files = sorted(tmp_path.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    assert found["checkpoint"] == {"files": len(files), "bytes": size, "trouble": None, "damaged": False}
+    assert found["checkpoint"] == {
+        "files": len(files), "bytes": size, "experts_bytes": found["memory"]["experts_bytes"], "trouble": None,
+        "damaged": False,
+    }  # fmt: skip
     assert cli.main(["doctor", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert f"{len(files)} safetensors files of 0.0 MB: headgate.load takes them" in said
