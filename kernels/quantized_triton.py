@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .gguf_triton import block_tile, in_blocks
+
 
 @triton.jit
 def element(word, J: tl.constexpr, FORMAT: tl.constexpr):
@@ -60,6 +62,22 @@ def quantized_tile(
 ):  # fmt: skip
     """fp32 weights [ROWS, COLUMNS] of expert e from (o, i), zero from o_end and i_end on. `w` uint8, `s` the scales;
     BLOCK_ROWS x BLOCK_COLUMNS of them share one, and COLUMNS is a part or a multiple of BLOCK_COLUMNS."""
+    if in_blocks(FORMAT):
+        return block_tile(w, e, o, i, o_end, i_end, stride_e, stride_o, ROWS, COLUMNS, FORMAT)
+    else:
+        return _scaled_tile(
+            w, s, e, o, i, o_end, i_end, stride_e, stride_o, stride_se, stride_so, ROWS, COLUMNS, BLOCK_ROWS,
+            BLOCK_COLUMNS, FORMAT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _scaled_tile(
+    w, s, e, o, i, o_end, i_end, stride_e, stride_o, stride_se, stride_so,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """quantized_tile of formats whose scales lie beside the numbers."""
     PER: tl.constexpr = 1 if FORMAT == "fp8" or FORMAT == "int8" else 2
     # a block that is no power of two is all of a row (on_triton's caller sees to it): one scale, however short the row
     MANY: tl.constexpr = COLUMNS > BLOCK_COLUMNS and BLOCK_COLUMNS & (BLOCK_COLUMNS - 1) == 0
