@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chip import Chip
-from .gguf_triton import in_blocks
+from .gguf_triton import at_words, in_blocks
 from .launch import Launch, can_map, tensor_map
 from .plan.on_triton import Schedule
 from .quantized import BLOCKS, Quantized
@@ -215,7 +215,7 @@ class Matrix:
     def of(cls, w: Tensor | Quantized, transposed: bool) -> Matrix:
         """Of weights of any strides; copied only where neither of an expert's axes is contiguous."""
         if isinstance(w, Quantized) and w.format in BLOCKS:
-            data = at_words(w)
+            data = at_words(w.data, w.format)
             return cls(data, True, data, w.format, w.block)
         if isinstance(w, Quantized):
             data, scale = (t if t.stride(2) == 1 else t.contiguous() for t in (w.data, w.scale))
@@ -244,15 +244,6 @@ class Matrix:
 
     def backward(self) -> Operand:
         return Operand(self, not self.input_inner)
-
-
-def at_words(w: Quantized) -> Tensor:
-    """The bytes of GGUF's blocks as kernels read them: rows without gaps, the first at a multiple of 4 bytes, and every
-    one at a multiple of 16 where the blocks are. Copied only where they are not so."""
-    data, each = w.data, 16 if BLOCKS[w.format][1] % 16 == 0 else 1
-    first = 0 if data.device.type == "meta" else data.data_ptr()
-    there = data.stride(2) == 1 and first % max(4, each) == 0 and all(n % each == 0 for n in data.stride()[:2])
-    return data if there else data.clone(memory_format=torch.contiguous_format)
 
 
 def blocks(tile: Tile) -> dict[str, int]:

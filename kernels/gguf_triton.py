@@ -8,13 +8,24 @@ byte comes from memory once, and a word is wide enough for the asynchronous copi
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .gguf_blocks import BLOCKS
 
 # format: (byte at which a block's nibbles begin, weights in a run: so many low halves, then as many high ones)
 _NIBBLES = {"Q4_0": (2, 16), "gguf_mxfp4": (1, 16), "Q4_K": (16, 32), "Q5_K": (48, 32), "Q6_K": (0, 64)}
+
+
+def at_words(data: Tensor, format: str) -> Tensor:
+    """Blocks [E, O, bytes of a row] as kernels read them: rows without gaps, the first at a multiple of 4 bytes, and every
+    one at a multiple of 16 where the blocks are. Copied only where they are not so."""
+    each = 16 if BLOCKS[format][1] % 16 == 0 else 1
+    first = 0 if data.device.type == "meta" else data.data_ptr()
+    there = data.stride(2) == 1 and first % max(4, each) == 0 and all(n % each == 0 for n in data.stride()[:2])
+    return data if there else data.clone(memory_format=torch.contiguous_format)
 
 
 @triton.constexpr_function

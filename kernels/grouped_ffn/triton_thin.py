@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 
 from ..activation_triton import GATED, activate
+from ..gguf_triton import in_blocks
 from ..quantized_triton import element, is_nan, scale_of, shift_of
+from .triton_thin_blocks import block_sums
 
 
 @triton.jit
@@ -147,7 +149,14 @@ def thin_up_kernel(
                 base = tl.multiple_of(base, 16)
         else:
             base = w
-        if Q > 0:
+        if in_blocks(FORMAT):
+            c_row, c_in, c_second = _up_row(tl.arange(0, ROWS * C) // C, first, F, LAYOUT, BF)
+            c_base = tl.multiple_of(tl.where(c_second, w_second, w), 4 * UNIT) if LAYOUT == "pair" else w
+            h = block_sums(
+                x_row + tl.zeros((C,), tl.int32), tl.full((C,), 1, tl.int1),
+                c_base, e_at + c_row.to(tl.int64) * (stride_out * UNIT), c_in, LENGTH, FORMAT, ROWS, 1, C, UNROLL,
+            )  # fmt: skip
+        elif Q > 0:
             s_row, s_in, s_second_half = _up_row(tl.arange(0, ROWS * C) // C, first, F, LAYOUT, BF)
             s_base = tl.where(s_second_half, s_second, s) if LAYOUT == "pair" else s
             h = row_sums(
@@ -195,7 +204,17 @@ def thin_down_kernel(
     part = tl.load(weights + t.to(tl.int64) * TOP_K + ks, mask=live, other=0.0).to(tl.float32)
     a_token = a + t.to(tl.int64) * TOP_K * LENGTH
     n = first + tl.arange(0, BN)
-    if Q > 0:
+    if in_blocks(FORMAT):
+        j, rc = tl.arange(0, KP * C) // C, tl.arange(0, BN * KP * C) // C
+        e_row, row_live = _expert(expert_ids, t, rc % KP, E, TOP_K)
+        _, chunk_live = _expert(expert_ids, t, j, E, TOP_K)
+        n_row = first + rc // KP
+        out = block_sums(
+            a_token + j * LENGTH, chunk_live,
+            w, e_row * (stride_e * UNIT) + n_row.to(tl.int64) * (stride_out * UNIT), row_live & (n_row < WIDTH),
+            LENGTH, FORMAT, BN, KP, C, UNROLL,
+        )  # fmt: skip
+    elif Q > 0:
         r, j, rs = tl.arange(0, BN * KP), tl.arange(0, KP * C) // C, tl.arange(0, BN * KP * C) // C
         e_row, row_live = _expert(expert_ids, t, r % KP, E, TOP_K)
         _, chunk_live = _expert(expert_ids, t, j, E, TOP_K)
