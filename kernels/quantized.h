@@ -10,8 +10,17 @@
 
 namespace hg {
 
-enum Format { INT8, INT4, MXFP4 };
+enum Format { INT8, INT4, MXFP4, Q8_0, Q4_0, GGUF_MXFP4, Q4_K, Q5_K, Q6_K };
 constexpr int UNIT = 32, VECTORS = UNIT / LANES;
+
+// From Q8_0 on the formats are GGUF's blocks (quantized_blocks.h), which hold their own scales.
+constexpr bool in_blocks(int64_t format) { return format >= Q8_0; }
+constexpr bool in_super(int64_t format) { return format >= Q4_K; }
+constexpr int block_weights(int64_t format) { return in_super(format) ? 256 : 32; }
+constexpr int block_bytes(int64_t format) {
+  constexpr int BYTES[] = {34, 18, 17, 144, 176, 210};
+  return BYTES[format - Q8_0];
+}
 
 // Weights [E, O, I] as Python hands them over; see _matrix in grouped_ffn/quantized_on_cpu.py.
 struct FewBits {
@@ -23,9 +32,12 @@ struct FewBits {
   int64_t group;       // columns that share a scale
   int64_t scale_type;  // 0, 1, 2: fp32, bf16, fp16; 3: e8m0
 
-  bool nibbles() const { return format != INT8; }
+  bool nibbles() const { return format == INT4 || format == MXFP4; }
   int shift() const { return group == 32 ? 0 : group == 64 ? 1 : 2; }  // from a unit to its group
-  int64_t bytes(int columns) const { return nibbles() ? columns / 2 : columns; }
+  int64_t bytes(int columns) const {
+    if (in_blocks(format)) return columns / block_weights(format) * block_bytes(format);
+    return nibbles() ? columns / 2 : columns;
+  }
   const uint8_t* row(int64_t slot, int o) const { return data + slot * e + o * r; }
 };
 
@@ -130,18 +142,6 @@ void widen_row(S* to, const uint8_t* w, const float* scale, int shift, int colum
       if (at + LANES <= columns) store(to + at, n[v] * by, LANES);
       else store(to + at, n[v] * by, columns - at);
     }
-  }
-}
-
-// Row o of an expert into to [columns].
-template <class S>
-void widen(S* to, const FewBits& w, int64_t slot, int o, int columns, float* buffer) {
-  const float* scale = scales_of(w, slot, o, columns, buffer);
-  const uint8_t* row = w.row(slot, o);
-  switch (w.format) {
-    case INT8: return widen_row<INT8>(to, row, scale, w.shift(), columns, w.bytes(columns));
-    case INT4: return widen_row<INT4>(to, row, scale, w.shift(), columns, w.bytes(columns));
-    default: return widen_row<MXFP4>(to, row, scale, w.shift(), columns, w.bytes(columns));
   }
 }
 

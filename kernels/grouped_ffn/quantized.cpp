@@ -69,7 +69,7 @@ void few_up(const FewBitsProblem<T>& q, int e, int f0, int f1, const float* cons
     }
     for (int i = 0; i < n; i += LANES)
       store(gate + i, p.act.forward(load(gate + i, n - i), load(up + i, n - i)), n - i);
-    arrange<T>(a + size_t(m) * input_floats<T>(p.F), gate, f0, n, p.F, q.w.w2);
+    arrange<T>(a + size_t(m) * input_floats<T>(p.F, q.w.w2), gate, f0, n, p.F, q.w.w2);
   }
 }
 
@@ -95,7 +95,7 @@ void few_rows(const FewBitsProblem<T>& q, T* out) {
   const Problem<T>& p = q.p;
   const auto blocks = q.blocks(true);
   if (blocks.empty()) return;
-  const int PD = input_floats<T>(p.D), PF = input_floats<T>(p.F);
+  const int PD = input_floats<T>(p.D, q.w.w1), PF = input_floats<T>(p.F, q.w.w2);
   std::vector<size_t> a_at(blocks.size() + 1);
   for (size_t i = 0; i < blocks.size(); ++i) a_at[i + 1] = a_at[i] + size_t(blocks[i].n) * PF;
   const size_t each = p.D + 2 * size_t(q.units);  // a thread's row of inputs and scales of two rows

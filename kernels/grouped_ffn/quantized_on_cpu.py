@@ -17,7 +17,10 @@ from .. import native
 from ..quantized import Quantized
 from .on_cpu import Call
 
-_FORMATS = {"int8": 0, "int4": 1, "mxfp4": 2}
+_FORMATS = {  # as Format in quantized.h
+    name: i
+    for i, name in enumerate(("int8", "int4", "mxfp4", "Q8_0", "Q4_0", "gguf_mxfp4", "Q4_K", "Q5_K", "Q6_K"))
+}
 _SCALES = {**native.DTYPES, torch.uint8: 3}
 _NO_MATRIX = (0,) * 9
 
