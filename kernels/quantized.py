@@ -4,13 +4,15 @@
     "fp8"     float8_e4m3fn [E, O, I]                       data * scale of its block
     "int8"    int8 [E, O, I]                                data * scale of its block
     "int4"    uint8 [E, O, I/2], low nibble = even column   (nibble - 8) * scale of its block
+    "uint4"   uint8 [E, O, I/2], low nibble = even column   (nibble - zero) * scale of its block
     "mxfp4"   uint8 [E, O, I/2], low nibble = even column   e2m1(nibble) * 2^(scale - 127) of its block
 
     GGUF's    uint8 [E, O, bytes of a row], as in a file    as gguf_blocks.py says
 
 `scale` is [E, ceil(O / bo), ceil(I / bi)] for blocks of (bo, bi) weights: uint8 exponents (e8m0, 255 is NaN) for
-"mxfp4", floating point for the others. GGUF's blocks ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "gguf_mxfp4") hold their
-scales themselves: `scale` is empty there, uint8 [E, 0, 0]. O are an expert's output rows, I its input columns.
+"mxfp4", floating point for the others. That of "uint4" is twice as wide: after a row's scales come its zeros, which are
+whole numbers from 0 to 16. GGUF's blocks ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "gguf_mxfp4") hold their scales
+themselves: `scale` is empty there, uint8 [E, 0, 0]. O are an expert's output rows, I its input columns.
 Sources: DeepSeek-V3 (2024), section 3.3 (blocks of 128 x 128); OCP Microscaling Formats (2023).
 """
 
@@ -24,11 +26,17 @@ from torch import Tensor
 
 from .gguf_blocks import BLOCKS, dequantize_blocks, quantize_blocks
 
-PER_BYTE = {"fp8": 1, "int8": 1, "int4": 2, "mxfp4": 2}  # weights in a byte of data, beside which scales lie
+PER_BYTE = {
+    "fp8": 1,
+    "int8": 1,
+    "int4": 2,
+    "uint4": 2,
+    "mxfp4": 2,
+}  # weights in a byte of data
 FORMATS = (*PER_BYTE, *BLOCKS)
-_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8, "mxfp4": torch.uint8}
-_BLOCKS = {"fp8": (128, 128), "int8": (1, 128), "int4": (1, 128), "mxfp4": (1, 32)}  # by default
-_GROUPS = (32, 64, 128)  # columns of one int8 or int4 scale
+_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, **dict.fromkeys(("int4", "uint4", "mxfp4"), torch.uint8)}
+_BLOCKS = {"fp8": (128, 128), **dict.fromkeys(("int8", "int4", "uint4"), (1, 128)), "mxfp4": (1, 32)}  # by default
+_GROUPS = (32, 64, 128)  # columns of one int8, int4 or uint4 scale
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TOP = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # what the largest weight of a block becomes
@@ -116,7 +124,8 @@ class Quantized:
                 raise ValueError(f"Quantized: scale must be {rule}, got {tuple(self.scale.shape)}")
             return
         down, across = self.block
-        want = (self.shape[0], _cdiv(rows, down), _cdiv(columns, across))
+        each = 2 if self.format == "uint4" else 1
+        want = (self.shape[0], _cdiv(rows, down), each * _cdiv(columns, across))
         if tuple(self.scale.shape) != want:
             raise ValueError(
                 f"Quantized: scale must be {want} for weights {tuple(self.shape)} in blocks of {self.block}, "
@@ -186,9 +195,10 @@ def quantize(
     block: tuple[int, int] | None = None,
     scale_dtype: torch.dtype = torch.float32,
 ) -> Quantized:
-    """Weights w [E, O, I] to the nearest numbers of `format`. `block` is by default (128, 128) for "fp8", (1, 128)
-    for "int8" and "int4", and (1, 32) for "mxfp4". Scales take the largest magnitude of each block to the format's
-    largest ("mxfp4": to its largest power of two, as the OCP standard has it). Raises ValueError naming argument, rule
+    """Weights w [E, O, I] to the nearest numbers of `format`. `block` is by default (128, 128) for "fp8", (1, 32)
+    for "mxfp4", and (1, 128) for the others. Scales take the largest magnitude of each block to the format's largest
+    ("mxfp4": to its largest power of two, as the OCP standard has it; "uint4": the least and the largest weight, or
+    zero, to 0 and 15). Raises ValueError naming argument, rule
     and value; also where `scale_dtype` cannot hold a scale to one part in 16, as fp16 cannot that of weights near 1e30
     or 1e-6. A block so small beside its expert's largest that it is lost in that one's rounding may become zero.
 
@@ -214,7 +224,14 @@ def quantize(
     w = w.detach().float().contiguous()
     if format in BLOCKS:
         return Quantized.from_gguf(quantize_blocks(w, format), format)
-    largest = _largest(w, block)
+    if format == "uint4":
+        least = _largest(-w, block).clamp(min=0)
+        scale = _scales(_largest(w, block).clamp(min=0) + least, 15.0, scale_dtype)
+        zero = (least / scale.float()).round().clamp(0, 15)
+        by, up = (_spread(t, block, w.shape) for t in (scale.float(), zero))
+        data = _pack(((w / by).round() + up).clamp(0, 15).to(torch.uint8))
+        return Quantized(data, torch.cat((scale, zero.to(scale_dtype)), 2), format, block)
+    largest = _largest(w.abs(), block)
     if format == "mxfp4":
         exponent = torch.frexp(largest).exponent - 1 - _E2M1_MAX_EXPONENT
         scale = torch.where(largest > 0, exponent + 127, 127).clamp(0, 254).to(torch.uint8)
@@ -229,12 +246,17 @@ def dequantize(data: Tensor, scale: Tensor, format: str, block: tuple[int, int],
     """The weights [E, O, I] of any number of experts; plain torch, any device, the truth."""
     if format in BLOCKS:
         return dequantize_blocks(data, format).to(dtype)
+    by = _powers(scale) if format == "mxfp4" else scale.float()
     if PER_BYTE[format] == 1:
         values = data.float()
     else:
         nibbles = torch.stack((data & 15, data >> 4), -1).flatten(2)
-        values = nibbles.float() - 8 if format == "int4" else _e2m1(nibbles)
-    by = _powers(scale) if format == "mxfp4" else scale.float()
+        values = _e2m1(nibbles) if format == "mxfp4" else nibbles.float()
+    if format == "int4":
+        values = values - 8
+    elif format == "uint4":
+        by, zero = by.chunk(2, 2)
+        values = values - _spread(zero, block, values.shape)
     return (values * _spread(by, block, values.shape)).to(dtype)
 
 
@@ -247,10 +269,10 @@ def _spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
 
 
 def _largest(w: Tensor, block: tuple[int, int]) -> Tensor:
-    """The largest magnitude in each block."""
+    """The largest number in each block, those of blocks cut short not below zero."""
     e, rows, columns = w.shape
     down, across = min(block[0], rows), min(block[1], columns)
-    w = torch.nn.functional.pad(w.abs(), (0, -columns % across, 0, -rows % down))
+    w = torch.nn.functional.pad(w, (0, -columns % across, 0, -rows % down))
     return w.reshape(e, _cdiv(rows, down), down, _cdiv(columns, across), across).amax((2, 4))
 
 

@@ -35,9 +35,10 @@ void widen(S* to, const FewBits& w, int64_t slot, int o, int columns, float* buf
   }
   const float* scale = scales_of(w, slot, o, columns, buffer);
   switch (w.format) {
-    case INT8: return widen_row<INT8>(to, row, scale, w.shift(), columns, w.bytes(columns));
-    case INT4: return widen_row<INT4>(to, row, scale, w.shift(), columns, w.bytes(columns));
-    default: return widen_row<MXFP4>(to, row, scale, w.shift(), columns, w.bytes(columns));
+    case INT8: return widen_row<INT8>(to, w, row, scale, columns);
+    case INT4: return widen_row<INT4>(to, w, row, scale, columns);
+    case UINT4: return widen_row<UINT4>(to, w, row, scale, columns);
+    default: return widen_row<MXFP4>(to, w, row, scale, columns);
   }
 }
 
@@ -69,10 +70,11 @@ template <Format FORMAT, int M, int R>
 __attribute__((noinline)) void dot_units(const uint8_t* w, int64_t r, const float* const (&scale)[R], int shift,
                                          int columns, int64_t bytes, const float* const* x, float* out, int stride) {
   constexpr int BYTES = UNIT_BYTES<FORMAT>;
+  const int zeros = zeros_at<FORMAT>(columns, shift);
   vf sums[R][M] = {};
   auto unit = [&](int i, const uint8_t* at, int u) __attribute__((always_inline)) {
     vf n[VECTORS];
-    numbers<FORMAT>(at, n);
+    numbers<FORMAT>(at, scale[i][zeros + (u >> shift)], n);
     const vf by = splat(scale[i][u >> shift]);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -107,7 +109,7 @@ template <bool INTEGERS, Format FORMAT, int M, int R>
 void dot_together(const FewBits& w, int64_t slot, int o, int columns, const float* const* x, float* out, int stride,
                   float* buffer) {
   const float* scale[R];
-  for (int i = 0; i < R; ++i) scale[i] = scales_of(w, slot, o + i, columns, buffer + i * (padded(columns) / UNIT));
+  for (int i = 0; i < R; ++i) scale[i] = scales_of(w, slot, o + i, columns, buffer + i * scale_floats(columns));
 #ifdef __AVX2__
   if constexpr (INTEGERS)
     return dot_fixed<FORMAT, M, R>(w.row(slot, o), w.r, scale, w.shift(), columns, w.bytes(columns), x, out, stride);
@@ -167,6 +169,7 @@ void few_bits_product(const FewBits& w, int64_t slot, int o, int rows, int colum
   switch (w.format) {
     case INT8: return dot_inputs<FIXED<T>, INT8>(w, slot, o, rows, columns, x, M, out, buffer);
     case INT4: return dot_inputs<FIXED<T>, INT4>(w, slot, o, rows, columns, x, M, out, buffer);
+    case UINT4: return dot_inputs<FIXED<T>, UINT4>(w, slot, o, rows, columns, x, M, out, buffer);
     case Q8_0: return dot_inputs<FIXED<T>, Q8_0>(w, slot, o, rows, columns, x, M, out, buffer);
     case Q4_0: return dot_inputs<FIXED<T>, Q4_0>(w, slot, o, rows, columns, x, M, out, buffer);
     case GGUF_MXFP4: return dot_inputs<FIXED<T>, GGUF_MXFP4>(w, slot, o, rows, columns, x, M, out, buffer);

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from .. import chip
 from ..activation import Activation
-from ..quantized import BLOCKS, PER_BYTE, Quantized, columns_of
+from ..quantized import BLOCKS, Quantized, columns_of
 from ..transforms import backward_of, implement, register_composite, register_second_backward, run
 from . import composite, plain, quantized_on_cpu
 from .thin_tiles import counted
+
+TRITON_FORMATS = ("fp8", "int8", "int4", "mxfp4")
 
 _ARGS = (
     "Tensor rows, Tensor expert_ids, Tensor weights, Tensor[] w_gate_up, Tensor[]? w_up, Tensor[] w_down, "
@@ -103,8 +105,8 @@ def triton_serves(
     there = [w for w in weights if w is not None]
     why = chip.why_no_grouped_gemm(rows, counted(len(rows), there[0].shape[0], keep))
     for w in there:
-        if w.format not in PER_BYTE:
-            why = why or f"GGUF's blocks have no Triton form yet, got {w.format}"
+        if w.format not in TRITON_FORMATS:
+            why = why or f"weights must be in {', '.join(TRITON_FORMATS)} for the Triton form, got {w.format!r}"
             continue
         across = w.block[1]
         if across & (across - 1) and across < w.shape[2]:

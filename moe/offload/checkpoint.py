@@ -77,6 +77,10 @@ class Checkpoint:
         """Of names, sizes, headers and 16 samples of each file: another model or revision has another."""
         return self._digest.hexdigest()
 
+    def note(self, said: str) -> None:
+        """The digest is also of this."""
+        self._digest.update(said.encode())
+
     def take(self) -> list[tuple[int, Path]]:
         """The open files, which are the caller's from now on."""
         files, self.files = self.files, []

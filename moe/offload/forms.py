@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...kernels.activation import Activation
 from ..adapters import computing
@@ -20,12 +21,37 @@ from ..shards import shards_of
 
 @dataclass(frozen=True)
 class Form:
-    """`names`: what the operation calls a weight -> the module's parameter, [E, ...] each."""
+    """`names`: what the operation calls a weight -> the module's parameter, [E, ...] each, which may be `transposed`,
+    with gate and up rows `interleaved`. `straight`: outside of the module experts are neither; `turned`: they are not
+    transposed."""
 
     names: dict[str, str]
     activation: Activation
     transposed: bool = False
     interleaved: bool = False
+    straight: bool = False
+    turned: bool = False
+
+    @property
+    def layout(self) -> dict[str, bool]:
+        """How experts lie outside of the module, as the operation has it."""
+        return {
+            "transposed": self.transposed and not (self.straight or self.turned),
+            "interleaved": self.interleaved and not self.straight,
+        }
+
+    def inside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights [n, ...] of outside as the module's parameters have them."""
+        found = dict(weights)
+        if "w_gate" in found:
+            found["w_gate_up"] = torch.cat((found.pop("w_gate"), found.pop("w_up")), 1)
+        for name in ("w_gate_up", "b_gate_up"):
+            if self.straight and self.interleaved and name in found:
+                found[name] = torch.stack(found[name].chunk(2, 1), 2).flatten(1, 2)
+        for name in ("w_gate_up", "w_down"):
+            if (self.straight or self.turned) and self.transposed:
+                found[name] = found[name].transpose(1, 2)
+        return found
 
     def width(self, module: nn.Module) -> int:
         """D, the inputs of an expert."""

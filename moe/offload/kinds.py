@@ -78,6 +78,11 @@ def split(weights: Weights) -> dict[str, Tensor]:
     return parts
 
 
+def widened(weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in few bits as tensors in `dtype`; the others as they are."""
+    return {name: w.dequantize(dtype) if isinstance(w, Quantized) else w for name, w in weights.items()}
+
+
 @dataclass(frozen=True)
 class Layer:
     """The experts of one layer: `name` is the path of their module, each of the `groups` is (experts rising, Kind).

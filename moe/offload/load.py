@@ -16,21 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ...placement.caching.predict import Predictor
-from ...placement.careful import fault
 from ...placement.files import remove_stale
 from ...placement.traces.trace import Trace
-from ..hf.conversion import Conversion, conversion_of
-from ..hf.pretrained import blank_model, fill_rest, missing_of
-from ..hf.swap import replace
 from .checkpoint import Checkpoint
 from .file import FileStore
-from .forms import Form, Found, survey
+from .forms import Found
 from .host import Store
-from .kinds import Layer, split
+from .kinds import Layer, Weights, split, widened
 from .lower import FILE, Formats, Groups, coded, groups_of, layers_of
 from .offload import Offload, Plan
-from .reads import DTYPES
-from .shards import WHAT_TO_DO, Laid, ShardStore, laid_out
+from .shards import Laid, ShardStore
+from .shards_load import model_of
 
 
 def load(
@@ -64,7 +60,9 @@ def load(
     policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
 
     Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
-    files make which parameter is asked of transformers. The model is in evaluation mode and runs through Headgate.
+    files make which parameter is asked of transformers. Experts that a checkpoint has in few bits (compressed-tensors,
+    GPTQ, AWQ, FP8, MXFP4) stay so, in slots and in products; what else it has in few bits is widened once, when it is
+    loaded. The model is in evaluation mode and runs through Headgate.
     Without `disk` its experts' parameters are on the meta device: they have names and shapes, and no numbers.
     `Offload.close()` leaves them there, and the model can compute no more; `close(restore=True)` brings them into
     memory.
@@ -72,8 +70,9 @@ def load(
     Returns the model and its Offload.
 
     Raises OSError where a file is missing or cannot be read; ValueError where one is not what it should be, a tensor is
-    missing or of another shape or dtype than the model's, the checkpoint is quantized, or transformers makes experts by
-    more than stacking and concatenating; else as `offload`. All this is found out before a weight is read.
+    missing or of another shape or dtype than the model's, the checkpoint is quantized in a way that is not taken, or
+    transformers makes experts by more than stacking, concatenating and turning; else as `offload`. All this is found
+    out before a weight is read.
 
     >>> model, offloaded = headgate.load("/models/Qwen3-30B-A3B", budget="4GiB")
     >>> model.generate(**inputs)
@@ -84,22 +83,19 @@ def load(
     with seen(path) as what:
         model = what.model
         groups = groups_of(what.found, {} if formats is None else formats)
-        layers = layers_of(what.found, groups)
+        layers = what.layers_in(groups)
         plan = Plan.of(
             model, what.found, what.skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch,
             scope=scope, trace=trace, readers=readers, log=log, from_disk=True,
         )  # fmt: skip
-        left = {f"{name}.{theirs}" for name, _, form in what.found for theirs in form.names.values()}
-        experts = {key for name in left for keys in what.conversion.sources[name].keys.values() for key in keys}
-        rest = [key for key in what.checkpoint.tensors if key not in experts]
         packed = None if disk is None else _packed(what, layers, groups, Path(disk), page_cache)
         try:
-            fill_rest(model, what.conversion, rest, what.checkpoint.read, left)
+            what.fill()
         except BaseException:
             if packed is not None:
                 packed.close()
             raise
-        store: Store = packed or ShardStore(layers, what.laid, what.checkpoint.take(), page_cache=page_cache)
+        store: Store = packed or what.store(what.files.take(), page_cache)
     return model, plan.start(store)
 
 
@@ -131,102 +127,68 @@ def written(
         raise OSError(errno.ENOSPC, f"{who} must have {size:,} bytes for the experts, got {free:,} free", str(path))
     format_of = [{e: format for some, format in of for e in some} for of in groups]
     done, total = count(1), sum(layer.experts for layer in layers)
-    files = [(os.dup(handle), name) for handle, name in what.checkpoint.files]
-    with closing(ShardStore(what.layers, what.laid, files, page_cache=page_cache)) as shards:
+    files = [(os.dup(handle), name) for handle, name in what.files.files]
+    with closing(what.store(files, page_cache)) as shards:
 
         def expert(i: int, e: int) -> dict[str, Tensor]:
             whole = {p.name: torch.empty(1, *p.shape, dtype=p.dtype) for p in what.layers[i].kind(e).parts}
             shards.read(i, e, {name: t[0] for name, t in whole.items()})
-            parts = split(coded(whole, format_of[i][e]))
+            parts = split(_recoded(what, i, whole, e, format_of[i][e]))
             tell(next(done), total)
             return {name: t[0] for name, t in parts.items()}
 
         return FileStore.write_each(path, layers, expert, source=_source(what, groups), page_cache=page_cache)
 
 
+def _recoded(what: Seen, i: int, parts: Mapping[str, Tensor], e: int, format: str | None) -> Weights:
+    """An expert's weights [1, ...] in a format, from its parts as they are stored."""
+    joined = what.layers[i].kind(e).join(parts)
+    if format is None:
+        return joined
+    return coded(what.found[i][2].inside(widened(joined, torch.float32)), format)
+
+
 def _source(what: Seen, groups: Groups) -> str:
     """The fingerprint of a checkpoint's experts in these formats."""
-    said = f"{what.checkpoint.digest} {[[(len(some), some[0], format) for some, format in of] for of in groups]}"
+    said = f"{what.files.digest} {[[(len(some), some[0], format) for some, format in of] for of in groups]}"
     return hashlib.sha256(said.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A folder that `load` can take, before a weight is read: the model on the meta device, swapped; its experts
-    modules `found` and `skipped`; where everything lies in the files."""
+    """What `load` can take, before a weight is read: open files; the model on the meta device, swapped; its experts
+    modules `found` and `skipped`; the experts as they are stored, `laid` in the files or `made` of their bytes; `fill`
+    reads all the rest."""
 
-    checkpoint: Checkpoint
+    files: Checkpoint
     model: nn.Module
     found: Found
     skipped: Mapping[str, str]
-    conversion: Conversion
     laid: Sequence[Mapping[str, Laid]]
     layers: Sequence[Layer]
+    fill: Callable[[], None]
+    made: Sequence[Mapping[str, Callable[[Tensor], Tensor]]] | None = None
+
+    def layers_in(self, groups: Groups) -> list[Layer]:
+        """The experts in other formats; those without one are as they are stored."""
+        made = layers_of(self.found, groups)
+        return [
+            Layer(new.name, tuple((some, old.kind(0) if format is None else kind) for (some, kind), (_, format) in zip(
+                new.groups, of, strict=True
+            )))
+            for new, old, of in zip(made, self.layers, groups, strict=True)
+        ]  # fmt: skip
+
+    def store(self, files: Sequence[tuple[int, Path]], page_cache: bool) -> ShardStore:
+        """The experts in these files, which it takes over."""
+        return ShardStore(self.layers, self.laid, files, made=self.made, page_cache=page_cache)
 
 
 @contextmanager
 def seen(path: str | os.PathLike[str]) -> Iterator[Seen]:
-    """What the files of a folder say, open for the length of a `with` unless somebody takes them. Raises as `load`."""
-    folder = Path(path)
-    checkpoint = Checkpoint(folder)
-    try:
-        dtypes = [DTYPES[t.dtype] for t in checkpoint.tensors.values()]
-        model = blank_model(folder, next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None))
-        replace(model)
-        found, skipped = survey(model)
-        conversion = conversion_of(model, checkpoint.tensors)
-        _check_rest(model, conversion, checkpoint)
-        laid = [_experts(one, conversion, checkpoint) for one in found]
-        layers = layers_of(found, groups_of(found, {}))
-        yield Seen(checkpoint, model, found, skipped, conversion, laid, layers)
-    finally:
-        checkpoint.close()
-
-
-def _check_rest(model: nn.Module, conversion: Conversion, checkpoint: Checkpoint) -> None:
-    """Raises ValueError where a tensor is missing, or one that is taken as it lies has another shape."""
-    missing = missing_of(model, conversion)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise fault("load", checkpoint.folder, f"must have a tensor for each weight, got none for {missing[0]}{more}")
-    wanted = model.state_dict()
-    for name, source in conversion.sources.items():
-        if not source.operations:
-            (keys,) = source.keys.values()
-            for key in keys:
-                shape = checkpoint.tensors[key].shape
-                if shape != tuple(wanted[name].shape):
-                    rule = f"must have {key} of shape {list(wanted[name].shape)}, got {list(shape)}"
-                    raise fault("load", checkpoint.folder, rule)
-
-
-def _experts(one: tuple[str, nn.Module, Form], conversion: Conversion, checkpoint: Checkpoint) -> Mapping[str, Laid]:
-    """Where the parts of a layer's experts lie. Raises ValueError where one is of another shape or dtype than the
-    model's, or not in whole pieces."""
-    name, module, form = one
-    found = {}
-    for ours, parameter in form.weights(module).items():
-        whole = f"{name}.{form.names[ours]}"
-        source = conversion.sources.get(whole)
-        if source is None:
-            why = "transformers makes it together with others"
-            raise ValueError(f"load: {whole} must lie in the checkpoint for itself, {why}: {WHAT_TO_DO}")
-        if len({len(keys) for keys in source.keys.values()}) > 1 or len(source.keys) < len(source.patterns):
-            raise fault("load", checkpoint.folder, f"must have as many tensors of each kind for {whole}, got {source}")
-        try:
-            laid = laid_out(source, checkpoint)
-        except ValueError as error:
-            raise fault("load", checkpoint.folder, f"must have for {whole} {error}") from error
-        if isinstance(laid, str):
-            raise ValueError(
-                f"load: {whole} must lie in the checkpoint as bytes that can be read in place, {laid}: {WHAT_TO_DO}"
-            )
-        if laid.shape != tuple(parameter.shape):
-            rule = f"must make {whole} {list(parameter.shape)}, got {list(laid.shape)} from {source}"
-            raise fault("load", checkpoint.folder, rule)
-        if DTYPES[laid.dtype] != parameter.dtype:
-            raise ValueError(
-                f"load: {whole} must be stored in the model's {parameter.dtype}, got {laid.dtype}: {WHAT_TO_DO}"
-            )
-        found[ours] = laid
-    return found
+    """What the files of a model say, open for the length of a `with` unless somebody takes them. Raises as `load`."""
+    with closing(Checkpoint(path)) as checkpoint:
+        m = model_of(checkpoint)
+        laid, made = [one.laid for one in m.stored], [one.made for one in m.stored]
+        layers = [one.layer(name) for one, (name, _, _) in zip(m.stored, m.found, strict=True)]
+        yield Seen(checkpoint, m.model, m.found, m.skipped, laid, layers, m.fill, made)

@@ -21,7 +21,9 @@ Formats = Mapping[str, Sequence[str | None]] | str
 
 Groups = list[list[tuple[list[int], str | None]]]  # of each layer, (experts, their format)
 # bytes for each weight that `quantize` takes at most: half in tensors, half that the allocator still keeps of others
-_BETWEEN = {"fp8": 48, "int8": 40, "int4": 40, "mxfp4": 104, **dict.fromkeys(BLOCKS, 44), "gguf_mxfp4": 64}
+_BETWEEN = {
+    "fp8": 48, "int8": 40, "int4": 40, "uint4": 64, "mxfp4": 104, **dict.fromkeys(BLOCKS, 44), "gguf_mxfp4": 64,
+}  # fmt: skip
 
 
 def groups_of(found: Found, formats: Formats) -> Groups:

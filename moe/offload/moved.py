@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...kernels.quantized import Quantized
 from ..elsewhere import Absent, send_elsewhere
 from .forms import Form
 from .host import Store
+from .kinds import widened
 from .stand_in import About, StandIn, stand_back, stand_in
 
 
@@ -71,8 +71,9 @@ class Moved:
                 kind = layer.kind(e)
                 parts = {part.name: torch.empty(1, *part.shape, dtype=part.dtype) for part in kind.parts}
                 store.read(index, e, {name: t[0] for name, t in parts.items()})
-                for ours, w in kind.join(parts).items():
-                    back[ours][e] = (w.dequantize(back[ours].dtype) if isinstance(w, Quantized) else w)[0]
+                wide = widened(kind.join(parts), back["w_down"].dtype)
+                for ours, w in self.form.inside(wide).items():
+                    back[ours][e] = w[0]
             self.put_back(back)
 
     def put_back(self, weights: Mapping[str, Tensor]) -> None:

@@ -296,8 +296,8 @@ class Offload:
                 raise ValueError(f"offload: autocast must be off or to the experts' {dtype}, got autocast to {wanted}")
         return self.engine.compute(
             index, rows.to(dtype), routing,
-            activation=form.activation, gated=form.activation.gated, transposed=form.transposed,
-            interleaved=form.interleaved, then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
+            activation=form.activation, gated=form.activation.gated, **form.layout,
+            then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
         ).to(rows.dtype)  # fmt: skip
 
     def _fetch_ahead(self, index: int, rows: Tensor, routing: Routing, ids) -> None:

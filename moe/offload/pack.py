@@ -9,7 +9,7 @@ from pathlib import Path
 from .arena import parse_size
 from .file import FileStore
 from .load import Seen, seen, written
-from .lower import Formats, Groups, groups_of, layers_of, room_for
+from .lower import Formats, Groups, groups_of, room_for
 
 
 def pack(
@@ -41,7 +41,7 @@ def pack(
     _check_output(to)
     with seen(path) as what:
         groups = groups_of(what.found, {} if formats is None else formats)
-        layers = layers_of(what.found, groups)
+        layers = what.layers_in(groups)
         if most is not None:
             _check_memory(what, groups, most, max_memory)
         written(what, layers, groups, to, page_cache=True, who="pack: output", tell=tell).close()

@@ -18,6 +18,8 @@ FORMS = [
     ("int4", (1, 32)),
     ("int4", (1, 64)),
     ("int4", None),
+    ("uint4", (1, 32)),
+    ("uint4", None),
     ("mxfp4", None),
 ]
 
@@ -59,6 +61,9 @@ class TestMeaning:
         assert int4[0, 0, :7].tolist() == [-4.0, -3.5, 3.5, 0.0, -0.5, 3.5, 0.0]
         fp4 = Quantized(data, torch.tensor([[[126]]], dtype=torch.uint8), "mxfp4", (1, 32)).dequantize(torch.float32)
         assert fp4[0, 0, :6].tolist() == [0.0, 0.25, -3.0, -0.0, 3.0, -3.0]
+        zeros = torch.tensor([[[0.5, 7.0]]])  # a scale, then its zero
+        uint4 = Quantized(data, zeros, "uint4", (1, 32)).dequantize(torch.float32)
+        assert uint4[0, 0, :7].tolist() == [-3.5, -3.0, 4.0, 0.5, 0.0, 4.0, 0.5]
         for exponent, power in ((0, 2.0**-127), (1, 2.0**-126), (127, 1.0), (254, 2.0**127)):
             two = torch.full((1, 1, 16), 0x22, dtype=torch.uint8)  # ones
             w = Quantized(two, torch.tensor([[[exponent]]], dtype=torch.uint8), "mxfp4", (1, 32))
@@ -74,22 +79,24 @@ class TestQuantize:
         q = quantize(w, format, block=block)
         back = q.dequantize(torch.float32)
         scale = (q.scale.view(torch.float8_e8m0fnu) if format == "mxfp4" else q.scale).float()
+        scale = scale.chunk(2, 2)[0] if format == "uint4" else scale
         for axis, step in enumerate(q.block, start=1):
             scale = scale.repeat_interleave(min(step, w.shape[axis]), axis).narrow(axis, 0, w.shape[axis])
         # half the distance to the next number: relative for fp8 (3 bits), by binade for e2m1 (which ends at 6)
         units = (w / scale).abs()
         if format == "fp8":
             allowed = (units / 16).clamp(min=2.0**-10)
-        elif format in ("int8", "int4"):
+        elif format in ("int8", "int4", "uint4"):
             allowed = torch.full_like(units, 0.5)
         else:
             allowed = torch.where(units > 6, units - 6, torch.where(units > 4, 1.0, torch.where(units > 2, 0.5, 0.25)))
         assert ((back - w).abs() <= allowed * scale * (1 + 1e-5)).all()
-        assert torch.equal(quantize(back, format, block=block).dequantize(torch.float32), back)
+        again = quantize(back, format, block=block).dequantize(torch.float32)
+        assert torch.equal(again, back) if format != "uint4" else torch.allclose(again, back, rtol=1e-6)
 
     def test_zeros_and_sizes(self):
-        sizes = {"fp8": 64 * 64 + 4, "int8": 64 * 64 + 64 * 4, "int4": 64 * 32 + 64 * 4, "mxfp4": 64 * 34}
-        for format, each in sizes.items():
+        sizes = {"fp8": 64 * 64 + 4, "int8": 64 * 64 + 64 * 4, "int4": 64 * 32 + 64 * 4, "uint4": 64 * 32 + 64 * 8}
+        for format, each in {**sizes, "mxfp4": 64 * 34}.items():
             q = quantize(torch.zeros(2, 64, 64), format)
             assert (tuple(q.shape), q.nbytes) == ((2, 64, 64), 2 * each)
             assert not q.dequantize(torch.float32).any()
@@ -105,7 +112,7 @@ class TestQuantize:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"format": "fp4"}, ValueError, "format must be one of fp8, int8, int4, mxfp4, got 'fp4'"),
+        ({"format": "fp4"}, ValueError, "format must be one of fp8, int8, int4, uint4, mxfp4, got 'fp4'"),
         ({"data": torch.zeros(2, 4, 16)}, TypeError, "data must be torch.uint8 for 'int4', got torch.float32"),
         ({"format": "int8"}, TypeError, "data must be torch.int8 for 'int8', got torch.uint8"),
         ({"data": torch.zeros(4, 16).byte()}, ValueError, r"data must be 3-D .*, got \(4, 16\)"),

@@ -13,7 +13,7 @@ from headgate.kernels.activation import as_activation
 from headgate.kernels.grouped_ffn import grouped_ffn_reference, quantized, quantized_on_cpu
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no compiled form: {native.status().why}")
-FORMATS = ("int8", "int4", "mxfp4")
+FORMATS = ("int8", "int4", "uint4", "mxfp4")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -140,6 +140,7 @@ def test_every_code_is_read_as_dequantized(format, rows, dtype):
     data = data.view(torch.int8) if format == "int8" else data
     columns = 16 if format == "int8" else 32
     scale = torch.full((1, 256, 1), 126, dtype=torch.uint8) if format == "mxfp4" else torch.full((1, 256, 1), 0.5)
+    scale = torch.cat((scale, torch.arange(256.0).view(1, -1, 1) % 17), 2) if format == "uint4" else scale
     w1 = Quantized(data, scale, format, (1, 32))
     x = torch.eye(columns)[torch.arange(rows) % columns].to(dtype)
     eye = quantize(torch.eye(256)[None], "int8", block=(1, 32))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import headgate  # noqa: E402
-from headgate.moe.hf.conversion import Source  # noqa: E402
+from headgate.moe.hf.conversion import Source, conversion_of  # noqa: E402
+from headgate.moe.hf.pretrained import blank_model  # noqa: E402
 from headgate.moe.offload import FileStore  # noqa: E402
-from headgate.moe.offload import load as load_module  # noqa: E402
 from headgate.moe.offload.checkpoint import INDEX, Checkpoint  # noqa: E402
+from headgate.moe.offload.few_bits import Translated  # noqa: E402
 from headgate.moe.offload.shards import laid_out  # noqa: E402
+from headgate.moe.offload.shards_load import experts_in, model_of  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 SIZES = {
@@ -251,8 +254,8 @@ SPOILT = {
     "experts of another dtype": (
         lambda f: respell(f, in_fp32), ValueError, "down_proj must be stored in the model's torch.bfloat16, got F32"),
     "quantized": (
-        lambda f: edit(f / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"})), ValueError,
-        "quantization_config of .* must be absent.*, got gptq"),
+        lambda f: edit(f / "config.json", lambda c: c.update(quantization_config={"quant_method": "hqq"})), ValueError,
+        "quantization_config of .* must be of one of the methods compressed-tensors, gptq, awq, .*, got hqq"),
     "another kind of model": (
         lambda f: edit(f / "config.json", lambda c: c.update(model_type="vit")), ValueError,
         "model must hold MoE experts, got a ViTModel"),
@@ -293,14 +296,16 @@ def test_bad_settings_are_said_before_a_weight_is_read(saved, monkeypatch, chang
 
 def test_what_comes_out_of_one_tensor_with_others_cannot_be_read_in_place(saved):
     """Of parameters that transformers makes together, its mapping names the first."""
-    with load_module.seen(saved("qwen3")) as what:
-        name, module, form = what.found[0]
-        sources = {n: s for n, s in what.conversion.sources.items() if n != f"{name}.down_proj"}
-        partly = dataclasses.replace(what.conversion, sources=sources)
+    with closing(Checkpoint(saved("qwen3"))) as checkpoint:
+        found, there = model_of(checkpoint).found[0], Translated(checkpoint, None)
+        conversion = conversion_of(blank_model(checkpoint.folder, None), checkpoint.tensors)
+        name = found[0]
+        sources = {n: s for n, s in conversion.sources.items() if n != f"{name}.down_proj"}
+        partly = dataclasses.replace(conversion, sources=sources)
         with pytest.raises(
             ValueError, match=f"{name}.down_proj must lie in .* for itself, transformers makes it together with"
         ):
-            load_module._experts((name, module, form), partly, what.checkpoint)
+            experts_in(found, partly, there)
 
 
 def test_what_is_computed_cannot_be_read_in_place(saved):

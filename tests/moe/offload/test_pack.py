@@ -211,7 +211,7 @@ def test_an_interrupted_run_leaves_what_was_there(saved, tmp_path):
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"formats": "int3"}, ValueError, "format must be one of fp8, int8, int4, mxfp4, got 'int3'"),
+        ({"formats": "int3"}, ValueError, "format must be one of fp8, int8, int4, uint4, mxfp4, got 'int3'"),
         ({"formats": ""}, ValueError, "format must be one of"),
         ({"formats": 4}, TypeError, "formats must be a format, or a mapping of modules' names, got 4"),
         ({"formats": {"x": ["int4"]}}, ValueError, "formats must be for modules of experts that are moved, got x"),
