@@ -1,9 +1,10 @@
 """GGUF's blocks (gguf_blocks.py) in Triton: from bytes as they lie in the file to numbers, in registers.
 
-Blocks of 17, 18, 34 or 210 bytes begin anywhere, and a load must begin at a multiple of its size. So bytes are read as the
-aligned words that hold them, two for each, and shifted into place: neighbouring threads read neighbouring words, each
-byte comes from memory once, and a word is wide enough for the asynchronous copies of a loop's pipeline, which a load of
-1 or 2 bytes is not. An aligned word that holds a byte of a tensor may hold others, too; nothing is made of those.
+Blocks of 17, 18, 34 or 210 bytes begin anywhere, and a load must begin at a multiple of its size. So bytes are read as
+the aligned words that hold them, two for each, and shifted into place: neighbouring threads read neighbouring words,
+each byte comes from memory once, and a word is wide enough for the asynchronous copies of a loop's pipeline, which a
+load of 1 or 2 bytes is not. An aligned word that holds a byte of a tensor may hold others, too; nothing is made of
+those.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _NIBBLES = {"Q4_0": (2, 16), "gguf_mxfp4": (1, 16), "Q4_K": (16, 32), "Q5_K": (4
 
 
 def at_words(data: Tensor, format: str) -> Tensor:
-    """Blocks [E, O, bytes of a row] as kernels read them: rows without gaps, the first at a multiple of 4 bytes, and every
-    one at a multiple of 16 where the blocks are. Copied only where they are not so."""
+    """Blocks [E, O, bytes of a row] as kernels read them: rows without gaps, the first at a multiple of 4 bytes, and
+    every one at a multiple of 16 where the blocks are. Copied only where they are not so."""
     each = 16 if BLOCKS[format][1] % 16 == 0 else 1
     first = 0 if data.device.type == "meta" else data.data_ptr()
     there = data.stride(2) == 1 and first % max(4, each) == 0 and all(n % each == 0 for n in data.stride()[:2])
@@ -105,7 +106,7 @@ def word_at(words, at, q, ok, FORMAT: tl.constexpr):
 
 @triton.jit
 def piece_at(words, at, ok):
-    """int32 whose lowest bits are the byte at `at`, or the two bytes from an even `at` on, of what begins at `words`."""
+    """int32 whose lowest bits are the byte at `at`, or the two from an even `at` on, of what begins at `words`."""
     return (tl.load(words + (at >> 2), mask=ok, other=0) >> ((at & 3) * 8).to(tl.uint32)).to(tl.int32, bitcast=True)
 
 
@@ -124,7 +125,7 @@ def _power(piece):
 
 @triton.jit
 def scale_and_minimum(first, second, third, fourth, sub):
-    """fp32 scale and minimum of part `sub` (0 to 7) of a block of "Q4_K" or "Q5_K", whose first four words are given."""
+    """fp32 scale and minimum of part `sub` (0 to 7) of a block of "Q4_K" or "Q5_K" with these first four words."""
     by = (sub & 3) * 8
     scale, minimum, more = second >> by, third >> by, fourth >> by
     late = sub > 3
@@ -193,9 +194,7 @@ def block_tile(
 
 
 @triton.jit
-def _numbers(
-    words, odd, block, there, i, i_end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr
-):
+def _numbers(words, odd, block, there, i, i_end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr):
     """`number` of block_tile's weights."""
     SIZE: tl.constexpr = size_of(FORMAT)
     if FORMAT == "Q8_0":
@@ -239,8 +238,8 @@ def _numbers(
         x = _four(low, 0, STEP, FORMAT)
         if BOTH:
             RUNS: tl.constexpr = COLUMNS // (2 * SPAN)
-            x = tl.join(tl.reshape(x, (ROWS, RUNS, SPAN)), tl.reshape(_four(high, FIRST, STEP, FORMAT), (ROWS, RUNS, SPAN)))
-            x = tl.permute(x, (0, 1, 3, 2))
+            y = tl.reshape(_four(high, FIRST, STEP, FORMAT), (ROWS, RUNS, SPAN))
+            x = tl.permute(tl.join(tl.reshape(x, (ROWS, RUNS, SPAN)), y), (0, 1, 3, 2))
         return tl.reshape(x, (ROWS, COLUMNS))
 
 

@@ -20,6 +20,8 @@ def element(word, J: tl.constexpr, FORMAT: tl.constexpr):
         return _fp16(((bits & 8) << 12) | ((bits & 7) << 9))
     elif FORMAT == "int4":  # the nibble as the last bits of 2^23
         return (((word >> (4 * J)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    elif FORMAT == "uint4":
+        return (((word >> (4 * J)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     elif FORMAT == "int8":  # the last byte of what is shifted up, and down again with its sign
         return ((word << (24 - 8 * J)) >> 24).to(tl.float32)
     else:
@@ -46,6 +48,12 @@ def scale_of(s, FORMAT: tl.constexpr):
         return bits.to(tl.float32, bitcast=True)
     else:
         return s.to(tl.float32)
+
+
+@triton.jit
+def zeros_behind(columns, block):
+    """How far the zero of a block of "uint4" lies behind its scale, in a row of so many weights."""
+    return (columns + block - 1) // block
 
 
 @triton.jit
@@ -99,5 +107,7 @@ def _scaled_tile(
     s_at = s + e.to(tl.int64) * stride_se + (row // BLOCK_ROWS).to(tl.int64)[:, None] * stride_so + group[None, :]
     scale = tl.where(there, scale_of(tl.load(s_at, mask=there, other=0), FORMAT), 0.0)
     # in this order, for the largest scales times the shift are infinite
-    wide = tl.reshape(x * shift_of(FORMAT), (ROWS, GROUPS, COLUMNS // GROUPS)) * scale[:, :, None]
-    return tl.reshape(wide, (ROWS, COLUMNS))
+    x = tl.reshape(x * shift_of(FORMAT), (ROWS, GROUPS, COLUMNS // GROUPS))
+    if FORMAT == "uint4":
+        x -= tl.load(s_at + zeros_behind(i_end, BLOCK_COLUMNS), mask=there, other=0).to(tl.float32)[:, :, None]
+    return tl.reshape(x * scale[:, :, None], (ROWS, COLUMNS))

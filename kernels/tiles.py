@@ -109,9 +109,7 @@ class Tiles:
         return "\n".join(f"{f.name:<5}{getattr(self, f.name)}" for f in fields(self))
 
 
-def shared_bytes(
-    tile: Tile, itemsize: int, weights: int = 1, indirect: bool = False, format: str | None = None
-) -> int:
+def shared_bytes(tile: Tile, itemsize: int, weights: int = 1, indirect: bool = False, format: str | None = None) -> int:
     """Shared memory that a program's pipeline takes: `weights` tiles of weights per step. An `indirect` loop, whose
     loads wait for loads of indices, keeps half as many steps in flight as it has stages. Weights of a `format` of
     few bits come as bytes, and one step of them is there widened, too."""
@@ -206,7 +204,7 @@ def choose(size: Size, chip: Chip) -> Tiles:
     >>> print(choose(Size(pairs=262144, hidden=2048, intermediate=768, experts=128, itemsize=2), H200).up)
     128x128x64, 8 warps, 4 stages, groups of 8, 1 per processor
     """
-    rows, d, f = row_tile(size), size.hidden, size.intermediate
+    rows, f = row_tile(size), size.intermediate
     width = 2 * f if size.gated else f
     if rows == 128 and chip.capability >= 90 and chip.shared_bytes > 200_000:
         long, short = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 3, resident=2)
@@ -240,8 +238,23 @@ def choose(size: Size, chip: Chip) -> Tiles:
         most = ((up, 64), (down, 128), (back, 64), (dx, 128))
         up, down, back, dx = (replace(t, columns=min(t.columns, c)) for t, c in most)
         down, dx = (replace(t, warps=8, resident=1) for t in (down, dx))
-    tiles = {"up": up, "down": down, "back": back, "dx": dx, "dw": dw}
-    return Tiles(**{name: _fit(tile, size, chip, name) for name, tile in tiles.items()})
+    tiles, products = {"up": up, "down": down, "back": back, "dx": dx, "dw": dw}, _products(size)
+    return Tiles(**{n: _fit(_for_blocks(tile, products[n]), size, chip, n) for n, tile in tiles.items()})
+
+
+def _for_blocks(tile: Tile, product: _Product) -> Tile:
+    """For GGUF's blocks that begin anywhere: words that are shifted into place take twice the registers, so that a
+    thread widens fewer weights a step. Those of 8 bits need half the depth for as many bytes under way."""
+    if product.format not in _LOADED or BLOCKS[product.format][1] % 16 == 0:
+        return tile
+    few = tile.rows < 64
+    if few and product.format == "Q8_0":
+        tile = replace(tile, depth=min(64, tile.depth))
+    most = 64 if few and product.inner == "depth" else 32
+    while product.weights * tile.columns * tile.depth > most * 32 * tile.warps:
+        smaller = {"columns": tile.columns // 2} if product.inner == "depth" else {"depth": tile.depth // 2}
+        tile = replace(tile, **smaller)
+    return tile
 
 
 def _for_odd(tile: Tile) -> Tile:

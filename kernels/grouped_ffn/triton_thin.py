@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..activation_triton import GATED, activate
 from ..gguf_triton import in_blocks
-from ..quantized_triton import element, is_nan, scale_of, shift_of
+from ..quantized_triton import element, is_nan, scale_of, shift_of, zeros_behind
 from .triton_thin_blocks import block_sums
 
 
@@ -35,12 +35,13 @@ def _dot(part, word, x, J: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, FO
 
 @triton.jit
 def _chunk_sums(
-    w, x_rows, x_live, column,
+    w, zero, x_rows, x_live, column,
     LENGTH: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """[BN, KP, C]: each chunk of four words w [BN * KP, C * 4] times its 4 P columns of x, from `column` on; x_rows,
-    x_live and column are [KP * C]. A word meets its P columns as they are loaded: nothing moves between threads."""
-    part = tl.zeros((BN, KP, C), tl.float32)
+    """[BN, KP, C]: each chunk of four words w [BN * KP, C * 4] times its 4 P columns of x, from `column` on; `zero`
+    [BN, KP, C] is taken from the numbers of "uint4" before; x_rows, x_live and column are [KP * C]. A word meets its P
+    columns as they are loaded: nothing moves between threads."""
+    part, x_sum = tl.zeros((BN, KP, C), tl.float32), tl.zeros((KP * C,), tl.float32)
     even, odd = tl.split(tl.reshape(w.to(tl.int32), (BN, KP, C, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -50,6 +51,10 @@ def _chunk_sums(
         x = tl.load(x_rows[:, None] + at, mask=x_live[:, None] & inside, other=0.0)
         word = first if q == 0 else second if q == 1 else third if q == 2 else fourth
         part = _dot(part, word, x, 0, 1, P, FORMAT)
+        if FORMAT == "uint4":
+            x_sum += tl.sum(x.to(tl.float32), 1)
+    if FORMAT == "uint4":
+        part -= zero * tl.reshape(x_sum, (1, KP, C))
     if FORMAT == "fp8":
         bad = is_nan(first) | is_nan(second) | is_nan(third) | is_nan(fourth)
         part = tl.where(bad, float("nan"), part)
@@ -85,7 +90,11 @@ def row_sums(
             s_in = s_live & (at_scale < LENGTH)
             s = tl.load(s_rows + at_scale // GROUP, mask=s_in, other=0)
             column = first + (tl.arange(0, KP * C) % C) * CHUNK
-            part = _chunk_sums(w, x_chunk, x_chunk_live, column, LENGTH, FORMAT, BN, KP, C, P)
+            zero = tl.zeros((BN, KP, C), tl.float32)
+            if FORMAT == "uint4":
+                z = tl.load(s_rows + (at_scale // GROUP + zeros_behind(LENGTH, GROUP)), mask=s_in, other=0)
+                zero = tl.reshape(z.to(tl.float32), (BN, KP, C))
+            part = _chunk_sums(w, zero, x_chunk, x_chunk_live, column, LENGTH, FORMAT, BN, KP, C, P)
             s, s_in = tl.reshape(scale_of(s, FORMAT), (BN, KP, C)), tl.reshape(s_in, (BN, KP, C))
             acc += tl.where(s_in, (part * shift_of(FORMAT)) * s, 0.0)
     return tl.sum(acc, 2)

@@ -67,8 +67,8 @@ def block_sums(
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """[BN, KP] fp32: sum over LENGTH columns of x row k times weight row (n, k). For every chunk of a step, flat as in
-    row_sums: where x's row begins and whether it is there [KP * C]; of `w` (uint8; see block_tile), the byte at which the
-    weight row begins, and whether it is there [BN * KP * C]."""
+    row_sums: where x's row begins and whether it is there [KP * C]; of `w` (uint8; see block_tile), the byte at which
+    the weight row begins, and whether it is there [BN * KP * C]."""
     PER: tl.constexpr = 16 if FORMAT == "Q8_0" else 32
     if is_aligned(FORMAT):
         begin = begin // 16 * 16
