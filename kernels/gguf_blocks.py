@@ -188,17 +188,37 @@ def _write_k(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     parts = x.view(-1, 8, 32)
     scale, minimum = _fit(parts, most)
     d, m = (t.amax(1, keepdim=True) / 63 for t in (scale, minimum))
-    heads = (_half_bytes(d), _half_bytes(m))
     six = [(t * _reciprocal(u)).round().clamp(0, 63) for t, u in ((scale, d), (minimum, m))]
-    by, less = (u.half().float() * t for t, u in zip(six, (d, m), strict=True))
-    q = ((parts + less.unsqueeze(2)) * _reciprocal(by).unsqueeze(2)).round().clamp(0, most)
+    q = _codes(parts, *six, d, m, most)
+    d, m = _refit(parts, *six, q, d, m)
+    q = _codes(parts, *six, d, m, most)
     scales, minima = (t.to(torch.uint8) for t in six)
     packed = (
         scales[:, :4] | (scales[:, 4:] >> 4) << 6,
         minima[:, :4] | (minima[:, 4:] >> 4) << 6,
         (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4,
     )
-    return q.flatten(1), torch.cat((*heads, *packed), 1)
+    return q.flatten(1), torch.cat((_half_bytes(d), _half_bytes(m), *packed), 1)
+
+
+def _codes(parts: Tensor, scales: Tensor, minima: Tensor, d: Tensor, m: Tensor, most: int) -> Tensor:
+    """The nearest codes [n, 8, 32] once scales and minima [n, 8] are whole numbers, and d and m [n, 1] are in fp16."""
+    by, less = (d.half().float() * scales).unsqueeze(2), (m.half().float() * minima).unsqueeze(2)
+    return ((parts + less) * _reciprocal(by)).round().clamp(0, most)
+
+
+def _refit(parts: Tensor, scales: Tensor, minima: Tensor, q: Tensor, d: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """d and m [n, 1] anew, by least squares over a block, for given codes: rounding to whole scales moved the best."""
+    a = scales.unsqueeze(2) * q
+    aa, bb = a.square().sum((1, 2)), 32 * minima.square().sum(1)
+    ab = (a.sum(2) * minima).sum(1)
+    ax, bx = (a * parts).sum((1, 2)), (parts.sum(2) * minima).sum(1)
+    of = aa * bb - ab * ab
+    both = of > 1e-6 * aa * bb  # else minima are zero, or do nothing that scales do not
+    new_d = torch.where(both, (ax * bb - bx * ab) * _reciprocal(of), ax * _reciprocal(aa)).unsqueeze(1)
+    new_m = torch.where(both, (ax * ab - bx * aa) * _reciprocal(of), 0.0).unsqueeze(1)
+    good = (new_d > 0) & (new_m >= 0) & (both.unsqueeze(1) | (m == 0))
+    return torch.where(good, new_d, d), torch.where(good, new_m, m)
 
 
 def _fit(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -247,13 +267,17 @@ def _write_q6_k(x: Tensor) -> Tensor:
     scale = _fit_even(parts)
     at = scale.abs().argmax(1, keepdim=True)
     d = scale.gather(1, at) / -128
-    head = _half_bytes(d)
     scales = (scale * _reciprocal(d)).round().clamp(-128, 127)
     by = (d.half().float() * scales).unsqueeze(2)
-    q = ((parts * _reciprocal(by)).round().clamp(-32, 31) + 32).flatten(1).to(torch.uint8)
+    q = (parts * _reciprocal(by)).round().clamp(-32, 31)
+    a = scales.unsqueeze(2) * q
+    better = (a * parts).sum((1, 2)) * _reciprocal(a.square().sum((1, 2)))  # d anew, for these codes
+    d = torch.where(better != 0, better, d.squeeze(1)).unsqueeze(1)
+    q = ((parts * _reciprocal((d.half().float() * scales).unsqueeze(2))).round().clamp(-32, 31) + 32).to(torch.uint8)
+    q = q.flatten(1)
     places = torch.arange(0, 8, 2, dtype=torch.uint8, device=x.device).view(4, 1)
     high = ((q.view(-1, 2, 4, 32) >> 4) << places).sum(2, dtype=torch.uint8).flatten(1)
-    return torch.cat((_two_in_a_byte(q & 15, 64), high, scales.to(torch.int8).view(torch.uint8), head), 1)
+    return torch.cat((_two_in_a_byte(q & 15, 64), high, scales.to(torch.int8).view(torch.uint8), _half_bytes(d)), 1)
 
 
 def _fit_even(x: Tensor) -> Tensor:

@@ -42,17 +42,20 @@ HG_INLINE vf floats_of(vi x) { return __builtin_convertvector(x, vf); }
 
 // ---- inputs of blocks of 256 ----------------------------------------------------------------------------------------
 
-// A row of `columns` inputs: 16-bit numbers, then a float for each block, then the sums of every 16 numbers.
+// A row of `columns` inputs: 16-bit numbers; then for each block a float, their scale; for each block the sums of its
+// inputs, as their numbers have them, over every 32 (8 floats), and over every 16 (16 floats).
 constexpr int super_scales_at(int columns) { return columns / 2; }
 constexpr int super_sums_at(int columns) { return columns / 2 + columns / 256; }
-constexpr int super_floats(int columns) { return super_sums_at(columns) + columns / 16; }
-constexpr float SUPER_MOST = 16383;  // with Q6_K's largest codes and scales, half a vector's sum is below 2^31
+constexpr int SUPER_SUMS = 24;
+constexpr int super_floats(int columns) { return super_sums_at(columns) + columns / 256 * SUPER_SUMS; }
+constexpr float SUPER_MOST = 16383;  // with Q6_K's largest codes and scales a block's sums are below 2^31
 
 inline void arrange_super(float* to, const float* x, int f0, int n, int columns) {
   for (int at = 0; at < n; at += 256) {
     const float* in = x + at;
+    const int block = (f0 + at) / 256;
     int16_t* numbers = (int16_t*)to + f0 + at;
-    int32_t* sums = (int32_t*)(to + super_sums_at(columns)) + (f0 + at) / 16;
+    float *sums = to + super_sums_at(columns) + block * SUPER_SUMS, *scale = to + super_scales_at(columns) + block;
     float largest = 0, kept = 0;
     for (int i = 0; i < 256; ++i) {
       const float a = std::fabs(in[i]);
@@ -60,7 +63,7 @@ inline void arrange_super(float* to, const float* x, int f0, int n, int columns)
       kept += a * 0.f;  // NaN where one is no finite number
     }
     const bool finite = kept == 0.f, any = finite && largest > 1e-30f;
-    to[super_scales_at(columns) + (f0 + at) / 256] = !finite ? NAN : any ? largest / SUPER_MOST : 0.f;
+    *scale = !finite ? NAN : any ? largest / SUPER_MOST : 0.f;
     const float by = any ? SUPER_MOST / largest : 0.f;
     for (int g = 0; g < 16; ++g) {
       int32_t sum = 0;
@@ -68,51 +71,63 @@ inline void arrange_super(float* to, const float* x, int f0, int n, int columns)
         const int32_t q = any ? int32_t(std::nearbyint(in[i] * by)) : 0;
         numbers[i] = int16_t(q), sum += q;
       }
-      sums[g] = sum;
+      sums[8 + g] = float(sum) * *scale;
     }
+    for (int g = 0; g < 8; ++g) sums[g] = sums[8 + 2 * g] + sums[9 + 2 * g];
   }
 }
 
 // ---- products with blocks of 256 ------------------------------------------------------------------------------------
 
-// 16 bytes as integers, with their sign or without.
-template <bool SIGNED>
-HG_INLINE void sixteen(__m128i x, vi (&to)[16 / LANES]) {
-#ifdef HG_AVX512
-  to[0] = (vi)(SIGNED ? _mm512_cvtepi8_epi32(x) : _mm512_cvtepu8_epi32(x));
-#else
-  const __m128i y = _mm_srli_si128(x, 8);
-  to[0] = (vi)(SIGNED ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x));
-  to[1] = (vi)(SIGNED ? _mm256_cvtepi8_epi32(y) : _mm256_cvtepu8_epi32(y));
-#endif
-}
-
-// What a block has beside its codes: scales, each twice in 32 bits (of 32 columns; Q6_K: of 16), what the sums of 16
-// inputs are multiplied by, and the floats that the two products are.
+// What a block has beside its codes: scales, each twice in 32 bits (of 32 columns; Q6_K: of 16); what the sums of the
+// inputs are multiplied by; and the floats that go with the two.
+template <Format FORMAT>
 struct Head {
+  static constexpr int SUMS = FORMAT == Q6_K ? 16 : 8, SUMS_AT = FORMAT == Q6_K ? 8 : 0;
+  static constexpr int PER = SUMS == 8 || LANES == 8 ? 8 : 16;  // minima in a vector
+  typedef float part __attribute__((vector_size(PER * 4)));
+  typedef float part_u __attribute__((vector_size(PER * 4), aligned(4), may_alias));
   alignas(64) int32_t scales[16];
-  vi minima[16 / LANES];
+  part minima[SUMS / PER];
   float d, m;
 };
+
 template <Format FORMAT>
-HG_INLINE void read_head(const uint8_t* b, Head& h) {
+HG_INLINE void read_head(const uint8_t* b, Head<FORMAT>& h) {
   if constexpr (FORMAT == Q6_K) {
-    sixteen<true>(_mm_loadu_si128((const __m128i*)(b + 192)), h.minima);
-    for (int v = 0; v < 16 / LANES; ++v)
-      *(vi*)(h.scales + v * LANES) = (h.minima[v] & 0xffff) | h.minima[v] << 16;
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)(b + 192));
+#ifdef HG_AVX512
+    const vi wide[] = {(vi)_mm512_cvtepi8_epi32(bytes)};
+#else
+    const vi wide[] = {(vi)_mm256_cvtepi8_epi32(bytes), (vi)_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+#endif
+    for (int v = 0; v < 16 / LANES; ++v) {
+      *(vi*)(h.scales + v * LANES) = (wide[v] & 0xffff) | wide[v] << 16;
+      h.minima[v] = floats_of(wide[v]);
+    }
     h.d = half_at(b + 208), h.m = 32 * h.d;
-  } else {
-    const auto [scales, minima] = six_bits(b + 4);
-    const __m256i s = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(scales)));
-    _mm256_store_si256((__m256i*)h.scales, _mm256_or_si256(s, _mm256_slli_epi32(s, 16)));
-    const __m128i m = _mm_cvtsi64_si128(int64_t(minima));
-    sixteen<false>(_mm_unpacklo_epi8(m, m), h.minima);
-    h.d = half_at(b), h.m = half_at(b + 2);
+  } else {  // six_bits, in a vector: the first bytes are scales, then come minima
+    const __m128i v = _mm_loadu_si128((const __m128i*)(b + 4));
+    const __m128i first = _mm_and_si128(v, _mm_set1_epi8(63));
+    const __m128i third = _mm_srlv_epi32(_mm_shuffle_epi32(v, 0xaa), _mm_setr_epi32(0, 4, 0, 0));
+    const __m128i last = _mm_or_si128(_mm_and_si128(third, _mm_set1_epi8(15)),
+                                      _mm_and_si128(_mm_srli_epi32(v, 2), _mm_set1_epi8(0x30)));
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_unpacklo_epi32(first, last));
+    const __m256i twice = _mm256_setr_epi8(0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1,  //
+                                           4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7, -1);
+    const __m256i wide = _mm256_setr_epi8(8, -1, -1, -1, 9, -1, -1, -1, 10, -1, -1, -1, 11, -1, -1, -1,  //
+                                          12, -1, -1, -1, 13, -1, -1, -1, 14, -1, -1, -1, 15, -1, -1, -1);
+    _mm256_store_si256((__m256i*)h.scales, _mm256_shuffle_epi8(both, twice));
+    h.minima[0] = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(both, wide));
+    const __m128 two = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)b));
+    h.d = two[0], h.m = two[1];
   }
+  // the scales are to be read from memory, each spread by its load: taken out of registers they cost two shuffles
+  asm("" : "+m"(h.scales));
 }
 
 template <Format FORMAT>
-HG_INLINE wv scales_at(const Head& h, int column) {
+HG_INLINE wv scales_at(const Head<FORMAT>& h, int column) {
 #ifdef HG_AVX512
   if constexpr (FORMAT != Q6_K) return (wv)_mm512_set1_epi32(h.scales[column / 32]);
   const __m512i one = _mm512_set1_epi32(h.scales[column / 16]);
@@ -156,11 +171,13 @@ HG_INLINE void codes_of(const uint8_t* b, Each each) {
 // out[m * stride] = <row at w, x[m]> for M inputs as `arrange_super` leaves them.
 template <Format FORMAT, int M>
 __attribute__((noinline)) void dot_super(const uint8_t* w, int columns, const float* const* x, float* out, int stride) {
-  const int scales = super_scales_at(columns), inputs = super_sums_at(columns);
+  using H = Head<FORMAT>;
+  const int scales = super_scales_at(columns), inputs = super_sums_at(columns) + H::SUMS_AT;
   vf sums[M] = {};
+  typename H::part less[M] = {};
   for (int g = 0; g < columns / 256; ++g, w += block_bytes(FORMAT)) {
     prefetch(w + BYTES_AHEAD), prefetch(w + BYTES_AHEAD + 64), prefetch(w + BYTES_AHEAD + 128);
-    Head head;
+    H head;
     read_head<FORMAT>(w, head);
     vi parts[M] = {};
     codes_of<FORMAT>(w, [&](wv codes, int column) __attribute__((always_inline)) {
@@ -171,27 +188,48 @@ __attribute__((noinline)) void dot_super(const uint8_t* w, int columns, const fl
     });
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const float scale = x[m][scales + g];
-      sums[m] = floats_of(parts[m]) * splat(head.d * scale) + sums[m];
+      sums[m] = floats_of(parts[m]) * head.d * splat(x[m][scales + g]) + sums[m];
 #pragma GCC unroll 2
-      for (int v = 0; v < 16 / LANES; ++v) {
-        vi in;
-        std::memcpy(&in, x[m] + inputs + 16 * g + v * LANES, sizeof in);
-        sums[m] = sums[m] - floats_of(in * head.minima[v]) * splat(head.m * scale);
-      }
+      for (int v = 0; v < H::SUMS / H::PER; ++v)
+        less[m] = *(const typename H::part_u*)(x[m] + inputs + SUPER_SUMS * g + v * H::PER) * head.minima[v] * head.m + less[m];
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) out[m * stride] = sum(sums[m]);
+  for (int m = 0; m < M; ++m) {
+    const auto s = less[m];
+    float off;
+    if constexpr (H::PER == LANES) off = sum(s);
+    else off = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+    out[m * stride] = sum(sums[m]) - off;
+  }
 }
 
 // ---- products with blocks of 32 -------------------------------------------------------------------------------------
 
-// The scales of a row, into `to`.
+// The scales of a row of `blocks`, into `to`, which has room for as many more floats: they are brought together first.
 template <Format FORMAT>
-HG_INLINE void block_scales(float* __restrict to, const uint8_t* __restrict w, int blocks) {
-  for (int g = 0; g < blocks; ++g)
-    to[g] = FORMAT == GGUF_MXFP4 ? half_power(w[g * block_bytes(FORMAT)]) : half_at(w + g * block_bytes(FORMAT));
+HG_INLINE void block_scales(float* to, const uint8_t* w, int blocks) {
+  constexpr int BYTES = FORMAT == GGUF_MXFP4 ? 1 : 2;
+  uint8_t* together = (uint8_t*)(to + blocks);
+  for (int g = 0; g < blocks; ++g) std::memcpy(together + BYTES * g, w + g * block_bytes(FORMAT), BYTES);
+  for (int g = 0; g < blocks; g += LANES) {
+    uint8_t some[BYTES * LANES] = {};
+    const bool whole = g + LANES <= blocks;
+    if (!whole) std::memcpy(some, together + BYTES * g, BYTES * (blocks - g));
+    const uint8_t* from = whole ? together + BYTES * g : some;
+    vf scales;
+    if constexpr (FORMAT == GGUF_MXFP4) {
+      const vi e = wide_ints<false>(from);
+      scales = as_float(e < 2 ? 0x00200000 << (e & 1) : (e - 1) << 23);
+    } else {
+#ifdef HG_AVX512
+      scales = (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#else
+      scales = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#endif
+    }
+    store(to + g, scales, std::min(LANES, blocks - g));
+  }
 }
 
 // The 32 numbers of a block as bytes; those of mxfp4 are twice as large as they should be.
@@ -206,16 +244,16 @@ HG_INLINE __m256i block_numbers(const uint8_t* b) {
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
 }
 
-// As dot_super, for x[m] as `arrange_fixed` leaves them; `buffer` takes the scales of a row.
+// As dot_super, for x[m] as `arrange_fixed` leaves them; `buffer` takes the scales of a row, twice.
 template <Format FORMAT, int M>
 __attribute__((noinline)) void dot_block(const uint8_t* w, int columns, const float* const* x, float* out, int stride,
                                          float* buffer) {
   const int blocks = columns / 32, scales = fixed_scales_at(columns);
   block_scales<FORMAT>(buffer, w, blocks);
-  vf sums[M] = {};
-  for (int g = 0; g < blocks; ++g, w += block_bytes(FORMAT)) {
-    prefetch(w + BYTES_AHEAD);
-    const __m256i bytes = block_numbers<FORMAT>(w);
+  constexpr int CHAINS = M <= 2 ? 2 : 1;  // sums that do not wait for each other
+  vf sums[CHAINS][M] = {};
+  auto block = [&](vf(&to)[M], int g) __attribute__((always_inline)) {
+    const __m256i bytes = block_numbers<FORMAT>(w + g * block_bytes(FORMAT));
     const vf by = splat(buffer[g]);
 #ifdef HG_AVX512
     const wv numbers[] = {(wv)_mm512_cvtepi8_epi16(bytes)};
@@ -229,11 +267,18 @@ __attribute__((noinline)) void dot_block(const uint8_t* w, int columns, const fl
 #pragma GCC unroll 2
       for (int v = 0; v < 32 / WORDS; ++v)
         part = dot_words(part, numbers[v], *(const wv_u*)((const int16_t*)x[m] + 32 * g + v * WORDS));
-      sums[m] = floats_of(part) * by * splat(x[m][scales + g]) + sums[m];
+      to[m] = floats_of(part) * by * splat(x[m][scales + g]) + to[m];
     }
+  };
+  int g = 0;
+  for (; g + CHAINS <= blocks; g += CHAINS) {
+    prefetch(w + g * block_bytes(FORMAT) + BYTES_AHEAD);
+#pragma GCC unroll 2
+    for (int c = 0; c < CHAINS; ++c) block(sums[c], g + c);
   }
+  for (; g < blocks; ++g) block(sums[0], g);
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) out[m * stride] = sum(sums[m]);
+  for (int m = 0; m < M; ++m) out[m * stride] = sum(CHAINS > 1 ? sums[0][m] + sums[CHAINS - 1][m] : sums[0][m]);
 }
 #endif
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headgate.kernels import GPT_OSS, Quantized, Routing, grouped_ffn, quantize
-from headgate.kernels.quantized import FORMATS
+from headgate.kernels.quantized import BLOCKS, FORMATS, PER_BYTE
 
 FORMS = [
     ("fp8", None),
@@ -112,7 +112,7 @@ class TestQuantize:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"format": "fp4"}, ValueError, "format must be one of fp8, int8, int4, uint4, mxfp4, got 'fp4'"),
+        ({"format": "fp4"}, ValueError, "format must be one of fp8, int8, int4, uint4, mxfp4, Q8_0, .*, got 'fp4'"),
         ({"data": torch.zeros(2, 4, 16)}, TypeError, "data must be torch.uint8 for 'int4', got torch.float32"),
         ({"format": "int8"}, TypeError, "data must be torch.int8 for 'int8', got torch.uint8"),
         ({"data": torch.zeros(4, 16).byte()}, ValueError, r"data must be 3-D .*, got \(4, 16\)"),
@@ -145,9 +145,11 @@ class TestGroupedFfn:
     D, F, E = 64, 48, 5
 
     def problem(self, format, *, pair=False, dtype=torch.float32, block=None):
+        if format in BLOCKS:
+            self.D, self.F = 256, 256
         wide = self.F if pair else 2 * self.F
         shapes = [(wide, self.D), (self.F, self.D), (self.D, self.F)]
-        w1, w_up, w2 = (quantize(torch.randn(self.E, *s) / 7, format, block=block) for s in shapes)
+        w1, w_up, w2 = (quantize(torch.randn(self.E, *s) / s[1] ** 0.5, format, block=block) for s in shapes)
         leaves = {
             "rows": torch.randn(11, self.D).to(dtype),
             "weights": torch.rand(11, 3),
@@ -164,7 +166,18 @@ class TestGroupedFfn:
         return grouped_ffn(t["rows"], routing, w1, w2, **biases, **form)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize(("format", "block"), [("fp8", None), ("int8", None), ("int4", (1, 32)), ("mxfp4", None)])
+    @pytest.mark.parametrize(
+        ("format", "block"),
+        [
+            ("fp8", None),
+            ("int8", None),
+            ("int4", (1, 32)),
+            ("mxfp4", None),
+            ("Q8_0", None),
+            ("Q4_K", None),
+            ("Q6_K", None),
+        ],
+    )
     @pytest.mark.parametrize("form", [{}, {"pair": True}, {"interleaved": True, "activation": GPT_OSS}], ids=str)
     def test_value_and_gradients(self, format, block, form, dtype, assert_close):
         form = dict(form)
@@ -257,12 +270,19 @@ class TestGroupedFfn:
         del leaves["b_gate_up"]
         with pytest.raises(ValueError, match="w_up must have w_gate's format, block and scales"):
             self.run(pair, w2, leaves, ids)
+        for one, two in (("int8", "Q8_0"), ("Q8_0", "Q4_K")):
+            pair = tuple(
+                quantize(torch.zeros(5, 256, 256), f, block=(1, 32) if f == "int8" else None) for f in (one, two)
+            )
+            leaves["rows"] = torch.zeros(11, 256)
+            with pytest.raises(ValueError, match="w_up must have w_gate's format, block and scales"):
+                self.run(pair, quantize(torch.zeros(5, 256, 256), "Q4_K"), leaves, ids)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(format, value):
-    w = torch.randn(1, 4, 64)
+    w = torch.randn(1, 4, 256)
     w[0, 1, 2] = value
     with pytest.raises(ValueError, match="w must be finite"):
         quantize(w, format)
@@ -272,10 +292,10 @@ def test_weights_that_are_no_numbers_are_refused(format, value):
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_block_that_is_none_is_refused(format, block):
     with pytest.raises(ValueError, match="quantize: block must be "):
-        quantize(torch.randn(2, 4, 128), format, block=block)
+        quantize(torch.randn(2, 4, 256), format, block=block)
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 128), (2, 0, 128), (2, 4, 0)])
+@pytest.mark.parametrize("shape", [(0, 4, 256), (2, 0, 256), (2, 4, 0)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_weights_without_an_element_are_refused(format, shape):
     with pytest.raises(ValueError, match="quantize: w must have at least one element, got"):
@@ -307,7 +327,7 @@ def test_a_dead_row_beside_others_takes_scales_in_fp16(format):
         quantize(w, format, block=(1, 128), scale_dtype=torch.float16)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", PER_BYTE)
 @pytest.mark.parametrize("factor", [1e-45, 1e-41, 1e-38, 1e37])
 def test_the_smallest_and_the_largest_weights_stay_numbers(format, factor):
     """A block of a dead expert beside others."""
