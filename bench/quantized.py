@@ -17,7 +17,7 @@ from .measure import CLOCKS, Contestant, interleave
 from .output import write_json
 from .screen import Screen
 
-FORMATS = ("int8", "int4", "mxfp4", *BLOCKS)
+FORMATS = ("int8", "int4", "uint4", "mxfp4", *BLOCKS)
 READ = "read"  # torch.sum over the fp32 weights
 EXAMPLE = """examples:
   headgate bench quantized --rows 1 4 16 --threads 1 --clock cpu

@@ -122,9 +122,10 @@ def examine_model(path: Path) -> dict[str, Any]:
     1 GiB, or more than fits into memory, is built without storage and swapped, but not run.
 
     Returns, among others, `replaced` (name -> what runs), `skipped` (name -> reason), `calls` (name -> number),
-    `memory` (bytes of the experts and of the rest), `checkpoint` (files in the folder: how many, their bytes, the
-    `trouble` that `headgate.load` has with them, whether they are `damaged`), `complete` (every MoE block taken, and
-    called if the model ran, and no file missing or cut). Raises ValueError naming the rule where the path will not do.
+    `memory` (bytes of the experts, as the files have them, and of the rest), `checkpoint` (files in the folder: how
+    many, their bytes, those of experts, the `trouble` that `headgate.load` has with them, whether they are `damaged`),
+    `complete` (every MoE block taken, and called if the model ran, and no file missing or cut). Raises ValueError
+    naming the rule where the path will not do.
     """
     from ..moe.hf import replace
 
@@ -143,9 +144,12 @@ def examine_model(path: Path) -> dict[str, Any]:
         "skipped": {},
         "calls": {},
         "memory": _memory(empty),
-        "checkpoint": _checkpoint(path) if path.is_dir() else None,
+        "checkpoint": None,
         "complete": False,
     }
+    files = found["checkpoint"] = _checkpoint(path) if path.is_dir() else None
+    if files is not None and files["experts_bytes"] is not None:
+        found["memory"]["experts_bytes"] = files["experts_bytes"]
     try:
         report = replace(model)
     except ValueError as error:  # a dense model
@@ -187,14 +191,15 @@ def _checkpoint(folder: Path) -> dict[str, Any] | None:
     if not files and not (folder / INDEX).exists():
         return None
     size = sum(file.stat().st_size for file in files)
-    found: dict[str, Any] = {"files": len(files), "bytes": size, "trouble": None, "damaged": False}
+    found: dict[str, Any] = {"files": len(files), "bytes": size, "experts_bytes": None}
+    found |= {"trouble": None, "damaged": False}
     try:
         Checkpoint(folder).close()
     except (OSError, ValueError) as error:
         return {**found, "trouble": _first_line(error), "damaged": True}
     try:
-        with seen(folder):
-            pass
+        with seen(folder) as what:
+            found["experts_bytes"] = sum(layer.nbytes for layer in what.layers)
     except (OSError, ValueError, ImportError) as error:
         found["trouble"] = _first_line(error)
     return found

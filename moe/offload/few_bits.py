@@ -4,6 +4,7 @@
     compressed-tensors   x.weight_packed int32 [O, I/8], x.weight_scale [O, groups]       "int4", as it lies
                          with x.weight_zero_point int32 [O/8, groups]                     "uint4"
                          x.weight_packed int32 [O, I/4], x.weight_scale                   "int8"
+                         x.weight_packed uint8 [O, I/2], x.weight_scale uint8         "mxfp4", as it lies
                          x.weight int8 or float8 [O, I], x.weight_scale                   "int8", "fp8", as they lie
     gptq                 x.qweight int32 [I/8, O], x.qzeros [groups, O/8], x.scales       "uint4", turned
     awq                  x.qweight int32 [I, O/8], x.qzeros [groups, O/8], x.scales       "uint4", turned and sorted
@@ -145,6 +146,8 @@ class _Reader:
     def _packed(self, stem: str) -> FewBits:
         key = f"{stem}.weight_packed"
         self._absent(stem, "weight_g_idx", "weight_global_scale")
+        if self.stored[key].dtype == "U8":
+            return self._e2m1(stem)
         rows, words = self._matrix(key, "I32")
         bits = self._bits(stem, rows, words)
         columns = words * (32 // bits)
@@ -164,6 +167,14 @@ class _Reader:
             partial(_with_zeros, rows=rows, groups=scale.shape[1]),
         )  # fmt: skip
         return FewBits((rows, columns), "uint4", block, data, scale)
+
+    def _e2m1(self, stem: str) -> FewBits:
+        key, scale = f"{stem}.weight_packed", f"{stem}.weight_scale"
+        rows, half = self._matrix(key, "U8")
+        self.guard.rule(half % 16 == 0, f"shape of {key}", "[O, I/2] with I a multiple of 32", [rows, half])
+        self._expect(scale, (rows, half // 16), "U8")
+        data = Made((key,), (rows, half), torch.uint8)
+        return FewBits((rows, 2 * half), "mxfp4", (1, 32), data, Made((scale,), (rows, half // 16), torch.uint8))
 
     def _bits(self, stem: str, rows: int, words: int) -> int:
         """Of each number. Where the config's groups differ, `weight_shape` tells."""
@@ -412,9 +423,15 @@ def _sorted(words: Tensor) -> Tensor:
 
 
 def _from_awq(words: Tensor) -> Tensor:
-    """AWQ: int32 [I, O/8] -> bytes [O, I/2]."""
-    n = _sorted(words)
-    return (n[0::2] | n[1::2] << 4).T
+    """AWQ: int32 [I, O/8] -> bytes [O, I/2]. Pairs of columns are joined as they lie, then turned as whole bytes."""
+    even, odd = (words[i::2].contiguous().view(torch.uint8) for i in (0, 1))
+    halves = (even & 15 | odd << 4, even >> 4 | odd & 0xF0)  # of the lower and of the upper nibbles of a word's bytes
+    out = torch.empty(words.shape[1], 8, len(even), dtype=torch.uint8)
+    for upper, half in enumerate(halves):
+        turned = half.T.contiguous().view(-1, 4, len(even))
+        for byte in range(4):
+            out[:, _AWQ[2 * byte + upper]] = turned[:, byte]
+    return out.view(-1, len(even))
 
 
 def _turned_scales(scale: Tensor, zeros: Tensor, plus: int | None, times: int, groups: int) -> Tensor:

@@ -40,11 +40,16 @@ class Form:
             "interleaved": self.interleaved and not self.straight,
         }
 
+    def shapes(self, module: nn.Module) -> dict[str, Tensor]:
+        """The experts' weights outside of the module [E, ...], without a number."""
+        weights = {name: p.detach().to("meta") for name, p in self.weights(module).items()}
+        if self.turned and self.transposed:
+            weights |= {name: weights[name].transpose(1, 2) for name in ("w_gate_up", "w_down")}
+        return self.outside(weights) if self.straight else weights
+
     def inside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights [n, ...] of outside as the module's parameters have them."""
-        found = dict(weights)
-        if "w_gate" in found:
-            found["w_gate_up"] = torch.cat((found.pop("w_gate"), found.pop("w_up")), 1)
+        found = merged(weights)
         for name in ("w_gate_up", "b_gate_up"):
             if self.straight and self.interleaved and name in found:
                 found[name] = torch.stack(found[name].chunk(2, 1), 2).flatten(1, 2)
@@ -53,12 +58,31 @@ class Form:
                 found[name] = found[name].transpose(1, 2)
         return found
 
+    def outside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights [n, ...] of the module's parameters with rows of outputs, gate rows above up rows."""
+        found = dict(weights)
+        for name in ("w_gate_up", "w_down"):
+            if self.transposed:
+                found[name] = found[name].transpose(1, 2)
+        for name in ("w_gate_up", "b_gate_up"):
+            if self.interleaved and name in found:
+                found[name] = torch.cat((found[name][:, ::2], found[name][:, 1::2]), 1)
+        return found
+
     def width(self, module: nn.Module) -> int:
         """D, the inputs of an expert."""
         return getattr(module, self.names["w_gate_up"]).shape[1 if self.transposed else 2]
 
     def weights(self, module: nn.Module) -> dict[str, nn.Parameter]:
         return {ours: getattr(module, theirs) for ours, theirs in self.names.items()}
+
+
+def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights [n, ...] with gate and up in one, gate rows above up rows."""
+    found = dict(weights)
+    if "w_gate" in found:
+        found["w_gate_up"] = torch.cat((found.pop("w_gate"), found.pop("w_up")), 1)
+    return found
 
 
 def experts_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,9 +8,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from ...placement.files import remove_stale
 from ...placement.traces.trace import Trace
 from .checkpoint import Checkpoint
 from .file import FileStore
-from .forms import Found
+from .forms import Found, merged
+from .gguf_file import Gguf, gguf_in
+from .gguf_load import model_in
 from .host import Store
 from .kinds import Layer, Weights, split, widened
 from .lower import FILE, Formats, Groups, coded, groups_of, layers_of
@@ -36,6 +39,7 @@ def load(
     prefetch: str | Predictor | None = "gate",
     disk: str | os.PathLike[str] | None = None,
     *,
+    config: Any = None,
     formats: Formats | None = None,
     device: torch.device | str = "cpu",
     scope: str = "layer",
@@ -49,7 +53,9 @@ def load(
     `offload`.
 
     path      a folder with config.json and either model.safetensors.index.json with its files or model.safetensors, as
-              save_pretrained and hub downloads have it; the files must stay as they are while the model is used
+              save_pretrained and hub downloads have it; or a GGUF file, the first of a split one, or a folder with one.
+              The files must stay as they are while the model is used
+    config    of a GGUF file: a folder with config.json, or a transformers config; None: what the file's metadata say
     budget    what the slots for experts may take on the device, see `offload`. Beside it stands the rest of the model:
               attention, embeddings, norms, routers, shared experts, and the KV cache of a generation
     formats   experts in few bits, see `offload`; `disk` must be given
@@ -60,9 +66,11 @@ def load(
     policy, prefetch, scope, trace, readers, page_cache, log   as in `offload`
 
     Everything but the experts is read into memory, ties and buffers as from_pretrained makes them; which tensors of the
-    files make which parameter is asked of transformers. Experts that a checkpoint has in few bits (compressed-tensors,
-    GPTQ, AWQ, FP8, MXFP4) stay so, in slots and in products; what else it has in few bits is widened once, when it is
-    loaded. The model is in evaluation mode and runs through Headgate.
+    files make which parameter is asked of transformers. Experts in few bits stay so, in slots and in products: those of
+    compressed-tensors, GPTQ, AWQ, FP8 and MXFP4, and the blocks of a GGUF file where products take them (Q8_0, Q4_0,
+    Q4_K, Q5_K, Q6_K, MXFP4, and Q5_0 and IQ4_NL, which become Q8_0 exactly). Others are widened to the model's dtype
+    whenever one is read, and what else is in few bits once, when it is loaded; it says so. The model is in evaluation
+    mode and runs through Headgate.
     Without `disk` its experts' parameters are on the meta device: they have names and shapes, and no numbers.
     `Offload.close()` leaves them there, and the model can compute no more; `close(restore=True)` brings them into
     memory.
@@ -80,7 +88,7 @@ def load(
     where = torch.device(device)
     if formats not in (None, {}) and disk is None:
         raise ValueError(f"load: disk must be a folder for experts in few bits, got None with formats={formats!r}")
-    with seen(path) as what:
+    with seen(path, config) as what:
         model = what.model
         groups = groups_of(what.found, {} if formats is None else formats)
         layers = what.layers_in(groups)
@@ -145,7 +153,7 @@ def _recoded(what: Seen, i: int, parts: Mapping[str, Tensor], e: int, format: st
     joined = what.layers[i].kind(e).join(parts)
     if format is None:
         return joined
-    return coded(what.found[i][2].inside(widened(joined, torch.float32)), format)
+    return coded(merged(widened(joined, torch.float32)), format)
 
 
 def _source(what: Seen, groups: Groups) -> str:
@@ -160,7 +168,7 @@ class Seen:
     modules `found` and `skipped`; the experts as they are stored, `laid` in the files or `made` of their bytes; `fill`
     reads all the rest."""
 
-    files: Checkpoint
+    files: Checkpoint | Gguf
     model: nn.Module
     found: Found
     skipped: Mapping[str, str]
@@ -168,6 +176,9 @@ class Seen:
     layers: Sequence[Layer]
     fill: Callable[[], None]
     made: Sequence[Mapping[str, Callable[[Tensor], Tensor]]] | None = None
+    keys: Sequence[set[str]] = ()  # of a GGUF file: the tensors of each layer's experts
+    # else: a parameter of the rest -> the tensor that it is, or None where transformers makes it by more than taking it
+    rest: Mapping[str, str | None] = field(default_factory=dict)
 
     def layers_in(self, groups: Groups) -> list[Layer]:
         """The experts in other formats; those without one are as they are stored."""
@@ -185,10 +196,19 @@ class Seen:
 
 
 @contextmanager
-def seen(path: str | os.PathLike[str]) -> Iterator[Seen]:
+def seen(path: str | os.PathLike[str], config: Any = None) -> Iterator[Seen]:
     """What the files of a model say, open for the length of a `with` unless somebody takes them. Raises as `load`."""
+    if gguf_in(path):
+        with closing(Gguf(path)) as gguf:
+            m = model_in(gguf, config)
+            layers = [one.layer(name) for one, (name, _, _) in zip(m.stored, m.found, strict=True)]
+            laid, made = [one.laid for one in m.stored], [one.made for one in m.stored]
+            yield Seen(gguf, m.model, m.found, m.skipped, laid, layers, m.fill, made, [one.keys for one in m.stored])
+        return
+    if config is not None:
+        raise ValueError(f"load: config must be None for a folder with config.json, got a {type(config).__name__}")
     with closing(Checkpoint(path)) as checkpoint:
         m = model_of(checkpoint)
         laid, made = [one.laid for one in m.stored], [one.made for one in m.stored]
         layers = [one.layer(name) for one, (name, _, _) in zip(m.stored, m.found, strict=True)]
-        yield Seen(checkpoint, m.model, m.found, m.skipped, laid, layers, m.fill, made)
+        yield Seen(checkpoint, m.model, m.found, m.skipped, laid, layers, m.fill, made, rest=m.rest)

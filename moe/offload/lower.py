@@ -45,7 +45,7 @@ def groups_of(found: Found, formats: Formats) -> Groups:
             raise ValueError(
                 f"offload: formats must have one for each of the {experts} experts of {name}, got {len(of)}"
             )
-        if form.transposed and any(of):
+        if form.layout["transposed"] and any(of):
             raise ValueError(f"offload: formats must be None for transposed weights, got some for {name}")
         kinds = dict.fromkeys(of)
         groups.append([([e for e in range(experts) if of[e] == kind], kind) for kind in kinds])
@@ -89,7 +89,7 @@ def like(weights: Mapping[str, Tensor], n: int, format: str | None) -> Weights:
 def layers_of(found: Found, groups: Groups) -> list[Layer]:
     """What the experts are, without a number."""
     return [
-        Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
+        Layer.of(name, *((experts, like(form.shapes(module), len(experts), format)) for experts, format in parts))
         for (name, module, form), parts in zip(found, groups, strict=True)
     ]
 

@@ -45,13 +45,14 @@ class Stored:
 @dataclass(frozen=True)
 class ShardsModel:
     """The model on the meta device, swapped; its experts modules `found` and `skipped`; each one's experts `stored`;
-    `fill` reads all the rest."""
+    `fill` reads all the rest, and `rest` says where it lies (see load.Seen)."""
 
     model: nn.Module
     found: Found
     skipped: Mapping[str, str]
     stored: list[Stored]
     fill: Callable[[], None]
+    rest: Mapping[str, str | None]
 
 
 def model_of(checkpoint: Checkpoint) -> ShardsModel:
@@ -82,7 +83,16 @@ def model_of(checkpoint: Checkpoint) -> ShardsModel:
             say_once(_WHO, why, f"these weights widened to {str(dtype)[6:]}, once")
         fill_rest(model, conversion, rest, lambda key: there.read(key, dtype), left)
 
-    return ShardsModel(model, found, skipped, stored, fill)
+    return ShardsModel(model, found, skipped, stored, fill, _rest_of(conversion, left, there))
+
+
+def _rest_of(conversion: Conversion, left: set[str], there: Translated) -> dict[str, str | None]:
+    found: dict[str, str | None] = dict.fromkeys(conversion.made - left)
+    for name, source in conversion.sources.items():
+        if name in found and not source.operations:
+            ((key,),) = source.keys.values()
+            found[name] = None if isinstance(there.tensors[key], FewBits) else key
+    return found
 
 
 def _check_rest(model: nn.Module, conversion: Conversion, there: Translated) -> None:
@@ -93,6 +103,11 @@ def _check_rest(model: nn.Module, conversion: Conversion, there: Translated) -> 
         raise fault(_WHO, folder, f"must have a tensor for each weight, got none for {missing[0]}{more}")
     wanted = model.state_dict()
     for name, source in conversion.sources.items():
+        for key in (key for keys in source.keys.values() for key in keys if wanted[name].is_floating_point()):
+            t = there.tensors[key]
+            if not isinstance(t, FewBits) and (not DTYPES[t.dtype].is_floating_point or DTYPES[t.dtype].itemsize < 2):
+                rule = f"must have {key} in bf16, fp16 or fp32, or with a quantization_config, got {t.dtype}"
+                raise fault(_WHO, folder, rule)
         if not source.operations:
             (keys,) = source.keys.values()
             for key in keys:

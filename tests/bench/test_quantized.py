@@ -19,7 +19,7 @@ def test_every_form_is_measured_and_compared(tmp_path, capsys):
     found = json.loads(target.read_text())
     assert list(found) == ["1", "2"]
     for row in found.values():
-        assert list(row) == ["read", "fp32", "bf16", "int8", "int4", "mxfp4", "Q8_0", "Q4_0", "gguf_mxfp4"]
+        assert list(row) == ["read", "fp32", "bf16", "int8", "int4", "uint4", "mxfp4", "Q8_0", "Q4_0", "gguf_mxfp4"]
         assert row["read"]["of_read"] == 1
         assert row["bf16"]["over_bf16"] == row["fp32"]["over_fp32"] == 1
         for name, f in row.items():

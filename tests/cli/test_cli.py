@@ -220,7 +220,10 @@ def test_doctor_says_how_much_memory_a_model_takes_and_whether_its_files_are_who
     }  # fmt: skip
     files = sorted(tmp_path.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    assert found["checkpoint"] == {"files": len(files), "bytes": size, "trouble": None, "damaged": False}
+    assert found["checkpoint"] == {
+        "files": len(files), "bytes": size, "experts_bytes": found["memory"]["experts_bytes"], "trouble": None,
+        "damaged": False,
+    }  # fmt: skip
     assert cli.main(["doctor", str(tmp_path)]) == 0
     assert f"{len(files)} safetensors files of 0.0 MB: headgate.load takes them" in capsys.readouterr().out
     whole = files[1].read_bytes()

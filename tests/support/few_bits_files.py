@@ -57,6 +57,17 @@ def numbers_of(q: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
     return (groups * scale.float()[..., None]).reshape(rows, columns)
 
 
+def mxfp4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """gpt-oss: w [E, O, I] as (blocks [E, O, I/32, 16], scales [E, O, I/32], the weights that they stand for)."""
+    groups = w.float().reshape(*w.shape[:2], -1, 32)
+    exponent = torch.frexp(groups.abs().amax(3)).exponent - 3
+    unit = torch.exp2(exponent.float())[..., None]
+    table = torch.tensor([*_E2M1, *(-n for n in _E2M1)])
+    codes = ((groups / unit)[..., None] - table).abs().argmin(-1)
+    meant = (table[codes] * unit).reshape(w.shape)
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8), (exponent + 127).to(torch.uint8), meant
+
+
 def compressed(bits=4, group=32, asymmetric=False, dtype=torch.bfloat16, columnwise=False):
     def pack(stem: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         each = w.shape[1] if columnwise else group
@@ -94,6 +105,16 @@ def naive(kind: str):
     }
 
 
+def e2m1():
+    def pack(stem: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        blocks, scales, meant = (t[0] for t in mxfp4(w[None]))
+        return {f"{stem}.weight_packed": blocks.flatten(1), f"{stem}.weight_scale": scales}, meant
+
+    weights = {"num_bits": 4, "type": "float", "group_size": 32, "strategy": "group"}
+    config = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    return pack, {"quant_method": "compressed-tensors", **config, "format": "mxfp4-pack-quantized"}
+
+
 def gptq(version="gptq", group=32, desc_act=False, columnwise=False):
     def pack(stem: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         each = w.shape[1] if columnwise else group
@@ -122,7 +143,7 @@ def awq(group=64):
     return pack, {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
 
 
-def fp8(block=(32, 32)):
+def fp8(block=(32, 32), exponents=False):
     def pack(stem: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         down, across = block
         spread = torch.zeros(w.shape)
@@ -131,9 +152,12 @@ def fp8(block=(32, 32)):
             for j in range(scale.shape[1]):
                 at = (slice(i * down, (i + 1) * down), slice(j * across, (j + 1) * across))
                 scale[i, j] = w[at].float().abs().max() / 448
+                if exponents:
+                    scale[i, j] = torch.exp2(torch.log2(scale[i, j]).ceil())
                 spread[at] = scale[i, j]
         data = (w.float() / spread).to(torch.float8_e4m3fn)
-        return {f"{stem}.weight": data, f"{stem}.weight_scale_inv": scale}, data.float() * spread
+        stored = scale.to(torch.float8_e8m0fnu) if exponents else scale
+        return {f"{stem}.weight": data, f"{stem}.weight_scale_inv": stored}, data.float() * spread
 
     return pack, {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
 
@@ -147,11 +171,13 @@ SCHEMES: dict[str, tuple[Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor
     "compressed-tensors int8 as it lies": naive("int"),
     "compressed-tensors fp8, rows": naive("rows"),
     "compressed-tensors fp8, one scale": naive("all"),
+    "compressed-tensors mxfp4": e2m1(),
     "gptq": gptq(),
     "gptq_v2, rows": gptq("gptq_v2", columnwise=True),
     "awq": awq(),
     "fp8": fp8(),
     "fp8, blocks cut short": fp8((48, 48)),
+    "fp8, exponents": fp8(exponents=True),
 }
 
 
@@ -188,14 +214,3 @@ def written(folder: Path, to: Path, tensors: dict[str, Tensor], config: dict[str
         (to / "config.json").write_text(json.dumps({**said, "quantization_config": config}))
     save_file({name: t.contiguous() for name, t in tensors.items()}, to / "model.safetensors", {"format": "pt"})
     return to
-
-
-def mxfp4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """gpt-oss: w [E, O, I] as (blocks [E, O, I/32, 16], scales [E, O, I/32], the weights that they stand for)."""
-    groups = w.float().reshape(*w.shape[:2], -1, 32)
-    exponent = torch.frexp(groups.abs().amax(3)).exponent - 3
-    unit = torch.exp2(exponent.float())[..., None]
-    table = torch.tensor([*_E2M1, *(-n for n in _E2M1)])
-    codes = ((groups / unit)[..., None] - table).abs().argmin(-1)
-    meant = (table[codes] * unit).reshape(w.shape)
-    return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8), (exponent + 127).to(torch.uint8), meant

@@ -13,6 +13,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ import numpy as np
 import torch
 
 import headgate
+from headgate.moe.hf.pretrained import quantization_in
 from headgate.moe.offload import FileStore, Layer
 from headgate.moe.offload.checkpoint import INDEX, Checkpoint
+from headgate.moe.offload.few_bits import Translated
 from headgate.placement.caching import predict
 from headgate.placement.caching.policies.learned import Learned
 from headgate.placement.caching.policies.state import Setting
@@ -193,6 +196,30 @@ def used_shards(path: Path) -> Any:
         found.close()
 
 
+def few_bits(folder: Path) -> list[Path]:
+    """A weight in few bits beside one that is not, of each kind, as headgate.load reads them."""
+    from few_bits_files import SCHEMES
+    from safetensors.torch import save_file
+
+    made = []
+    torch.manual_seed(0)
+    for scheme in ("compressed-tensors int4 with zeros", "gptq", "awq", "fp8"):
+        pack, config = SCHEMES[scheme]
+        made.append(folder / scheme)
+        made[-1].mkdir()
+        tensors = pack("x", torch.randn(8, 64))[0] | {"norm.weight": torch.ones(4)}
+        save_file(tensors, made[-1] / "model.safetensors", {"format": "pt"})
+        (made[-1] / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return made
+
+
+def used_few_bits(path: Path) -> Any:
+    with closing(Checkpoint(path)) as found:
+        there = Translated(found, quantization_in(path))
+        read = {key: there.read(key, torch.float32).float().nan_to_num() for key in there.tensors}
+        return {key: (t.shape, t.tolist()) for key, t in read.items()}
+
+
 def checkpoint(folder: Path) -> list[Path]:
     headgate.save_checkpoint(folder / "step", a_module(0), extra={"step": 1})
     return [folder / "step"]
@@ -297,6 +324,7 @@ LOADERS = {
     "Learned.load": Loader(learned, used_learned),
     "FileStore": Loader(experts_file, used_experts),
     "load": Loader(shards, used_shards),
+    "load few bits": Loader(few_bits, used_few_bits),
     "load_checkpoint": Loader(checkpoint, used_checkpoint, share=0.1),
     "read sglang": Loader(sglang, recording),
     "read vllm": Loader(vllm, recording),

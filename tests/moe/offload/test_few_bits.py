@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 from few_bits_files import SCHEMES, dense_in, mxfp4, rewritten, written  # noqa: E402
 
 import headgate  # noqa: E402
+from headgate.cli import doctor  # noqa: E402
 from headgate.moe.offload.load import seen  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -20,14 +21,16 @@ SIZES = {
     "head_dim": 16, "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 IDS = torch.arange(3, 13).reshape(1, 10)
+CT = "compressed-tensors int4"
 MLP = "model.layers.1.mlp.experts"
 TURNED = "model.language_model.layers.1.mlp.experts"
 FORMATS = {
     "compressed-tensors int4": "int4", "compressed-tensors int4, rows": "int4",
     "compressed-tensors int4 with zeros": "uint4", "compressed-tensors int4 with zeros, rows": "uint4",
     "compressed-tensors int8": "int8", "compressed-tensors int8 as it lies": "int8",
-    "compressed-tensors fp8, rows": "fp8", "compressed-tensors fp8, one scale": "fp8", "gptq": "uint4",
-    "gptq_v2, rows": "uint4", "awq": "uint4", "fp8": "fp8", "fp8, blocks cut short": "fp8",
+    "compressed-tensors fp8, rows": "fp8", "compressed-tensors fp8, one scale": "fp8",
+    "compressed-tensors mxfp4": "mxfp4", "gptq": "uint4",
+    "gptq_v2, rows": "uint4", "awq": "uint4", "fp8": "fp8", "fp8, blocks cut short": "fp8", "fp8, exponents": "fp8",
 }  # fmt: skip
 
 
@@ -117,6 +120,17 @@ def test_packed_again_and_recoded(both, tmp_path):
         assert torch.equal(answer(model), recoded)
 
 
+def test_doctor_tells_the_sizes_as_stored(both, gpt_oss):
+    for folder in (both(CT)[0], both("gptq")[0], gpt_oss[0]):
+        found = doctor.examine_model(folder)
+        with seen(folder) as what:
+            assert found["memory"]["experts_bytes"] == sum(layer.nbytes for layer in what.layers)
+            rest = {n: p for n, p in what.model.named_parameters() if ".experts." not in n}
+        assert found["memory"]["rest_bytes"] == sum(p.nbytes for p in rest.values())
+        assert found["checkpoint"]["trouble"] is None
+        assert found["complete"]
+
+
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory):
     """(the checkpoint in MXFP4, the dense one that it stands for)."""
@@ -176,7 +190,6 @@ def nothing(_):
     return None
 
 
-CT = "compressed-tensors int4"
 SPOILT = {  # scheme, what becomes of its tensors and of its config, the error
     "a scale is missing": ("gptq", drop("scales"), {}, r"experts.2.up_proj.scales of \S+ must be"),
     "zeros are missing": ("awq", drop("qzeros"), {}, r"up_proj.qzeros of \S+ must be beside its weight"),
@@ -187,7 +200,7 @@ SPOILT = {  # scheme, what becomes of its tensors and of its config, the error
     "gemv": ("awq", nothing, {"version": "gemv"}, "version of .* must be gemm, got gemv"),
     "nvfp4": (
         CT, put("weight_packed", torch.zeros(64, 32).byte()), {},
-        r"up_proj.weight_packed of \S+ must be a matrix of I32, got U8"),
+        r"up_proj.weight_scale of \S+ must be U8 \[64, 2\], got BF16"),
     "groups of 16": (
         CT, put("weight_scale", torch.ones(64, 4).bfloat16()), {},
         r"up_proj.weight_scale of \S+ must be of groups of 32, 64 or a multiple of 128 columns.*got groups of 16"),
@@ -218,6 +231,15 @@ def test_what_is_not_taken_is_said_before_a_weight_is_read(both, tmp_path, monke
     with pytest.raises(ValueError, match=message) as said:
         headgate.load(folder, "50%")
     assert len(str(said.value)) <= 400
+
+
+def test_few_bits_without_a_config_are_no_weights(both, tmp_path):
+    packed, _ = both("fp8")
+    folder = written(both("fp8")[1], tmp_path / "m", dense_in(packed), None)
+    with pytest.raises(
+        ValueError, match=r"must have \S+weight in bf16, fp16 or fp32, or with a quantization_config, got F8"
+    ):
+        headgate.load(folder, "50%")
 
 
 def test_weight_shape_tells_the_bits_where_groups_differ(both, tmp_path):
