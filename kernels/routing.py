@@ -9,7 +9,7 @@ The legend of letters, used everywhere in the library:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ class Routing:
     counts as no expert too. `weights` [T, K] floating point, differentiable. `counts` int32 [E] or None: tokens per
     expert. `scores` fp32 [T, E] or None: what the router computed before the choice, differentiable, for the losses;
     `logits` [T, E] or None: what it computed them from. `capacity`: no expert has more than this many of these pairs;
-    None: nobody has limited them. It is a number known without a look at the device.
+    None: nobody has limited them. It is a number known without a look at the device. `mask` bool [T] or None: False for
+    a token that is padding, which has no expert and which no loss counts. `state` [T, n] or None: what the next layer's
+    router is to know of each token, differentiable.
     """
 
     expert_ids: Tensor
@@ -40,6 +42,8 @@ class Routing:
     scores: Tensor | None = None
     logits: Tensor | None = None
     capacity: int | None = None
+    mask: Tensor | None = None
+    state: Tensor | None = None
 
     @classmethod
     def from_topk(cls, expert_ids: Tensor, weights: Tensor, num_experts: int) -> Routing:
@@ -72,12 +76,20 @@ class Routing:
 
     def detach(self) -> Routing:
         """The same choice without its graph: for traces, plots and losses that must not hold the step's memory."""
-        return Routing(
-            self.expert_ids.detach(),
-            self.weights.detach(),
-            self.num_experts,
-            None if self.counts is None else self.counts.detach(),
-            None if self.scores is None else self.scores.detach(),
-            None if self.logits is None else self.logits.detach(),
-            self.capacity,
-        )
+        names = ("expert_ids", "weights", "counts", "scores", "logits", "mask", "state")
+        held = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: t.detach() for name, t in held.items() if t is not None})
+
+    def masked(self, mask: Tensor) -> Routing:
+        """The same choice, with no expert, no weight and no count for the tokens where `mask` bool [T] is False."""
+        gone = ~mask[:, None]
+        ids = self.expert_ids.masked_fill(gone, -1)
+        weights = self.weights.masked_fill(gone, 0)
+        counts = None if self.counts is None else pairs_of_experts(ids, self.num_experts).int()
+        return replace(self, expert_ids=ids, weights=weights, counts=counts, mask=mask)
+
+
+def pairs_of_experts(ids: Tensor, experts: int) -> Tensor:
+    """Pairs of each expert, int64 [E]; ids outside 0 .. E-1 are no expert."""
+    ids = torch.where((ids < 0) | (ids >= experts), experts, ids).flatten().long()
+    return ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:experts]

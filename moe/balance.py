@@ -61,7 +61,8 @@ def counted(routing: Routing, choice: str) -> Routing:
     if choice == "scores":
         scores = scores_of(routing, "load_balancing_choice 'scores'").detach()
         anew = topk(scores, routing.expert_ids.shape[1], score="topk_softmax")  # by the scores as they are
-        return replace(routing, expert_ids=anew.expert_ids, counts=anew.counts)
+        anew = replace(routing, expert_ids=anew.expert_ids, counts=anew.counts)
+        return anew if routing.mask is None else anew.masked(routing.mask)
     return routing
 
 
@@ -86,6 +87,9 @@ def check_balancing(
             "MoE: load_balancing_group must be given with load_balancing_scope='global' and only then, "
             f"got scope {', '.join(scopes)!r} and group {group}"
         )
+        if factor and not getattr(router, "balances", True):
+            rule = f"0 for a {type(router).__name__}, which needs no balancing loss"
+            raise ValueError(f"MoE: load_balancing_coef must be {rule}, got {factor}")
     own = getattr(type(router), "balancing_loss", Router.balancing_loss) is not Router.balancing_loss
     for name, value, known in (
         ("load_balancing_choice", choice, CHOICES),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..dispatch import collectives
 from ..dispatch.wire import pack, unpack
 from ..kernels.plan import plan
-from ..kernels.routing import Routing
+from ..kernels.routing import Routing, pairs_of_experts
 from ..kernels.transforms import refuse_transforms
 from .losses import TokenRanks
 
@@ -109,7 +109,7 @@ def limit(routing: Routing, capacity: Capacity, ranks: TokenRanks | None = None)
         routing,
         expert_ids=ids,
         weights=routing.weights.masked_fill(gone, 0),
-        counts=_counts(ids, routing.num_experts).int(),
+        counts=pairs_of_experts(ids, routing.num_experts).int(),
         capacity=bound if capacity.pad else None,
     )
     return limited, Overflow(bound, dropped, total, total > 0)
@@ -137,7 +137,7 @@ def _in_turn(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple[T
     one round over all pairs for "position", in one for each k for "choice"."""
     ids, experts, (tokens, k) = routing.expert_ids, routing.num_experts, routing.expert_ids.shape
     rounds = ids.T if capacity.drop == "choice" else ids.reshape(1, -1)
-    mine = torch.stack([_counts(round_, experts) for round_ in rounds])  # [rounds, E]
+    mine = torch.stack([pairs_of_experts(round_, experts) for round_ in rounds])  # [rounds, E]
     table = collectives.all_gather(F.pad(mine.flatten(), (0, 1), value=tokens)[None], ranks.group)
     counts = table[:, :-1].unflatten(1, mine.shape)  # [G, rounds, E]
     bound = capacity.of(int(table[:, -1].sum()), k, experts)
@@ -161,9 +161,3 @@ def _by_weight(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple
     place = _places(all_ids, all_weights, routing.num_experts, "weight")
     start = dist.get_rank(group) * most
     return place[start : start + ids.shape[0]], bound, (place >= bound).sum()
-
-
-def _counts(ids: Tensor, experts: int) -> Tensor:
-    """Pairs of each expert, int64 [E]."""
-    ids = torch.where((ids < 0) | (ids >= experts), experts, ids).flatten().long()
-    return ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:experts]

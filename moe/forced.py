@@ -23,7 +23,8 @@ def forced(routing: Routing, how: str) -> Routing:
     (tokens, k), experts = routing.expert_ids.shape, routing.num_experts
     ids = _drawn(routing, experts)[:, :k] if how == "random" else _in_turn(routing, tokens * k).view(tokens, k)
     new = replace(routing, expert_ids=ids.int(), counts=None)
-    return replace(new, counts=counts_of(new, None)[0].int())
+    new = replace(new, counts=counts_of(new, None)[0].int())
+    return new if routing.mask is None else new.masked(routing.mask)
 
 
 def _drawn(routing: Routing, experts: int) -> Tensor:

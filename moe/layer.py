@@ -19,7 +19,7 @@ from .capacity import Capacity, Overflow, limit
 from .experts import Experts
 from .forced import FORCED, forced
 from .losses import TokenRanks, attach_loss, z_loss
-from .routers import ROUTERS
+from .routers import ROUTERS, Given, Router
 from .shared import SharedExpert
 
 
@@ -62,6 +62,12 @@ class MoE(nn.Module):
     in fp16), set `aux_scale`, a number or a 0-d tensor, to the same. `aux_losses` holds the last training forward's
     losses, detached and before their coefficients, for reading: "load_balancing" always ("load_balancing_SCOPE" for
     each of several), "z_loss" where it has a coefficient.
+
+    `layer(x, mask)` with mask bool [...], False for padding: such a token has no expert, moves to no rank, is in no
+    count, loss or bias, and its y is 0; where it stands does not matter. A capacity C still goes by all T places.
+    `layer(x, ids=...)` with token ids [...] is for a router that chooses by them (`needs_ids`). A layer whose router
+    `carries_state` is called `layer(x, state=...)`, with the state that the layer before returned (None: the first),
+    and returns y and its own state [..., n].
 
     `force_load_balancing`, for benchmarks: the chosen experts are replaced, while training or not, by "random" or by
     "round_robin" ones, so that the load is even; see `headgate.moe.forced`.
@@ -140,20 +146,26 @@ class MoE(nn.Module):
         self.last_routing: Routing | None = None
         self.last_overflow: Overflow | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, ids: Tensor | None = None, state: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         tokens = self._tokens(x)
-        routing = kept = self._route(tokens)
+        given = self._given(x, mask, ids, state)
+        routing = kept = self._route(tokens, given)
         overflow = None
         if self.capacity is not None:
             kept, overflow = limit(routing, self.capacity, self.token_ranks)
         y = self._experts(tokens, kept)
         if self.shared is not None:
-            y = y + self.shared(tokens)
+            y = y + self.shared(tokens, given.mask)
+        if given.mask is not None:
+            y = y.masked_fill(~given.mask[:, None], 0)
         if self.training and routing.scores is not None:
             y = self._with_losses(y, routing, sequences=math.prod(x.shape[:-2]))
         if not under_transform():
-            self.last_routing, self.last_overflow = replace(kept.detach(), logits=None), overflow
-        return y if x.dim() == 2 else y.reshape(x.shape)
+            self.last_routing, self.last_overflow = replace(kept.detach(), logits=None, state=None), overflow
+        y = y if x.dim() == 2 else y.reshape(x.shape)
+        return y if routing.state is None else (y, routing.state.reshape(*x.shape[:-1], -1))
 
     def _experts(self, tokens: Tensor, routing: Routing) -> Tensor:
         if self.latent_down is None or self.latent_up is None:
@@ -167,10 +179,39 @@ class MoE(nn.Module):
             raise ValueError(f"MoE: x must be [..., {self.hidden_size}], got {tuple(x.shape)}")
         return x.reshape(-1, self.hidden_size)
 
-    def _route(self, tokens: Tensor) -> Routing:
-        routing = self.router(tokens)
+    def _given(self, x: Tensor, mask: Tensor | None, ids: Tensor | None, state: Tensor | None) -> Given:
+        """What came beside x, checked, as the router takes it: of T tokens."""
+        shape, router = x.shape[:-1], type(self.router).__name__
+        for name, t, asked in (("ids", ids, "needs_ids"), ("state", state, "carries_state")):
+            declared = getattr(self.router, asked, False)
+            if t is not None and not declared:
+                raise ValueError(f"MoE: {name} must be None for a {router}, which does not use it, got a tensor")
+            if t is None and declared and name == "ids":
+                raise ValueError(f"MoE: ids must be the token ids {list(shape)} for a {router}, got None")
+        for name, t, what in (("mask", mask, "bool"), ("ids", ids, "integers")):
+            if t is None:
+                continue
+            if not isinstance(t, Tensor):
+                raise TypeError(f"MoE: {name} must be a tensor, got {type(t).__name__}")
+            if t.is_floating_point() or t.is_complex() or (t.dtype == torch.bool) != (name == "mask"):
+                raise TypeError(f"MoE: {name} must be {what}, got {t.dtype}")
+            if t.shape != shape:
+                raise ValueError(f"MoE: {name} must be {list(shape)} as x is but for D, got {list(t.shape)}")
+        if state is not None and state.shape[:-1] != shape:
+            raise ValueError(f"MoE: state must be {list(shape)} and a width, got {list(state.shape)}")
+        flat = [None if t is None else t.reshape(-1) for t in (mask, ids)]
+        carried = None if state is None else state.reshape(-1, state.shape[-1])
+        return Given(*flat, carried, math.prod(x.shape[:-2]), self.token_ranks)
+
+    def _route(self, tokens: Tensor, given: Given) -> Routing:
+        if isinstance(self.router, Router) and type(self.router).forward is Router.forward:
+            routing = self.router(tokens, given)
+        else:
+            routing = self.router(tokens)
         if not isinstance(routing, Routing):
             raise TypeError(f"MoE: router must return a Routing, got {type(routing).__name__}")
+        if given.mask is not None and routing.mask is None:
+            routing = routing.masked(given.mask)
         return routing if self.force_load_balancing is None else forced(routing, self.force_load_balancing)
 
     def _with_losses(self, y: Tensor, routing: Routing, sequences: int) -> Tensor:

@@ -61,18 +61,21 @@ def load_balancing_loss(routing: Routing, *, sequences: int | None = None, ranks
     `sequences` S: the tokens are S sequences of T / S; each has its own loss, and the mean is returned (DeepSeek-V3,
     equation 17). `ranks`: the batch is that of all these ranks (Qiu et al., Demons in the Detail, 2025), whatever share
     of it each has. One all-reduce of 2 E + 1 numbers; of each sequence, where `ranks.sequence` cuts them, another.
+    Tokens that `routing.mask` leaves out count nowhere; a sequence of such tokens alone is none.
 
     Raises ValueError where routing has no scores, or `sequences` does not divide T.
     """
-    scores = scores_of(routing, "load_balancing_loss")
+    who = "load_balancing_loss"
+    scores = scores_of(routing, who)
     experts = scores.shape[1]
     share = scores / (scores.sum(1, keepdim=True) + _EPS)
-    sums = per_sequence(share, sequences, "load_balancing_loss").sum(1)
+    sums = per_sequence(of_tokens(share, routing), sequences, who).sum(1)
 
     def weigh(counts: Tensor, tokens: int | Tensor) -> Tensor:
         return experts * counts / tokens / tokens
 
-    return over_batch(sums, counts_of(routing, sequences), weigh, scores.shape[0], sequences, ranks)
+    tokens = tokens_of(routing, sequences, who)
+    return over_batch(sums, counts_of(routing, sequences), weigh, tokens, sequences, ranks)
 
 
 def z_loss(routing: Routing, *, ranks: TokenRanks | None = None) -> Tensor:
@@ -84,37 +87,41 @@ def z_loss(routing: Routing, *, ranks: TokenRanks | None = None) -> Tensor:
     if routing.logits is None:
         raise ValueError("z_loss: routing must have logits, got None")
     logits = routing.logits if routing.logits.dtype == torch.float64 else routing.logits.float()
-    sums = logits.logsumexp(1).square().sum().view(1, 1)
+    sums = of_tokens(logits.logsumexp(1, keepdim=True).square(), routing).sum().view(1, 1)
+    tokens = tokens_of(routing, None, "z_loss")
     return over_batch(
-        sums, sums.new_zeros(1, 0), lambda counts, tokens: counts.new_ones(1, 1) / tokens, logits.shape[0], None, ranks
+        sums, sums.new_zeros(1, 0), lambda counts, tokens: counts.new_ones(1, 1) / tokens, tokens, None, ranks
     )
 
 
 def over_batch(
-    sums: Tensor, counts: Tensor, weigh: Weigh, tokens: int, sequences: int | None, ranks: TokenRanks | None
+    sums: Tensor, counts: Tensor, weigh: Weigh, tokens: int | Tensor, sequences: int | None, ranks: TokenRanks | None
 ) -> Tensor:
     """mean over sequences s of sum_n weigh(counts, tokens of one)[s, n] * sums[s, n]: what every loss here is.
 
-    `sums` [S, n], differentiable, and `counts` [S, m] add up over this rank's tokens, `tokens` of them in `sequences`
-    S equal parts (None: S = 1, the whole batch). `weigh` must give [S, n], or what broadcasts to it, and have no
-    gradient. A sequence without tokens on any rank is none.
+    `sums` [S, n], differentiable, and `counts` [S, m] add up over this rank's tokens, in `sequences` S parts (None: S
+    is 1, the whole batch) of `tokens` each: one number, or [S]. `weigh` is called with [S, m] and tokens that broadcast
+    against it; it must give [S, n], or what broadcasts to it, and have no gradient. A sequence without tokens on any
+    rank is none.
     """
     parts = 1 if sequences is None else sequences
-    each = tokens // max(parts, 1)
     if ranks is None:
-        return (weigh(counts.to(sums.dtype), max(each, 1)) * sums).sum() / max(parts, 1)
+        if isinstance(tokens, int):
+            return (weigh(counts.to(sums.dtype), max(tokens, 1)) * sums).sum() / max(parts, 1)
+        weights = weigh(counts.to(sums.dtype), tokens.clamp_min(1)[:, None])
+        return (weights * sums).sum() / (tokens > 0).sum().clamp_min(1)
     refuse_transforms("TokenRanks", "numbers move between ranks: take them on one rank", sums)
     group = ranks.group if sequences is None else ranks.sequence
-    size = sums.new_full((1,), each, dtype=torch.float64)
-    whole = torch.cat([counts.flatten().double(), sums.detach().flatten().double(), size])
+    each = sums.new_zeros(parts, dtype=torch.float64) + tokens
+    whole = torch.cat([counts.flatten().double(), sums.detach().flatten().double(), each])
     if group is not None:
         whole = collectives.all_reduce(whole, group)
-    all_counts, all_sums, all_each = whole.split([counts.numel(), sums.numel(), 1])
-    weights = weigh(all_counts.view_as(counts), all_each.clamp_min(1)).expand_as(sums)
+    all_counts, all_sums, all_each = whole.split([counts.numel(), sums.numel(), parts])
+    weights = weigh(all_counts.view_as(counts), all_each.clamp_min(1)[:, None]).expand_as(sums)
     value, local = (weights * all_sums.view_as(sums)).sum(), (weights.to(sums.dtype) * sums).sum()
     if sequences is not None:  # ranks that share sequences know the same of them: one of them speaks
         speaks = ranks.sequence is None or dist.get_rank(ranks.sequence) == 0
-        said = torch.stack([value, (all_each[0] > 0).double() * parts]) * speaks
+        said = torch.stack([value, (all_each > 0).sum().double()]) * speaks
         total, number = collectives.all_reduce(said, ranks.group).unbind()
         value, local = total / number.clamp_min(1), local / number.clamp_min(1)
     local = ranks.average * local
@@ -126,6 +133,19 @@ def scores_of(routing: Routing, who: str) -> Tensor:
     if routing.scores is None:
         raise ValueError(f"{who}: routing must have scores, got None")
     return routing.scores
+
+
+def of_tokens(t: Tensor, routing: Routing) -> Tensor:
+    """t [T, n] with zeros, and no gradient, for the tokens that are padding."""
+    return t if routing.mask is None else t.masked_fill(~routing.mask[:, None], 0)
+
+
+def tokens_of(routing: Routing, sequences: int | None, who: str) -> int | Tensor:
+    """Tokens in each of S sequences that are no padding: a number where all have as many, else int64 [S]."""
+    parts = 1 if sequences is None else sequences
+    if routing.mask is None:
+        return routing.expert_ids.shape[0] // max(parts, 1)
+    return per_sequence(routing.mask[:, None], sequences, who).sum((1, 2))
 
 
 def per_sequence(t: Tensor, sequences: int | None, who: str) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...kernels.router_logits import router_logits
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
-from ..losses import TokenRanks, counts_of, over_batch, per_sequence, scores_of
+from ..losses import TokenRanks, counts_of, of_tokens, over_batch, per_sequence, scores_of, tokens_of
+from .given import Given
 from .router import Router, warn_of_constant_weights
 
 _EPS = 1e-20
@@ -77,7 +78,7 @@ class BilevelRouter(Router):
         bias = None if self.node_bias is None or self.gate_bias is None else torch.cat([self.node_bias, self.gate_bias])
         return router_logits(self.jittered(x), torch.cat([self.node_weight, self.weight]), bias)
 
-    def forward(self, x: Tensor) -> Routing:
+    def choose(self, x: Tensor, given: Given) -> Routing:
         logits = self.logits(x)
         each = self.num_experts // self.nodes
         of_nodes, of_experts = logits.split([self.nodes, self.num_experts], 1)
@@ -116,16 +117,17 @@ class BilevelRouter(Router):
         node = torch.where((ids >= 0) & (ids < self.num_experts), ids // each, nodes)
         here = p.new_zeros(p.shape[0], nodes + 1).scatter(1, node, 1.0)[:, :nodes]
         own = (q * here[:, :, None]).flatten(1)
-        sums = per_sequence(torch.cat([p, own], 1), sequences, who).sum(1)  # [S, N + E]
+        sums = per_sequence(of_tokens(torch.cat([p, own], 1), routing), sequences, who).sum(1)  # [S, N + E]
 
         def weigh(counts: Tensor, tokens: int | Tensor) -> Tensor:
             counts = counts.unflatten(1, (nodes, each))
             came = counts.sum(2) / k  # tokens of each node
             of_node = self.node_coef * nodes * came / tokens / tokens
-            of_expert = self.local_coef * each * counts / came.clamp_min(1)[:, :, None] / tokens
-            return torch.cat([of_node, of_expert.flatten(1)], 1)
+            of_expert = self.local_coef * each * counts / came.clamp_min(1)[:, :, None]
+            return torch.cat([of_node, of_expert.flatten(1) / tokens], 1)
 
-        return over_batch(sums, counts_of(routing, sequences), weigh, p.shape[0], sequences, ranks)
+        tokens = tokens_of(routing, sequences, who)
+        return over_batch(sums, counts_of(routing, sequences), weigh, tokens, sequences, ranks)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, nodes={self.nodes}, topk_nodes={self.topk_nodes}"

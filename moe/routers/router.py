@@ -9,18 +9,39 @@ from torch import Tensor, nn
 
 from ...kernels.router_logits import router_logits
 from ...kernels.routing import Routing
+from ...kernels.transforms import under_transform
 from ..losses import TokenRanks, load_balancing_loss
+from .given import NOTHING, Given
 
 
 class Router(nn.Module):
     """Abstract: x [T, D] -> Routing of T tokens, K = `top_k` of E = `num_experts` experts each.
 
     A router of your own need not inherit from this: any nn.Module that takes x [T, D] and returns a Routing serves. If
-    it has a method `balancing_loss`, with the arguments of the one here, its layer balances by that.
+    it has a method `balancing_loss`, with the arguments of the one here, its layer balances by that. One that inherits
+    writes `choose`, and `saw` where it keeps count of what it chose.
+
+    What a router declares of itself, as attributes:
+
+        causal         no token's choice depends on the tokens after it: what was generated stays as it was
+        per_token      a token's choice depends on no other token, in no batch (then it is causal too)
+        fixed_k        every token that is no padding has K experts
+        needs_ids      it chooses by token ids, `Given.ids`
+        carries_state  it takes `Given.state` from the layer before and says `Routing.state` for the next one
+        trains_gate    a gradient of the output reaches the router
+        balances       a balancing loss makes sense; else a coefficient for it is refused
 
     `weight` [E, D] and the optional `gate_bias` [E] give the logits. `jitter` j multiplies the router's input (not the
     experts') by uniform noise from [1 - j, 1 + j] while training (Fedus et al., Switch Transformers, 2021).
     """
+
+    causal: bool = True
+    per_token: bool = True
+    fixed_k: bool = True
+    needs_ids: bool = False
+    carries_state: bool = False
+    trains_gate: bool = True
+    balances: bool = True
 
     def __init__(
         self,
@@ -70,8 +91,23 @@ class Router(nn.Module):
         """
         return load_balancing_loss(routing, sequences=sequences, ranks=ranks)
 
-    def forward(self, x: Tensor) -> Routing:
-        raise NotImplementedError(f"{type(self).__name__} is abstract: give it a forward(x) that returns a Routing")
+    def choose(self, x: Tensor, given: Given) -> Routing:
+        """The Routing of x [T, D], for all tokens alike: padding is taken out afterwards. A router whose choices depend
+        on each other looks at `given.mask` itself."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: give it a choose(x, given) -> Routing")
+
+    def saw(self, routing: Routing) -> None:
+        """Called with each choice of a training forward, once: not when activation checkpointing runs it again."""
+
+    def forward(self, x: Tensor, given: Given = NOTHING) -> Routing:
+        if given.mask is not None:
+            x = x.masked_fill(~given.mask[:, None], 0)
+        routing = self.choose(x, given)
+        if given.mask is not None:
+            routing = routing.masked(given.mask)
+        if self.training and not under_transform() and not _runs_again():
+            self.saw(routing)
+        return routing
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
@@ -85,3 +121,8 @@ def warn_of_constant_weights(who: str, top_k: int, how: str, asked: bool) -> Non
             "never from the output",
             stacklevel=3,
         )
+
+
+def _runs_again() -> bool:
+    """Whether this forward is part of a backward pass: activation checkpointing runs it a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...dispatch import collectives
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
-from ...kernels.transforms import under_transform
+from .given import Given
 from .router import Router, warn_of_constant_weights
 
 
@@ -75,8 +75,8 @@ class SigmoidRouter(Router):
         self.expert_bias.zero_()
         self.load = None
 
-    def forward(self, x: Tensor) -> Routing:
-        routing = topk(
+    def choose(self, x: Tensor, given: Given) -> Routing:
+        return topk(
             self.logits(x),
             self.top_k,
             score=self.score,
@@ -87,10 +87,10 @@ class SigmoidRouter(Router):
             renormalize=self.renormalize,
             scale=self.scale,
         )
-        if self.training and not under_transform() and not _runs_again():
-            assert routing.counts is not None
-            self.load = routing.counts if self.load is None else self.load + routing.counts
-        return routing
+
+    def saw(self, routing: Routing) -> None:
+        assert routing.counts is not None
+        self.load = routing.counts if self.load is None else self.load + routing.counts
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:
@@ -122,8 +122,3 @@ class SigmoidRouter(Router):
             self.expert_bias = before.to(self.expert_bias.device)
         self.load = None
         return self
-
-
-def _runs_again() -> bool:
-    """Whether this forward is part of a backward pass: activation checkpointing runs it a second time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

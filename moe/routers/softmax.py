@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
+from .given import Given
 from .router import Router, warn_of_constant_weights
 
 ORDERS = {"softmax_topk": "softmax", "topk_softmax": "topk_softmax"}
@@ -53,7 +54,7 @@ class SoftmaxRouter(Router):
         self.score, self.renormalize, self.scale = ORDERS[order], renormalize, scale
         self.groups, self.topk_groups, self.group_score = groups, topk_groups, group_score
 
-    def forward(self, x: Tensor) -> Routing:
+    def choose(self, x: Tensor, given: Given) -> Routing:
         return topk(
             self.logits(x),
             self.top_k,

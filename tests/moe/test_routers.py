@@ -2,11 +2,11 @@
 
 import copy
 import warnings
-from functools import wraps
 from importlib import import_module
 
 import pytest
 import torch
+from router_cases import fitting
 
 from headgate.kernels.routing import Routing
 from headgate.moe.routers import ROUTERS, BilevelRouter, Router, SigmoidRouter, SoftmaxRouter
@@ -14,18 +14,8 @@ from headgate.moe.routers import ROUTERS, BilevelRouter, Router, SigmoidRouter, 
 
 @pytest.fixture(params=ROUTERS)
 def make(request):
-    """The router's class; a bilevel router gets nodes that fit."""
-    router = ROUTERS[request.param]
-    if router is not BilevelRouter:
-        return router
-
-    @wraps(router)
-    def fitting(hidden_size, num_experts, top_k, **options):
-        nodes = 1 if num_experts % 2 else 2
-        topk_nodes = nodes if top_k == num_experts else 1
-        return router(hidden_size, num_experts, top_k, nodes=nodes, topk_nodes=topk_nodes, **options)
-
-    return fitting
+    """The router's class, with options that fit."""
+    return fitting(request.param)
 
 
 class TestContract:

@@ -1,0 +1,228 @@
+"""What every entry of ROUTERS keeps, inside its layer: what it declares, padding, extremes, gradients of the whole."""
+
+import pytest
+import torch
+from router_cases import call, fitting, layer_of
+from torch.utils.checkpoint import checkpoint
+
+from headgate.moe.routers import ROUTERS
+
+D, E, K = 20, 8, 2
+
+
+@pytest.fixture(params=ROUTERS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def _changed_by(layer, x, where):
+    """Tokens [B, S] whose output follows a change of the tokens `where` [B, S]."""
+    with torch.no_grad():
+        before = call(layer, x)
+        after = call(layer, torch.where(where[..., None], torch.randn_like(x) * 3, x))
+    return (before - after).abs().amax(-1) > 1e-9
+
+
+class TestDeclares:
+    """Each fact is true, and the opposite fact is shown where it is declared."""
+
+    def test_causal(self, name, x):
+        layer = layer_of(name).eval()
+        last = torch.zeros(3, 7, dtype=torch.bool)
+        last[:, 3:] = True
+        changed = _changed_by(layer, x, last)[:, :3].any().item()
+        assert changed == (not layer.router.causal)
+
+    def test_per_token(self, name, x):
+        layer = layer_of(name).eval()
+        others = torch.ones(3, 7, dtype=torch.bool)
+        others[1, 4] = False
+        assert _changed_by(layer, x, others)[1, 4].item() == (not layer.router.per_token)
+
+    def test_fixed_k(self, name, x):
+        layer = layer_of(name).eval()
+        call(layer, x)
+        ids = layer.last_routing.expert_ids
+        each = ((ids >= 0) & (ids < E)).sum(1)
+        assert each.eq(K).all().item() == layer.router.fixed_k
+
+    def test_needs_ids(self, name, x):
+        layer = layer_of(name)
+        ids = torch.zeros(3, 7, dtype=torch.long)
+        if layer.router.needs_ids:
+            with pytest.raises(ValueError, match=r"MoE: ids must be the token ids \[3, 7\] for a \w+, got None"):
+                layer(x)
+            assert layer(x, ids=ids) is not None
+        else:
+            with pytest.raises(ValueError, match=r"MoE: ids must be None for a \w+, which does not use it, got a"):
+                layer(x, ids=ids)
+
+    def test_carries_state(self, name, x):
+        layer = layer_of(name)
+        if not layer.router.carries_state:
+            with pytest.raises(ValueError, match="MoE: state must be None for a "):
+                layer(x, state=x)
+            return
+        first, state = layer(x)
+        second, _ = layer(x, state=state)
+        assert state.shape[:-1] == x.shape[:-1]
+        assert not torch.equal(first, second)
+
+    def test_trains_gate(self, name, x):
+        layer = layer_of(name, load_balancing_coef=0.0)
+        call(layer, x).square().sum().backward()
+        got = any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.router.parameters())
+        assert got == layer.router.trains_gate
+
+
+class TestPadding:
+    """A token that is padding has no expert, no count, no loss and no gradient; where it stands does not matter."""
+
+    LENGTHS = (4, 7, 2)
+
+    def _padded(self, x, left):
+        mask = torch.zeros(3, 7, dtype=torch.bool)
+        put = torch.full_like(x, 1e3)
+        for row, n in enumerate(self.LENGTHS):
+            where = slice(7 - n, 7) if left else slice(0, n)
+            mask[row, where] = True
+            put[row, where] = x[row, :n]
+        return put.requires_grad_(), mask
+
+    def test_left_and_right_are_one(self, name, x, assert_close):
+        layer = layer_of(name, load_balancing_coef=float(ROUTERS[name].balances), z_loss_coef=0.1,
+                         shared_intermediate_size=6)  # fmt: skip
+        found = []
+        for left in (False, True):
+            put, mask = self._padded(x, left)
+            layer.zero_grad()
+            y = call(layer, put, mask)
+            y.square().sum().backward()
+            assert y[~mask].eq(0).all()
+            assert put.grad[~mask].eq(0).all()
+            routing = layer.last_routing
+            assert routing.expert_ids[~mask.flatten()].eq(-1).all()
+            gradients = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+            found.append((y[mask], put.grad[mask], routing.counts, dict(layer.aux_losses), gradients))
+        (y, dx, counts, losses, gradients), (y2, dx2, counts2, losses2, gradients2) = found
+        assert torch.equal(counts, counts2)
+        for a, b in zip((y, dx, *losses.values(), *gradients), (y2, dx2, *losses2.values(), *gradients2), strict=True):
+            assert_close(a, b)
+
+    def test_without_padding_it_is_the_same(self, name, x, assert_close):
+        """One sequence alone and with a padded tail: outputs, losses and what the router keeps count of."""
+        kept = []
+        for padded in (False, True):
+            torch.manual_seed(3)
+            layer = layer_of(name, z_loss_coef=0.1)
+            row, mask = x[:1], None
+            if padded:
+                row = torch.cat([row, torch.full((1, 5, D), float("nan"), dtype=x.dtype)], 1)
+                mask = torch.arange(12)[None] < 7
+            y = call(layer, row, mask)[:, :7]
+            load = getattr(layer.router, "load", None)
+            kept.append((y, *layer.aux_losses.values(), *([] if load is None else [load.double()])))
+        for a, b in zip(*kept, strict=True):
+            assert_close(a, b)
+
+    def test_nothing_but_padding(self, name, x):
+        layer = layer_of(name, z_loss_coef=0.1)
+        y = call(layer, x, torch.zeros(3, 7, dtype=torch.bool))
+        assert y.eq(0).all()
+        y.sum().backward()
+        assert all(loss.isfinite() for loss in layer.aux_losses.values())
+        assert all(p.grad is None or p.grad.eq(0).all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_rows_stay_finite(name, dtype, scale):
+    layer = layer_of(name, dtype=dtype, z_loss_coef=1e-3)
+    x = (torch.randn(9, D) * scale).to(dtype).requires_grad_()
+    call(layer, x).float().square().mean().backward()
+    for t in (x.grad, *layer.aux_losses.values(), *(p.grad for p in layer.router.parameters() if p.grad is not None)):
+        assert t.isfinite().all()
+    assert layer.last_routing.weights.isfinite().all()
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(0, 8, 2), (1, 8, 2), (5, 3, 3), (2, 40, 1)])
+def test_odd_sizes(name, tokens, experts, k):
+    layer = layer_of(name, experts=experts, k=k)
+    y = call(layer, torch.randn(tokens, D, dtype=torch.float64))
+    assert y.shape == (tokens, D)
+    assert y.isfinite().all()
+    (y.sum() * 0 + y.square().sum()).backward()
+
+
+def test_equals_it_took_the_lowest(name):
+    """Among equals the lowest id comes first: every token of x = 0 is such a case."""
+    routing = fitting(name)(D, E, K).eval()(torch.zeros(4, D))
+    if routing.logits is not None and routing.logits.eq(0).all():
+        assert routing.expert_ids.tolist() == [routing.expert_ids[0].tolist()] * 4
+        assert routing.expert_ids[0].tolist() == sorted(routing.expert_ids[0].tolist())
+
+
+def test_gradient_is_that_of_loss_and_losses(name, x):
+    """Of plain loss + coefficient * auxiliary losses, against finite differences: in the router's parameters and x."""
+    coefs = {"load_balancing_coef": 0.7 * ROUTERS[name].balances, "z_loss_coef": 0.3}
+    layer, x = layer_of(name, **coefs), x.clone().requires_grad_()
+    aim = torch.randn(3, 7, D, dtype=torch.float64)
+
+    def whole():
+        y = call(layer, x)
+        losses = layer.aux_losses
+        return ((y * aim).sum() + coefs["load_balancing_coef"] * losses.get("load_balancing", 0)
+                + coefs["z_loss_coef"] * losses.get("z_loss", 0))  # fmt: skip
+
+    (call(layer, x) * aim).sum().backward()
+    for p in (x, *layer.router.parameters()):
+        flat, grad = p.data.view(-1), torch.zeros_like(p) if p.grad is None else p.grad
+        scale = max(1.0, grad.abs().max().item())
+        for at in torch.randperm(flat.numel())[:4].tolist():
+            here, step = flat[at].item(), 1e-6
+            flat[at] = here + step
+            more = whole().item()
+            flat[at] = here - step
+            less = whole().item()
+            flat[at] = here
+            assert abs((more - less) / (2 * step) - grad.view(-1)[at].item()) < 1e-5 * scale
+
+
+def test_recomputation_counts_once(name, x):
+    """Under activation checkpointing: the same outputs, gradients and counts."""
+    found = []
+    for again in (False, True):
+        torch.manual_seed(3)
+        layer = layer_of(name, z_loss_coef=0.1)
+        y = checkpoint(call, layer, x, use_reentrant=False) if again else call(layer, x)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in layer.parameters() if p.grad is not None),
+                      *([] if getattr(layer.router, "load", None) is None else [layer.router.load])])  # fmt: skip
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiles_whole_with_padding(name, x, assert_close):
+    layer = layer_of(name).eval()
+    mask = torch.arange(7) < torch.tensor([4, 7, 2])[:, None]
+    want = call(layer, x, mask)
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(layer, x, mask)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(3, 7), TypeError, "mask must be bool, got torch.float32"),
+        (torch.ones(7, dtype=torch.bool), ValueError, r"mask must be \[3, 7\] as x is but for D, got \[7\]"),
+        ([True] * 7, TypeError, "mask must be a tensor, got list"),
+    ],
+)
+def test_bad_masks_are_named(mask, error, message, x):
+    with pytest.raises(error, match=f"MoE: {message}"):
+        layer_of("softmax")(x, mask)

@@ -1,0 +1,42 @@
+"""The routers of ROUTERS, made for any sizes: what a router must be given beside them stands here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import headgate
+from headgate.moe.routers import ROUTERS, BilevelRouter
+
+
+def fitting(name: str) -> Callable[..., Any]:
+    """The class of a router; where it must have more options than sizes, some that fit them."""
+    router = ROUTERS[name]
+    if router is not BilevelRouter:
+        return router
+
+    @wraps(router)
+    def made(hidden_size, num_experts, top_k, **options):
+        nodes = 1 if num_experts % 2 else 2
+        topk_nodes = nodes if top_k == num_experts else 1
+        return router(hidden_size, num_experts, top_k, **{"nodes": nodes, "topk_nodes": topk_nodes} | options)
+
+    return made
+
+
+def layer_of(name: str, hidden: int = 20, experts: int = 8, k: int = 2, dtype=torch.float64, **options: Any):
+    """A layer with such a router, in fp64."""
+    router = fitting(name)(hidden, experts, k, dtype=dtype)
+    return headgate.MoE(hidden, 12, experts, k, router=router, dtype=dtype, **options)
+
+
+def call(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """y of a layer, which gets what its router asks for: token ids that follow from x, so that equal rows have equal
+    ids. A state is not handed over."""
+    more = {"ids": x.detach()[..., 0].mul(1000).long() % 50} if layer.router.needs_ids else {}
+    y = layer(x, mask, **more)
+    return y[0] if layer.router.carries_state else y
