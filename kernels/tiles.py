@@ -251,6 +251,8 @@ def _for_blocks(tile: Tile, product: _Product) -> Tile:
     if few and product.format == "Q8_0":
         tile = replace(tile, depth=min(64, tile.depth))
     most = 64 if few and product.inner == "depth" else 32
+    if product.format == "Q6_K" and product.inner == "columns":  # two words for four weights
+        most = 16
     while product.weights * tile.columns * tile.depth > most * 32 * tile.warps:
         smaller = {"columns": tile.columns // 2} if product.inner == "depth" else {"depth": tile.depth // 2}
         tile = replace(tile, **smaller)
