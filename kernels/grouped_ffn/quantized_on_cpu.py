@@ -2,7 +2,7 @@
 as it is stored and widens it in registers.
 
 Few rows of an expert meet its weights as they are read; for many a cut of the weights is widened, then multiplied by
-all of them. Serves int8, int4 and mxfp4 (not fp8) on rows in fp32, bf16 and fp16; products are summed in fp32, and the
+all of them. Serves int8, int4, mxfp4 and GGUF's blocks (not fp8) on rows in fp32, bf16 and fp16; products are summed in fp32, and the
 activation between them is kept in fp32 (bf16 for many bf16 rows on CPUs that multiply them).
 """
 
