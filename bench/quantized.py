@@ -23,7 +23,7 @@ EXAMPLE = """examples:
   headgate bench quantized --rows 1 4 16 --threads 1 --clock cpu
   headgate bench quantized --formats int4 Q4_K Q6_K Q4_K+Q6_K --experts 128
 """
-Weights = tuple[()] | tuple[Tensor, Tensor] | tuple[Quantized, Quantized]
+Weights = tuple[Tensor, Tensor] | tuple[Quantized, Quantized]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,24 +143,26 @@ def _row(args: argparse.Namespace, rows: int, forms: dict[str, Weights]) -> dict
     routings = [Routing.from_topk(i, torch.rand(i.shape), args.experts) for i in ids]
     x = torch.randn(rows, args.hidden)
 
-    def contestant(name: str, weights: Weights) -> Contestant:
+    some = next(w for w in forms["fp32"] if isinstance(w, Tensor))[: max(1, args.experts // 8)]
+
+    def contestant(name: str, weights: Weights | None = None) -> Contestant:
         mine = x if name == "fp32" else x.bfloat16()
-        some = forms["fp32"][0][: max(1, args.experts // 8)]
-        who = Contestant(lambda turn: grouped_ffn(mine, routings[turn], *weights), rotate=len(routings))
-        if name == READ:
+        if weights is None:
             who = Contestant(lambda _: some.sum())
+        else:
+            who = Contestant(lambda turn: grouped_ffn(mine, routings[turn], *weights), rotate=len(routings))
         begin = CLOCKS[args.clock]()
         who.run(0)
         who.first_s = CLOCKS[args.clock]() - begin
         return who
 
     with torch.no_grad():
-        contestants = {name: contestant(name, weights) for name, weights in ((READ, ()), *forms.items())}
+        contestants = {READ: contestant(READ), **{name: contestant(name, weights) for name, weights in forms.items()}}
         interleave(contestants, args.budget, args.clock)
     hit = sum(len(i.unique()) for i in ids) / len(ids) / args.experts
     least = {name: min(who.samples_s) for name, who in contestants.items()}
-    read = forms["fp32"][0][: max(1, args.experts // 8)].nbytes / least[READ]
-    found = {}
+    read = some.nbytes / least[READ]
+    found: dict[str, dict[str, float]] = {}
     for name, who in contestants.items():
         rate = read if name == READ else sum(w.nbytes for w in forms[name]) * hit / least[name]
         median = sorted(who.samples_s)[len(who.samples_s) // 2]

@@ -39,7 +39,9 @@ def _bench(room: str, help: str) -> Command:
 
 BENCHMARKS = {
     "moe": _bench("moe", "the expert layer beside its rivals"),
-    "quantized": _bench("quantized", "decoding with weights in few bits (int8, int4, GGUF's blocks, ...) beside bf16 and fp32"),
+    "quantized": _bench(
+        "quantized", "decoding with weights in few bits (int8, int4, GGUF's blocks, ...) beside bf16 and fp32"
+    ),
     "dispatch": _bench("dispatch.command", "the dispatchers beside rivals, on gloo ranks of this machine"),
     "compile": _bench("gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
     "roofline": _bench("gpu.roofline", "FLOPs, bytes and floor time of every launch"),

@@ -188,11 +188,11 @@ def _write_k(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     parts = x.view(-1, 8, 32)
     scale, minimum = _fit(parts, most)
     d, m = (t.amax(1, keepdim=True) / 63 for t in (scale, minimum))
-    six = [(t * _reciprocal(u)).round().clamp(0, 63) for t, u in ((scale, d), (minimum, m))]
-    q = _codes(parts, *six, d, m, most)
-    d, m = _refit(parts, *six, q, d, m)
-    q = _codes(parts, *six, d, m, most)
-    scales, minima = (t.to(torch.uint8) for t in six)
+    whole, less = ((t * _reciprocal(u)).round().clamp(0, 63) for t, u in ((scale, d), (minimum, m)))
+    q = _codes(parts, whole, less, d, m, most)
+    d, m = _refit(parts, whole, less, q, d, m)
+    q = _codes(parts, whole, less, d, m, most)
+    scales, minima = whole.to(torch.uint8), less.to(torch.uint8)
     packed = (
         scales[:, :4] | (scales[:, 4:] >> 4) << 6,
         minima[:, :4] | (minima[:, 4:] >> 4) << 6,

@@ -3,21 +3,69 @@
 from ..placement.lookup import files_of
 from .capacity import Capacity, Overflow
 from .experts import Experts
+from .free import FreeExperts
 from .layer import MoE
 from .losses import TokenRanks
-from .routers import ROUTERS, BilevelRouter, Router, SigmoidRouter, SoftmaxRouter
+from .routers import (
+    ROUTERS,
+    BilevelRouter,
+    CosineRouter,
+    ExpertChoiceRouter,
+    GatedRouter,
+    Given,
+    HashRouter,
+    LocMoERouter,
+    LongCatRouter,
+    MoEPPRouter,
+    PregateRouter,
+    QuantileRouter,
+    RecurrentRouter,
+    ReinforceRouter,
+    ReLURouter,
+    Router,
+    SigmoidRouter,
+    SinkhornRouter,
+    SoftmaxRouter,
+    SteeredRouter,
+    TopPRouter,
+    balanced_table,
+    capacity_bound,
+    distillation_loss,
+    reward,
+)
 
 __all__ = [
     "ROUTERS",
     "BilevelRouter",
     "Capacity",
+    "CosineRouter",
+    "ExpertChoiceRouter",
     "Experts",
+    "FreeExperts",
+    "GatedRouter",
+    "Given",
+    "HashRouter",
+    "LocMoERouter",
+    "LongCatRouter",
     "MoE",
+    "MoEPPRouter",
     "Overflow",
+    "PregateRouter",
+    "QuantileRouter",
+    "ReLURouter",
+    "RecurrentRouter",
+    "ReinforceRouter",
     "Router",
     "SigmoidRouter",
+    "SinkhornRouter",
     "SoftmaxRouter",
+    "SteeredRouter",
     "TokenRanks",
+    "TopPRouter",
+    "balanced_table",
+    "capacity_bound",
+    "distillation_loss",
+    "reward",
 ]
 
 __getattr__ = files_of(__name__)

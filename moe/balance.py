@@ -82,14 +82,14 @@ def check_balancing(
             raise ValueError(f"MoE: load_balancing_scope must be one of {', '.join(SCOPES)}, got {each!r}")
         if not (factor >= 0 and math.isfinite(factor)):
             raise ValueError(f"MoE: load_balancing_coef must be finite and not negative, got {factor}")
+        if factor and not getattr(router, "balances", True):
+            rule = f"0 for a {type(router).__name__}, which needs no balancing loss"
+            raise ValueError(f"MoE: load_balancing_coef must be {rule}, got {factor}")
     if ("global" in scopes) != (group is not None):
         raise ValueError(
             "MoE: load_balancing_group must be given with load_balancing_scope='global' and only then, "
             f"got scope {', '.join(scopes)!r} and group {group}"
         )
-        if factor and not getattr(router, "balances", True):
-            rule = f"0 for a {type(router).__name__}, which needs no balancing loss"
-            raise ValueError(f"MoE: load_balancing_coef must be {rule}, got {factor}")
     own = getattr(type(router), "balancing_loss", Router.balancing_loss) is not Router.balancing_loss
     for name, value, known in (
         ("load_balancing_choice", choice, CHOICES),

@@ -11,13 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..dispatch import collectives
 from .layer import MoE
-from .routers import SigmoidRouter
+from .routers.steered import SteeredRouter
 
 
 def update_biases(
     module: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, group: dist.ProcessGroup | None = None
 ) -> RemovableHandle | None:
-    """One step of `SigmoidRouter.update_bias` for every such router in `module`: now, or after each optimizer step.
+    """One step of `update_bias` for every router in `module` that has one: now, or after each optimizer step. Those are
+    "sigmoid", "quantile" and "relu" (see SteeredRouter).
 
     With an `optimizer` it runs after each of its steps from now on, so that gradients may add up over any number of
     forwards; the handle that is returned ends this by `remove()`. Without one it runs once: call it after each step.
@@ -37,9 +38,9 @@ def update_biases(
     >>> optimizer.step(); layer.router.expert_bias.abs().max()
     tensor(0.0010)
     """
-    if not any(isinstance(m, SigmoidRouter) for m in module.modules()):
+    if not any(isinstance(m, SteeredRouter) for m in module.modules()):
         what = f"got a {type(module).__name__} without any"
-        raise ValueError(f"update_biases: module must hold routers with a bias (SigmoidRouter), {what}")
+        raise ValueError(f"update_biases: module must hold routers with a bias (such as SigmoidRouter), {what}")
     if optimizer is None:
         _update(module, group)
         return None
@@ -50,20 +51,22 @@ def update_biases(
 
 def _update(module: nn.Module, group: dist.ProcessGroup | None) -> None:
     known = {m.router: m.token_ranks.group for m in module.modules() if isinstance(m, MoE) and m.token_ranks}
-    by_group = defaultdict[dist.ProcessGroup | None, list[SigmoidRouter]](list)
+    by_group = defaultdict[dist.ProcessGroup | None, list[SteeredRouter]](list)
     for router in module.modules():
-        if isinstance(router, SigmoidRouter):
+        if isinstance(router, SteeredRouter):
             by_group[known.get(router, group)].append(router)
     for among, routers in by_group.items():
         loads = [_load_of(router) for router in routers]
         if among is not None:
             sizes = [load.numel() for load in loads]
-            loads = list(collectives.all_reduce(torch.cat(loads), among).split(sizes))
+            summed = collectives.all_reduce(torch.cat([load.flatten() for load in loads]), among).split(sizes)
+            loads = [one.view_as(load) for one, load in zip(summed, loads, strict=True)]
         for router, load in zip(routers, loads, strict=True):
             router.update_bias(load)
 
 
-def _load_of(router: SigmoidRouter) -> Tensor:
-    """int64 [E]: zeros where nothing was seen, which moves no bias."""
-    nothing = torch.zeros_like(router.expert_bias, dtype=torch.int64)
+def _load_of(router: SteeredRouter) -> Tensor:
+    """fp64 [*load_shape], in which counts are exact: zeros where nothing was seen, which moves nothing."""
+    device = getattr(router, router.steered[0]).device
+    nothing = torch.zeros(router.load_shape, dtype=torch.float64, device=device)
     return nothing if router.load is None else nothing + router.load

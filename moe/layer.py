@@ -26,8 +26,8 @@ from .shared import SharedExpert
 class MoE(nn.Module):
     """Mixture of experts: x [..., D] -> y [..., D], each token through K = `top_k` of E = `num_experts` experts.
 
-    `router`: a name in ROUTERS ("softmax", "sigmoid", "bilevel"), made with `router_options` (see SoftmaxRouter,
-    SigmoidRouter, BilevelRouter), or a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see
+    `router`: a name in ROUTERS ("softmax", "sigmoid", "bilevel", ...), made with `router_options` (see SoftmaxRouter,
+    SigmoidRouter, ...), or a module x [T, D] -> Routing. `activation`, `gated`, `bias`, `dispatcher`: see
     Experts. With `shared_intermediate_size` > 0 every token also passes a shared expert of that size, weighted by a
     sigmoid gate if `shared_gate`. With `latent_size` L > 0 the experts work on L numbers in place of D: a projection
     D -> L before rows are dispatched, one L -> D after they are combined; router and shared expert see D (Nemotron 3,
@@ -156,6 +156,9 @@ class MoE(nn.Module):
         if self.capacity is not None:
             kept, overflow = limit(routing, self.capacity, self.token_ranks)
         y = self._experts(tokens, kept)
+        free = getattr(self.router, "free", None)
+        if free is not None:
+            y = y + free(tokens, kept)
         if self.shared is not None:
             y = y + self.shared(tokens, given.mask)
         if given.mask is not None:
@@ -165,7 +168,7 @@ class MoE(nn.Module):
         if not under_transform():
             self.last_routing, self.last_overflow = replace(kept.detach(), logits=None, state=None), overflow
         y = y if x.dim() == 2 else y.reshape(x.shape)
-        return y if routing.state is None else (y, routing.state.reshape(*x.shape[:-1], -1))
+        return y if routing.state is None else (y, routing.state.view(*x.shape[:-1], routing.state.shape[-1]))
 
     def _experts(self, tokens: Tensor, routing: Routing) -> Tensor:
         if self.latent_down is None or self.latent_up is None:
@@ -199,9 +202,13 @@ class MoE(nn.Module):
                 raise ValueError(f"MoE: {name} must be {list(shape)} as x is but for D, got {list(t.shape)}")
         if state is not None and state.shape[:-1] != shape:
             raise ValueError(f"MoE: state must be {list(shape)} and a width, got {list(state.shape)}")
-        flat = [None if t is None else t.reshape(-1) for t in (mask, ids)]
-        carried = None if state is None else state.reshape(-1, state.shape[-1])
-        return Given(*flat, carried, math.prod(x.shape[:-2]), self.token_ranks)
+        return Given(
+            mask=None if mask is None else mask.reshape(-1),
+            ids=None if ids is None else ids.reshape(-1),
+            state=None if state is None else state.reshape(-1, state.shape[-1]),
+            sequences=math.prod(x.shape[:-2]),
+            ranks=self.token_ranks,
+        )
 
     def _route(self, tokens: Tensor, given: Given) -> Routing:
         if isinstance(self.router, Router) and type(self.router).forward is Router.forward:
@@ -216,17 +223,20 @@ class MoE(nn.Module):
 
     def _with_losses(self, y: Tensor, routing: Routing, sequences: int) -> Tensor:
         """y with this step's losses attached to its backward pass; notes their values in `aux_losses`."""
-        losses, total = balancing_losses(
-            self.router,
-            routing,
-            self.load_balancing_coef,
-            self.load_balancing_scope,
-            self.load_balancing_choice,
-            self.load_balancing_norm,
-            sequences,
-            self.token_ranks,
-        )
-        if self.z_loss_coef:
+        losses: dict[str, Tensor] = {}
+        total = y.new_zeros(())
+        if getattr(self.router, "balances", True):
+            losses, total = balancing_losses(
+                self.router,
+                routing,
+                self.load_balancing_coef,
+                self.load_balancing_scope,
+                self.load_balancing_choice,
+                self.load_balancing_norm,
+                sequences,
+                self.token_ranks,
+            )
+        if self.z_loss_coef and routing.logits is not None:
             losses["z_loss"] = z_loss(routing, ranks=self.token_ranks)
             total = total + self.z_loss_coef * losses["z_loss"]
         if under_transform():  # which does not show what asks for a gradient
@@ -242,7 +252,8 @@ def _router(router, options, hidden_size: int, num_experts: int, top_k: int, dev
     if isinstance(router, str):
         if router not in ROUTERS:
             raise ValueError(f"MoE: router must be one of {', '.join(ROUTERS)} or a module, got {router!r}")
-        return ROUTERS[router](hidden_size, num_experts, top_k, device=device, dtype=dtype, **(options or {}))
+        made: Any = ROUTERS[router]
+        return made(hidden_size, num_experts, top_k, device=device, dtype=dtype, **(options or {}))
     if not isinstance(router, nn.Module):
         raise TypeError(f"MoE: router must be a name or a module, got {type(router).__name__}")
     if options:

@@ -93,7 +93,7 @@ def expert_outputs(
     Calls that together have each expert once, and then `combine_outputs`, give `grouped_ffn` of all experts' weights to
     the bit, whichever experts are called together, in whichever slots and order, if an expert lies in its slot as among
     all (inner strides). It holds on CPU for weights that are tensors or, where the C++ form serves, in
-    int8, int4 or mxfp4; and on CUDA for tensors from 5 rows on, for fewer grouped_ffn takes kernels that sum in another
+    few bits but fp8; and on CUDA for tensors from 5 rows on, for fewer grouped_ffn takes kernels that sum in another
     order. Elsewhere the two agree to rounding.
 
     Forward only: ValueError where a gradient would be asked for. Autocast is not looked at: rows come in the weights'
@@ -119,7 +119,7 @@ def expert_outputs(
     formats: list[str] = []
     blocks: list[int] = []
     if isinstance(w1, Quantized) and isinstance(w_down, Quantized):
-        formats, blocks = form_of(w1, w_up, w_down)
+        formats, blocks = form_of(w1, w_up if isinstance(w_up, Quantized) else None, w_down)
     torch.ops.headgate.expert_outputs(
         rows, routing.expert_ids, *map(_parts, (w1, w_up, w_down)), b_gate_up, b_down, slot_of_expert, out,
         formats, blocks, act.kind, act.params, act.gated, transposed, interleaved,

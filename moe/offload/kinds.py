@@ -57,7 +57,8 @@ class Kind:
         """Weights [n, ...] from their parts [n, ...]; nothing is copied."""
         whole: dict[str, Tensor | Quantized] = dict(parts)
         for name, format, block in self.coded:
-            data, scale = whole.pop(f"{name}.data"), whole.pop(f"{name}.scale", None)
+            whole.pop(f"{name}.data"), whole.pop(f"{name}.scale", None)
+            data, scale = parts[f"{name}.data"], parts.get(f"{name}.scale")
             whole[name] = Quantized.from_gguf(data, format) if scale is None else Quantized(data, scale, format, block)
         return whole
 

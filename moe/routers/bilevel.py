@@ -13,12 +13,12 @@ from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
 from ..losses import TokenRanks, counts_of, of_tokens, over_batch, per_sequence, scores_of, tokens_of
 from .given import Given
-from .router import Router, warn_of_constant_weights
+from .router import GatedRouter, warn_of_constant_weights
 
 _EPS = 1e-20
 
 
-class BilevelRouter(Router):
+class BilevelRouter(GatedRouter):
     """A softmax over N `nodes`, and one over the g = E / N experts of each: p_i and q_ij for expert j of node i.
 
     A token goes to its `topk_nodes` best nodes by p, and to the `top_k` / `topk_nodes` best experts by q of each, so
@@ -31,7 +31,7 @@ class BilevelRouter(Router):
     `weight` [E, D] and `gate_bias` [E] are the gates inside the nodes, `node_weight` [N, D] and `node_bias` [N] the one
     over them. Of the Routing, `scores` [T, E] are all p_i q_ij, which sum to one, and `logits` [T, N + E] those of the
     nodes and then those of the experts, so that the z-loss holds both levels down. `expert_ids` come node by node, the
-    best first in both. `node_coef`, `local_coef`: see `balancing_loss`. `jitter`: see Router.
+    best first in both. `node_coef`, `local_coef`: see `balancing_loss`. `jitter`: see GatedRouter.
 
     >>> router = BilevelRouter(hidden_size=16, num_experts=8, top_k=4, nodes=4, topk_nodes=2)
     >>> (router(torch.randn(5, 16)).expert_ids // 2).unique(dim=1).shape  # 2 experts of each of 2 nodes

@@ -1,4 +1,4 @@
-"""What every learned router has: a gate, whose logits are fp32 whatever the model's dtype."""
+"""What every router is; and what every learned one has: a gate, whose logits are fp32 whatever the model's dtype."""
 
 from __future__ import annotations
 
@@ -19,68 +19,45 @@ class Router(nn.Module):
 
     A router of your own need not inherit from this: any nn.Module that takes x [T, D] and returns a Routing serves. If
     it has a method `balancing_loss`, with the arguments of the one here, its layer balances by that. One that inherits
-    writes `choose`, and `saw` where it keeps count of what it chose.
+    writes `choose`, and `saw` where it keeps count of what it chose. `hidden_size` is D.
+
+    A router that chooses among more than the E experts has a module `free` (see FreeExperts): what ids from E on name.
 
     What a router declares of itself, as attributes:
 
         causal         no token's choice depends on the tokens after it: what was generated stays as it was
         per_token      a token's choice depends on no other token, in no batch (then it is causal too)
+        draws          while training, it draws at random
+        joint          while training, choices depend on each other, whatever the two above say, which is for evaluation
         fixed_k        every token that is no padding has K experts
         needs_ids      it chooses by token ids, `Given.ids`
         carries_state  it takes `Given.state` from the layer before and says `Routing.state` for the next one
         trains_gate    a gradient of the output reaches the router
         balances       a balancing loss makes sense; else a coefficient for it is refused
-
-    `weight` [E, D] and the optional `gate_bias` [E] give the logits. `jitter` j multiplies the router's input (not the
-    experts') by uniform noise from [1 - j, 1 + j] while training (Fedus et al., Switch Transformers, 2021).
     """
 
     causal: bool = True
     per_token: bool = True
+    draws: bool = False
+    joint: bool = False
     fixed_k: bool = True
     needs_ids: bool = False
     carries_state: bool = False
     trains_gate: bool = True
     balances: bool = True
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        gate_bias: bool = False,
-        jitter: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("num_experts", num_experts), ("top_k", top_k)):
+            if not hasattr(size, "__index__"):
+                raise TypeError(f"{type(self).__name__}: {name} must be an integer, got {size!r}")
         if hidden_size < 1:
             raise ValueError(f"{type(self).__name__}: hidden_size must be at least 1, got {hidden_size}")
-        if not 0.0 <= jitter < 1.0:
-            raise ValueError(f"{type(self).__name__}: jitter must be in [0, 1), got {jitter}")
-        self.hidden_size, self.num_experts, self.top_k, self.jitter = hidden_size, num_experts, top_k, jitter
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.gate_bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if gate_bias else None
-        Router.reset_parameters(self)
-
-    def reset_parameters(self) -> None:
-        """Uniform weights within 1 / sqrt(D), as nn.Linear; bias zero."""
-        nn.init.uniform_(self.weight, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
-        if self.gate_bias is not None:
-            nn.init.zeros_(self.gate_bias)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """fp32 [T, E] (fp64 for fp64 x) of x [T, D]: cast up before the product, so that half types keep their ties
-        apart, and untouched by autocast."""
-        return router_logits(self.jittered(x), self.weight, self.gate_bias)
-
-    def jittered(self, x: Tensor) -> Tensor:
-        """x [T, D], while training with the noise of `jitter`."""
-        if not (self.jitter and self.training):
-            return x
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return x * torch.empty_like(x, dtype=wide).uniform_(1 - self.jitter, 1 + self.jitter)
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"{type(self).__name__}: top_k must be between 1 and the number of experts ({num_experts}), got {top_k}"
+            )
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
 
     def balancing_loss(
         self, routing: Routing, *, sequences: int | None = None, ranks: TokenRanks | None = None
@@ -111,6 +88,57 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+class GatedRouter(Router):
+    """Abstract: a Router with a linear gate.
+
+    `weight` [E, D] and the optional `gate_bias` [E] give the logits; `weight` is [E, `gate_size`] where the gate sees
+    something else than x, and has `rows` rows where it chooses among more than the E experts. `jitter` j multiplies the
+    router's input (not the experts') by uniform noise from [1 - j, 1 + j] while training (Fedus et al., Switch
+    Transformers, 2021).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        gate_bias: bool = False,
+        jitter: float = 0.0,
+        gate_size: int | None = None,
+        rows: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k)
+        if not 0.0 <= jitter < 1.0:
+            raise ValueError(f"{type(self).__name__}: jitter must be in [0, 1), got {jitter}")
+        self.jitter = jitter
+        width = hidden_size if gate_size is None else gate_size
+        rows = num_experts if rows is None else rows
+        self.weight = nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype))
+        self.gate_bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if gate_bias else None
+        GatedRouter.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """Uniform weights within 1 / sqrt(inputs), as nn.Linear; bias zero."""
+        nn.init.uniform_(self.weight, -(self.weight.shape[1] ** -0.5), self.weight.shape[1] ** -0.5)
+        if self.gate_bias is not None:
+            nn.init.zeros_(self.gate_bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """fp32 [T, E] (fp64 for fp64 x) of x [T, D]: cast up before the product, so that half types keep their ties
+        apart, and untouched by autocast."""
+        return router_logits(self.jittered(x), self.weight, self.gate_bias)
+
+    def jittered(self, x: Tensor) -> Tensor:
+        """x [T, D], while training with the noise of `jitter`."""
+        if not (self.jitter and self.training):
+            return x
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x * torch.empty_like(x, dtype=wide).uniform_(1 - self.jitter, 1 + self.jitter)
 
 
 def warn_of_constant_weights(who: str, top_k: int, how: str, asked: bool) -> None:

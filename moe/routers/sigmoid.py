@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ...dispatch import collectives
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
 from .given import Given
-from .router import Router, warn_of_constant_weights
+from .router import warn_of_constant_weights
+from .steered import SteeredRouter
 
 
-class SigmoidRouter(Router):
+class SigmoidRouter(SteeredRouter):
     """Sigmoid scores; the choice, and nothing else, is made on score + `expert_bias`; weights normalised and scaled.
 
     Source: DeepSeek-V3 technical report (2024), section 2.1.2; Wang et al., auxiliary-loss-free load balancing (2024).
@@ -22,7 +21,7 @@ class SigmoidRouter(Router):
     own code. (transformers' DeepSeek-V3 does so at K = 1 too: every weight is 1, and y teaches the router nothing.)
     `groups`, `topk_groups`, `group_score` limit the choice as in `topk` (DeepSeek-V3: 8 groups, 4 chosen, "top2").
     `score` "sigmoid", or "sqrtsoftplus" (DeepSeek-V4). `bias_rate` is the step of `update_bias`. `gate_bias`, `jitter`:
-    see Router.
+    see GatedRouter.
 
     `expert_bias` fp32 [E] is a buffer, saved with the model, that stays fp32 when the model is cast: its steps are
     smaller than bf16 can tell apart. `load` int32 [E] or None adds up the counts of the training forwards since the
@@ -35,6 +34,7 @@ class SigmoidRouter(Router):
     tensor(0.0010)
     """
 
+    steered = ("expert_bias",)
     expert_bias: Tensor
 
     def __init__(
@@ -68,7 +68,6 @@ class SigmoidRouter(Router):
         self.score, self.renormalize, self.scale, self.bias_rate = score, renormalize, scale, bias_rate
         self.groups, self.topk_groups, self.group_score = groups, topk_groups, group_score
         self.register_buffer("expert_bias", torch.zeros(num_experts, device=device, dtype=torch.float32))
-        self.load: Tensor | None = None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -90,35 +89,9 @@ class SigmoidRouter(Router):
 
     def saw(self, routing: Routing) -> None:
         assert routing.counts is not None
-        self.load = routing.counts if self.load is None else self.load + routing.counts
+        self._add(routing.counts)
 
-    @torch.no_grad()
-    def update_bias(self, counts: Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:
-        """One step of expert_bias_e += bias_rate * sign(mean load - load of e); no gradient is involved.
-
-        `counts` [..., E] is added up over its leading axes; None takes `load`. `group` adds the counts of its ranks, so
-        that all of them take the same step. Only the sign of the error counts, so that a compiled layer that eager
-        checkpointing runs again, and that counts twice, takes the same step. `load` starts again from nothing.
-
-        Raises ValueError where `counts` does not end in [E], or is None and no training forward was seen.
-        """
-        counts = self.load if counts is None else counts
-        if counts is None:
-            raise ValueError("SigmoidRouter.update_bias: counts must be given before any training forward, got None")
-        if counts.dim() == 0 or counts.shape[-1] != self.num_experts:
-            raise ValueError(
-                f"SigmoidRouter.update_bias: counts must be [..., {self.num_experts}], got {tuple(counts.shape)}"
-            )
-        load = counts.detach().reshape(-1, self.num_experts).sum(0, dtype=torch.float64).to(self.expert_bias.device)
-        if group is not None:
-            load = collectives.all_reduce(load, group)
+    def _step(self, load: Tensor) -> None:
+        """expert_bias_e += bias_rate * sign(mean load - load of e). Only the sign of the error counts, so that a
+        compiled layer that eager checkpointing runs again, and that counts twice, takes the same step."""
         self.expert_bias += self.bias_rate * (load.mean() - load).sign()
-        self.load = None
-
-    def _apply(self, fn, recurse=True):
-        before = self.expert_bias
-        super()._apply(fn, recurse)
-        if self.expert_bias.dtype != torch.float32:
-            self.expert_bias = before.to(self.expert_bias.device)
-        self.load = None
-        return self

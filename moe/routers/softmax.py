@@ -8,19 +8,19 @@ from torch import Tensor
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
 from .given import Given
-from .router import Router, warn_of_constant_weights
+from .router import GatedRouter, warn_of_constant_weights
 
 ORDERS = {"softmax_topk": "softmax", "topk_softmax": "topk_softmax"}
 
 
-class SoftmaxRouter(Router):
+class SoftmaxRouter(GatedRouter):
     """Softmax over the experts' logits and the K best of them, in either order.
 
     `order` "softmax_topk" takes the probabilities of the K best, divided by their sum if `renormalize` (Mixtral,
     Qwen3); "topk_softmax" takes the softmax of the K best logits, which sums to one by itself (gpt-oss, GraniteMoE).
     `scale` multiplies the weights. `groups`, `topk_groups`, `group_score` limit the choice as in `topk` (DeepSeek-V2:
     "max").
-    `gate_bias` adds a learned bias to the logits (gpt-oss). `jitter`: see Router.
+    `gate_bias` adds a learned bias to the logits (gpt-oss). `jitter`: see GatedRouter.
 
     >>> SoftmaxRouter(hidden_size=16, num_experts=8, top_k=2, renormalize=True)(torch.randn(5, 16)).weights.shape
     torch.Size([5, 2])

@@ -211,7 +211,7 @@ def test_every_byte_of_a_block_is_read_as_dequantized(format, rows, dtype):
     torch.testing.assert_close(y.float(), want, rtol=rtol, atol=atol * want.abs().max().item())
 
 
-@pytest.mark.parametrize("format", ["Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("format", ["Q8_0", "Q6_K"])  # of these a column of zeros has a code
 @pytest.mark.parametrize("rows", [2, 40])
 def test_nan_and_large_inputs_among_blocks(format, rows, assert_close):
     """Beside one input as large as language models have them, the others still count: 8 bits would lose them."""

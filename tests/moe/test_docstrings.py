@@ -12,7 +12,14 @@ from headgate.kernels import Routing, grouped_linear, topk
 
 MODULES = [
     *("moe.experts", "moe.layer", "moe.shared", "moe.routers.softmax", "moe.routers.sigmoid"),
-    *("moe.bias", "moe.capacity", "moe.routers.bilevel"),
+    *("moe.bias", "moe.capacity", "moe.free", "moe.routers.bilevel"),
+    *(
+        f"moe.routers.{name}"
+        for name in (
+            *("cosine", "expert_choice", "hash", "locmoe", "longcat", "moepp", "pregate", "quantile", "recurrent"),
+            *("reinforce", "relu", "sinkhorn", "top_p"),
+        )
+    ),
     *("kernels.topk", "kernels.grouped_linear", "kernels.grouped_ffn"),
 ]
 NAMES = {"torch": torch, "headgate": headgate, "Routing": Routing, "grouped_linear": grouped_linear, "topk": topk}

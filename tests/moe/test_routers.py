@@ -1,4 +1,4 @@
-"""Routers: one contract for all in ROUTERS, equality with transformers' own, and the bias that balances."""
+"""Routers of transformers' families: equality with their own, and the bias that balances."""
 
 import copy
 import warnings
@@ -6,91 +6,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from router_cases import fitting
 
-from headgate.kernels.routing import Routing
-from headgate.moe.routers import ROUTERS, BilevelRouter, Router, SigmoidRouter, SoftmaxRouter
-
-
-@pytest.fixture(params=ROUTERS)
-def make(request):
-    """The router's class, with options that fit."""
-    return fitting(request.param)
-
-
-class TestContract:
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize(("tokens", "experts", "k"), [(0, 8, 2), (1, 1, 1), (33, 8, 3), (5, 6, 6)])
-    def test_gives_a_whole_routing(self, make, tokens, experts, k, dtype):
-        routing = make(20, experts, k, dtype=dtype)(torch.randn(tokens, 20, dtype=dtype))
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        assert isinstance(routing, Routing)
-        assert routing.num_experts == experts
-        assert (routing.expert_ids.shape, routing.expert_ids.dtype) == ((tokens, k), torch.int32)
-        assert (routing.weights.shape, routing.weights.dtype) == ((tokens, k), wide)
-        assert (routing.scores.shape, routing.scores.dtype) == ((tokens, experts), wide)
-        assert (routing.counts.shape, routing.counts.dtype) == ((experts,), torch.int32)
-        assert routing.logits.dtype == wide
-        assert torch.equal(routing.counts, torch.bincount(routing.expert_ids.flatten(), minlength=experts).int())
-        assert all(len(set(row.tolist())) == k for row in routing.expert_ids)
-
-    def test_scores_stay_fp32_under_autocast(self, make, assert_close):
-        router, x = make(20, 8, 2), torch.randn(5, 20)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            inside = router(x)
-        assert_close(inside.scores, router(x).scores)
-
-    def test_gradients_reach_gate_and_input(self, make):
-        router, x = make(20, 8, 2, gate_bias=True), torch.randn(5, 20, requires_grad=True)
-        router(x).weights[:, 0].sum().backward()
-        for tensor in (x, router.weight, router.gate_bias):
-            assert tensor.grad.abs().sum() > 0
-
-    def test_jitter_only_while_training(self, make):
-        router, x = make(20, 8, 2, jitter=0.5), torch.randn(5, 20)
-        assert not torch.equal(router(x).scores, router(x).scores)
-        router.eval()
-        assert torch.equal(router(x).scores, router(x).scores)
-
-    def test_state_and_copies_round_trip(self, make):
-        router, x = make(20, 8, 2), torch.randn(9, 20)
-        router(x)
-        other = make(20, 8, 2)
-        other.load_state_dict(router.state_dict())
-        for twin in (other, copy.deepcopy(router)):
-            assert torch.equal(twin(x).weights, router(x).weights)
-
-    def test_built_on_meta_then_filled(self, make):
-        router = make(20, 8, 2, device="meta").to_empty(device="cpu")
-        router.reset_parameters()
-        assert router(torch.randn(3, 20)).weights.isfinite().all()
-
-    def test_compiles_whole(self, make, assert_close):
-        router, x = make(20, 8, 2), torch.randn(9, 20)
-        routing = router(x)
-        ids, weights = torch.compile(
-            lambda x: (router(x).expert_ids, router(x).weights), fullgraph=True, backend="aot_eager"
-        )(x)
-        assert torch.equal(ids, routing.expert_ids)
-        assert_close(weights, routing.weights)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"top_k": 9}, r"top_k must be between 1 and the number of experts \(8\), got 9"),
-            ({"jitter": 1.0}, r"jitter must be in \[0, 1\), got 1\.0"),
-            ({"scale": -1.0}, r"scale must be positive and finite, got -1\.0"),
-        ],
-    )
-    def test_bad_arguments_are_named(self, make, change, message):
-        with pytest.raises(ValueError, match=f"{make.__name__}: {message}"):
-            make(**{"hidden_size": 20, "num_experts": 8, "top_k": 2} | change)
-
-    def test_non_finite_scores_are_refused(self, make):
-        x = torch.randn(5, 20)
-        x[2, 3] = float("nan")
-        with pytest.raises(ValueError, match=r"scores.* must be finite, got nan for token 2"):
-            make(20, 8, 2)(x)
+from headgate.moe.routers import BilevelRouter, Router, SigmoidRouter, SoftmaxRouter
 
 
 @pytest.mark.parametrize("router", [SoftmaxRouter, SigmoidRouter])

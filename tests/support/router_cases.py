@@ -10,25 +10,42 @@ import torch
 from torch import Tensor, nn
 
 import headgate
-from headgate.moe.routers import ROUTERS, BilevelRouter
+from headgate.moe.routers import ROUTERS, BilevelRouter, Given
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "expert_choice": {"inference": "choice"},
+    "hash": {"vocab_size": 50},
+    "top_p": {"p": 0.2},
+    "relu": {"strength": 0.1},
+    "longcat": {"identity": 4},
+}
 
 
 def fitting(name: str) -> Callable[..., Any]:
     """The class of a router; where it must have more options than sizes, some that fit them."""
     router = ROUTERS[name]
-    if router is not BilevelRouter:
-        return router
+    more = OPTIONS.get(name, {})
 
     @wraps(router)
     def made(hidden_size, num_experts, top_k, **options):
-        nodes = 1 if num_experts % 2 else 2
-        topk_nodes = nodes if top_k == num_experts else 1
-        return router(hidden_size, num_experts, top_k, **{"nodes": nodes, "topk_nodes": topk_nodes} | options)
+        if router is BilevelRouter:
+            nodes = 1 if num_experts % 2 else 2
+            options = {"nodes": nodes, "topk_nodes": nodes if top_k == num_experts else 1} | options
+        return router(hidden_size, num_experts, top_k, **more | options)
 
     return made
 
 
-def layer_of(name: str, hidden: int = 20, experts: int = 8, k: int = 2, dtype=torch.float64, **options: Any):
+def route(router: nn.Module, x: Tensor, state: Tensor | None = None):
+    """The Routing of x [T, D], with token ids that follow from x."""
+    return router(x, Given(ids=_ids(x) if router.needs_ids else None, state=state))
+
+
+def _ids(x: Tensor) -> Tensor:
+    return x.detach()[..., 0].nan_to_num(0, 0, 0).mul(1000).long() % 50
+
+
+def layer_of(name: str, hidden: int = 120, experts: int = 8, k: int = 2, dtype=torch.float64, **options: Any):
     """A layer with such a router, in fp64."""
     router = fitting(name)(hidden, experts, k, dtype=dtype)
     return headgate.MoE(hidden, 12, experts, k, router=router, dtype=dtype, **options)
@@ -37,6 +54,6 @@ def layer_of(name: str, hidden: int = 20, experts: int = 8, k: int = 2, dtype=to
 def call(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """y of a layer, which gets what its router asks for: token ids that follow from x, so that equal rows have equal
     ids. A state is not handed over."""
-    more = {"ids": x.detach()[..., 0].mul(1000).long() % 50} if layer.router.needs_ids else {}
+    more = {"ids": _ids(x)} if layer.router.needs_ids else {}
     y = layer(x, mask, **more)
     return y[0] if layer.router.carries_state else y

@@ -1,0 +1,452 @@
+"""What each router of the literature promises by itself, as its paper or its users state it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from router_cases import fitting
+
+from headgate.kernels.plan import plan
+from headgate.kernels.routing import Routing
+from headgate.kernels.topk import topk
+from headgate.moe import (
+    CosineRouter,
+    ExpertChoiceRouter,
+    Given,
+    HashRouter,
+    LocMoERouter,
+    LongCatRouter,
+    MoE,
+    MoEPPRouter,
+    PregateRouter,
+    QuantileRouter,
+    RecurrentRouter,
+    ReinforceRouter,
+    SinkhornRouter,
+    SoftmaxRouter,
+    TopPRouter,
+    balanced_table,
+    bias,
+    capacity_bound,
+    distillation_loss,
+    reward,
+)
+from headgate.moe.losses import load_balancing_loss
+
+D, E, K = 16, 8, 2
+
+
+def skewed(tokens=256, seed=0):
+    """Rows that most routers would send to the same few experts."""
+    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+class TestExpertChoice:
+    @pytest.mark.parametrize(("tokens", "capacity"), [(64, 16), (33, 9), (3, 1)])
+    def test_every_expert_takes_its_share(self, tokens, capacity):
+        routing = ExpertChoiceRouter(D, E, K)(skewed(tokens))
+        assert routing.counts.tolist() == [capacity] * E
+        for e in range(E):  # the best ones, as a loop finds them
+            best = routing.scores[:, e].argsort(descending=True)[:capacity]
+            assert set(best.tolist()) == set((routing.expert_ids == e).any(1).nonzero()[:, 0].tolist())
+
+    def test_some_tokens_go_without(self):
+        ids = ExpertChoiceRouter(D, E, 1)(skewed()).expert_ids
+        assert (ids < 0).all(1).any()
+
+    def test_padding_takes_no_place(self):
+        router, x = ExpertChoiceRouter(D, E, K), skewed(64)
+        mask = torch.arange(64) < 32
+        assert torch.equal(router(x, Given(mask=mask)).counts, router(x[:32]).counts)
+
+    def test_refuses_evaluation_until_told_how(self):
+        layer = MoE(D, 8, E, K, router="expert_choice").eval()
+        with pytest.raises(ValueError, match=r'inference must be "threshold" or "choice" outside .* got None'):
+            layer(skewed(4))
+
+    def test_its_thresholds_keep_the_load_and_are_causal(self):
+        router = ExpertChoiceRouter(D, E, K, inference="threshold", rate=0.2)
+        for seed in range(40):
+            router(skewed(seed=seed))
+            router.update_bias()
+        x = skewed(seed=99)
+        routing = router.eval()(x)
+        assert (routing.counts - 256 * K / E).abs().max() < 0.25 * 256 * K / E
+        assert router.causal
+        assert torch.equal(router(x[:5]).expert_ids, routing.expert_ids[:5])
+
+
+class TestSinkhorn:
+    def test_the_plan_has_even_rows_and_columns(self):
+        logits = 3 * torch.randn(256, E, dtype=torch.float64)
+        c = SinkhornRouter(D, E, K, iterations=60).columns(logits, Given())
+        plan = (logits + c).softmax(1)
+        torch.testing.assert_close(plan.sum(0), torch.full((E,), 256 / E, dtype=torch.float64), rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("shift", [100.0, 1e4, -1e4])
+    def test_a_constant_changes_nothing(self, shift):
+        router, logits = SinkhornRouter(D, E, K), torch.randn(64, E, dtype=torch.float64)
+        torch.testing.assert_close(router.columns(logits + shift, Given()), router.columns(logits, Given()))
+
+    def test_levels_while_training_and_not_after(self):
+        router, x = SinkhornRouter(D, E, 1), skewed(1024)
+        trained, plain = router(x).counts, router.eval()(x).counts
+        assert plain.max() > 2 * 1024 / E
+        assert trained.max() < 0.6 * plain.max()
+        assert torch.equal(plain, torch.bincount((x @ router.weight.T).argmax(1), minlength=E))
+
+    def test_weights_are_the_routers_own(self, assert_close):
+        x = skewed()
+        for k, score in ((1, torch.sigmoid), (2, lambda t: t.softmax(1))):
+            router = SinkhornRouter(D, E, k)
+            routing = router(x)
+            assert_close(routing.weights, score(x @ router.weight.T).gather(1, routing.expert_ids.long()))
+
+
+class TestHash:
+    def test_an_id_has_its_experts_wherever_it_stands(self):
+        router = HashRouter(D, E, K, vocab_size=50)
+        ids = torch.randint(50, (200,))
+        got = router(torch.randn(200, D), Given(ids=ids)).expert_ids
+        assert torch.equal(got, router.table[ids])
+        assert torch.equal(router.table, HashRouter(D, E, K, vocab_size=50).table)
+        assert not torch.equal(router.table, HashRouter(D, E, K, vocab_size=50, seed=1).table)
+
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_a_balanced_table_levels_its_corpus(self, k):
+        counts = (1000 / torch.arange(1, 301)).round()  # as often as Zipf says
+        table = balanced_table(counts, E, k)
+        load = torch.zeros(E).index_add_(0, table.flatten().long(), counts.repeat_interleave(k))
+        assert load.max() <= max(counts.max(), 1.05 * load.mean())
+        assert all(len(set(row)) == k for row in table.tolist())
+
+    def test_its_gate_scores_the_tables_experts(self, assert_close):
+        router, x, ids = HashRouter(D, E, K, vocab_size=50, score="sigmoid"), torch.randn(9, D), torch.arange(9)
+        routing = router(x, Given(ids=ids))
+        assert_close(routing.weights, (x @ router.weight.T).sigmoid().gather(1, router.table[ids].long()))
+
+    def test_what_does_not_fit_is_named(self):
+        router = HashRouter(D, E, 1, vocab_size=50)
+        with pytest.raises(ValueError, match="ids must be between 0 and 49, got 50"):
+            router(torch.randn(2, D), Given(ids=torch.tensor([3, 50])))
+        with pytest.raises(ValueError, match=r"table must name experts between 0 and 7, got 8"):
+            HashRouter(D, E, 1, vocab_size=2, table=torch.tensor([[0], [8]]))
+        with pytest.raises(ValueError, match=r"table must be integers \[V, K\] = \[3, 1\], got torch.int64 \(2, 1\)"):
+            HashRouter(D, E, 1, vocab_size=3, table=torch.tensor([[0], [1]]))
+        with pytest.raises(ValueError, match="different experts for each id, got one twice"):
+            HashRouter(D, E, 2, vocab_size=1, table=torch.tensor([[4, 4]]))
+
+
+def test_a_cosine_knows_no_length():
+    router, x = CosineRouter(D, E, K), torch.randn(64, D)
+    want = router(x)
+    for c in (1e-3, 100.0):
+        got = router(c * x)
+        assert torch.equal(got.expert_ids, want.expert_ids)
+        torch.testing.assert_close(got.weights, want.weights, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.9, 1.0])
+def test_top_p_is_the_smallest_set_with_the_mass(p):
+    routing = TopPRouter(D, E, E, p=p)(3 * torch.randn(128, D))
+    mass, last = routing.weights.sum(1), routing.weights.masked_fill(routing.expert_ids < 0, 1).amin(1)
+    assert (mass >= p - 1e-6).all()
+    assert (mass - last < p).all()
+    if p < 0.9:
+        assert (routing.expert_ids < 0).any()
+
+
+def test_relu_becomes_as_sparse_as_was_asked():
+    torch.manual_seed(0)
+    layer = MoE(D, 8, E, K, router="relu", router_options={"strength": 1e-4}, load_balancing_coef=1.0)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    bias.update_biases(layer, optimizer)
+    target = torch.randn(256, D)
+    share = []
+    for _ in range(250):
+        optimizer.zero_grad()
+        (layer(skewed()) - target).square().mean().backward()
+        optimizer.step()
+        share.append(layer.last_routing.counts.sum().item() / (256 * E))
+    assert share[0] > 0.35
+    assert abs(sum(share[-50:]) / 50 - K / E) < 0.03
+
+
+class TestQuantile:
+    def test_one_step_after_another_evens_the_load(self):
+        router, x = QuantileRouter(D, E, K, rate=0.5), skewed(512)
+        for _ in range(60):
+            router(x)
+            router.update_bias()
+        router.eval()
+        assert (router(x).counts - 512 * K / E).abs().max() <= 1
+
+    def test_any_split_gives_the_same_bias(self):
+        whole, parts = QuantileRouter(D, E, K), QuantileRouter(D, E, K)
+        parts.load_state_dict(whole.state_dict())
+        x = skewed(512)
+        for _ in range(3):
+            whole(x)
+            for part in x.split([100, 1, 300, 111]):
+                parts(part)
+            parts(x, Given(mask=torch.zeros(512, dtype=torch.bool)))
+            assert torch.equal(whole.load, parts.load)
+            whole.update_bias()
+            parts.update_bias()
+        assert torch.equal(whole.expert_bias, parts.expert_bias)
+        assert whole.expert_bias.abs().max() > 0
+
+    def test_it_goes_where_the_formula_says(self):
+        """The (T K / E + 1)-th largest of s - alpha, by a sort."""
+        router, x = QuantileRouter(D, E, K), skewed(512)
+        scores = (x @ router.weight.T).sigmoid()
+        alpha = scores.sort(1, descending=True)[0][:, K : K + 1]
+        share = 512 * K // E
+        ordered = (scores - alpha).sort(0, descending=True)[0]
+        low, high = -ordered[share - 1], -ordered[share]  # between these two, exactly `share` tokens are above
+        router(x)
+        router.update_bias()
+        got = router.expert_bias - router.expert_bias.mean()
+        middle = (low + high) / 2
+        width = (high - low).abs().max() + 0.01 * middle.abs().max()
+        assert (got - (middle - middle.mean())).abs().max() <= width
+
+
+def test_coefficients_for_routers_that_need_none_are_refused():
+    for name in ("expert_choice", "sinkhorn", "hash"):
+        router = fitting(name)(D, E, K)
+        with pytest.raises(ValueError, match=r"load_balancing_coef must be 0 for a \w+, which needs no balancing loss"):
+            MoE(D, 8, E, K, router=router, load_balancing_coef=0.1)
+
+
+class TestMoEPP:
+    def test_without_memory_and_free_experts_it_is_plain(self, assert_close):
+        plain, router = SoftmaxRouter(D, E, K, renormalize=True), MoEPPRouter(D, E, K, zero=0, copy=0, constant=0)
+        x, state = skewed(), torch.randn(256, E)
+        with torch.no_grad():
+            router.weight.copy_(plain.weight)
+            router.memory.zero_()
+        want, got = plain(x), router(x, Given(state=state))
+        assert torch.equal(got.expert_ids, want.expert_ids)
+        assert_close(got.weights, want.weights)
+
+    def test_tau_one_is_the_loss_of_switch(self, assert_close):
+        for tau, same in ((1.0, True), (0.75, False)):
+            router = MoEPPRouter(D, E, K, tau=tau)
+            routing = router(skewed())
+            every = Routing.from_topk(routing.expert_ids, routing.weights, E + 4)
+            switch = load_balancing_loss(replace(every, scores=routing.scores))
+            if same:
+                assert_close(router.balancing_loss(routing), switch)
+            else:
+                assert router.balancing_loss(routing) < switch
+
+    def test_free_experts_answer_as_the_paper_says_and_cost_no_row(self, assert_close):
+        layer = MoE(D, 8, E, K, router="moepp", dtype=torch.float64)
+        x = skewed(64).double()
+        y, _ = layer(x)
+        routing, free = layer.last_routing, layer.router.free
+        want = layer.experts(x, routing)
+        for t in range(64):
+            for e, w in zip(routing.expert_ids[t].tolist(), routing.weights[t], strict=True):
+                if e == E + 1:
+                    want[t] = want[t] + w * x[t]
+                elif e > E + 1:
+                    a = (free.mixes[e - E - 2] @ x[t]).softmax(0)
+                    want[t] = want[t] + w * (a[0] * x[t] + a[1] * free.vectors[e - E - 2])
+        assert_close(y, want)
+        ffn = (routing.expert_ids < E).sum()
+        assert routing.counts.sum() == ffn
+        assert ffn < 64 * K
+        assert plan(routing.expert_ids, E).offsets[-1] == ffn  # the rows of the grouped product
+
+    def test_both_choices_zero_is_nothing(self):
+        router = MoEPPRouter(D, 1, 1, zero=4, copy=0, constant=0)
+        with torch.no_grad():
+            router.weight[0] = -9
+        layer = MoE(D, 8, 1, 1, router=router)
+        x = torch.ones(5, D, requires_grad=True)
+        y, _ = layer(x)
+        y.sum().backward()
+        assert y.eq(0).all()
+        assert x.grad.isfinite().all()
+
+    def test_capacity_is_the_papers(self):
+        bound = MoEPPRouter(D, E, K, tau=0.5).capacity(1.1)
+        assert bound.of(tokens=1000, top_k=K, num_experts=E) == round(1.1 * 0.5 * 1000 * K / (0.5 * E + 4))
+
+    def test_a_state_of_other_sizes_is_refused(self):
+        with pytest.raises(
+            ValueError, match=r"MoEPPRouter: state must be \[\.\.\., 12\], as a layer of the same sizes"
+        ):
+            MoE(D, 8, E, K, router="moepp")(skewed(4), state=torch.zeros(4, 9))
+
+
+class TestLongCat:
+    def test_equals_transformers(self, assert_close):
+        modeling = pytest.importorskip("transformers.models.longcat_flash.modeling_longcat_flash")
+        config = modeling.LongcatFlashConfig(
+            hidden_size=D, n_routed_experts=E, zero_expert_num=4, moe_topk=K, routed_scaling_factor=2.5,
+            num_layers=1, num_attention_heads=2,
+        )  # fmt: skip
+        theirs = modeling.LongcatFlashTopkRouter(config)
+        router = LongCatRouter(D, E, K, identity=4, scale=2.5)
+        with torch.no_grad():
+            theirs.classifier.weight.copy_(router.weight)
+            theirs.e_score_correction_bias.zero_()
+            theirs.e_score_correction_bias[:E] = router.expert_bias.uniform_(-0.1, 0.1)
+        x = torch.randn(33, D)
+        got, (weights, ids) = router(x), theirs(x)[-2:]
+        if ids.dtype.is_floating_point:
+            weights, ids = ids, weights
+        order, order2 = ids.sort(1)[1], got.expert_ids.long().sort(1)[1]
+        assert torch.equal(ids.gather(1, order), got.expert_ids.long().gather(1, order2))
+        assert_close(got.weights.gather(1, order2), weights.gather(1, order))
+
+    @pytest.mark.parametrize("aim", [1.0, 2.5])
+    def test_a_token_has_so_many_ffn_experts_on_average(self, aim):
+        router = LongCatRouter(D, E, 4, identity=4, ffn_k=aim, bias_rate=0.05)
+        x = skewed(512)
+        for _ in range(400):
+            router(x)
+            router.update_bias()
+        counts = router(x).counts
+        assert abs(counts.sum() / 512 - aim) < 0.1
+        assert counts.max() < 1.5 * counts.float().mean()
+
+
+class TestRecurrent:
+    def _layers(self):
+        cell = torch.nn.GRUCell(8, 8)
+        return [MoE(D, 8, E, K, router="recurrent", router_options={"cell": cell}) for _ in range(3)]
+
+    def test_its_cell_is_torchs(self, assert_close):
+        layer = self._layers()[0]
+        x, before = torch.randn(5, D), torch.randn(5, 8)
+        _, state = layer(x, state=before)
+        assert_close(state, layer.router.cell(x @ layer.router.projection.T, before))
+
+    def test_the_last_layers_loss_reaches_the_first_ones_projection(self):
+        layers, x = self._layers(), torch.randn(5, D)
+        state = None
+        for layer in layers:
+            y, state = layer(x, state=state)  # all see x: nothing else joins them
+        y.sum().backward()
+        assert all(layer.router.projection.grad.abs().sum() > 0 for layer in layers)
+
+    def test_tokens_are_apart_and_a_stage_takes_over(self):
+        layers, x = self._layers(), torch.randn(6, D)
+        y, state = x, None
+        for layer in layers:
+            y, state = layer(y, state=state)
+        for part in (slice(0, 2), slice(2, 6)):
+            z, held = x[part], None
+            for layer in layers:
+                z, held = layer(z, state=None if held is None else held.detach().clone())
+            torch.testing.assert_close(z, y[part])
+
+    def test_bad_cells_are_named(self):
+        with pytest.raises(ValueError, match=r"cell must be an nn.GRUCell\(H, H\) with biases, got GRUCell\(8, 4\)"):
+            RecurrentRouter(D, E, K, cell=torch.nn.GRUCell(8, 4))
+
+
+class TestPregate:
+    def test_every_layer_follows_the_first(self):
+        layers = [MoE(D, 8, E, K, router="pregate") for _ in range(3)]
+        x, state = layers[0](skewed(9))
+        schedule = topk(state, K).expert_ids  # known before the second layer runs
+        for layer in layers[1:]:
+            x, state = layer(x, state=state)
+            assert torch.equal(layer.last_routing.expert_ids, schedule)
+
+    def test_distillation_teaches_it(self):
+        router, x, target = PregateRouter(D, E, K), skewed(128), 3 * torch.randn(128, E)
+        optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            losses.append(distillation_loss(router(x).logits, target, temperature=2.0))
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[-1] < 0.9 * losses[0]
+        with pytest.raises(ValueError, match="hard must be between 0 and 1, got 2"):
+            distillation_loss(target, target, hard=2)
+
+
+class TestLocMoE:
+    def test_its_gate_is_orthogonal(self):
+        gate = LocMoERouter(D, E, 1).logits(torch.eye(D, dtype=torch.float64)).T  # [E, D]
+        gram = gate @ gate.T
+        assert torch.equal(gram, torch.eye(E, dtype=torch.float64) * gram[0, 0])
+        with pytest.raises(ValueError, match=r"hidden_size must be a multiple of num_experts \(8\), got 20"):
+            LocMoERouter(20, E, 1)
+
+    def test_the_bound_is_that_of_angles(self):
+        """P(cos >= delta) by drawing directions: an expert must take a share of 1 / E of its inverse."""
+        d, delta = 64, 0.1
+        drawn = torch.randn(200_000, d, generator=torch.Generator().manual_seed(0))
+        cosine = drawn[:, 0] / drawn.norm(dim=1)
+        chance = (cosine.abs() >= delta).float().mean().item()
+        assert capacity_bound(E, d, delta) == pytest.approx(1 / (E * chance), rel=0.25)
+        assert capacity_bound(E, d, delta) > math.exp(delta**2 * d / (2 - delta**2)) / E
+
+    def test_its_loss_brings_tokens_near(self):
+        share = {}
+        for coef in (0.0, 1.0):
+            torch.manual_seed(0)
+            router = LocMoERouter(D, E, 1, near=range(2), locality_coef=coef)
+            before = torch.nn.Linear(D, D)
+            optimizer = torch.optim.Adam(before.parameters(), lr=0.05)
+            x = torch.randn(256, D)
+            for _ in range(60):
+                optimizer.zero_grad()
+                router.balancing_loss(router(before(x))).backward()
+                optimizer.step()
+            share[coef] = router(before(x)).counts[:2].sum().item() / 256
+        assert share[0.0] < 0.5 < 0.8 < share[1.0]
+
+
+class TestReinforce:
+    def test_its_gradient_is_the_enumerated_one(self):
+        """E = 3, T = 4: the mean over draws of what the backward pass gives is the gradient of the expected reward."""
+        torch.manual_seed(0)
+        router = ReinforceRouter(5, 3, 1, rate=0.0, scale=1.0, dtype=torch.float64)
+        x, gain = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+        expected = (router(x).scores * gain).sum()
+        want = -torch.autograd.grad(expected, router.weight)[0]
+        n = 20_000
+        many, gains = x.repeat(n, 1), gain.repeat(n, 1)
+        routing = router(many)
+        reward(router, gains.gather(1, routing.expert_ids.long())[:, 0])
+        routing.weights.sum().backward()
+        assert (router.weight.grad / n - want).abs().max() < 0.05 * want.abs().max()
+
+    def test_nothing_is_learned_where_the_baseline_knows_the_reward(self):
+        router = ReinforceRouter(D, E, K)
+        router.baseline.fill_(2.0)
+        routing = router(skewed())
+        reward(router, torch.full((256,), 2.0))
+        routing.weights.sum().backward()
+        assert router.weight.grad.eq(0).all()
+
+    def test_it_learns_which_expert_pays(self):
+        torch.manual_seed(0)
+        router, x = ReinforceRouter(D, E, 1, rate=0.2), skewed(128)
+        optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+        for _ in range(60):
+            optimizer.zero_grad()
+            routing = router(x)
+            reward(router, (routing.expert_ids[:, 0] == 5).float())
+            routing.weights.sum().backward()
+            optimizer.step()
+        assert (router.eval()(x).expert_ids == 5).float().mean() > 0.9
+
+    def test_what_does_not_fit_is_named(self):
+        with pytest.raises(ValueError, match="model must have a ReinforceRouter, got a SoftmaxRouter without any"):
+            reward(SoftmaxRouter(D, E, K), torch.zeros(3))
+        router = ReinforceRouter(D, E, K)
+        routing = router(skewed(4))
+        reward(router, torch.zeros(3))
+        with pytest.raises(ValueError, match="reward must be of 4 tokens, got 3"):
+            routing.weights.sum().backward()
