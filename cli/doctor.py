@@ -24,11 +24,13 @@ PACKAGES = {
     "transformers": "hf",
     "safetensors": "hf",
     "peft": None,
+    "gguf": "gguf",
     "triton": "gpu",
     "matplotlib": "plot",
 }
 EXTRAS = {
     "hf": "the drop-in for transformers models, headgate demo and train",
+    "gguf": "models in GGUF files: headgate.load and pack",
     "gpu": "kernels for CUDA devices",
     "plot": "pictures: headgate demo, and every --plot that draws",
 }

@@ -43,29 +43,27 @@ class Form:
     def shapes(self, module: nn.Module) -> dict[str, Tensor]:
         """The experts' weights outside of the module [E, ...], without a number."""
         weights = {name: p.detach().to("meta") for name, p in self.weights(module).items()}
-        if self.turned and self.transposed:
-            weights |= {name: weights[name].transpose(1, 2) for name in ("w_gate_up", "w_down")}
-        return self.outside(weights) if self.straight else weights
+        return self.outside(weights)
 
     def inside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights [n, ...] of outside as the module's parameters have them."""
-        found = merged(weights)
+        found, layout = merged(weights), self.layout
         for name in ("w_gate_up", "b_gate_up"):
-            if self.straight and self.interleaved and name in found:
+            if self.interleaved and not layout["interleaved"] and name in found:
                 found[name] = torch.stack(found[name].chunk(2, 1), 2).flatten(1, 2)
         for name in ("w_gate_up", "w_down"):
-            if (self.straight or self.turned) and self.transposed:
+            if self.transposed and not layout["transposed"]:
                 found[name] = found[name].transpose(1, 2)
         return found
 
     def outside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights [n, ...] of the module's parameters with rows of outputs, gate rows above up rows."""
-        found = dict(weights)
+        """Weights [n, ...] of the module's parameters as they lie outside."""
+        found, layout = dict(weights), self.layout
         for name in ("w_gate_up", "w_down"):
-            if self.transposed:
+            if self.transposed and not layout["transposed"]:
                 found[name] = found[name].transpose(1, 2)
         for name in ("w_gate_up", "b_gate_up"):
-            if self.interleaved and name in found:
+            if self.interleaved and not layout["interleaved"] and name in found:
                 found[name] = torch.cat((found[name][:, ::2], found[name][:, 1::2]), 1)
         return found
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -106,12 +106,12 @@ def _anew(what: Seen, formats: list[str | None]) -> _Plan:
                 f"pack: {name} must be a tensor of the checkpoint, got one that transformers makes of others"
             )
         type = "F32" if t.dim() < 2 or 1 in t.shape or ".ffn_gate_inp." in key else _TYPE_OF[t.dtype]
-        shape = dense.written(name, t.new_empty(t.shape, device="meta")).shape
+        lies = dense.written(name, t.new_empty(t.shape, device="meta")).shape
 
         def parts(name: str = name, type: str = type, source: str = source) -> Iterator[Tensor]:
             yield dense.written(name, what.files.read(source)).to(DTYPE_OF[type]).contiguous()
 
-        plan.tensors[key], plan.rest[key] = (type, tuple(shape)), parts
+        plan.tensors[key], plan.rest[key] = (type, tuple(lies)), parts
     for (name, module, form), format in zip(what.found, formats, strict=True):
         down = form.weights(module)["w_down"]
         width, (experts, *sides) = form.width(module), down.shape
@@ -167,12 +167,13 @@ def _write_experts(
     try:
         for i in plan.experts:
             form, format = what.found[i][2], plan.formats[i]
+            straight = replace(form, straight=True)
             layer = f"blk.{_number(what.found[i][0])}.ffn_"
             for e in range(what.layers[i].experts):
                 kind = what.layers[i].kind(e)
                 parts = {p.name: torch.empty(1, *p.shape, dtype=p.dtype) for p in kind.parts}
                 store.read(i, e, {name: t[0] for name, t in parts.items()})
-                weights = form.outside(form.inside(widened(kind.join(parts), torch.float32)))
+                weights = straight.outside(form.inside(widened(kind.join(parts), torch.float32)))
                 for name, t in _named(weights, form.activation.gated):
                     key = f"{layer}{name}"
                     if key in plan.rest:

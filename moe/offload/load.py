@@ -208,7 +208,7 @@ def seen(path: str | os.PathLike[str], config: Any = None) -> Iterator[Seen]:
     if config is not None:
         raise ValueError(f"load: config must be None for a folder with config.json, got a {type(config).__name__}")
     with closing(Checkpoint(path)) as checkpoint:
-        m = model_of(checkpoint)
-        laid, made = [one.laid for one in m.stored], [one.made for one in m.stored]
-        layers = [one.layer(name) for one, (name, _, _) in zip(m.stored, m.found, strict=True)]
-        yield Seen(checkpoint, m.model, m.found, m.skipped, laid, layers, m.fill, made, rest=m.rest)
+        s = model_of(checkpoint)
+        laid, made = [one.laid for one in s.stored], [one.made for one in s.stored]
+        layers = [one.layer(name) for one, (name, _, _) in zip(s.stored, s.found, strict=True)]
+        yield Seen(checkpoint, s.model, s.found, s.skipped, laid, layers, s.fill, made, rest=s.rest)

@@ -29,7 +29,7 @@ def pack(
     for as long as the checkpoint stays the same. Experts are read, brought into few bits and written one by one.
 
     A file whose name ends in .gguf becomes a whole GGUF file, for `headgate.load(output)` and other programs: experts
-    in formats of GGUF, the same for all of a layer ("Q8_0", "Q4_K" and others); the rest as it is, in llama.cpp's names,
+    in GGUF's formats, the same for all of a layer ("Q8_0", "Q4_K", ...); the rest as it is, in llama.cpp's names,
     vectors and routers in fp32. Of a folder its metadata are those of the config, without a tokenizer (llama.cpp takes
     numbers of tokens then, no text), for the families qwen2_moe, qwen3_moe, mixtral, olmoe and gpt_oss. Of a GGUF file
     they are the file's own, with its tokenizer.

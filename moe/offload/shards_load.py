@@ -45,7 +45,8 @@ class Stored:
 @dataclass(frozen=True)
 class ShardsModel:
     """The model on the meta device, swapped; its experts modules `found` and `skipped`; each one's experts `stored`;
-    `fill` reads all the rest, and `rest` says where it lies (see load.Seen)."""
+    `fill` reads all the rest. `rest`: each parameter of it -> the tensor that it is, or None where more is done than
+    taking it."""
 
     model: nn.Module
     found: Found
@@ -83,16 +84,12 @@ def model_of(checkpoint: Checkpoint) -> ShardsModel:
             say_once(_WHO, why, f"these weights widened to {str(dtype)[6:]}, once")
         fill_rest(model, conversion, rest, lambda key: there.read(key, dtype), left)
 
-    return ShardsModel(model, found, skipped, stored, fill, _rest_of(conversion, left, there))
-
-
-def _rest_of(conversion: Conversion, left: set[str], there: Translated) -> dict[str, str | None]:
-    found: dict[str, str | None] = dict.fromkeys(conversion.made - left)
+    plain: dict[str, str | None] = dict.fromkeys(conversion.made - left)
     for name, source in conversion.sources.items():
-        if name in found and not source.operations:
+        if name in plain and not source.operations:
             ((key,),) = source.keys.values()
-            found[name] = None if isinstance(there.tensors[key], FewBits) else key
-    return found
+            plain[name] = None if isinstance(there.tensors[key], FewBits) else key
+    return ShardsModel(model, found, skipped, stored, fill, plain)
 
 
 def _check_rest(model: nn.Module, conversion: Conversion, there: Translated) -> None:
@@ -109,8 +106,10 @@ def _check_rest(model: nn.Module, conversion: Conversion, there: Translated) -> 
                 rule = f"must have {key} in bf16, fp16 or fp32, or with a quantization_config, got {t.dtype}"
                 raise fault(_WHO, folder, rule)
         if not source.operations:
-            (keys,) = source.keys.values()
-            for key in keys:
+            several = sorted(key for keys in source.keys.values() for key in keys)
+            if len(several) > 1:
+                raise fault(_WHO, folder, f"must have one tensor for {name}, got {several[0]} and {several[1]}")
+            for key in several:
                 want, got = tuple(wanted[name].shape), there.tensors[key]
                 straight = isinstance(got, FewBits) and got.turned and (got.shape[0], *got.shape[:0:-1]) == want
                 if got.shape != want and not straight:

@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2moe": ("Qwen2Moe", {"moe_intermediate_size": F, "shared_expert_intermediate_size": 64, "num_experts": E,
                               "num_experts_per_tok": 2}),
     "llama": ("Mixtral", {"num_local_experts": E, "num_experts_per_tok": 2}),
-    "olmoe": ("Olmoe", {"num_experts": E, "num_experts_per_tok": 2}),
+    "olmoe": ("Olmoe", {"num_experts": E, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
     "gpt-oss": ("GptOss", {"num_local_experts": E, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 8}),
     "deepseek2": ("DeepseekV3", {
         "n_routed_experts": E, "num_experts_per_tok": 2, "moe_intermediate_size": F, "n_group": 2, "topk_group": 1,

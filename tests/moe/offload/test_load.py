@@ -247,6 +247,9 @@ SPOILT = {
         "got none for model.layers.1.mlp.experts.gate_up_proj and 1 more"),
     "a norm is missing": (
         lambda f: respell(f, lambda t: t.pop("model.norm.weight")), ValueError, "got none for model.norm.weight"),
+    "a norm stored twice": (
+        lambda f: respell(f, lambda t: t.update({"norm.weight": torch.ones(32)})), ValueError,
+        "must have one tensor for model.norm.weight, got model.norm.weight and norm.weight"),
     "a norm of another shape": (
         lambda f: respell(f, lambda t: t.update({"model.norm.weight": torch.ones(31)})), ValueError,
         r"must have model.norm.weight of shape \[32\], got \[31\]"),

@@ -132,8 +132,10 @@ def test_no_more_memory_than_said(wide, tmp_path, formats, dtype):
 )  # blocks that end beyond the weights
 def test_what_is_said_holds_for_odd_shapes(shape):
     for dtype in (torch.bfloat16, torch.float32):
-        for format in (f for f in FORMATS if shape[1] % BLOCKS.get(f, (1, 0))[0] == 0):
-            weights = {"w_down": torch.randn(1, *shape).to(dtype)}
+        for format in FORMATS:
+            rows, columns = shape
+            block = BLOCKS.get(format, (1, 1))[0]  # GGUF's blocks must be whole
+            weights = {"w_down": torch.randn(1, rows, -(-columns // block) * block).to(dtype)}
             with Live() as live:
                 lower.coded(weights, format)
             assert live.most <= lower.room_for(weights, format) - weights["w_down"].nbytes, (dtype, format)
@@ -144,7 +146,7 @@ import sys, headgate
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
 small, large, formats, need = sys.argv[1:]
-headgate.pack(small, "small.experts", formats=formats)  # brings what is imported on the way
+headgate.pack(small, "small.experts", formats="int8")  # brings what is imported on the way
 before = peak()
 headgate.pack(large, "large.experts", formats=formats, max_memory=int(need))
 print(peak() - before)
@@ -213,7 +215,7 @@ def test_an_interrupted_run_leaves_what_was_there(saved, tmp_path):
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"formats": "int3"}, ValueError, "format must be one of fp8, int8, int4, uint4, mxfp4, got 'int3'"),
+        ({"formats": "int3"}, ValueError, "format must be one of fp8, int8, .*, got 'int3'"),
         ({"formats": ""}, ValueError, "format must be one of"),
         ({"formats": 4}, TypeError, "formats must be a format, or a mapping of modules' names, got 4"),
         ({"formats": {"x": ["int4"]}}, ValueError, "formats must be for modules of experts that are moved, got x"),
