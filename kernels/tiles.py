@@ -254,8 +254,10 @@ def _for_blocks(tile: Tile, product: _Product) -> Tile:
     if product.format == "Q6_K" and product.inner == "columns":  # two words for four weights
         most = 16
     while product.weights * tile.columns * tile.depth > most * 32 * tile.warps:
-        smaller = {"columns": tile.columns // 2} if product.inner == "depth" else {"depth": tile.depth // 2}
-        tile = replace(tile, **smaller)
+        if product.inner == "depth" or tile.depth <= 32:
+            tile = replace(tile, columns=tile.columns // 2)
+        else:
+            tile = replace(tile, depth=tile.depth // 2)
     return tile
 
 
