@@ -114,6 +114,7 @@ def _nibble_sums(
     SPAN: tl.constexpr = span_of(FORMAT)
     MORE: tl.constexpr = FORMAT == "Q5_K" or FORMAT == "Q6_K"
     MINIMA: tl.constexpr = FORMAT == "Q4_K" or FORMAT == "Q5_K"
+    FAR: tl.constexpr = 1 if FORMAT == "Q5_K" else 4  # places between the more bits of the two halves
     SHORT: tl.constexpr = size_of(FORMAT) < 100
     IN_BLOCK: tl.constexpr = 1 if SHORT else 8  # chunks
     block, r = odd + chunk // IN_BLOCK * size_of(FORMAT), chunk % IN_BLOCK
@@ -133,7 +134,6 @@ def _nibble_sums(
         if MORE:
             more = tl.reshape(m1 if q == 0 else m2 if q == 1 else m3 if q == 2 else m4, (BN, KP, C)) >> bits
             low = _add_four(low, with_more_bits(word, more, FORMAT), x, 0, 1, FORMAT)
-            FAR: tl.constexpr = 1 if FORMAT == "Q5_K" else 4
             high = _add_four(high, with_more_bits(word >> 4, more >> FAR, FORMAT), x_far, 0, 1, FORMAT)
         else:
             low = _add_four(low, word, x, 0, 2, FORMAT)
