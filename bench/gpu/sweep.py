@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.chip import H200, Chip, chip_of
-from ...kernels.quantized import PER_BYTE
+from ...kernels.quantized import FORMATS
 from .. import machine, screen
 from ..arguments import device, number, output, whole
 from ..check import TOLERANCE
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gemms", nargs="+", choices=list(GEMMS), metavar="GEMM",
         help=f"of {', '.join(GEMMS)} (default: those that a model runs with T tokens)",
     )  # fmt: skip
-    formats = ("none", *PER_BYTE)
+    formats = ("none", *FORMATS)
     add(
         "--formats", nargs="+", choices=formats, default=["none"], metavar="FORMAT",
         help=f"of the weights: {', '.join(formats)}; but for none, forward products only (default: none)",

@@ -94,7 +94,7 @@ def expert_outputs(
     Calls that together have each expert once, and then `combine_outputs`, give `grouped_ffn` of all experts' weights to
     the bit, whichever experts are called together, in whichever slots and order, if an expert lies in its slot as among
     all (inner strides). It holds on CPU for weights that are tensors or, where the C++ form serves, in
-    int8, int4 or mxfp4; and on CUDA for tensors from 5 rows on, for fewer grouped_ffn takes kernels that sum in another
+    few bits but fp8; and on CUDA for tensors from 5 rows on, for fewer grouped_ffn takes kernels that sum in another
     order. Elsewhere the two agree to rounding.
 
     Forward only: ValueError where a gradient would be asked for. Autocast is not looked at: rows come in the weights'

@@ -18,8 +18,6 @@ from ..transforms import backward_of, implement, register_composite, register_se
 from . import composite, plain, quantized_on_cpu
 from .thin_tiles import counted
 
-TRITON_FORMATS = ("fp8", "int8", "int4", "mxfp4")
-
 _ARGS = (
     "Tensor rows, Tensor expert_ids, Tensor weights, Tensor[] w_gate_up, Tensor[]? w_up, Tensor[] w_down, "
     "Tensor? b_gate_up, Tensor? b_down"
@@ -105,12 +103,12 @@ def triton_serves(
     there = [w for w in weights if w is not None]
     why = chip.why_no_grouped_gemm(rows, counted(len(rows), there[0].shape[0], keep))
     for w in there:
-        if w.format not in TRITON_FORMATS:
-            why = why or f"weights must be in {', '.join(TRITON_FORMATS)} for the Triton form, got {w.format!r}"
-            continue
         across = w.block[1]
         if across & (across - 1) and across < w.shape[2]:
             why = why or f"a scale's columns must be a power of 2, or all of them, for the Triton form, got {across}"
+    first, second, _ = weights
+    if first is not None and second is not None and first.format != second.format:
+        why = why or f"w_up must have w_gate's format for the Triton form, got {second.format!r} and {first.format!r}"
     if why is not None:
         chip.say_once(op, why, "a loop that widens one expert after another, and waits for the device")
     return why is None

@@ -26,6 +26,7 @@ from headgate.kernels import (
 )  # fmt: skip
 from headgate.kernels.grouped_ffn import grouped_ffn_reference
 from headgate.kernels.plan import plan_reference
+from headgate.kernels.quantized import BLOCKS, quantize
 from headgate.kernels.topk import topk_reference
 
 pytestmark = pytest.mark.gpu
@@ -73,6 +74,50 @@ def test_every_form_in_bf16(problem, check, form, size):
 @pytest.mark.parametrize("size", [FEW, MANY], ids=["few rows", "many rows"])
 def test_other_types(problem, check, dtype, size):
     check(problem(dtype=dtype, bias=True, **size))
+
+
+_BITS = ("fp8", "int8", "int4", "uint4", "mxfp4", *BLOCKS)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rows", [2, 24, 700], ids=["thin", "few rows", "many rows"])
+@pytest.mark.parametrize(
+    ("format", "form"),
+    [*((format, "gate first") for format in _BITS), ("uint4", "pair"), ("Q4_K", "pair"), ("gguf_mxfp4", "gpt-oss")],
+)
+def test_weights_in_few_bits(problem, assert_close, format, form, rows):
+    """Against the reference on what they mean, and the gradients of rows and router weights of more than a few."""
+    few = dict(R=rows, D=256, F=256, E=4, K=2, dtype=torch.bfloat16, **FORMS[form])
+    p = problem(**few | {"transposed": False})
+    names = [n for n in ("w_gate_up", "w_up", "w_down") if n in p.tensors]
+    packed = {n: quantize(p.tensors[n], format) for n in names}
+    meant = replace(p, tensors=p.tensors | {n: q.dequantize(torch.bfloat16) for n, q in packed.items()})
+    asked = ("rows", "weights")
+    want = replace(meant.to(torch.float64), needs=asked).run(truth=True)
+    if rows <= 4:
+        with torch.no_grad():
+            assert_close(p.call(p.tensors | packed), want["y"], dtype=torch.bfloat16, name="y")
+        return
+    leaves = {n: t.detach().requires_grad_(n in asked) for n, t in p.tensors.items()}
+    y = p.call(leaves | packed)
+    got = torch.autograd.grad(y, [leaves[n] for n in asked], torch.ones_like(y))
+    assert_close(y, want["y"], dtype=torch.bfloat16, name="y")
+    for n, g in zip(asked, got, strict=True):
+        assert_close(g, want[n], dtype=torch.bfloat16, name=n)
+
+
+@pytest.mark.parametrize("format", ["uint4", "Q8_0", "Q4_K"])
+def test_experts_in_few_bits_in_two_calls_are_those_of_one(problem, format):
+    p = problem(R=24, D=256, F=256, E=4, K=2, dtype=torch.bfloat16)
+    t, routing = p.tensors, Routing.from_topk(p.ids, p.tensors["weights"], p.experts)
+    w1, w2 = (quantize(t[n], format) for n in ("w_gate_up", "w_down"))
+    out = torch.full((p.ids.numel(), 256), math.nan, device="cuda")
+    for part in ([0, 2], [3, 1]):
+        slots = torch.full((4,), -1, dtype=torch.int32, device="cuda")
+        slots[part] = torch.arange(2, dtype=torch.int32, device="cuda")
+        there = (replace(w, data=w.data[part], scale=w.scale[part]) for w in (w1, w2))
+        expert_outputs(t["rows"], routing, *there, slots, out)
+    assert torch.equal(combine_outputs(out, routing, torch.bfloat16), grouped_ffn(t["rows"], routing, w1, w2))
 
 
 def test_fp32_follows_torchs_precision(problem, check):
