@@ -15,6 +15,7 @@ _WHERE = {
     "replace": "moe.hf",
     "restore": "moe.hf",
     "record": "moe.record",
+    "replay": "moe.replay",
     "Fold": "dispatch.fold",
     "parallelize": "moe.ranks.parallel",
     "parallelize_attention": "moe.hf.attention",

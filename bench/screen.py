@@ -32,6 +32,13 @@ class Screen:
     def say(self, line: str = "") -> None:
         self.out.print(line, soft_wrap=True)
 
+    def piece(self, text: str) -> None:
+        """Text as it comes, without a line's end. A terminal gets no control characters that somebody else wrote."""
+        if _live(self.out):
+            text = "".join(c for c in text if c in "\n\t" or c.isprintable())
+        self.out.file.write(text)
+        self.out.file.flush()
+
     def heading(self, title: str) -> None:
         self.out.print()
         self.out.print(Text(title, style="bold cyan"), soft_wrap=True)

@@ -39,7 +39,9 @@ def _bench(room: str, help: str) -> Command:
 
 BENCHMARKS = {
     "moe": _bench("moe", "the expert layer beside its rivals"),
-    "quantized": _bench("quantized", "decoding with weights in int8, int4 and mxfp4 beside bf16 and fp32"),
+    "quantized": _bench(
+        "quantized", "decoding with weights in few bits (int8, int4, GGUF's blocks, ...) beside bf16 and fp32"
+    ),
     "dispatch": _bench("dispatch.command", "the dispatchers beside rivals, on gloo ranks of this machine"),
     "compile": _bench("gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
     "roofline": _bench("gpu.roofline", "FLOPs, bytes and floor time of every launch"),
@@ -113,6 +115,32 @@ and others recorded, and shows what a trace says. A trace is an .npz file; it is
   headgate cache trace.npz --budget 25%
   headgate cache trace.npz --slots 16 --batch 8 --scope shared --policies lru lfru layer
   headgate cache trace.npz --budget 8GiB --expert-bytes 17.3MB --host-budget 50% --prefetch path --plot cache.png
+""",
+    ),
+    "generate": Command(
+        ".generate",
+        "answers of a model that does not fit",
+        "Answers prompts with a transformers MoE model that may be larger than memory: its experts stay in the "
+        "checkpoint's files, those in use stand in --budget. Prompts go through the model's chat template, if it has "
+        "one. Ctrl-C ends an answer at its next token.",
+        """\
+  headgate generate ./Qwen3-30B-A3B --budget 4GiB --prompt "Why is the sky blue?" --stats
+  headgate generate ./Qwen3-30B-A3B --budget 4GiB --disk /scratch --formats int4 --chat
+  headgate generate ./OLMoE-1B-7B --budget 25% --file prompts.txt --batch 8 --json
+  headgate generate ./OLMoE-1B-7B --budget 25% --raw --temperature 0 --prompt "Once upon a time"
+""",
+    ),
+    "serve": Command(
+        ".serve",
+        "an OpenAI-compatible server for such a model",
+        "Serves the same over HTTP, as OpenAI's clients ask it: /v1/chat/completions, /v1/completions, /v1/responses, "
+        "with streaming, and /v1/models, /health. It listens on this machine only unless --host says otherwise. "
+        "Ctrl-C or SIGTERM ends it when what is being answered has ended, or after 10 seconds.",
+        """\
+  headgate serve ./Qwen3-30B-A3B --budget 4GiB --port 8000
+  headgate serve ./OLMoE-1B-7B --budget 25% --host 0.0.0.0 --at-once 8    with HEADGATE_API_KEY in the environment
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+      -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
 """,
     ),
     "pack": Command(

@@ -23,12 +23,18 @@ PACKAGES = {
     "numpy": None,
     "transformers": "hf",
     "safetensors": "hf",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "openai": "serve",
     "peft": None,
+    "gguf": "gguf",
     "triton": "gpu",
     "matplotlib": "plot",
 }
 EXTRAS = {
     "hf": "the drop-in for transformers models, headgate demo and train",
+    "gguf": "models in GGUF files: headgate.load and pack",
+    "serve": "headgate serve",
     "gpu": "kernels for CUDA devices",
     "plot": "pictures: headgate demo, and every --plot that draws",
 }
@@ -122,9 +128,10 @@ def examine_model(path: Path) -> dict[str, Any]:
     1 GiB, or more than fits into memory, is built without storage and swapped, but not run.
 
     Returns, among others, `replaced` (name -> what runs), `skipped` (name -> reason), `calls` (name -> number),
-    `memory` (bytes of the experts and of the rest), `checkpoint` (files in the folder: how many, their bytes, the
-    `trouble` that `headgate.load` has with them, whether they are `damaged`), `complete` (every MoE block taken, and
-    called if the model ran, and no file missing or cut). Raises ValueError naming the rule where the path will not do.
+    `memory` (bytes of the experts, as the files have them, and of the rest), `checkpoint` (files in the folder: how
+    many, their bytes, those of experts, the `trouble` that `headgate.load` has with them, whether they are `damaged`),
+    `complete` (every MoE block taken, and called if the model ran, and no file missing or cut). Raises ValueError
+    naming the rule where the path will not do.
     """
     from ..moe.hf import replace
 
@@ -143,9 +150,12 @@ def examine_model(path: Path) -> dict[str, Any]:
         "skipped": {},
         "calls": {},
         "memory": _memory(empty),
-        "checkpoint": _checkpoint(path) if path.is_dir() else None,
+        "checkpoint": None,
         "complete": False,
     }
+    files = found["checkpoint"] = _checkpoint(path) if path.is_dir() else None
+    if files is not None and files["experts_bytes"] is not None:
+        found["memory"]["experts_bytes"] = files["experts_bytes"]
     try:
         report = replace(model)
     except ValueError as error:  # a dense model
@@ -163,10 +173,15 @@ def examine_model(path: Path) -> dict[str, Any]:
     return {**found, "replaced": how, "skipped": report.skipped, "calls": calls, "complete": complete}
 
 
-def _memory(model: Any) -> dict[str, int] | None:
-    """Bytes of the experts that `headgate.offload` moves, and of the rest; None for a model without. Swaps `model`."""
+def _memory(model: Any) -> dict[str, Any] | None:
+    """Bytes of the experts that `headgate.offload` moves, and of the rest; None for a model without. `auto`: what
+    budget="auto" would be on this machine, in words, and `auto_bytes`, None where it leaves none. Swaps `model`."""
+    import torch
+
     from ..moe.hf import replace
     from ..moe.offload.forms import survey
+    from ..moe.offload.lower import groups_of, layers_of
+    from ..moe.offload.room import split_of
 
     try:
         replace(model)
@@ -175,7 +190,12 @@ def _memory(model: Any) -> dict[str, int] | None:
         return None
     experts = {p for _, module, form in moved for p in form.weights(module).values()}
     rest = {p for p in model.parameters() if p not in experts}
-    return {"experts_bytes": sum(p.nbytes for p in experts), "rest_bytes": sum(p.nbytes for p in rest)}
+    found = {"experts_bytes": sum(p.nbytes for p in experts), "rest_bytes": sum(p.nbytes for p in rest)}
+    try:
+        split = split_of(model, moved, layers_of(moved, groups_of(moved, {})), torch.device("cpu"), None)
+    except ValueError as error:
+        return {**found, "auto_bytes": None, "auto": _first_line(error)}
+    return {**found, "auto_bytes": split.budget, "auto": str(split)}
 
 
 def _checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -187,14 +207,15 @@ def _checkpoint(folder: Path) -> dict[str, Any] | None:
     if not files and not (folder / INDEX).exists():
         return None
     size = sum(file.stat().st_size for file in files)
-    found: dict[str, Any] = {"files": len(files), "bytes": size, "trouble": None, "damaged": False}
+    found: dict[str, Any] = {"files": len(files), "bytes": size, "experts_bytes": None}
+    found |= {"trouble": None, "damaged": False}
     try:
         Checkpoint(folder).close()
     except (OSError, ValueError) as error:
         return {**found, "trouble": _first_line(error), "damaged": True}
     try:
-        with seen(folder):
-            pass
+        with seen(folder) as what:
+            found["experts_bytes"] = sum(layer.nbytes for layer in what.layers)
     except (OSError, ValueError, ImportError) as error:
         found["trouble"] = _first_line(error)
     return found
@@ -303,6 +324,7 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  experts {_GB(experts)}, the rest {_GB(rest)}")
         at = ", ".join(f"{_GB(rest + experts * share / 100)} with {share}%" for share in SHARES)
         lines.append(f"  headgate.load(folder, budget=...) takes {at}; the KV cache and about 1 GB beside that")
+        lines.append(f"  budget='auto' on a CPU here: {memory['auto']}")
     if files is not None:
         trouble = files["trouble"] or "headgate.load takes them"
         lines.append(f"  {files['files']} safetensors files of {_GB(files['bytes'])}: {trouble}")

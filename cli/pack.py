@@ -16,8 +16,9 @@ from ..moe.offload.arena import parse_size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate pack`."""
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="a transformers model folder with safetensors files")
-    add("output", type=output_file, metavar="OUT", help="the file to write, for headgate.load(MODEL, disk=OUT)")
+    add("model", type=Path, metavar="MODEL", help="a model folder with safetensors files, or a GGUF file")
+    about = "the file to write, for headgate.load(MODEL, disk=OUT); a name in .gguf: a GGUF file, the whole model"
+    add("output", type=output_file, metavar="OUT", help=about)
     add("--formats", choices=FORMATS, help="the format of all experts (default: as they are)")
     add("--max-memory", type=_size, metavar="X", help="bytes that experts may take on the way, such as 2GiB")
 

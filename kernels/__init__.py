@@ -10,6 +10,7 @@ if __name__ == "kernels":  # found by its bare name: somebody looks for Hugging 
     stand_aside()
 else:
     from .activation import GPT_OSS, Activation
+    from .expert_gradients import combine_gradients, expert_gradients
     from .expert_outputs import combine_outputs, expert_outputs
     from .grouped_ffn import grouped_ffn
     from .grouped_linear import grouped_linear
@@ -25,7 +26,9 @@ __all__ = [
     "Plan",
     "Quantized",
     "Routing",
+    "combine_gradients",
     "combine_outputs",
+    "expert_gradients",
     "expert_outputs",
     "grouped_ffn",
     "grouped_linear",

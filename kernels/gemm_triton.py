@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .chip import Chip
+from .gguf_triton import at_words, in_blocks
 from .launch import Launch, can_map, tensor_map
 from .plan.on_triton import Schedule
-from .quantized import Quantized
+from .quantized import BLOCKS, Quantized
 from .quantized_triton import quantized_tile
 from .tiles import Tile
 
@@ -46,12 +47,14 @@ def row_tile(index, live, columns, tile_expert, tile_row, offsets, BM: tl.conste
 
 
 @triton.jit
-def whole_strides(stride_k, stride_n, K_INNER: tl.constexpr, BY: tl.constexpr):
-    """The stride that is not 1, as a multiple of BY; see `whole`."""
-    if K_INNER:
-        return stride_k, whole(stride_n, BY)
+def whole_strides(stride_e, stride_k, stride_n, K_INNER: tl.constexpr, BY: tl.constexpr, FORMAT: tl.constexpr):
+    """The two strides that are not 1 as multiples of BY; see `whole`. Those of GGUF's blocks need not be."""
+    if in_blocks(FORMAT):
+        return stride_e, stride_k, stride_n
+    elif K_INNER:
+        return whole(stride_e, BY), stride_k, whole(stride_n, BY)
     else:
-        return whole(stride_k, BY), stride_n
+        return whole(stride_e, BY), whole(stride_k, BY), stride_n
 
 
 @triton.jit
@@ -108,8 +111,8 @@ def rows_kernel(
     """Y[i, n] = A[i, :DEPTH] W_e + b_e for rows in expert order: the down projection, and dX = dH W1 of the backward
     pass. SEGMENTS 2: A has DEPTH more columns, for w_second (a pair of gate and up). MAP_A: `a` is a tensor map."""
     if BY > 1:
-        DEPTH, WIDTH, stride_a, stride_e = whole(DEPTH, BY), whole(WIDTH, BY), whole(stride_a, BY), whole(stride_e, BY)
-        stride_k, stride_n = whole_strides(stride_k, stride_n, K_INNER, BY)
+        DEPTH, WIDTH, stride_a = whole(DEPTH, BY), whole(WIDTH, BY), whole(stride_a, BY)
+        stride_e, stride_k, stride_n = whole_strides(stride_e, stride_k, stride_n, K_INNER, BY, FORMAT)
     live, columns = tl.load(tiles), tl.cdiv(WIDTH, BN)
     ks = tl.arange(0, BK)
     for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):
@@ -185,7 +188,9 @@ class Operand:
 
     @property
     def outer_strides(self) -> tuple[int, int]:
-        """Between experts, and between an expert's rows as they are stored."""
+        """Between experts, and between an expert's rows as they are stored, where BY of `whole` asks for them."""
+        if self.weights.format in BLOCKS:
+            return 0, 0
         return self.weights.stored.stride(0), self.weights.stored.stride(1)
 
     def handle(self, mapped: bool, bk: int, bn: int) -> Any:
@@ -197,7 +202,8 @@ class Operand:
 @dataclass(frozen=True)
 class Matrix:
     """An expert projection: `stored` [E, ., .] with a contiguous last axis, which is the input where `input_inner`;
-    of Quantized weights the bytes, their `scale`, `format` and what one scale spans. `scale` is `stored` elsewhere."""
+    of Quantized weights the bytes, their `scale`, `format` and what one scale spans. `scale` is `stored` where the
+    weights have none beside them."""
 
     stored: Tensor
     input_inner: bool
@@ -208,6 +214,9 @@ class Matrix:
     @classmethod
     def of(cls, w: Tensor | Quantized, transposed: bool) -> Matrix:
         """Of weights of any strides; copied only where neither of an expert's axes is contiguous."""
+        if isinstance(w, Quantized) and w.format in BLOCKS:
+            data = at_words(w.data, w.format)
+            return cls(data, True, data, w.format, w.block)
         if isinstance(w, Quantized):
             data, scale = (t if t.stride(2) == 1 else t.contiguous() for t in (w.data, w.scale))
             return cls(data.view(torch.uint8), True, scale, w.format, w.block)

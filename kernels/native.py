@@ -30,6 +30,7 @@ _SOURCES = [
     "grouped_ffn/quantized.cpp",
     "expert_outputs/on_cpu.cpp",
     "plan/on_cpu.cpp",
+    "threads.cpp",
 ]
 _SYMBOLS = (
     "hg_grouped_ffn_forward",
@@ -37,6 +38,7 @@ _SYMBOLS = (
     "hg_grouped_ffn_quantized",
     "hg_combine_outputs",
     "hg_plan",
+    "hg_team",
 )
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 

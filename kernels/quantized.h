@@ -10,8 +10,17 @@
 
 namespace hg {
 
-enum Format { INT8, INT4, MXFP4 };
+enum Format { INT8, INT4, MXFP4, UINT4, Q8_0, Q4_0, GGUF_MXFP4, Q4_K, Q5_K, Q6_K };
 constexpr int UNIT = 32, VECTORS = UNIT / LANES;
+
+// From Q8_0 on the formats are GGUF's blocks (quantized_blocks.h), which hold their own scales.
+constexpr bool in_blocks(int64_t format) { return format >= Q8_0; }
+constexpr bool in_super(int64_t format) { return format >= Q4_K; }
+constexpr int block_weights(int64_t format) { return in_super(format) ? 256 : 32; }
+constexpr int block_bytes(int64_t format) {
+  constexpr int BYTES[] = {34, 18, 17, 144, 176, 210};
+  return BYTES[format - Q8_0];
+}
 
 // Weights [E, O, I] as Python hands them over; see _matrix in grouped_ffn/quantized_on_cpu.py.
 struct FewBits {
@@ -23,9 +32,13 @@ struct FewBits {
   int64_t group;       // columns that share a scale
   int64_t scale_type;  // 0, 1, 2: fp32, bf16, fp16; 3: e8m0
 
-  bool nibbles() const { return format != INT8; }
+  int groups(int columns) const { return int((columns + group - 1) / group); }
+  bool nibbles() const { return format == INT4 || format == MXFP4 || format == UINT4; }
   int shift() const { return group == 32 ? 0 : group == 64 ? 1 : 2; }  // from a unit to its group
-  int64_t bytes(int columns) const { return nibbles() ? columns / 2 : columns; }
+  int64_t bytes(int columns) const {
+    if (in_blocks(format)) return columns / block_weights(format) * block_bytes(format);
+    return nibbles() ? columns / 2 : columns;
+  }
   const uint8_t* row(int64_t slot, int o) const { return data + slot * e + o * r; }
 };
 
@@ -34,10 +47,13 @@ constexpr int BYTES_AHEAD = 4096;
 
 constexpr int padded(int columns) { return (columns + UNIT - 1) / UNIT * UNIT; }
 
-// The scales of a row of `columns`, as floats: in place where they are, in `buffer` where not.
+// The scales of a row of `columns`, and for UINT4 the zeros after them, as floats: in place where they are, in `buffer`
+// where not, which has room for `scale_floats`.
+constexpr int scale_floats(int columns) { return 2 * padded(columns) / UNIT; }
+
 inline const float* scales_of(const FewBits& w, int64_t slot, int o, int columns, float* __restrict buffer) {
   const int64_t at = slot * w.se + o * w.sr;
-  const int n = int((columns + w.group - 1) / w.group);
+  const int n = w.groups(columns) * (w.format == UINT4 ? 2 : 1);
   if (w.scale_type == 0) return (const float*)w.scale + at;
   if (w.scale_type == 1) {
     for (int i = 0; i < n; ++i) buffer[i] = to_float(((const bf16*)w.scale)[at + i]);
@@ -52,6 +68,12 @@ inline const float* scales_of(const FewBits& w, int64_t slot, int o, int columns
     }
   }
   return buffer;
+}
+
+// Where among a row's scales its zeros begin; for formats without, any place.
+template <Format FORMAT>
+constexpr int zeros_at(int columns, int shift) {
+  return FORMAT == UINT4 ? (padded(columns) / UNIT + (1 << shift) - 1) >> shift : 0;
 }
 
 // LANES bytes as integers, with their sign or without.
@@ -73,6 +95,7 @@ HG_INLINE vi wide_ints(const uint8_t* p) {
 template <Format FORMAT>
 HG_INLINE vf nibble(vi n) {  // of 0 .. 15
   if constexpr (FORMAT == INT4) return __builtin_convertvector(n - 8, vf);
+  if constexpr (FORMAT == UINT4) return __builtin_convertvector(n, vf);
 #ifdef HG_AVX512
   const vf table = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
   return __builtin_shuffle(table, n);
@@ -82,9 +105,9 @@ HG_INLINE vf nibble(vi n) {  // of 0 .. 15
 #endif
 }
 
-// The numbers of a unit, before their scale.
+// The numbers of a unit, before their scale; `zero` is UINT4's.
 template <Format FORMAT>
-HG_INLINE void numbers(const uint8_t* p, vf (&w)[VECTORS]) {
+HG_INLINE void numbers(const uint8_t* p, float zero, vf (&w)[VECTORS]) {
   if constexpr (FORMAT == INT8) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) w[v] = __builtin_convertvector(wide_ints<true>(p + v * LANES), vf);
@@ -94,6 +117,7 @@ HG_INLINE void numbers(const uint8_t* p, vf (&w)[VECTORS]) {
       const vi both = wide_ints<false>(p + v / 2 * LANES);
       w[v] = nibble<FORMAT>(both & 15);
       w[v + 1] = nibble<FORMAT>(both >> 4);
+      if constexpr (FORMAT == UINT4) w[v] -= splat(zero), w[v + 1] -= splat(zero);
     }
   }
 }
@@ -110,14 +134,17 @@ constexpr vi FIRST_HALF = {0, 8, 1, 9, 2, 10, 3, 11};
 #endif
 
 template <Format FORMAT, class S>
-void widen_row(S* to, const uint8_t* w, const float* scale, int shift, int columns, int64_t bytes) {
+void widen_row(S* to, const FewBits& f, const uint8_t* w, const float* scale, int columns) {
   constexpr int BYTES = UNIT_BYTES<FORMAT>;
+  const int shift = f.shift();
+  const float* zeros = scale + zeros_at<FORMAT>(columns, shift);
+  const int64_t bytes = f.bytes(columns);
   for (int u = 0; u * UNIT < columns; ++u) {
     uint8_t last[BYTES] = {};
     const bool whole = (u + 1) * UNIT <= columns;
     if (!whole) std::memcpy(last, w + u * BYTES, bytes - u * BYTES);
     vf n[VECTORS];
-    numbers<FORMAT>(whole ? w + u * BYTES : last, n);
+    numbers<FORMAT>(whole ? w + u * BYTES : last, zeros[u >> shift], n);
     if constexpr (FORMAT != INT8)
       for (int v = 0; v < VECTORS; v += 2) {
         const vf even = n[v], odd = n[v + 1];
@@ -130,18 +157,6 @@ void widen_row(S* to, const uint8_t* w, const float* scale, int shift, int colum
       if (at + LANES <= columns) store(to + at, n[v] * by, LANES);
       else store(to + at, n[v] * by, columns - at);
     }
-  }
-}
-
-// Row o of an expert into to [columns].
-template <class S>
-void widen(S* to, const FewBits& w, int64_t slot, int o, int columns, float* buffer) {
-  const float* scale = scales_of(w, slot, o, columns, buffer);
-  const uint8_t* row = w.row(slot, o);
-  switch (w.format) {
-    case INT8: return widen_row<INT8>(to, row, scale, w.shift(), columns, w.bytes(columns));
-    case INT4: return widen_row<INT4>(to, row, scale, w.shift(), columns, w.bytes(columns));
-    default: return widen_row<MXFP4>(to, row, scale, w.shift(), columns, w.bytes(columns));
   }
 }
 

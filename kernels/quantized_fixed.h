@@ -41,9 +41,9 @@ inline void arrange_fixed(float* to, const float* x, int f0, int n, int columns,
   }
 }
 
-// The numbers of a unit; those of mxfp4 are twice as large as they should be.
+// The numbers of a unit; those of mxfp4 are twice as large as they should be. `zero` is UINT4's.
 template <Format FORMAT>
-HG_INLINE void shorts(const uint8_t* p, __m256i (&w)[2]) {
+HG_INLINE void shorts(const uint8_t* p, __m256i zero, __m256i (&w)[2]) {
   if constexpr (FORMAT == INT8) {
     w[0] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
     w[1] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)));
@@ -55,6 +55,8 @@ HG_INLINE void shorts(const uint8_t* p, __m256i (&w)[2]) {
   for (__m256i& n : w) {
     if constexpr (FORMAT == INT4) {
       n = _mm256_sub_epi16(n, _mm256_set1_epi16(8));
+    } else if constexpr (FORMAT == UINT4) {
+      n = _mm256_sub_epi16(n, zero);
     } else {  // magnitudes by the last three bits; the fourth becomes the sign of what says whether to negate
       const __m256i table = _mm256_set1_epi64x(0x0c08060403020100);
       n = _mm256_sign_epi16(_mm256_shuffle_epi8(table, n), _mm256_slli_epi16(n, 12));
@@ -68,13 +70,16 @@ __attribute__((noinline)) void dot_fixed(const uint8_t* w, int64_t r, const floa
                                          int columns, int64_t bytes, const float* const* x, float* out, int stride) {
   constexpr int BYTES = UNIT_BYTES<FORMAT>;
   const int units = padded(columns) / UNIT, whole = columns / UNIT, scales = fixed_scales_at(columns);
+  const int zeros = zeros_at<FORMAT>(columns, shift);
   __m256 sums[R][M] = {};
   const uint8_t* next = w + BYTES_AHEAD;
   for (int u0 = 0, g = 0; u0 < units; u0 += 1 << shift, ++g) {
-    __m256i parts[R][M] = {};
+    __m256i parts[R][M] = {}, zero[R];
+#pragma GCC unroll 2
+    for (int i = 0; i < R; ++i) zero[i] = _mm256_set1_epi16(FORMAT == UINT4 ? short(int(scale[i][zeros + g])) : 0);
     auto unit = [&](int i, const uint8_t* at, int u) __attribute__((always_inline)) {
       __m256i n[2];
-      shorts<FORMAT>(at, n);
+      shorts<FORMAT>(at, zero[i], n);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const __m256i* in = (const __m256i*)((const int16_t*)x[m] + u * UNIT);

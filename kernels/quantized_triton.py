@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .gguf_triton import block_tile, in_blocks
+
 
 @triton.jit
 def element(word, J: tl.constexpr, FORMAT: tl.constexpr):
@@ -18,6 +20,8 @@ def element(word, J: tl.constexpr, FORMAT: tl.constexpr):
         return _fp16(((bits & 8) << 12) | ((bits & 7) << 9))
     elif FORMAT == "int4":  # the nibble as the last bits of 2^23
         return (((word >> (4 * J)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    elif FORMAT == "uint4":
+        return (((word >> (4 * J)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     elif FORMAT == "int8":  # the last byte of what is shifted up, and down again with its sign
         return ((word << (24 - 8 * J)) >> 24).to(tl.float32)
     else:
@@ -47,6 +51,12 @@ def scale_of(s, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def zeros_behind(columns, block):
+    """How far the zero of a block of "uint4" lies behind its scale, in a row of so many weights."""
+    return (columns + block - 1) // block
+
+
+@triton.jit
 def shift_of(FORMAT: tl.constexpr):
     """What `element` leaves out of a number, as a factor."""
     return 256.0 if FORMAT == "fp8" else (16384.0 if FORMAT == "mxfp4" else 1.0)
@@ -60,6 +70,22 @@ def quantized_tile(
 ):  # fmt: skip
     """fp32 weights [ROWS, COLUMNS] of expert e from (o, i), zero from o_end and i_end on. `w` uint8, `s` the scales;
     BLOCK_ROWS x BLOCK_COLUMNS of them share one, and COLUMNS is a part or a multiple of BLOCK_COLUMNS."""
+    if in_blocks(FORMAT):
+        return block_tile(w, e, o, i, o_end, i_end, stride_e, stride_o, ROWS, COLUMNS, FORMAT)
+    else:
+        return _scaled_tile(
+            w, s, e, o, i, o_end, i_end, stride_e, stride_o, stride_se, stride_so, ROWS, COLUMNS, BLOCK_ROWS,
+            BLOCK_COLUMNS, FORMAT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _scaled_tile(
+    w, s, e, o, i, o_end, i_end, stride_e, stride_o, stride_se, stride_so,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """quantized_tile of formats whose scales lie beside the numbers."""
     PER: tl.constexpr = 1 if FORMAT == "fp8" or FORMAT == "int8" else 2
     # a block that is no power of two is all of a row (on_triton's caller sees to it): one scale, however short the row
     MANY: tl.constexpr = COLUMNS > BLOCK_COLUMNS and BLOCK_COLUMNS & (BLOCK_COLUMNS - 1) == 0
@@ -81,5 +107,7 @@ def quantized_tile(
     s_at = s + e.to(tl.int64) * stride_se + (row // BLOCK_ROWS).to(tl.int64)[:, None] * stride_so + group[None, :]
     scale = tl.where(there, scale_of(tl.load(s_at, mask=there, other=0), FORMAT), 0.0)
     # in this order, for the largest scales times the shift are infinite
-    wide = tl.reshape(x * shift_of(FORMAT), (ROWS, GROUPS, COLUMNS // GROUPS)) * scale[:, :, None]
-    return tl.reshape(wide, (ROWS, COLUMNS))
+    x = tl.reshape(x * shift_of(FORMAT), (ROWS, GROUPS, COLUMNS // GROUPS))
+    if FORMAT == "uint4":
+        x -= tl.load(s_at + zeros_behind(i_end, BLOCK_COLUMNS), mask=there, other=0).to(tl.float32)[:, :, None]
+    return tl.reshape(x * scale[:, :, None], (ROWS, COLUMNS))

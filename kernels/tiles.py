@@ -13,11 +13,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from .chip import Chip
+from .gguf_blocks import BLOCKS
+
+# Bytes that a step of a loop loads for each weight of few bits, scales included: of GGUF's blocks that begin anywhere
+# (gguf_triton.py) twice what there is. The others: at most 1.
+_LOADED = {"Q8_0": 2.25, "Q4_0": 1.25, "gguf_mxfp4": 1.25, "Q4_K": 1.0, "Q5_K": 1.5, "Q6_K": 2.5}
 
 
 @dataclass(frozen=True)
 class Size:
-    """A problem as tile choice sees it. `itemsize` bytes per element of rows; `pairs` N = R * K, dead ones included."""
+    """A problem as tile choice sees it. `itemsize` bytes per element of rows; `pairs` N = R * K, dead ones included;
+    `formats` of the first and of the last weights, where these are in few bits."""
 
     pairs: int
     hidden: int
@@ -26,7 +32,11 @@ class Size:
     itemsize: int
     gated: bool = True
     interleaved: bool = False
-    quantized: bool = False
+    formats: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self.formats)
 
     @property
     def odd(self) -> bool:
@@ -99,35 +109,67 @@ class Tiles:
         return "\n".join(f"{f.name:<5}{getattr(self, f.name)}" for f in fields(self))
 
 
-def shared_bytes(tile: Tile, itemsize: int, weights: int = 1, indirect: bool = False, quantized: bool = False) -> int:
+def shared_bytes(tile: Tile, itemsize: int, weights: int = 1, indirect: bool = False, format: str | None = None) -> int:
     """Shared memory that a program's pipeline takes: `weights` tiles of weights per step. An `indirect` loop, whose
-    loads wait for loads of indices, keeps half as many steps in flight as it has stages. Quantized weights come as
-    bytes, and one step of them is there widened, too."""
+    loads wait for loads of indices, keeps half as many steps in flight as it has stages. Weights of a `format` of
+    few bits come as bytes, and one step of them is there widened, too."""
     buffers = (tile.stages + 1) // 2 if indirect else tile.stages
     wide = weights * tile.columns * itemsize
-    if quantized:
-        return tile.depth * (buffers * (tile.rows * itemsize + weights * tile.columns) + wide)
+    if format is not None:
+        come = math.ceil(weights * tile.columns * _LOADED.get(format, 1.0))
+        return tile.depth * (buffers * (tile.rows * itemsize + come) + wide)
     return buffers * tile.depth * (tile.rows * itemsize + wide)
 
 
-def _fit(
-    tile: Tile, size: Size, chip: Chip, columns: int, depth: int, weights: int = 1, indirect: bool = False
-) -> Tile:
-    """The tile cut down to what a result of `columns` and a contraction of `depth` need, and then to what fits the
-    chip: fewer programs per processor, fewer stages, less depth, fewer columns, in this order.
+@dataclass(frozen=True)
+class _Product:
+    """A result of `columns`, a contraction of `depth`; `weights` tiles of weights a step, of this `format` if in few
+    bits, their rows lying along the `inner` axis; `indirect`: see shared_bytes."""
+
+    columns: int
+    depth: int
+    weights: int = 1
+    format: str | None = None
+    inner: str = "depth"
+    indirect: bool = False
+
+    def least(self, axis: str) -> int:
+        """The least of a tile along an axis: what a matrix unit takes, or a scale's part of a block."""
+        return 32 if self.format in BLOCKS and axis == self.inner else 16
+
+
+def _products(size: Size) -> dict[str, _Product]:
+    d, f = size.hidden, size.intermediate
+    width, halves = (2 * f, 2) if size.gated else (f, 1)
+    first, last = (size.formats[0], size.formats[-1]) if size.formats else (None, None)
+    return {
+        "up": _Product(f, d, halves, first),
+        "down": _Product(d, f, 1, last),
+        "back": _Product(f, d, 1, last, "columns"),
+        "dx": _Product(d, width, 1, first, "columns"),
+        "dw": _Product(d, 1 << 30, indirect=True),
+    }
+
+
+def _fit(tile: Tile, size: Size, chip: Chip, name: str) -> Tile:
+    """The tile cut down to what the result and the contraction of a product need, and then to what fits the chip: fewer
+    programs per processor, fewer stages, less depth, fewer columns, in this order.
 
     An epilogue passes the result through the same memory, a piece at a time; what leaves by a tensor map has memory of
     its own, for the next tile's loads do not wait for it; a processor keeps 1 KiB per program.
     """
-    while tile.columns > 16 and tile.columns // 2 >= columns:
+    p = _products(size)[name]
+    columns, depth = p.least("columns"), p.least("depth")
+    tile = replace(tile, columns=max(columns, tile.columns), depth=max(depth, tile.depth))
+    while tile.columns > columns and tile.columns // 2 >= p.columns:
         tile = replace(tile, columns=tile.columns // 2)
-    while tile.depth > 16 and tile.depth // 2 >= depth:
+    while tile.depth > depth and tile.depth // 2 >= p.depth:
         tile = replace(tile, depth=tile.depth // 2)
 
     def fits(t: Tile) -> bool:
         epilogue = t.rows * t.columns * 4 // t.pieces
-        used = shared_bytes(t, size.itemsize, weights, indirect, size.quantized and not indirect)
-        leaving = t.rows * t.columns * size.itemsize // t.parts if indirect and chip.tensor_maps else 0
+        used = shared_bytes(t, size.itemsize, p.weights, p.indirect, p.format)
+        leaving = t.rows * t.columns * size.itemsize // t.parts if p.indirect and chip.tensor_maps else 0
         need = max(used + leaving, epilogue) + 2048
         return need * t.resident <= chip.shared_bytes
 
@@ -136,9 +178,9 @@ def _fit(
             tile = replace(tile, resident=tile.resident - 1)
         elif tile.stages > 2:
             tile = replace(tile, stages=tile.stages - 1)
-        elif tile.depth > 16:
+        elif tile.depth > depth:
             tile = replace(tile, depth=tile.depth // 2)
-        elif tile.columns > 16:
+        elif tile.columns > columns:
             tile = replace(tile, columns=tile.columns // 2)
         else:
             raise ValueError(f"grouped_ffn: no tile fits the {chip.shared_bytes} bytes of shared memory of {chip.name}")
@@ -162,9 +204,8 @@ def choose(size: Size, chip: Chip) -> Tiles:
     >>> print(choose(Size(pairs=262144, hidden=2048, intermediate=768, experts=128, itemsize=2), H200).up)
     128x128x64, 8 warps, 4 stages, groups of 8, 1 per processor
     """
-    rows, d, f = row_tile(size), size.hidden, size.intermediate
+    rows, f = row_tile(size), size.intermediate
     width = 2 * f if size.gated else f
-    halves = 2 if size.gated else 1
     if rows == 128 and chip.capability >= 90 and chip.shared_bytes > 200_000:
         long, short = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 3, resident=2)
         up = Tile(128, 128, 64, 8, 4) if size.gated else long
@@ -197,13 +238,27 @@ def choose(size: Size, chip: Chip) -> Tiles:
         most = ((up, 64), (down, 128), (back, 64), (dx, 128))
         up, down, back, dx = (replace(t, columns=min(t.columns, c)) for t, c in most)
         down, dx = (replace(t, warps=8, resident=1) for t in (down, dx))
-    return Tiles(
-        _fit(up, size, chip, f, d, halves),
-        _fit(down, size, chip, d, f),
-        _fit(back, size, chip, f, d),
-        _fit(dx, size, chip, d, width),
-        _fit(dw, size, chip, d, 1 << 30, indirect=True),
-    )
+    tiles, products = {"up": up, "down": down, "back": back, "dx": dx, "dw": dw}, _products(size)
+    return Tiles(**{n: _fit(_for_blocks(tile, products[n]), size, chip, n) for n, tile in tiles.items()})
+
+
+def _for_blocks(tile: Tile, product: _Product) -> Tile:
+    """For GGUF's blocks that begin anywhere: words that are shifted into place take twice the registers, so that a
+    thread widens fewer weights a step. Those of 8 bits need half the depth for as many bytes under way."""
+    if product.format not in _LOADED or BLOCKS[product.format][1] % 16 == 0:
+        return tile
+    few = tile.rows < 64
+    if few and product.format == "Q8_0":
+        tile = replace(tile, depth=min(64, tile.depth))
+    most = 64 if few and product.inner == "depth" else 32
+    if product.format == "Q6_K" and product.inner == "columns":  # two words for four weights
+        most = 16
+    while product.weights * tile.columns * tile.depth > most * 32 * tile.warps:
+        if product.inner == "depth" or tile.depth <= 32:
+            tile = replace(tile, columns=tile.columns // 2)
+        else:
+            tile = replace(tile, depth=tile.depth // 2)
+    return tile
 
 
 def _for_odd(tile: Tile) -> Tile:
@@ -222,15 +277,9 @@ def candidates(size: Size, chip: Chip) -> dict[str, list[Tile]]:
     """Tiles that a sweep may try in place of the chosen ones, for each GEMM: the chosen one first, then the nearest
     (`_distance`), without those that would spill on sm_90. See Tiles.using."""
     chosen = choose(size, chip)
-    width, halves = (2 * size.intermediate, 2) if size.gated else (size.intermediate, 1)
-    sizes = {
-        "up": (size.intermediate, size.hidden, halves),
-        "down": (size.hidden, size.intermediate, 1),
-        "back": (size.intermediate, size.hidden, 1),
-        "dx": (size.hidden, width, 1),
-    }
     found: dict[str, list[Tile]] = {}
-    for name, (wide, depth, weights) in sizes.items():
+    for name, product in list(_products(size).items())[:4]:
+        weights = product.weights
         first = getattr(chosen, name)
         most, deepest_step = 128, 256  # accumulators of a thread: half of its 255 registers
         # something else asks for registers: narrow loads, weights widened on their way, products in three parts, an
@@ -245,7 +294,7 @@ def candidates(size: Size, chip: Chip) -> dict[str, list[Tile]]:
             if t.depth <= deepest_step
             and weights * t.rows * t.columns <= 32 * t.warps * min(most, _spare_registers(t))
             and weights * t.columns <= 256  # of interleaved weights, one tensor map's box
-            and _fit(t, size, chip, wide, depth, weights) == t
+            and _fit(t, size, chip, name) == t
         ]
         deepest: dict[Tile, int] = {}  # the most stages, up to the choice's, of tiles that differ in nothing else
         for t in pool:
@@ -302,6 +351,6 @@ def _dw_candidates(size: Size, chip: Chip, chosen: Tile) -> list[Tile]:
     )
     tried = [chosen]
     for t in (*(replace(chosen, group=g) for g in (4, 16)), *(Tile(*s[:5], resident=s[5]) for s in shapes)):
-        if _fit(t, size, chip, size.hidden, 1 << 30, indirect=True) == t and t not in tried:
+        if _fit(t, size, chip, "dw") == t and t not in tried:
             tried.append(t)
     return tried

@@ -1,16 +1,19 @@
-"""Routing whose load is even whatever the router has learned: for benchmarks of everything behind it."""
+"""Routing that is not the router's own: an even one, for benchmarks of everything behind it; or one that was told."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.routing import Routing
 from .losses import counts_of
 
 FORCED = ("random", "round_robin")
+_FOLLOW = "_headgate_follow"
 
 
 def forced(routing: Routing, how: str) -> Routing:
@@ -33,3 +36,21 @@ def _drawn(routing: Routing, experts: int) -> Tensor:
 
 def _in_turn(routing: Routing, pairs: int) -> Tensor:
     return torch.arange(pairs, device=routing.expert_ids.device) % routing.num_experts
+
+
+@contextmanager
+def follow(layer: nn.Module, route: Callable) -> Iterator[None]:
+    """For the length of a `with`, a MoE layer goes by route(layer, its router's routing, tokens, sequences)."""
+    if _FOLLOW in vars(layer):
+        raise ValueError("replay: model must not follow a trace already, got one that does")
+    vars(layer)[_FOLLOW] = route
+    try:
+        yield
+    finally:
+        vars(layer).pop(_FOLLOW)
+
+
+def followed(layer: nn.Module, routing: Routing, tokens: Tensor, sequences: int) -> Routing:
+    """The routing that the layer was told, or its own."""
+    route = vars(layer).get(_FOLLOW)
+    return routing if route is None else route(layer, routing, tokens, sequences)

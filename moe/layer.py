@@ -17,7 +17,7 @@ from ..kernels.transforms import under_transform
 from .balance import Coef, balancing_losses, check_balancing
 from .capacity import Capacity, Overflow, limit
 from .experts import Experts
-from .forced import FORCED, forced
+from .forced import FORCED, followed, forced
 from .losses import TokenRanks, attach_loss, z_loss
 from .routers import ROUTERS, Given, Router
 from .shared import SharedExpert
@@ -219,6 +219,7 @@ class MoE(nn.Module):
             raise TypeError(f"MoE: router must return a Routing, got {type(routing).__name__}")
         if given.mask is not None and routing.mask is None:
             routing = routing.masked(given.mask)
+        routing = followed(self, routing, tokens, given.sequences)
         return routing if self.force_load_balancing is None else forced(routing, self.force_load_balancing)
 
     def _with_losses(self, y: Tensor, routing: Routing, sequences: int) -> Tensor:

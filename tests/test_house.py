@@ -24,7 +24,7 @@ FLOORS = {
     "kernels": (set(), {"torch", "numpy", "triton", "cupy"}),
     "placement": (set(), {"numpy", "scipy", "numba", "pyarrow", "yaml"}),
     "dispatch": ({"kernels", "placement"}, {"torch", "numpy", "deep_ep"}),
-    "moe": ({"dispatch", "kernels", "placement"}, {"torch", "numpy", "transformers", "safetensors"}),
+    "moe": ({"dispatch", "kernels", "placement"}, {"torch", "numpy", "transformers", "safetensors", "gguf"}),
 }
 # The rooms of placement/, from bottom to top, and what each imports of those above it in this table; nothing more.
 PLACEMENT: dict[str, set[str]] = {

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...kernels.chip import CHIPS, Chip
+from ...kernels.quantized import FORMATS
 from .. import children, machine, screen
 from ..arguments import output, positive, workers
 from ..output import write_json
@@ -26,6 +27,7 @@ from .shapes import STANDARD, tokens_of
 
 EXAMPLE = """examples:
   headgate bench compile --chips sm_80 sm_90 --shapes qwen3 gpt-oss
+  headgate bench compile --passes quantized widened --formats Q4_K Q6_K --shapes qwen3 --tokens 1 64 4096
   headgate bench compile --limit 2 --json builds.json      two configurations of each kernel, chip and pass
 """
 DEFAULT_CHIPS = ("H200", "A100", "RTX3090", "RTX4090", "B200")
@@ -42,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", nargs="+", type=positive, metavar="T", help="tokens per call (default: 1 to 65536)")
     add("--passes", nargs="+", choices=PASSES, metavar="PASS", help=f"of {', '.join(PASSES)} (default: all)")
     add("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"], metavar="DTYPE", help="default: bf16")
+    add(
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="FORMAT",
+        help=f"of the passes quantized and widened: {', '.join(FORMATS)} (default: all)",
+    )  # fmt: skip
     add("--limit", type=positive, metavar="N", help="at most N configurations of each kernel, chip and pass")
     add("--processes", type=workers, default=machine.cores(), metavar="N", help="default: %(default)s")
     add("--cache", metavar="DIR", help="Triton's cache (default: a temporary one, so that everything is built)")
@@ -66,6 +72,7 @@ def jobs_of(
     passes: Sequence[str] = PASSES,
     limit: int | None = None,
     dtypes: Sequence[str] = ("bf16",),
+    formats: Sequence[str] = FORMATS,
 ) -> list[Job]:
     """What must be built for these cases, each once; with `limit`, so many of each kernel, chip and pass, from the last
     (many tokens) to the first (few), spread evenly."""
@@ -75,7 +82,7 @@ def jobs_of(
         for chip in chips:
             for t in tokens or tokens_of(shape):
                 for kind, dtype in itertools.product(passes, dtypes):
-                    for launched in record(shape, t, kind, chip, DTYPES[dtype]):
+                    for launched in record(shape, t, kind, chip, DTYPES[dtype], formats):
                         job = job_of(launched, chip)
                         found.setdefault((job.name, chip.name, kind), {})[job] = None
     jobs: dict[Job, None] = {}
@@ -93,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="headgate-builds-") as temporary:
         os.environ["TRITON_CACHE_DIR"] = args.cache or temporary
         chips = args.chips or [CHIPS[c] for c in DEFAULT_CHIPS]
-        jobs = jobs_of(args.shapes or STANDARD, chips, args.tokens, args.passes or PASSES, args.limit, args.dtypes)
+        kinds = (args.passes or PASSES, args.limit, args.dtypes, args.formats)
+        jobs = jobs_of(args.shapes or STANDARD, chips, args.tokens, *kinds)
         seen = screen.Screen(out=sys.stderr if args.json == "-" else sys.stdout)
         seen.say(_heading(jobs))
         results = []
@@ -163,7 +171,7 @@ def _triton_version() -> str:
 def _again(args: argparse.Namespace) -> int:
     """The same command in a process whose Triton compiles: kernels become interpreted ones where they are decorated."""
     command = ["--processes", str(args.processes)]
-    for name in ("shapes", "tokens", "passes", "dtypes"):
+    for name in ("shapes", "tokens", "passes", "dtypes", "formats"):
         if getattr(args, name):
             command += [f"--{name}", *map(str, getattr(args, name))]
     command += ["--chips", *(c.name for c in args.chips)] if args.chips else []

@@ -23,20 +23,21 @@ from ..check import TOLERANCE, WrongNumbers, _compare
 from ..memory import saved_bytes
 from ..rivals import Forward
 from ..shapes import DTYPES, Problem, Shape, make_parameters
-from . import rivals
+from . import packed, rivals
 from .check import check, truth_of
 from .rivals import RIVALS, NotServed
 from .roofline import DECODE
 from .shapes import choice_of, experts_hit, problem_on
 from .timing import Clock, Entry, captured, interleave, statistics_of
 
-KINDS = ("train", "decode", "layer")
+KINDS = ("train", "decode", "layer", "packed")
 MOST_COPIED_BYTES = 16e9
 
 
 @dataclass(frozen=True)
 class Case:
-    """`kind`: train (forward and backward), decode (forward of few tokens), layer (headgate.MoE with its router)."""
+    """`kind`: train (forward and backward), decode (forward of few tokens), layer (headgate.MoE with its router),
+    packed (weights of each format of few bits, see packed.py; forward, and backward to rows of more than a few)."""
 
     shape: Shape
     tokens: int
@@ -68,7 +69,7 @@ class Measurer:
         }  # fmt: skip
         try:
             with torch.inference_mode(False):
-                {"train": self._train, "decode": self._decode, "layer": self._layer}[case.kind](
+                {"train": self._train, "decode": self._decode, "layer": self._layer, "packed": self._packed}[case.kind](
                     case, found, leave_out or {}
                 )
         except torch.OutOfMemoryError as error:
@@ -129,6 +130,8 @@ class Measurer:
     def _left_out(self, case: Case, name: str, leave_out: dict[str, str]) -> dict[str, str] | None:
         if name in leave_out:
             return {"failed": leave_out[name]}
+        if case.kind == "packed":
+            return None
         rival, few = RIVALS[name], case.tokens <= DECODE
         reason = rivals.absent(name)
         if reason is not None:
@@ -281,6 +284,40 @@ class Measurer:
         found["calls"] = calls
         entries = self._enter(replace(case, contestants=("headgate",)), found, leave_out, enter)
         self._time(case, found, entries)
+
+    # --- weights in few bits ----------------------------------------------------------------------------------------
+
+    def _packed(self, case: Case, found: dict[str, Any], leave_out: dict[str, str]) -> None:
+        self._weights = (None, {})
+        self._free()
+        calls = 1 if case.tokens > DECODE else 16 if case.tokens <= 8 else 8
+        shape, dtype = case.shape, DTYPES[case.dtype]
+        drawn = problem_on(self.device, shape, case.tokens, {}, calls=calls, dtype=dtype)
+        routings = [(ids, w.detach()) for ids, w in drawn.routings]
+        found["calls"], grad = calls, drawn.grad if calls == 1 else None
+        hit, sizes = sum(len(ids.unique()) for ids, _ in routings) / calls, {}
+
+        def enter(name: str) -> Entry:
+            forward, p = packed.few_bits(name, shape, case.tokens, case.dtype, self.device)
+            packed.check(forward, p, shape, drawn.x, routings[0], case.dtype, grad)
+            sizes[name] = {"weight_bytes": packed.bytes_of(p, hit, shape.experts)}
+            if calls == 1:
+                leaf = drawn.x.detach().requires_grad_()
+                return Entry({
+                    "forward": lambda _: forward(leaf, *routings[0]),
+                    "backward": lambda y: torch.autograd.grad(y, leaf, drawn.grad),
+                })  # fmt: skip
+
+            def run(_: Any = None) -> object:
+                with torch.no_grad():
+                    return [forward(drawn.x, *routing) for routing in routings]
+
+            return self._graph(run, calls, may=True)
+
+        entries = self._enter(case, found, leave_out, enter)
+        self._time(case, found, entries)
+        for name, size in sizes.items():
+            found["contestants"][name] |= size
 
 
 def _check_layer(layer: Any, x: Tensor, case: Case) -> None:

@@ -92,7 +92,7 @@ class Problem:
         s, itemsize = self.shape, DTYPES[self.dtype].itemsize
         size = tiles.Size(
             self.tokens * s.top_k, s.hidden, s.intermediate, s.experts, itemsize, s.form.gated, s.interleaved,
-            self.format != "none",
+            () if self.format == "none" else (self.format,),
         )  # fmt: skip
         return tiles.choose(size, self.chip), tiles.candidates(size, self.chip)
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kernels.chip import Chip
+from ...kernels.quantized import BLOCKS, FORMATS, quantize
 from ..shapes import Shape
 from .shapes import choice_of
 
-PASSES = ("route", "forward", "inference", "slots", "quantized", "backward", "linear")
+PASSES = ("route", "forward", "inference", "slots", "quantized", "widened", "backward", "linear")
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,25 @@ class Recorder:
             self.launches.append(Launched(kernel, tuple(grid), warps, stages, arguments))
 
 
-def record(shape: Shape, tokens: int, kind: str, chip: Chip, dtype: torch.dtype = torch.bfloat16) -> list[Launched]:
+def record(
+    shape: Shape, tokens: int, kind: str, chip: Chip, dtype: torch.dtype = torch.bfloat16,
+    formats: Sequence[str] = FORMATS,
+) -> list[Launched]:  # fmt: skip
     """The launches of one pass (of PASSES): `route` a router's choice and the plan, `forward` keeps what backward
-    needs, `inference` does not, `slots` is that in two steps (expert_outputs and combine_outputs), `quantized` on
-    weights of few bits, `linear` is grouped_linear both ways. Needs triton, and not as the interpreter where the
+    needs, `inference` does not, `slots` is that in two steps (expert_outputs and combine_outputs), `quantized` and
+    `widened` are few rows on weights in few bits of these `formats`, and many with the gradient of rows, `linear` is
+    grouped_linear both ways. Needs triton, and not as the interpreter where the
     kernels are to be built."""
     recorder = Recorder()
-    _PASSES[kind](Meta(shape, tokens, dtype), chip, recorder)
+    _PASSES[kind](Meta(shape, tokens, dtype, formats), chip, recorder)
     return recorder.launches
 
 
 class Meta:
     """The tensors of a case, without memory, as the operators receive them."""
 
-    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype) -> None:
-        self.shape, self.tokens, self.dtype = shape, tokens, dtype
+    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, formats: Sequence[str] = FORMATS) -> None:
+        self.shape, self.tokens, self.dtype, self.formats = shape, tokens, dtype, formats
         d, f, e, k = shape.hidden, shape.intermediate, shape.experts, shape.top_k
         one, two = ((e, d, 2 * f), (e, f, d)) if shape.transposed else ((e, 2 * f, d), (e, d, f))
         self.rows, self.grad = self.new(tokens, d), self.new(tokens, d)
@@ -142,18 +147,34 @@ def _backward(m: Meta, chip: Chip, recorder: Recorder) -> None:
     on_triton.backward(*m.backward(), chip=chip, launch=recorder)
 
 
-def _quantized(m: Meta, chip: Chip, recorder: Recorder) -> None:
-    """`inference` on every kind of quantized weights, for as few rows as the kernels of few rows serve."""
-    from ...kernels.grouped_ffn.thin import serves, thin_forward
-    from ...kernels.quantized import FORMATS, quantize
-
+def _in_few_bits(m: Meta) -> Iterator[Meta]:
+    """The case with weights of every format that has room for its sizes."""
     s = m.shape
-    for kind in FORMATS if serves(m.rows) else ():
-        one, two = (quantize(m.new(*size), kind) for size in (
-            (s.experts, 2 * s.intermediate, s.hidden), (s.experts, s.hidden, s.intermediate)
-        ))  # fmt: skip
-        stored = (one, None, two, m.b1, m.b2)
-        thin_forward(m.rows, m.ids, m.weights, *stored, s.form, False, s.interleaved, chip=chip, launch=recorder)
+    for kind in m.formats:
+        step = BLOCKS[kind][0] if kind in BLOCKS else 2
+        if s.hidden % step == 0 and s.intermediate % step == 0:
+            case: Any = Meta(replace(s, transposed=False), m.tokens, m.dtype)
+            case.w1, case.w2 = quantize(case.w1, kind), quantize(case.w2, kind)
+            yield case
+
+
+def _quantized(m: Meta, chip: Chip, recorder: Recorder) -> None:
+    """`inference`, for as few rows as the kernels of few rows serve."""
+    from ...kernels.grouped_ffn.thin import serves, thin_forward
+
+    for case in _in_few_bits(m) if serves(m.rows) else ():
+        form = (case.shape.form, False, case.shape.interleaved)
+        thin_forward(*case.tensors, *form, chip=chip, launch=recorder)
+
+
+def _widened(m: Meta, chip: Chip, recorder: Recorder) -> None:
+    """`forward` and `backward`, for which weights are widened in registers; the weights are frozen."""
+    from ...kernels.grouped_ffn import on_triton
+
+    for case in _in_few_bits(m):
+        on_triton.forward(*case.forward(True), chip=chip, launch=recorder)
+        needs = [True, True, False, False, False, case.b1 is not None, case.b2 is not None]
+        on_triton.backward(*case.backward()[:-1], needs, chip=chip, launch=recorder)
 
 
 def _linear(m: Meta, chip: Chip, recorder: Recorder) -> None:
@@ -173,6 +194,7 @@ _PASSES = {
     "inference": _forward(False),
     "slots": _slots,
     "quantized": _quantized,
+    "widened": _widened,
     "backward": _backward,
     "linear": _linear,
 }

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.chip import Chip
+from ...kernels.grouped_ffn.thin_tiles import MAX_ROWS
 from .. import children, machine
 from ..arguments import device, number
 from ..output import write_json
 from ..screen import Screen
 from . import figures, measure
 from .measure import Case
+from .packed import CONTESTANTS
 from .rivals import RIVALS
 from .roofline import Roof, summary
 from .shapes import MODELS, SONIC, SONIC_TOKENS
@@ -69,6 +71,8 @@ def plan() -> list[Case]:
     cases += [Case(s, SONIC_TOKENS[s.name], "train", budget_s=1.5) for s in first]
     cases += [Case(s, 4096, "train", budget_s=1.0) for s in MODELS.values()]
     cases += [Case(oss, 1, "layer", budget_s=0.5)]
+    few_bits = [(qwen, t) for t in (1, 64, 4096)] + [(oss, t) for t in (1, 64)]
+    cases += [Case(s, t, "packed", contestants=CONTESTANTS, budget_s=1.0) for s, t in few_bits]
     cases += [Case(s, 1, "decode", budget_s=0.3) for s in MODELS.values()]
     cases += [Case(MODELS[n], 16384, "train", budget_s=1.5) for n in ("qwen3", "olmoe", "gpt-oss", "mixtral")]
     cases += [Case(s, 64, "decode", budget_s=0.3) for s in MODELS.values() if s not in (qwen, oss)]
@@ -84,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
         args.refuse("one of --gpu-report and the benchmarks must be given; headgate bench --help lists them")
     cases = [c for c in plan() if not args.only or any(text in f"{c.key}/" for text in args.only)]
     if args.contestants:
-        cases = [replace(c, contestants=tuple(args.contestants)) for c in cases]
+        named = tuple(args.contestants)
+        cases = [c if c.kind == "packed" else replace(c, contestants=named) for c in cases]
     if args.device.startswith("cuda"):
         _need_a_gpu()
     if not cases:
@@ -208,6 +213,7 @@ class Report:
                 "train": ("forward", "backward"),
                 "decode": ("inference",),
                 "layer": ("route", "inference"),
+                "packed": ("inference", "quantized" if case.tokens <= MAX_ROWS else "widened"),
             }[case.kind]
             jobs |= dict.fromkeys(jobs_of([case.shape.name], [chip], [case.tokens], passes))
         kept: list[dict[str, Any]] = []
@@ -280,7 +286,7 @@ class Child:
 
 
 def _passes(case: Case) -> tuple[str, ...]:
-    return ("forward", "backward") if case.kind == "train" else ("decode",)
+    return {"train": ("forward", "backward"), "packed": ()}.get(case.kind, ("decode",))
 
 
 def _commit() -> str:

@@ -50,7 +50,8 @@ def _row(result: Mapping[str, Any], name: str, step: str) -> tuple[str, ...]:
     c = result["contestants"][name][step]
     us = c["median_us"]
     spread = f"{c['lower_quartile_us']:.1f} .. {c['upper_quartile_us']:.1f}"
-    rate = f"{result['weight_bytes'] / us / 1e3:.0f}" if result["pass"] == "decode" else ""
+    size = result["contestants"][name].get("weight_bytes", result.get("weight_bytes")) if step == "forward" else None
+    rate = f"{size / us / 1e3:.0f}" if size and result["pass"] in ("decode", "packed") else ""
     floor, dense, ours = floor_us(result, step), median(result, "cublas", step), median(result, "headgate", step)
     of_floor = "" if floor is None else f"{floor / us:.2f}"
     of_cublas = f"{dense / us:.2f}" if dense and name != "cublas" else ""

@@ -154,6 +154,25 @@ def batching(case: Case, effort: float) -> Row:
     return Row(title, ("", "tokens/s", "MB a token", "hit rate"), lines, found)
 
 
+def learning(case: Case, effort: float) -> Row:
+    from importlib.util import find_spec
+
+    title = "A LoRA step on attention, 2 x 256 tokens, experts on disk, 25 % in memory"
+    if find_spec("peft") is None:
+        return Row(f"{title}: skipped, peft is not installed (pip install peft)", ("",), [], {})
+    from .learning import measure
+    from .model import Size
+
+    found = measure(case.judge, Size(layers=2), rounds=max(3, round(5 * effort)))
+    lines = []
+    for name, one in found.items():
+        base = found["resident, checkpointed" if name.endswith("checkpointed") else "resident"]
+        over = (f"{one[f] / base[f]:.2f}" for f in ("wall_s", "cpu_s"))
+        lines.append((name, f"{one['wall_s']:.2f}", f"{one['cpu_s']:.2f}", *over, f"{one['MB']:.0f}"))
+    head = ("", "s a step", "CPU s", "over resident", "CPU s over resident", "MB read")
+    return Row(title + ", beside resident ones; the same gradients to the bit", head, lines, found)
+
+
 def generation(case: Case, effort: float, device: str = "cpu", experts: str = "qwen3-235b") -> Row:
     from .generation import SETTINGS, measure, measure_on_gpu
     from .model import ON_GPU, Size
@@ -190,6 +209,7 @@ ROWS: dict[str, Callable[[Case, float], Row]] = {
     "split": split,
     "regroup": regroup,
     "batching": batching,
+    "learning": learning,
     "generation": generation,
 }
-LIVE: Sequence[str] = ("batching", "generation")  # these load torch and transformers, and write to disk
+LIVE: Sequence[str] = ("batching", "learning", "generation")  # these load torch and transformers, and write to disk

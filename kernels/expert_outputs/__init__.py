@@ -13,10 +13,12 @@ from torch import Tensor
 from ..activation import Activation, as_activation
 from ..chip import say_once
 from ..grouped_ffn.checks import check
+from ..grouped_ffn.quantized import form_of
 from ..quantized import Quantized
 from ..routing import Routing, narrow_ids
 from ..transforms import implement, refuse_transforms, register_composite, run
 from . import on_cpu, on_gpu, plain
+from .checks import check_out, check_slots, coding, listed, refuse_gradients
 from .reference import combine_outputs_reference, expert_outputs_reference
 
 __all__ = ["combine_outputs", "combine_outputs_reference", "expert_outputs", "expert_outputs_reference"]
@@ -92,7 +94,7 @@ def expert_outputs(
     Calls that together have each expert once, and then `combine_outputs`, give `grouped_ffn` of all experts' weights to
     the bit, whichever experts are called together, in whichever slots and order, if an expert lies in its slot as among
     all (inner strides). It holds on CPU for weights that are tensors or, where the C++ form serves, in
-    int8, int4 or mxfp4; and on CUDA for tensors from 5 rows on, for fewer grouped_ffn takes kernels that sum in another
+    few bits but fp8; and on CUDA for tensors from 5 rows on, for fewer grouped_ffn takes kernels that sum in another
     order. Elsewhere the two agree to rounding.
 
     Forward only: ValueError where a gradient would be asked for. Autocast is not looked at: rows come in the weights'
@@ -112,16 +114,12 @@ def expert_outputs(
     w1, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
     tensors = {"rows": rows, "w_gate_up": w1, "w_up": w_up, "w_down": w_down, "b_gate_up": b_gate_up, "b_down": b_down}
     check("expert_outputs", rows, routing, w1, w_up, w_down, b_gate_up, b_down, act, transposed, interleaved, count="S")
-    _check_slots(slot_of_expert, routing, rows)
-    _check_out("expert_outputs", out, routing, rows.dtype, w_down.shape[2 if transposed else 1], rows.device)
-    _refuse_gradients("expert_outputs", out=out, **tensors)
-    formats: list[str] = []
-    blocks: list[int] = []
-    if isinstance(w1, Quantized) and isinstance(w_down, Quantized):
-        formats, blocks = [w1.format, w_down.format], [min(n, 2**31 - 1) for n in (*w1.block, *w_down.block)]
+    check_slots("expert_outputs", slot_of_expert, routing, rows)
+    check_out("expert_outputs", out, routing, rows.dtype, w_down.shape[2 if transposed else 1], rows.device)
+    refuse_gradients("expert_outputs", out=out, **tensors)
     torch.ops.headgate.expert_outputs(
-        rows, routing.expert_ids, *map(_parts, (w1, w_up, w_down)), b_gate_up, b_down, slot_of_expert, out,
-        formats, blocks, act.kind, act.params, act.gated, transposed, interleaved,
+        rows, routing.expert_ids, *map(listed, (w1, w_up, w_down)), b_gate_up, b_down, slot_of_expert, out,
+        *coding(w1, w_up, w_down), act.kind, act.params, act.gated, transposed, interleaved,
     )  # fmt: skip
 
 
@@ -139,50 +137,8 @@ def combine_outputs(out: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor
             "combine_outputs: routing's expert_ids and weights must both be [R, K], got "
             f"{tuple(routing.expert_ids.shape)} and {tuple(routing.weights.shape)}"
         )
-    _check_out("combine_outputs", out, routing, dtype, None, routing.expert_ids.device)
-    _refuse_gradients("combine_outputs", out=out, weights=routing.weights)
+    check_out("combine_outputs", out, routing, dtype, None, routing.expert_ids.device)
+    refuse_gradients("combine_outputs", out=out, weights=routing.weights)
     ids = narrow_ids(routing.expert_ids, routing.num_experts)
     args = (out, ids, routing.weights, routing.num_experts, dtype)
     return run(torch.ops.headgate.combine_outputs, combine_outputs_reference, *args)
-
-
-def _parts(w: Tensor | Quantized | None) -> list[Tensor]:
-    if w is None:
-        return []
-    return [w.data, w.scale] if isinstance(w, Quantized) else [w]
-
-
-def _check_slots(slots: Tensor, routing: Routing, rows: Tensor) -> None:
-    if slots.dtype != torch.int32:
-        raise TypeError(f"expert_outputs: slot_of_expert must be int32, got {slots.dtype}")
-    if tuple(slots.shape) != (routing.num_experts,):
-        raise ValueError(
-            f"expert_outputs: slot_of_expert must be [E] with E={routing.num_experts}, got {tuple(slots.shape)}"
-        )
-    if slots.device != rows.device:
-        raise ValueError(
-            f"expert_outputs: slot_of_expert must be on the device of rows, got {slots.device} and {rows.device}"
-        )
-
-
-def _check_out(
-    op: str, out: Tensor, routing: Routing, dtype: torch.dtype, width: int | None, device: torch.device
-) -> None:
-    pairs, wide = routing.expert_ids.numel(), torch.promote_types(dtype, torch.float32)
-    if out.dim() != 2 or out.shape[0] != pairs or (width is not None and out.shape[1] != width):
-        want = f"[R*K, D] with R*K={pairs}" + ("" if width is None else f", D={width}")
-        raise ValueError(f"{op}: out must be {want}, got {tuple(out.shape)}")
-    if out.dtype != wide:
-        raise TypeError(f"{op}: out must be {wide} for {dtype} rows, got {out.dtype}")
-    if not out.is_contiguous():
-        raise ValueError(f"{op}: out must be contiguous, got strides {out.stride()}")
-    if out.device != device:
-        raise ValueError(f"{op}: out must be on {device} as the rest is, got {out.device}")
-
-
-def _refuse_gradients(op: str, **tensors: Tensor | Quantized | None) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, t in tensors.items():
-        if isinstance(t, Tensor) and t.requires_grad:
-            raise ValueError(f"{op}: {name} must not ask for a gradient (this is forward only), got requires_grad=True")

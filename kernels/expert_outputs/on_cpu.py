@@ -20,10 +20,7 @@ from . import plain
 def expert_outputs(
     rows, expert_ids, w1, w_up, w2, b1, b2, slots, out, formats, blocks, kind, params, gated, transposed, interleaved
 ) -> None:
-    least, most, there = int(slots.min()), int(slots.max()), w2[0].shape[0]
-    if least < -1 or most >= there:
-        wrong = least if least < -1 else most
-        raise ValueError(f"expert_outputs: slot_of_expert must be -1 (not here) to S - 1 = {there - 1}, got {wrong}")
+    check_slot_numbers("expert_outputs", slots, w2[0].shape[0])
     sizes, packed = (rows.dtype, expert_ids.numel(), slots.numel()), None
     if formats:
         packed = unpacked(w1, w_up, w2, formats, blocks)
@@ -45,6 +42,14 @@ def expert_outputs(
             slots=slots, op="expert_outputs",
         )  # fmt: skip
         call.run(lib.hg_grouped_ffn_forward, pairs=out)
+
+
+def check_slot_numbers(op: str, slots: Tensor, there: int) -> None:
+    """Raises ValueError where a number of `slots` is no slot of the weights."""
+    least, most = int(slots.min()), int(slots.max())
+    if least < -1 or most >= there:
+        wrong = least if least < -1 else most
+        raise ValueError(f"{op}: slot_of_expert must be -1 (not here) to S - 1 = {there - 1}, got {wrong}")
 
 
 def combine_outputs(out: Tensor, expert_ids: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:

@@ -85,7 +85,7 @@ void hidden_gradients(const Part<T>& part, const Block& b, const Kept<T>& kept, 
               if (p.gated) kept.put(kept.dh, part.up(at), m, du[i]);
             }
             *(vf_u*)(ds + lane) = sum;
-            if (!p.a.dx) continue;
+            if (!p.a.dx && !p.a.pairs) continue;
             float* out = dp + panel_floats(lane0 / LANES, PH) + v * LANES;
             auto put_word = [&](int at, vf x, vf y) {
               *(vf_u*)(out + size_t(at) * NV * LANES) = make_words<typename Form<T>::M>(x, y);
@@ -108,21 +108,23 @@ void hidden_gradients(const Part<T>& part, const Block& b, const Kept<T>& kept, 
         [](int, int) {});
   }
   if (p.a.ds) {
-    const T* b2 = p.a.b2 && part.f0 == 0 ? (const T*)p.a.b2 + int64_t(e) * p.O : nullptr;
+    const T* b2 = part.f0 == 0 ? p.b2(e) : nullptr;
     for (int m = 0; m < n; ++m) {
       const T* g = (const T*)p.a.grad + int64_t(pair[m] / p.K) * p.a.grad_r;
       vf dot{};
       for (int o = 0; b2 && o < p.O; o += LANES) dot = dot + load(g + o, p.O - o) * load(b2 + o, p.O - o);
-      p.a.ds[pair[m]] += ds[m] + sum(dot);
+      p.a.ds[pair[m]] = (part.f0 ? p.a.ds[pair[m]] : 0) + (ds[m] + sum(dot));
     }
   }
 }
 
-// dX of one block from dH's panels: to the block's rows of `dx` [rows, D], on top of those of the parts before.
+// dX of one block from dH's panels: to the block's rows of `dx` [rows, D], or to those of its pairs where they are asked
+// for one by one; on top of those of the parts before.
 template <class T>
 void input_gradients(const Part<T>& part, const Block& b, const float* dp, float* dx, float* pack) {
   const Problem<T>& p = part.p;
   const int e = b.e, n = b.n, PH = part.words();
+  const int32_t* pair = p.pairs(e) + b.m0;
   Turn turn;
   for (int d = 0; d < p.D; d += CHUNK) {
     const int here = std::min(CHUNK, p.D - d);
@@ -149,7 +151,8 @@ void input_gradients(const Part<T>& part, const Block& b, const float* dp, float
     for_chunk<T>(tile, tiles, dp, n, PH, [&](auto& c, int, int t) { turn.put(c, t); },
         [&](int lane0, int nv) {
           turn.take(nv, n - lane0, here, [&](int lane, int r, vf x) {
-            float* to = dx + int64_t(lane0 + lane) * p.D + d + r;
+            const int m = lane0 + lane;
+            float* to = (p.a.pairs ? p.a.pairs + int64_t(pair[m]) * p.D : dx + int64_t(m) * p.D) + d + r;
             store(to, part.f0 ? load(to, here - r) + x : x, here - r);
           });
         });

@@ -9,6 +9,8 @@ namespace hg {
 
 enum Status { OK = 0, BAD_ID = 1, NO_MEMORY = 2, BAD_DTYPE = 3 };
 
+inline bool asks_outputs(const Args& a) { return a.y || a.pairs; }
+
 // Many rows: a task takes a block of an expert's rows through both products while they are hot.
 template <class T>
 void forward_blocks(const Problem<T>& p, T* out) {
@@ -27,7 +29,7 @@ void forward_blocks(const Problem<T>& p, T* out) {
       pack_rows<T>(mine, n, p.D, [&](int m) { return (const T*)p.a.rows + int64_t(pair[m] / p.K) * p.a.rows_r; });
       T* h = p.a.h ? (T*)p.a.h + int64_t(p.order.offsets[e]) * p.W : nullptr;
       up_product(p, e, m0, n, 0, p.F, mine, mine + xp, h, mine + xp + ap);
-      down_product(p, e, m0, n, 0, p.O, mine + xp, out, mine + xp + ap);
+      if (asks_outputs(p.a)) down_product(p, e, m0, n, 0, p.O, mine + xp, out, mine + xp + ap);
     }
   }
 }
@@ -88,7 +90,7 @@ void forward_slices(const Problem<T>& p, T* out) {
       }
     }
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < blocks.size() * cuts_o; ++i) {
+    for (size_t i = 0; i < (asks_outputs(p.a) ? blocks.size() * cuts_o : 0); ++i) {
       const Block& b = blocks[i / cuts_o];
       const int o0 = int(i % cuts_o) * cut_o, o1 = std::min(o0 + cut_o, p.O);
       float* a = as.get() + a_at[i / cuts_o];
@@ -111,10 +113,10 @@ Status forward(const Args& args) {
   int hit = 0;
   for (int e = 0; e < args.E; ++e) hit += p.count(e) > 0;
   if (args.h) want_huge_pages(args.h, size_t(args.R) * p.K * p.W * sizeof(T));
-  Scratch<T> out(args.pairs ? 0 : size_t(p.live()) * p.O);
+  Scratch<T> out(args.y ? size_t(p.live()) * p.O : 0);
   if (p.live() < std::max(24, THIN<T>) * hit || p.live() < 512) forward_slices(p, out.get());
   else forward_blocks(p, out.get());
-  if (args.pairs) return OK;
+  if (!args.y) return OK;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t t = 0; t < args.R; ++t) sum_rows(p, out.get(), p.O, (T*)args.y, t, t + 1);
   return OK;
@@ -151,8 +153,8 @@ std::vector<Wave> waves(const Problem<T>& p, const Part<T>& part, int block) {
   std::vector<Wave> out;
   size_t kept = 0;
   for (int e = 0, first = 0, tasks = 0; e < p.a.E; ++e) {
-    kept += Kept<T>::floats(p.count(e), part);
-    tasks += (p.count(e) + block - 1) / block;
+    kept += Kept<T>::floats(p.here(e), part);
+    tasks += (p.here(e) + block - 1) / block;
     if (e + 1 < p.a.E && (kept < budget || tasks < 2 * p.threads)) continue;
     out.push_back({first, e + 1});
     first = e + 1, kept = 0, tasks = 0;
@@ -193,8 +195,8 @@ struct Space {
     for (const Wave& w : all) {
       size_t here = 0;
       for (int e = w.first; e < w.last; ++e) {
-        here += Kept<T>::floats(p.count(e), part);
-        most = std::max(most, p.count(e));
+        here += Kept<T>::floats(p.here(e), part);
+        most = std::max(most, p.here(e));
       }
       kept = std::max(kept, here);
       rows = std::max<size_t>(rows, p.order.offsets[w.last] - p.order.offsets[w.first]);
@@ -215,7 +217,7 @@ Status backward(const Args& args) {
   for (auto [at, n] :
        {std::pair(args.dw1, int64_t(p.W) * p.D), {args.dwu, int64_t(p.F) * p.D}, {args.dw2, int64_t(p.O) * p.F}})
     if (at) want_huge_pages(at, size_t(args.E) * n * sizeof(T));
-  if (args.ds) std::fill_n(args.ds, args.R * p.K, 0.f);
+  if (args.ds && !args.slots) std::fill_n(args.ds, args.R * p.K, 0.f);
   const bool gradients_of_weights = args.dw1 || args.dwu || args.dw2 || args.db1 || args.db2;
 
   const int columns = part_columns(p.F), block = p.block_rows();
@@ -234,7 +236,7 @@ Status backward(const Args& args) {
       const Part<T> part(p, f0, std::min(columns, p.F - f0));
       const bool last = f0 + columns >= p.F;
       size_t end = 0;
-      for (int e = w.first; e < w.last; ++e) kept_at[e] = end, end += Kept<T>::floats(p.count(e), part);
+      for (int e = w.first; e < w.last; ++e) kept_at[e] = end, end += Kept<T>::floats(p.here(e), part);
       auto kept = [&](int e) { return Kept<T>(held.get() + kept_at[e], p.count(e), part); };
 #pragma omp parallel num_threads(p.threads)
       {
@@ -243,7 +245,8 @@ Status backward(const Args& args) {
         for (size_t i = 0; i < blocks.size(); ++i) {
           const Block& b = blocks[i];
           hidden_gradients(part, b, kept(b.e), gp, dp, pack);
-          if (args.dx) input_gradients(part, b, dp, rows.get() + size_t(p.order.offsets[b.e] - lo + b.m0) * p.D, pack);
+          float* to = args.dx ? rows.get() + size_t(p.order.offsets[b.e] - lo + b.m0) * p.D : nullptr;
+          if (args.dx || args.pairs) input_gradients(part, b, dp, to, pack);
         }
 #pragma omp for schedule(dynamic, 1) nowait
         for (size_t i = 0; i < parts_of_weights.size(); ++i) {

@@ -124,10 +124,10 @@ class Run:
         self.f, self.out = (w2.shape[1], w2.shape[2]) if transposed else (w2.shape[2], w2.shape[1])
         self.width = _width(w1, w_up, transposed)
         self.chip, self.launch = chip, launch
-        quantized = self.down.format != "none"
+        formats = () if self.down.format == "none" else (self.ups[0].format, self.down.format)
         size = Size(
             self.pairs, self.d, self.f, routed or self.experts, rows.element_size(), self.width > self.f, interleaved,
-            quantized,
+            formats,
         )  # fmt: skip
         self.tiles = tiles or choose(size, chip)
         # where a map's tile begins must be aligned too, and the up projection behind the gate's columns is not always
@@ -135,7 +135,7 @@ class Run:
         behind = len(self.ups) == 1 and self.width > self.f and not interleaved and not self.ups[0].input_inner
         self.mapped = chip.tensor_maps and all(m.can_map for m in (*self.ups, self.down))
         self.mapped = self.mapped and (self.aligned or not behind)
-        if chip.tensor_maps and not (self.mapped and self.aligned) and self.pairs and not quantized:
+        if chip.tensor_maps and not (self.mapped and self.aligned) and self.pairs and not formats:
             say_once(
                 "grouped_ffn",
                 "expert weights whose matrices do not begin and run on at multiples of 16 bytes cannot be read by TMA",

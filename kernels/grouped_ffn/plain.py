@@ -44,11 +44,25 @@ def live_pairs(expert_ids: Tensor, experts: int, op: str = "grouped_ffn") -> tup
     return order.pair_of_row.long(), order.offsets.tolist()
 
 
-def one_expert(x, e, ups, down, b1, b2, act, interleaved) -> tuple[Tensor, Tensor]:
-    """(pre-activation, output) of the rows x of the expert whose weights are the e-th."""
+def hidden(x, e, ups, b1) -> Tensor:
+    """The pre-activation of the rows x of the expert whose weights are the e-th."""
     h = torch.cat([x @ u[e] for u in ups], 1) if len(ups) > 1 else x @ ups[0][e]
     if b1 is not None:
         h += b1[e]
+    return h
+
+
+def hidden_gradients(g, s, h, down, act, interleaved) -> tuple[Tensor, Tensor, Tensor]:
+    """(dH, dA' = g W2^T, A) of an expert's rows with weights s [n, 1], the output's gradient g, the pre-activation h in
+    the wide type, and `down` [F, D]."""
+    parts = split(h, act, interleaved)
+    a, da = act(*parts), (g @ down.T).to(h.dtype)
+    return _join(act.backward(da * s, *parts), interleaved), da, a
+
+
+def one_expert(x, e, ups, down, b1, b2, act, interleaved) -> tuple[Tensor, Tensor]:
+    """(pre-activation, output) of the rows x of the expert whose weights are the e-th."""
+    h = hidden(x, e, ups, b1)
     out = act(*(s.to(wide_of(x.dtype)) for s in split(h, act, interleaved))).to(x.dtype) @ down[e]
     if b2 is not None:
         out += b2[e]
@@ -102,9 +116,7 @@ def backward(
         t = p // k
         s = scale[p, None]
         g = grad[t]
-        parts = split(h_all[lo:hi].to(wide), act, interleaved)
-        a = act(*parts)
-        da = (g @ down[e].T).to(wide)
+        dh, da, a = hidden_gradients(g, s, h_all[lo:hi].to(wide), down[e], act, interleaved)
         if want_s:
             ds[p] = (da * a).sum(1)
             if b2 is not None:
@@ -114,7 +126,6 @@ def backward(
             torch.mm(*((sa.T, g) if transposed else (g.T, sa)), out=d2[e])
         if want_b2:
             db2[e] = (g.to(wide) * s).sum(0)
-        dh = _join(act.backward(da * s, *parts), interleaved)
         if want_b1:
             db1[e] = dh.sum(0)
         dhs = [dh.to(dtype)] if w_up is None else list(dh.to(dtype).chunk(2, dim=1))

@@ -30,7 +30,7 @@ struct Args {
   const void* w2;
   int64_t w2_e, w2_r, w2_c;
   const void *b1, *b2;       // [E, W], [E, O], contiguous, or null
-  void *y, *h;               // forward: [R, O]; [R*K, W] or null
+  void *y, *h;               // forward: [R, O]; [R*K, W] or null. Neither y nor pairs: h is all that is asked for
   const void* grad;          // backward, and all below; null = not asked for
   int64_t grad_r;
   void* dx;                  // [R, D]
@@ -43,7 +43,8 @@ struct Args {
   int64_t dw2_e, dw2_r, dw2_c;
   void *db1, *db2;
   // expert_outputs: weights and biases of expert e lie in slot slots[e] (-1: not here; null: in slot e), and the output
-  // of each of its pairs, not weighted, goes to pairs [R*K, O] (null: weighted and summed to y)
+  // of each of its pairs, not weighted, goes to pairs [R*K, O] (null: weighted and summed to y). expert_gradients: the
+  // same slots, and a pair's dX goes to pairs [R*K, D] (null: summed to dx)
   const int32_t* slots;
   float* pairs;
 };
@@ -119,6 +120,7 @@ struct Problem {
   int live() const { return order.offsets[a.E]; }
   const int32_t* pairs(int e) const { return order.pair_of_row.data() + order.offsets[e]; }
   int slot(int e) const { return a.slots ? a.slots[e] : e; }
+  int here(int e) const { return slot(e) < 0 ? 0 : count(e); }  // rows that this call is to compute
 
   // The stored row of gate f and of up f (one order for weights, biases, h and their gradients).
   int gate_row(int f) const { return gated && a.interleaved ? 2 * f : f; }

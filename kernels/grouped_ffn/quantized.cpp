@@ -20,10 +20,10 @@ template <class T>
 struct FewBitsProblem {
   const Problem<T> p;
   const Weights& w;
-  const int units;  // of the longer rows
+  const int scales;  // floats that a row's scales take at most
 
   FewBitsProblem(const Args& args, const Weights& weights)
-      : p(args), w(weights), units(padded(std::max(p.D, p.F)) / UNIT) {}
+      : p(args), w(weights), scales(scale_floats(std::max(p.D, p.F))) {}
 
   // The tensor that stored row f2 of gate and up lies in, and its row there.
   std::pair<const FewBits&, int> up_at(int f2) const {
@@ -69,7 +69,7 @@ void few_up(const FewBitsProblem<T>& q, int e, int f0, int f1, const float* cons
     }
     for (int i = 0; i < n; i += LANES)
       store(gate + i, p.act.forward(load(gate + i, n - i), load(up + i, n - i)), n - i);
-    arrange<T>(a + size_t(m) * input_floats<T>(p.F), gate, f0, n, p.F, q.w.w2);
+    arrange<T>(a + size_t(m) * input_floats<T>(p.F, q.w.w2), gate, f0, n, p.F, q.w.w2);
   }
 }
 
@@ -95,10 +95,10 @@ void few_rows(const FewBitsProblem<T>& q, T* out) {
   const Problem<T>& p = q.p;
   const auto blocks = q.blocks(true);
   if (blocks.empty()) return;
-  const int PD = input_floats<T>(p.D), PF = input_floats<T>(p.F);
+  const int PD = input_floats<T>(p.D, q.w.w1), PF = input_floats<T>(p.F, q.w.w2);
   std::vector<size_t> a_at(blocks.size() + 1);
   for (size_t i = 0; i < blocks.size(); ++i) a_at[i + 1] = a_at[i] + size_t(blocks[i].n) * PF;
-  const size_t each = p.D + 2 * size_t(q.units);  // a thread's row of inputs and scales of two rows
+  const size_t each = p.D + 2 * size_t(q.scales);  // a thread's row of inputs and scales of two rows
   Scratch<float> xs(size_t(p.a.R) * PD), as(a_at.back()), scratch(each * p.threads);
   const int cut_f = cut_of(p.F, blocks.size(), p.threads, int(q.w.w2.group));
   const int cut_o = cut_of(p.O, blocks.size(), p.threads);
@@ -146,8 +146,8 @@ struct ManyRows {
   ManyRows(const FewBitsProblem<T>& problem, int most)
       : q(problem), p(q.p), PD(words<S>(p.D)), PF(words<S>(p.F)), w1(size_t(p.W) * p.D), w2(size_t(p.O) * p.F),
         x(size_t(most) * p.D), b1(p.W), b2(p.O), y(size_t(most) * p.O), panels(panel_floats(most / LANES + 1, PD)),
-        acts(panel_floats(most / LANES + 1, PF)), packs((tiles_floats(std::max(PD, PF)) + q.units) * p.threads),
-        pack(tiles_floats(std::max(PD, PF)) + q.units), ids(most) {}
+        acts(panel_floats(most / LANES + 1, PF)), packs((tiles_floats(std::max(PD, PF)) + q.scales) * p.threads),
+        pack(tiles_floats(std::max(PD, PF)) + q.scales), ids(most) {}
 
   Args alone(const Block& b) {
     Args a = p.a;
@@ -169,7 +169,7 @@ struct ManyRows {
     const int cut_f = std::min(cut_of(p.F, 1, p.threads), 128), cut_o = std::min(cut_of(p.O, 1, p.threads), 128);
 #pragma omp parallel num_threads(p.threads)
     {
-      float *mine = packs.get() + pack * omp_get_thread_num(), *scales = mine + pack - q.units;
+      float *mine = packs.get() + pack * omp_get_thread_num(), *scales = mine + pack - q.scales;
 #pragma omp for schedule(static)
       for (int g = 0; g < groups; ++g) gather(b, g, vectors);
 #pragma omp for schedule(dynamic, 1)

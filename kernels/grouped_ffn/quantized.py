@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import chip
 from ..activation import Activation
-from ..quantized import PER_BYTE, Quantized
+from ..quantized import BLOCKS, Quantized, columns_of
 from ..transforms import backward_of, implement, register_composite, register_second_backward, run
 from . import composite, plain, quantized_on_cpu
 from .thin_tiles import counted
@@ -25,7 +25,7 @@ _ARGS = (
 _FORM = "str[] formats, int[] blocks, str activation, float[] params, bool gated, bool interleaved"
 
 # As headgate::grouped_ffn. Each of w_gate_up, w_up (or None) and w_down is (data, scale); `formats` and `blocks`
-# (rows, columns) are those of the first and of the last.
+# (rows, columns) are those of the first and of the last, and between them w_up's where it has others.
 torch.library.define("headgate::grouped_ffn_quantized", f"({_ARGS}, {_FORM}, bool keep) -> (Tensor, Tensor)")
 torch.library.define(
     "headgate::grouped_ffn_quantized_backward",
@@ -54,9 +54,15 @@ class _Widened:
 
 def unpacked(w1, w_up, w2, formats, blocks) -> tuple[Quantized, Quantized | None, Quantized]:
     """The weights out of the operator's lists."""
-    first, last = (blocks[0], blocks[1]), (blocks[2], blocks[3])
-    up = Quantized(w_up[0], w_up[1], formats[0], first) if w_up else None
-    return Quantized(w1[0], w1[1], formats[0], first), up, Quantized(w2[0], w2[1], formats[1], last)
+    first, *second, last = ((f, (blocks[2 * i], blocks[2 * i + 1])) for i, f in enumerate(formats))
+    up = Quantized(w_up[0], w_up[1], *(second[0] if second else first)) if w_up else None
+    return Quantized(w1[0], w1[1], *first), up, Quantized(w2[0], w2[1], *last)
+
+
+def form_of(w1: Quantized, w_up: Quantized | None, w2: Quantized) -> tuple[list[str], list[int]]:
+    """`formats` and `blocks`, as the operators have them."""
+    there = [w1, w2] if w_up is None or w_up.format == w1.format else [w1, w_up, w2]
+    return [w.format for w in there], [min(n, 2**31 - 1) for w in there for n in w.block]
 
 
 def widened(dtype: torch.dtype, weights: tuple[Quantized | None, ...]) -> list[Any]:
@@ -100,6 +106,9 @@ def triton_serves(
         across = w.block[1]
         if across & (across - 1) and across < w.shape[2]:
             why = why or f"a scale's columns must be a power of 2, or all of them, for the Triton form, got {across}"
+    first, second, _ = weights
+    if first is not None and second is not None and first.format != second.format:
+        why = why or f"w_up must have w_gate's format for the Triton form, got {second.format!r} and {first.format!r}"
     if why is not None:
         chip.say_once(op, why, "a loop that widens one expert after another, and waits for the device")
     return why is None
@@ -157,7 +166,7 @@ register_composite("grouped_ffn_quantized_backward", _composite_backward)
 
 @torch.library.register_fake("headgate::grouped_ffn_quantized")
 def _(rows, expert_ids, weights, w1, w_up, w2, b1, b2, formats, blocks, kind, params, gated, interleaved, keep):
-    f = w2[0].shape[2] * PER_BYTE[formats[1]]
+    f = columns_of(formats[-1], w2[0].shape[2])
     pairs = expert_ids.shape[0] * expert_ids.shape[1] if keep else 0
     return rows.new_empty(rows.shape[0], w2[0].shape[1]), rows.new_empty(pairs, 2 * f if gated else f)
 
@@ -207,7 +216,8 @@ def check(w_gate_up: object, w_up: object, w_down: object, transposed: bool, op:
         raise ValueError(f"{op}: transposed must be False for Quantized weights, which are [E, out, in]")
     if isinstance(w_up, Quantized) and isinstance(w_gate_up, Quantized):
         one, two = ((w.format, w.block, w.scale.dtype) for w in (w_gate_up, w_up))
-        if one != two:
+        as_long = one[1] == two[1] and one[0] in BLOCKS and two[0] in BLOCKS  # these of GGUF may differ
+        if one != two and not as_long:
             raise ValueError(f"{op}: w_up must have w_gate's format, block and scales, got {two} and {one}")
 
 
@@ -216,9 +226,8 @@ def call(tensors: list[Any], act: Activation, interleaved: bool) -> Tensor:
     rows, expert_ids, weights, w1, w_up, w2, b1, b2 = tensors
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weights, b1, b2))
     packed = [None if w is None else [w.data, w.scale] for w in (w1, w_up, w2)]  # AOTInductor forgets empty lists
-    blocks = [min(n, 2**31 - 1) for n in (*w1.block, *w2.block)]
     return run(
         torch.ops.headgate.grouped_ffn_quantized, _composite,
-        rows, expert_ids, weights, *packed, b1, b2, [w1.format, w2.format], blocks,
+        rows, expert_ids, weights, *packed, b1, b2, *form_of(w1, w_up, w2),
         act.kind, act.params, act.gated, interleaved, keep,
     )[0]  # fmt: skip

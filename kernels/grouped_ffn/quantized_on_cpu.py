@@ -2,8 +2,8 @@
 as it is stored and widens it in registers.
 
 Few rows of an expert meet its weights as they are read; for many a cut of the weights is widened, then multiplied by
-all of them. Serves int8, int4 and mxfp4 (not fp8) on rows in fp32, bf16 and fp16; products are summed in fp32, and the
-activation between them is kept in fp32 (bf16 for many bf16 rows on CPUs that multiply them).
+all of them. Serves int8, int4, uint4, mxfp4 and GGUF's blocks (not fp8) on rows in fp32, bf16 and fp16; products are
+summed in fp32, and the activation between them is kept in fp32 (bf16 for many bf16 rows on CPUs that multiply them).
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from .. import native
 from ..quantized import Quantized
 from .on_cpu import Call
 
-_FORMATS = {"int8": 0, "int4": 1, "mxfp4": 2}
+_FORMATS = {  # as Format in quantized.h
+    name: i
+    for i, name in enumerate(("int8", "int4", "mxfp4", "uint4", "Q8_0", "Q4_0", "gguf_mxfp4", "Q4_K", "Q5_K", "Q6_K"))
+}
 _SCALES = {**native.DTYPES, torch.uint8: 3}
 _NO_MATRIX = (0,) * 9
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..activation import Activation
 from ..activation_triton import form_of
 from ..chip import Chip
+from ..gguf_triton import at_words
 from ..launch import Launch, launch, with_contiguous_rows
-from ..quantized import PER_BYTE, Quantized
+from ..quantized import BLOCKS, PER_BYTE, Quantized
 from .thin_tiles import MAX_ROWS, ThinSize, ThinTile, choose_thin, power_of_2
 from .triton_thin import thin_down_kernel, thin_up_kernel
 
@@ -120,6 +121,9 @@ class _Stored:
 
     @classmethod
     def _quantized(cls, w: Quantized) -> _Stored:
+        if w.format in BLOCKS:
+            data = at_words(w.data, w.format)
+            return cls(data, data.stride(), data, w.block, w.format, 1 if w.format == "Q8_0" else 2)
         data = w.data if w.data.stride(2) == 1 else w.data.contiguous()
         scale = w.scale if w.scale.stride(2) == 1 else w.scale.contiguous()
         data, per_byte = data.view(torch.uint8), PER_BYTE[w.format]
@@ -153,6 +157,8 @@ class _Stored:
     @property
     def words(self) -> int:
         """Elements of `data` in a chunk: 16 bytes of them, or 4 bytes where quantized rows are not made of 16."""
+        if self.format in BLOCKS:
+            return 16
         return 4 if self.format != "none" else 16 // self.data.element_size()
 
     def size(self, programs: int, outputs: int, length: int, together: int, halves: int) -> ThinSize:

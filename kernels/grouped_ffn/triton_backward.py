@@ -79,8 +79,8 @@ def back_kernel(
     (Guo et al., SonicMoE, 2025). The epilogue takes its columns in PIECES.
     """
     if BY > 1:
-        D, F, stride_g, stride_e = (whole(D, BY), whole(F, BY), whole(stride_g, BY), whole(stride_e, BY))
-        stride_k, stride_n = whole_strides(stride_k, stride_n, K_INNER, BY)
+        D, F, stride_g = whole(D, BY), whole(F, BY), whole(stride_g, BY)
+        stride_e, stride_k, stride_n = whole_strides(stride_e, stride_k, stride_n, K_INNER, BY, FORMAT)
     live, columns = tl.load(tiles), tl.cdiv(F, BN)
     ks = tl.arange(0, BK)
     for index in tl.range(tl.program_id(0), live * columns, tl.num_programs(0)):

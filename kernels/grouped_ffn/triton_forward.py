@@ -71,14 +71,8 @@ def up_kernel(
     takes its columns in PIECES, for fewer registers.
     """
     if BY > 1:
-        D, F, up_row, stride_x, stride_e = (
-            whole(D, BY),
-            whole(F, BY),
-            whole(up_row, BY),
-            whole(stride_x, BY),
-            whole(stride_e, BY),
-        )
-        stride_k, stride_n = whole_strides(stride_k, stride_n, K_INNER, BY)
+        D, F, up_row, stride_x = whole(D, BY), whole(F, BY), whole(up_row, BY), whole(stride_x, BY)
+        stride_e, stride_k, stride_n = whole_strides(stride_e, stride_k, stride_n, K_INNER, BY, FORMAT)
     live, columns = tl.load(tiles), tl.cdiv(F, BN)
     WIDE: tl.constexpr = 2 * BN if INTERLEAVED else BN
     TWO: tl.constexpr = FORM[GATED] and not INTERLEAVED

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 
 from ..activation_triton import GATED, activate
-from ..quantized_triton import element, is_nan, scale_of, shift_of
+from ..gguf_triton import in_blocks
+from ..quantized_triton import element, is_nan, scale_of, shift_of, zeros_behind
+from .triton_thin_blocks import block_sums
 
 
 @triton.jit
@@ -33,12 +35,13 @@ def _dot(part, word, x, J: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, FO
 
 @triton.jit
 def _chunk_sums(
-    w, x_rows, x_live, column,
+    w, zero, x_rows, x_live, column,
     LENGTH: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """[BN, KP, C]: each chunk of four words w [BN * KP, C * 4] times its 4 P columns of x, from `column` on; x_rows,
-    x_live and column are [KP * C]. A word meets its P columns as they are loaded: nothing moves between threads."""
-    part = tl.zeros((BN, KP, C), tl.float32)
+    """[BN, KP, C]: each chunk of four words w [BN * KP, C * 4] times its 4 P columns of x, from `column` on; `zero`
+    [BN, KP, C] is taken from the numbers of "uint4" before; x_rows, x_live and column are [KP * C]. A word meets its P
+    columns as they are loaded: nothing moves between threads."""
+    part, x_sum = tl.zeros((BN, KP, C), tl.float32), tl.zeros((KP * C,), tl.float32)
     even, odd = tl.split(tl.reshape(w.to(tl.int32), (BN, KP, C, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -48,6 +51,10 @@ def _chunk_sums(
         x = tl.load(x_rows[:, None] + at, mask=x_live[:, None] & inside, other=0.0)
         word = first if q == 0 else second if q == 1 else third if q == 2 else fourth
         part = _dot(part, word, x, 0, 1, P, FORMAT)
+        if FORMAT == "uint4":
+            x_sum += tl.sum(x.to(tl.float32), 1)
+    if FORMAT == "uint4":
+        part -= zero * tl.reshape(x_sum, (1, KP, C))
     if FORMAT == "fp8":
         bad = is_nan(first) | is_nan(second) | is_nan(third) | is_nan(fourth)
         part = tl.where(bad, float("nan"), part)
@@ -83,7 +90,11 @@ def row_sums(
             s_in = s_live & (at_scale < LENGTH)
             s = tl.load(s_rows + at_scale // GROUP, mask=s_in, other=0)
             column = first + (tl.arange(0, KP * C) % C) * CHUNK
-            part = _chunk_sums(w, x_chunk, x_chunk_live, column, LENGTH, FORMAT, BN, KP, C, P)
+            zero = tl.zeros((BN, KP, C), tl.float32)
+            if FORMAT == "uint4":
+                z = tl.load(s_rows + (at_scale // GROUP + zeros_behind(LENGTH, GROUP)), mask=s_in, other=0)
+                zero = tl.reshape(z.to(tl.float32), (BN, KP, C))
+            part = _chunk_sums(w, zero, x_chunk, x_chunk_live, column, LENGTH, FORMAT, BN, KP, C, P)
             s, s_in = tl.reshape(scale_of(s, FORMAT), (BN, KP, C)), tl.reshape(s_in, (BN, KP, C))
             acc += tl.where(s_in, (part * shift_of(FORMAT)) * s, 0.0)
     return tl.sum(acc, 2)
@@ -147,7 +158,14 @@ def thin_up_kernel(
                 base = tl.multiple_of(base, 16)
         else:
             base = w
-        if Q > 0:
+        if in_blocks(FORMAT):
+            c_row, c_in, c_second = _up_row(tl.arange(0, ROWS * C) // C, first, F, LAYOUT, BF)
+            c_base = tl.multiple_of(tl.where(c_second, w_second, w), 4 * UNIT) if LAYOUT == "pair" else w
+            h = block_sums(
+                x_row + tl.zeros((C,), tl.int32), tl.full((C,), 1, tl.int1),
+                c_base, e_at + c_row.to(tl.int64) * (stride_out * UNIT), c_in, LENGTH, FORMAT, ROWS, 1, C, UNROLL,
+            )  # fmt: skip
+        elif Q > 0:
             s_row, s_in, s_second_half = _up_row(tl.arange(0, ROWS * C) // C, first, F, LAYOUT, BF)
             s_base = tl.where(s_second_half, s_second, s) if LAYOUT == "pair" else s
             h = row_sums(
@@ -195,7 +213,17 @@ def thin_down_kernel(
     part = tl.load(weights + t.to(tl.int64) * TOP_K + ks, mask=live, other=0.0).to(tl.float32)
     a_token = a + t.to(tl.int64) * TOP_K * LENGTH
     n = first + tl.arange(0, BN)
-    if Q > 0:
+    if in_blocks(FORMAT):
+        j, rc = tl.arange(0, KP * C) // C, tl.arange(0, BN * KP * C) // C
+        e_row, row_live = _expert(expert_ids, t, rc % KP, E, TOP_K)
+        _, chunk_live = _expert(expert_ids, t, j, E, TOP_K)
+        n_row = first + rc // KP
+        out = block_sums(
+            a_token + j * LENGTH, chunk_live,
+            w, e_row * (stride_e * UNIT) + n_row.to(tl.int64) * (stride_out * UNIT), row_live & (n_row < WIDTH),
+            LENGTH, FORMAT, BN, KP, C, UNROLL,
+        )  # fmt: skip
+    elif Q > 0:
         r, j, rs = tl.arange(0, BN * KP), tl.arange(0, KP * C) // C, tl.arange(0, BN * KP * C) // C
         e_row, row_live = _expert(expert_ids, t, r % KP, E, TOP_K)
         _, chunk_live = _expert(expert_ids, t, j, E, TOP_K)

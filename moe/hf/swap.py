@@ -18,9 +18,9 @@ from ..elsewhere import Absent, elsewhere_of
 from ..shards import shards_of
 from .counting import counter, forget
 from .gate import forget_gate
-from .interface import check_transformers
+from .interface import NAME, check_transformers
 from .report import Report
-from .table import Adapter, adapter_of, looks_like_experts
+from .table import Adapter, adapter_of, by_interface, looks_like_experts
 
 _SWAP = "_headgate_swap"
 _Found = tuple[str, nn.Module, Adapter]
@@ -125,9 +125,13 @@ def is_swapped(model: nn.Module) -> bool:
 
 
 def adapter_in(module: nn.Module) -> Adapter | None:
-    """The adapter by which a swapped experts module runs; None for any other module."""
+    """The adapter by which an experts module runs that is swapped, or has headgate as its experts implementation; None
+    for any other module."""
     swap = vars(module).get(_SWAP)
-    return None if swap is None or swap.helper else adapter_of(module)
+    if swap is not None:
+        return None if swap.helper else adapter_of(module)
+    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return adapter_of(module) if chosen == NAME and by_interface(module) else None
 
 
 def swapped_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:

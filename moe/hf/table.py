@@ -64,6 +64,11 @@ def adapter_of(module: nn.Module) -> Adapter | None:
     return DECORATED if experts.is_decorated(module) else None
 
 
+def by_interface(module: nn.Module) -> bool:
+    """Whether transformers' experts interface says what runs in `module`."""
+    return adapter_of(module) in (DECORATED, FP8)
+
+
 def looks_like_experts(module: nn.Module) -> bool:
     """Whether a module that no adapter takes still seems to hold routed experts, so that a report must name it."""
     name = type(module).__name__

@@ -50,7 +50,7 @@ def parse_budget(budget: str | int | float, whole: int) -> int:
     """
     rule = (
         'offload: budget must be bytes ("8GiB", "500 MB", 4096) or a share of all experts, above 0 and at most 1 '
-        f'("25%", 0.25), got {budget!r}'
+        f'("25%", 0.25), or "auto" for a model, got {budget!r}'
     )
     if isinstance(budget, bool) or not isinstance(budget, str | int | float):
         raise TypeError(rule)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...placement.careful import Guard, open_regular, opened, without_unknown
+from .checksums import Stamp
 from .reads import DTYPES, Piece, Reads, bytes_of, most_header, pread_all
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -49,6 +50,7 @@ class Checkpoint:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.files: list[tuple[int, Path]] = []
+        self.stamps: list[Stamp] = []
         self.tensors: dict[str, Stored] = {}
         self._digest = hashlib.sha256()
         try:
@@ -77,6 +79,10 @@ class Checkpoint:
         """Of names, sizes, headers and 16 samples of each file: another model or revision has another."""
         return self._digest.hexdigest()
 
+    def note(self, said: str) -> None:
+        """The digest is also of this."""
+        self._digest.update(said.encode())
+
     def take(self) -> list[tuple[int, Path]]:
         """The open files, which are the caller's from now on."""
         files, self.files = self.files, []
@@ -90,6 +96,7 @@ class Checkpoint:
         """One more file."""
         handle = open_regular(path, _WHO)
         self.files.append((handle, path))
+        self.stamps.append(Stamp.of(handle))
         size = os.fstat(handle).st_size
         guard = Guard(path, _WHO)
         length = int.from_bytes(pread_all(handle, 8, 0), "little")

@@ -87,7 +87,7 @@ def costs_of(hybrid: bool | Costs, store: Store, form: Form, device: torch.devic
     weights = store.whole(0)
     return measure_costs(
         weights, device=device, dtype=weights["w_down"].dtype, activation=form.activation, gated=form.activation.gated,
-        transposed=form.transposed, interleaved=form.interleaved,
+        transposed=form.layout["transposed"], interleaved=form.layout["interleaved"],
     )  # fmt: skip
 
 

@@ -1,9 +1,8 @@
 """The engine of an offload cache: serves a layer's step from slots, while what is missing is on its way.
 
 One piece of code decides (placement/caching/cache.py), readers fetch (loads.py) or a GPU copies by itself (copies.py),
-and whoever calls `compute` computes: first what is there, then each expert as it arrives; the host may compute some
-where they are (hybrid.py). Outputs are taken pair by pair and summed at the end, so no result depends on what was
-there, or on what came first.
+and whoever calls `compute` computes (passes.py): first what is there, then each expert as it arrives; the host may
+compute some where they are (hybrid.py).
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
 
 import numpy as np
 import torch
@@ -21,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.activation import Activation
-from ...kernels.expert_outputs import combine_outputs
 from ...kernels.routing import Routing
+from ...kernels.transforms import refuse_transforms
 from ...placement.caching.cache import Ahead, Cache, Step
 from ...placement.caching.costs import Costs
 from ...placement.caching.policies import Setting, State
@@ -31,10 +29,11 @@ from ...placement.caching.prefetch import prefetch as prefetch_likely
 from ...placement.traces.trace import Trace
 from .arena import Arena, numbered, plan_slots
 from .copies import Copies, readers_of
-from .groups import FEW_ROWS, Group, distinct, refuse_gradients, whole_step, window, write_outputs
+from .groups import Group, window
 from .host import Store
-from .hybrid import Host, put_pairs, work_of
+from .hybrid import Host, Job, Pairs
 from .loads import DONE, FAILED, HELD, Load, Loader, Use, all_or_none, end, failure
+from .passes import Call, Then, compute
 from .stats import Access, DeviceTiming, Stats, Timing
 
 
@@ -108,50 +107,33 @@ class Engine:
         gated: bool = True,
         transposed: bool = False,
         interleaved: bool = False,
-        then: Callable[[NDArray[np.int32]], None] | None = None,
+        then: Then = None,
+        back: Then = None,
     ) -> Tensor:
         """grouped_ffn(rows, routing, ...) [R, D] on the experts of `layer`, to the bit; to rounding where the host
         computes some for a GPU, or the experts of up to four rows on one come in parts: sums take another order.
+        Gradients of rows and router weights, too, are grouped_ffn's; their pass is a step of its own.
 
-        Weights are called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see `step`. Waits
-        for the device once, to know the experts. Raises OSError or RuntimeError naming layer and expert where one
-        cannot be had; the next call tries again.
+        Weights are called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see `step`; `back`:
+        the same for the backward pass. Waits for the device once a pass, to know the experts. Raises OSError or
+        RuntimeError naming layer and expert where one cannot be had; the next call tries again.
         """
         self._check(layer)
-        refuse_gradients(rows, routing)
-        chosen, ids, counts = distinct(routing.expert_ids, routing.num_experts)
+        instead = "call the model outside of it, or close the Offload first"
+        refuse_transforms("offload", instead, rows, routing.weights)
         if routing.num_experts != self.layers[layer].experts:
             raise ValueError(
                 f"offload: routing must be over the {self.layers[layer].experts} experts of {self.layers[layer].name}, "
                 f"got {routing.num_experts}"
             )
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        out = rows.new_empty(routing.expert_ids.numel(), self.layers[layer].outputs(transposed), dtype=wide)
         form = {"activation": activation, "gated": gated, "transposed": transposed, "interleaved": interleaved}
-        host, job, y = self._host, None, None
-        few = rows.is_cuda and len(rows) <= FEW_ROWS
-        with closing(self.step(layer, ids, then, counts, together=few)) as groups:
-            for group in groups:
-                if host is not None and group.host:
-                    job = host.order(work_of(group, rows, routing, chosen, out, form))
-                elif few and len(group.experts) == len(ids):
-                    y = whole_step(group, rows, routing, chosen, form)
-                else:
-                    write_outputs(group, rows, routing, out, form)
-        if y is not None:
-            return y
-        if host is not None and job is not None:
-            begun = time.perf_counter()
-            put_pairs(out, host.wait(job, self.patience_s))
-            with self._loader.lock:
-                self._wait_s += time.perf_counter() - begun
-        return combine_outputs(out, routing, rows.dtype)
+        return compute(Call(self, layer, routing.num_experts, form, then, back), rows, routing)
 
     def step(
         self,
         layer: int,
         ids: Sequence[int] | NDArray[np.int32],
-        then: Callable[[NDArray[np.int32]], None] | None = None,
+        then: Then = None,
         rows: NDArray[np.integer] | None = None,
         together: bool = False,
     ) -> Generator[Group]:
@@ -187,6 +169,20 @@ class Engine:
                 self._computed(chains, uses)
         finally:
             self._leave(chains, detours)
+
+    def order_host(self, work: Callable[[], Pairs | None]) -> Job:
+        """Has the host do its part of a step, see `wait_host`."""
+        assert self._host is not None, "who gets a group for the host has an engine with costs"
+        return self._host.order(work)
+
+    def wait_host(self, job: Job) -> Pairs | None:
+        """What came of the host's part, waited for."""
+        assert self._host is not None
+        begun = time.perf_counter()
+        made = self._host.wait(job, self.patience_s)
+        with self._loader.lock:
+            self._wait_s += time.perf_counter() - begun
+        return made
 
     def prefetch(self, layer: int, ids, worth=None) -> int:
         """Orders experts of a step to come, the most important first, where they are not there and `worth` more than

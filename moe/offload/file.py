@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ...placement.careful import fault, open_regular, shown
 from ...placement.files import write_whole
+from .checksums import Checksums, Verify, check_verify
 from .host import parts_of, plain
 from .kinds import Kind, Layer, Part, Weights
 from .reads import DTYPES, NAME, Piece, Reads, bytes_of, most_header, pread_all
@@ -32,13 +34,22 @@ _LARGEST_SIZE = 2**62
 _WHO = "FileStore"
 
 
+class _Map:
+    """A read-only map, for torch, which knows no tensor that is read-only and warns of it."""
+
+    def __init__(self, data: np.memmap) -> None:
+        self._data = data
+        self.__array_interface__ = {**data.__array_interface__, "data": (data.ctypes.data, False)}
+
+
 class FileStore:
     """The experts of a file that `FileStore.write` wrote. `layers`: what must be in it (None: whatever is).
 
     `source`: what it must have been written from (None: anything), as `write` was told.
-    `verify`: each expert's checksum is compared when it is read. `page_cache=False`: the kernel keeps no copy of what
-    was read (O_DIRECT where the file system, offsets and sizes allow it; otherwise pages are let go after each read).
-    `ways`: an expert is read in so many pieces at once. `opened`: the file, opened already, which is taken over.
+    `verify`: an expert's checksum is compared when it is read for the "first" time, at each read (True) or never.
+    `page_cache=False`: the kernel keeps no copy of what was read (O_DIRECT where the file system, offsets and sizes
+    allow it; otherwise pages are let go after each read). `ways`: an expert is read in so many pieces at once.
+    `opened`: the file, opened already, which is taken over.
 
     Raises OSError where the file cannot be read; ValueError, in at most 300 characters, where it is not such a file, is
     cut short, or holds other experts than `layers`. What its header says is compared with the file's size first.
@@ -50,18 +61,20 @@ class FileStore:
         layers: Sequence[Layer] | None = None,
         *,
         source: str | None = None,
-        verify: bool = False,
+        verify: Verify = "first",
         page_cache: bool = True,
         ways: int = 4,
         opened: int | None = None,
     ) -> None:
         if ways < 1:
             raise ValueError(f"FileStore: ways must be at least 1, got {ways}")
-        self.path, self.verify = Path(path), verify
+        check_verify(verify, "FileStore")
+        self.path = Path(path)
         file = open_regular(self.path, _WHO) if opened is None else opened
         self._reads = Reads([(file, self.path)], page_cache=page_cache, ways=ways)
         try:
-            self.layers, self._offsets, self._sums, wrote = _open(file, self.path)
+            self.layers, self._offsets, sums, wrote = _open(file, self.path)
+            self._sums = Checksums(verify, self.layers, sums)
             if layers is not None:
                 _compare(self.path, self.layers, layers)
             if source not in (None, wrote):
@@ -143,36 +156,33 @@ class FileStore:
                 for part, begin in zip(kind.parts, self._offsets[layer][group], strict=True)
             ]
             self._reads.fill(wanted)
-            if self.verify:
-                self._compare_sum(layer, expert, wanted)
+            self._sums.compare(layer, expert, wanted, self.path)
 
-    def whole(self, layer: int) -> dict[str, Tensor]:
-        """Maps of the file, private to the process: what is never touched takes no memory."""
+    def whole(self, layer: int, *, writable: bool = False) -> dict[str, Tensor]:
+        """Maps of the file, which take no memory until they are read. To write into one ends the process, unless it is
+        `writable`: what is written is then the process's own, and limits on memory count the whole map. Nothing, with a
+        warning, where a limit leaves no addresses for it."""
         if not plain(self.layers[layer]):
             return {}
         ((experts, kind),) = self.layers[layer].groups
         self._reads.check_open()
         found = {}
-        for part, begin in zip(kind.parts, self._offsets[layer][0], strict=True):
-            with open(os.dup(self._reads.handles[0]), "rb") as file:  # its name may be another's by now
-                data = np.memmap(file, np.uint8, "c", begin, (len(experts) * part.nbytes,))
-            found[part.name] = torch.from_numpy(data).view(part.dtype).view(len(experts), *part.shape)
+        try:
+            for part, begin in zip(kind.parts, self._offsets[layer][0], strict=True):
+                with open(os.dup(self._reads.handles[0]), "rb") as file:  # its name may be another's by now
+                    data = np.memmap(file, np.uint8, "c" if writable else "r", begin, (len(experts) * part.nbytes,))
+                bytes_ = torch.from_numpy(data if writable else np.asarray(_Map(data)))
+                found[part.name] = bytes_.view(part.dtype).view(len(experts), *part.shape)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            why = "a limit (ulimit -v or -d) leaves no addresses for a map of"
+            warnings.warn(f"offload: experts' parameters have no numbers: {why} {self.path}", stacklevel=2)
+            return {}
         return found
 
     def close(self) -> None:
         self._reads.close()
-
-    def _compare_sum(self, layer: int, expert: int, wanted: Sequence[Piece]) -> None:
-        total = 0
-        for data, _, _ in wanted:
-            total = zlib.crc32(data, total)
-        if total != self._sums[layer][expert]:
-            raise OSError(
-                errno.EIO,
-                f"layer {layer}, expert {expert} must have the checksum {self._sums[layer][expert]:08x}, "
-                f"got {total:08x}",
-                str(self.path),
-            )
 
 
 def _tensors(layers: Sequence[Layer]) -> list[tuple[str, int, Part]]:

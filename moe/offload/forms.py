@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...kernels.activation import Activation
 from ..adapters import computing
@@ -20,12 +21,51 @@ from ..shards import shards_of
 
 @dataclass(frozen=True)
 class Form:
-    """`names`: what the operation calls a weight -> the module's parameter, [E, ...] each."""
+    """`names`: what the operation calls a weight -> the module's parameter, [E, ...] each, which may be `transposed`,
+    with gate and up rows `interleaved`. `straight`: outside of the module experts are neither; `turned`: they are not
+    transposed."""
 
     names: dict[str, str]
     activation: Activation
     transposed: bool = False
     interleaved: bool = False
+    straight: bool = False
+    turned: bool = False
+
+    @property
+    def layout(self) -> dict[str, bool]:
+        """How experts lie outside of the module, as the operation has it."""
+        return {
+            "transposed": self.transposed and not (self.straight or self.turned),
+            "interleaved": self.interleaved and not self.straight,
+        }
+
+    def shapes(self, module: nn.Module) -> dict[str, Tensor]:
+        """The experts' weights outside of the module [E, ...], without a number."""
+        weights = {name: p.detach().to("meta") for name, p in self.weights(module).items()}
+        return self.outside(weights)
+
+    def inside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights [n, ...] of outside as the module's parameters have them."""
+        found, layout = merged(weights), self.layout
+        for name in ("w_gate_up", "b_gate_up"):
+            if self.interleaved and not layout["interleaved"] and name in found:
+                found[name] = torch.stack(found[name].chunk(2, 1), 2).flatten(1, 2)
+        for name in ("w_gate_up", "w_down"):
+            if self.transposed and not layout["transposed"]:
+                found[name] = found[name].transpose(1, 2)
+        return found
+
+    def outside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights [n, ...] of the module's parameters as they lie outside."""
+        found, layout = dict(weights), self.layout
+        for name in ("w_gate_up", "w_down"):
+            if self.transposed and not layout["transposed"]:
+                found[name] = found[name].transpose(1, 2)
+        for name in ("w_gate_up", "b_gate_up"):
+            if self.interleaved and not layout["interleaved"] and name in found:
+                found[name] = torch.cat((found[name][:, ::2], found[name][:, 1::2]), 1)
+        return found
 
     def width(self, module: nn.Module) -> int:
         """D, the inputs of an expert."""
@@ -35,11 +75,24 @@ class Form:
         return {ours: getattr(module, theirs) for ours, theirs in self.names.items()}
 
 
+def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights [n, ...] with gate and up in one, gate rows above up rows."""
+    found = dict(weights)
+    if "w_gate" in found:
+        found["w_gate_up"] = torch.cat((found.pop("w_gate"), found.pop("w_up")), 1)
+    return found
+
+
 def experts_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The experts modules that run through Headgate, by name: its own, and the swapped ones of transformers models."""
+    """The experts modules that run through Headgate, by name: its own, and those of transformers models that are
+    swapped or have headgate as their experts implementation."""
     for name, module in model.named_modules():
-        if isinstance(module, Experts) or adapter_in(module) is not None:
+        if runs_here(module):
             yield name, module
+
+
+def runs_here(module: nn.Module) -> bool:
+    return isinstance(module, Experts) or adapter_in(module) is not None
 
 
 def form_of(module: nn.Module) -> Form | str:
@@ -51,6 +104,8 @@ def form_of(module: nn.Module) -> Form | str:
         return Form({name: name for name in WEIGHTS if getattr(module, name) is not None}, module.activation)
     adapter = adapter_in(module)
     assert adapter is not None
+    if (why := adapter.refusal(module)) is not None:
+        return why
     if adapter.forward is not boundary.experts_forward:
         return f"{type(module).__name__} is not called at transformers' experts boundary with stacked weights"
     gated, biased, transposed, interleaved, normed = boundary.flags(module)
@@ -97,6 +152,7 @@ def survey(model: nn.Module) -> tuple[Found, dict[str, str]]:
                 raise ValueError(f"offload: experts must have their own weights, got {name} with {taken[parameter]}'s")
             taken[parameter] = name
     if not found:
-        why = next(iter(skipped.values()), "run headgate.replace on a transformers model first")
+        first = "run headgate.replace on a transformers model first, or choose headgate as its experts implementation"
+        why = next(iter(skipped.values()), first)
         raise ValueError(f"offload: model must have experts that run through Headgate, got none to move: {why}")
     return found, skipped

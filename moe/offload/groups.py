@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...kernels.expert_gradients import expert_gradients
 from ...kernels.expert_outputs import expert_outputs
 from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_ffn.thin_tiles import MAX_ROWS
 from ...kernels.routing import Routing
-from ...kernels.transforms import refuse_transforms
 from ...placement.caching.cache import Pools
 from .loads import Use
 
@@ -27,16 +27,6 @@ class Group(NamedTuple):
     slots: list[int]
     weights: Mapping[str, Any]
     host: bool = False
-
-
-def refuse_gradients(rows: Tensor, routing: Routing) -> None:
-    """Raises ValueError where one is asked for, NotImplementedError where a transform is at work on rows or weights."""
-    refuse_transforms("offload", "call the model outside of it, or close the Offload first", rows, routing.weights)
-    if torch.is_grad_enabled() and (rows.requires_grad or routing.weights.requires_grad):
-        raise ValueError(
-            "offload: rows and router weights must not ask for a gradient, which ends at experts elsewhere: "
-            "call the model under torch.no_grad()"
-        )
 
 
 def distinct(expert_ids: Tensor, experts: int) -> tuple[Tensor, NDArray[np.int32], NDArray[np.int64]]:
@@ -73,11 +63,8 @@ def whole_step(group: Group, rows: Tensor, routing: Routing, ids: Tensor, form: 
     there = ids.numpy()
     local = slots[np.where((there >= 0) & (there < routing.num_experts), there, -1)]
     w = group.weights
-    first = w["w_gate_up"] if "w_gate_up" in w else (w["w_gate"], w["w_up"])
-    return grouped_ffn(
-        rows, Routing(_there(local, rows.device), routing.weights, w["w_down"].shape[0]), first, w["w_down"],
-        b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), **form,
-    )  # fmt: skip
+    routing = Routing(_there(local, rows.device), routing.weights, w["w_down"].shape[0])
+    return grouped_ffn(rows, routing, _first(w), w["w_down"], **_biases(w), **form)
 
 
 def _there(numbers: np.ndarray, device: torch.device) -> Tensor:
@@ -87,12 +74,29 @@ def _there(numbers: np.ndarray, device: torch.device) -> Tensor:
 
 
 def write_outputs(group: Group, rows: Tensor, routing: Routing, out: Tensor, form: Mapping[str, Any]) -> None:
-    """`expert_outputs` of a group. `form`: activation, gated, transposed, interleaved."""
+    """`expert_outputs` of a group, to `out`. `form`: activation, gated, transposed, interleaved."""
+    w, slots = group.weights, _slots(group, routing, rows.device)
+    expert_outputs(rows, routing, _first(w), w["w_down"], slots, out, **_biases(w), **form)
+
+
+def write_gradients(
+    group: Group, grad: Tensor, rows: Tensor, routing: Routing, form: Mapping[str, Any], **outs: Any
+) -> None:
+    """`expert_gradients` of a group, to `outs`: d_rows, d_weights, or one of them."""
+    w, slots = group.weights, _slots(group, routing, rows.device)
+    expert_gradients(grad, rows, routing, _first(w), w["w_down"], slots, **outs, **_biases(w), **form)
+
+
+def _slots(group: Group, routing: Routing, device: torch.device) -> Tensor:
+    """Where each expert lies in the group's weights, -1: nowhere."""
     slots = np.full(routing.num_experts, -1, np.int32)
     slots[group.experts] = group.slots
-    w = group.weights
-    first = w["w_gate_up"] if "w_gate_up" in w else (w["w_gate"], w["w_up"])
-    expert_outputs(
-        rows, routing, first, w["w_down"], _there(slots, rows.device), out,
-        b_gate_up=w.get("b_gate_up"), b_down=w.get("b_down"), **form,
-    )  # fmt: skip
+    return _there(slots, device)
+
+
+def _first(w: Mapping[str, Any]) -> Any:
+    return w["w_gate_up"] if "w_gate_up" in w else (w["w_gate"], w["w_up"])
+
+
+def _biases(w: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: w.get(name) for name in ("b_gate_up", "b_down")}

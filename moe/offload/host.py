@@ -24,8 +24,8 @@ class Store(Protocol):
         threads may read at once. Raises OSError where they cannot be had; `into` is then undefined."""
 
     def whole(self, layer: int) -> dict[str, Tensor]:
-        """The weights [E, ...] of a layer by name, as views of this tier: no copy is made. None for a layer whose
-        experts are of several kinds or in few bits."""
+        """The weights [E, ...] of a layer by name, as views of this tier: no copy is made, and nobody may write into
+        them. None for a layer whose experts are of several kinds or in few bits."""
 
     def close(self) -> None: ...
 
@@ -81,6 +81,11 @@ class HostStore:
 def _pinned(t: Tensor) -> Tensor:
     """Straight into page-locked memory: from a device by DMA, from host memory in one copy."""
     return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
+
+
+def maps_files(store: Store) -> bool:
+    """Whether what a store shows as `whole` are read-only maps of a file."""
+    return not isinstance(getattr(store, "store", store), HostStore)
 
 
 def plain(layer: Layer) -> bool:

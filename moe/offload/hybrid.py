@@ -10,22 +10,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.routing import Routing
 from ...placement.caching.costs import Costs
 from ...placement.caching.split import DEVICE, HOST, split
-from .groups import Group, write_outputs
+from .groups import Group
 from .host import HostStore, Store
 from .loads import LOOK_S
 from .stats import Timing
 
-Pairs = tuple[Tensor, Tensor]  # numbers of pairs [n] int64, and their outputs [n, D], in host memory
+Pairs = tuple[Tensor, dict[str, Tensor]]  # numbers of pairs [n] int64, and what belongs to them, in host memory
 _NAME = "headgate-offload-host"
 _END_S = 60.0  # how long a closing Host waits for a computation to end
 
@@ -154,29 +152,29 @@ def in_place(out: Tensor) -> bool:
 
 
 def work_of(
-    group: Group, rows: Tensor, routing: Routing, ids: Tensor, out: Tensor, form: Mapping[str, Any]
+    group: Group, ids: Tensor, outs: Mapping[str, Tensor], write: Callable[..., None]
 ) -> Callable[[], Pairs | None]:
-    """The host's work on a group of a step: it writes its pairs' outputs into `out`, or returns them where `out` is not
-    in its memory. Rows go there now; `ids` are the routing's, there already. Modes of gradients are the caller's."""
+    """The host's work on a group of a step: write(**outs) puts what its pairs give into their rows of `outs`, by name.
+    Where these are not in the host's memory it writes into others and returns the rows of its pairs. `ids` are the
+    routing's, in host memory. Modes of gradients are the caller's."""
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    rows_there = rows.cpu()
-    routing_there = Routing(ids, torch.empty(ids.shape), routing.num_experts)  # nobody asks for weights here
-    direct = in_place(out)
-    target = out if direct else torch.empty(out.shape, dtype=out.dtype)
+    direct = all(map(in_place, outs.values()))
+    targets = outs if direct else {name: torch.empty(t.shape, dtype=t.dtype) for name, t in outs.items()}
 
     def work() -> Pairs | None:
         with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
-            write_outputs(group, rows_there, routing_there, target, form)
+            write(**targets)
             if direct:
                 return None
             pairs = torch.isin(ids.flatten(), torch.tensor(group.experts, dtype=ids.dtype)).nonzero().flatten()
-            return pairs, target[pairs]
+            return pairs, {name: t[pairs] for name, t in targets.items()}
 
     return work
 
 
-def put_pairs(out: Tensor, made: Pairs | None) -> None:
+def put_pairs(outs: Mapping[str, Tensor], made: Pairs | None) -> None:
     """Brings what the host has returned to where it belongs."""
     if made is not None:
-        pairs, outputs = made
-        out.index_copy_(0, pairs.to(out.device), outputs.to(out.device))
+        pairs, found = made
+        for name, out in outs.items():
+            out.index_copy_(0, pairs.to(out.device), found[name].to(out.device))

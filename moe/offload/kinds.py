@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ...kernels.quantized import Quantized
+from ...kernels.quantized import BLOCKS, Quantized
 
 Weights = Mapping[str, "Tensor | Quantized"]  # of n experts alike: name -> [n, ...]
 
@@ -31,7 +31,7 @@ class Part:
 @dataclass(frozen=True)
 class Kind:
     """Experts alike: their parts, and how weights in few bits are coded, (name, format, block) each. A Quantized
-    weight w is two parts, w.data and w.scale."""
+    weight w is two parts, w.data and w.scale; GGUF's blocks are one, w.data."""
 
     parts: tuple[Part, ...]
     coded: tuple[tuple[str, str, tuple[int, int]], ...] = ()
@@ -57,8 +57,9 @@ class Kind:
         """Weights [n, ...] from their parts [n, ...]; nothing is copied."""
         whole: dict[str, Tensor | Quantized] = dict(parts)
         for name, format, block in self.coded:
-            whole.pop(f"{name}.data"), whole.pop(f"{name}.scale")
-            whole[name] = Quantized(parts[f"{name}.data"], parts[f"{name}.scale"], format, block)
+            whole.pop(f"{name}.data"), whole.pop(f"{name}.scale", None)
+            data, scale = parts[f"{name}.data"], parts.get(f"{name}.scale")
+            whole[name] = Quantized.from_gguf(data, format) if scale is None else Quantized(data, scale, format, block)
         return whole
 
     def __str__(self) -> str:
@@ -69,8 +70,18 @@ def split(weights: Weights) -> dict[str, Tensor]:
     """The parts [n, ...] of weights [n, ...]; nothing is copied."""
     parts: dict[str, Tensor] = {}
     for name, w in weights.items():
-        parts |= {f"{name}.data": w.data, f"{name}.scale": w.scale} if isinstance(w, Quantized) else {name: w.detach()}
+        if not isinstance(w, Quantized):
+            parts[name] = w.detach()
+            continue
+        parts[f"{name}.data"] = w.data
+        if w.format not in BLOCKS:
+            parts[f"{name}.scale"] = w.scale
     return parts
+
+
+def widened(weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in few bits as tensors in `dtype`; the others as they are."""
+    return {name: w.dequantize(dtype) if isinstance(w, Quantized) else w for name, w in weights.items()}
 
 
 @dataclass(frozen=True)

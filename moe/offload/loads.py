@@ -16,6 +16,7 @@ import torch
 from ...placement.caching.cache import Cache
 from .arena import Arena
 from .host import Store
+from .ready import Sleepers
 from .stats import Timing
 
 HELD, QUEUED, RUNNING, DONE, FAILED, CANCELLED = "held", "queued", "running", "done", "failed", "cancelled"
@@ -130,6 +131,7 @@ class Loader:
         self._ahead: deque[Load] = deque()
         self._running: dict[threading.Thread, Load] = {}
         self._stream, self._uses = copy_stream(arena.device), Uses(arena.device)
+        self._sleepers = Sleepers() if readers and arena.device.type == "cpu" else None
         self.threads = [self._start() for _ in range(readers)]
 
     def _start(self) -> threading.Thread:
@@ -266,6 +268,8 @@ class Loader:
         ended = not any(thread.is_alive() for thread in others)
         if not ended:  # they keep the slots' memory until they end
             warnings.warn(f"offload: a read has not ended within {_END_S:.0f} s of close()", stacklevel=2)
+        if self._sleepers is not None:
+            self._sleepers.close()
         return ended
 
 

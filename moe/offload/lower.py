@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...kernels.quantized import Quantized, quantize
+from ...kernels.quantized import BLOCKS, Quantized, quantize
 from ..hf.accelerated import keeps_weights
+from .checksums import Verify
 from .file import FileStore
 from .forms import Found
 from .host import HostStore, Store
@@ -21,7 +23,9 @@ Formats = Mapping[str, Sequence[str | None]] | str
 
 Groups = list[list[tuple[list[int], str | None]]]  # of each layer, (experts, their format)
 # bytes for each weight that `quantize` takes at most: half in tensors, half that the allocator still keeps of others
-_BETWEEN = {"fp8": 48, "int8": 40, "int4": 40, "mxfp4": 104}
+_BETWEEN = {
+    "fp8": 48, "int8": 40, "int4": 40, "uint4": 64, "mxfp4": 104, **dict.fromkeys(BLOCKS, 44), "gguf_mxfp4": 64,
+}  # fmt: skip
 
 
 def groups_of(found: Found, formats: Formats) -> Groups:
@@ -43,7 +47,7 @@ def groups_of(found: Found, formats: Formats) -> Groups:
             raise ValueError(
                 f"offload: formats must have one for each of the {experts} experts of {name}, got {len(of)}"
             )
-        if form.transposed and any(of):
+        if form.layout["transposed"] and any(of):
             raise ValueError(f"offload: formats must be None for transposed weights, got some for {name}")
         kinds = dict.fromkeys(of)
         groups.append([([e for e in range(experts) if of[e] == kind], kind) for kind in kinds])
@@ -87,7 +91,7 @@ def like(weights: Mapping[str, Tensor], n: int, format: str | None) -> Weights:
 def layers_of(found: Found, groups: Groups) -> list[Layer]:
     """What the experts are, without a number."""
     return [
-        Layer.of(name, *((experts, like(form.weights(module), len(experts), format)) for experts, format in parts))
+        Layer.of(name, *((experts, like(form.shapes(module), len(experts), format)) for experts, format in parts))
         for (name, module, form), parts in zip(found, groups, strict=True)
     ]
 
@@ -101,16 +105,33 @@ def pieces_of(whole: Mapping[str, Tensor], groups: Sequence[tuple[list[int], str
     ]
 
 
-def store_of(found: Found, layers, groups, disk, device: torch.device, *, page_cache: bool, verify: bool) -> Store:
-    """The lower tier with everything in it; a file that is there already where experts are on the meta device."""
-    absent = [name for name, module, form in found if form.weights(module)["w_down"].is_meta]
-    kept = [name for name, module, _ in found if keeps_weights(module)]
-    if kept:
+def check_there(model: nn.Module, found: Found) -> None:
+    """Raises ValueError where weights of a model are not where they can be taken from: with accelerate, or on the meta
+    device, other than all experts."""
+    kept = next((name for name, module in model.named_modules() if keeps_weights(module)), None)
+    if kept is not None:
         raise ValueError(
-            f"offload: model must have its weights in memory, got {kept[0]}, whose weights accelerate keeps elsewhere "
+            f"offload: model must have its weights in memory, got {kept}, whose weights accelerate keeps elsewhere "
             "(device_map, cpu_offload or disk_offload): load the model without it, or call "
             "accelerate.hooks.remove_hook_from_module(model, recurse=True) first where they are on the host"
         )
+    experts = {p: f"{name}.{form.names[n]}" for name, module, form in found for n, p in form.weights(module).items()}
+    absent = [name for p, name in experts.items() if p.is_meta]
+    if len(absent) not in (0, len(experts)):
+        rule = f"all on the meta device or none, got {absent[0]} there and others not"
+        raise ValueError(f"offload: experts must be {rule}: load all weights, or use headgate.load")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta and tensor not in experts:
+            rule = f"in memory but for experts, got {name} on the meta device"
+            raise ValueError(f"offload: weights and buffers must be {rule}: load them first, or use headgate.load")
+
+
+def store_of(
+    found: Found, layers: Sequence[Layer], groups: Groups, disk: str | os.PathLike[str] | None, device: torch.device,
+    *, page_cache: bool, verify: Verify,
+) -> Store:  # fmt: skip
+    """The lower tier with everything in it; a file that is there already where experts are on the meta device."""
+    absent = any(form.weights(module)["w_down"].is_meta for _, module, form in found)
 
     def weights(i: int) -> list[Weights]:
         _, module, form = found[i]
@@ -121,10 +142,12 @@ def store_of(found: Found, layers, groups, disk, device: torch.device, *, page_c
         if absent:
             raise ValueError(f"offload: disk must be a folder with {FILE} for experts on the meta device, got None")
         return HostStore(layers, weights, device)
-    path = Path(disk) / FILE
-    if len(absent) not in (0, len(found)):
-        raise ValueError(f"offload: experts must be all on the meta device or none, got {absent[0]} among others")
+    folder, path = Path(disk), Path(disk) / FILE
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"offload: disk must be a folder, got the file {folder}")
     if absent:
+        if not path.exists():
+            raise ValueError(f"offload: disk must be a folder with {FILE} for experts on the meta device, got {folder}")
         return FileStore(path, layers, page_cache=page_cache, verify=verify)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileStore.write(path, layers, weights, page_cache=page_cache, verify=verify)

@@ -87,7 +87,8 @@ class ModelPool:
             store.close()
             raise
         self._store, self._lock, self._users = store, threading.Lock(), [0] * len(self.names)
-        self._whole = [store.whole(i)["bytes"][0] for i in range(len(self._models))]
+        options = {"writable": True} if isinstance(store, FileStore) else {}  # who holds a model may write into it
+        self._whole = [store.whole(i, **options)["bytes"][0] for i in range(len(self._models))]
         for packed, part in zip(self._models, self._whole, strict=True):
             packed.freeze()
             packed.unpack(part)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...kernels.quantized import Quantized
 from ..elsewhere import Absent, send_elsewhere
 from .forms import Form
 from .host import Store
+from .kinds import widened
 from .stand_in import About, StandIn, stand_back, stand_in
 
 
@@ -38,9 +38,14 @@ class Moved:
     now: dict[str, Seen]
 
     @classmethod
-    def of(cls, name: str, module: nn.Module, form: Form, stand_ins: Mapping[str, Tensor]) -> Moved:
-        """Puts `stand_ins` into the parameters; where there is none, nothing that has numbers."""
+    def of(
+        cls, name: str, module: nn.Module, form: Form, stand_ins: Mapping[str, Tensor], mapped: bool = False
+    ) -> Moved:
+        """Puts `stand_ins` into the parameters; where there is none, nothing that has numbers. `mapped`: they are
+        read-only maps of a file."""
         before = form.weights(module)
+        for parameter in before.values():
+            stand_back(parameter)  # of an Offload before this one, which left a map
         devices = {ours: p.device for ours, p in before.items()}
         moved = cls(name, module, form, before, devices, {n: p.requires_grad for n, p in before.items()}, {})
         for ours, parameter in before.items():
@@ -48,7 +53,7 @@ class Moved:
             now = moved._put(ours, data)
             now.requires_grad_(False)
             seen = now._version, now.data_ptr()
-            moved.now[ours] = Seen(now, *seen, stand_in(now, f"{name}.{form.names[ours]}"))
+            moved.now[ours] = Seen(now, *seen, stand_in(now, f"{name}.{form.names[ours]}", mapped))
         return moved
 
     @property
@@ -70,9 +75,14 @@ class Moved:
             for e in range(layer.experts):
                 kind = layer.kind(e)
                 parts = {part.name: torch.empty(1, *part.shape, dtype=part.dtype) for part in kind.parts}
-                store.read(index, e, {name: t[0] for name, t in parts.items()})
-                for ours, w in kind.join(parts).items():
-                    back[ours][e] = (w.dequantize(back[ours].dtype) if isinstance(w, Quantized) else w)[0]
+                try:
+                    store.read(index, e, {name: t[0] for name, t in parts.items()})
+                except OSError as error:
+                    what = f"offload: {self.name} could not be brought back: {error}; close(restore=False) gives it up"
+                    raise OSError(error.errno, what) from error
+                wide = widened(kind.join(parts), back["w_down"].dtype)
+                for ours, w in self.form.inside(wide).items():
+                    back[ours][e] = w[0]
             self.put_back(back)
 
     def put_back(self, weights: Mapping[str, Tensor]) -> None:
@@ -82,10 +92,12 @@ class Moved:
         send_elsewhere(self.module, None)
 
     def leave(self) -> None:
-        """Nobody serves the module any more; its parameters hold what they hold. Those that were on the meta device
-        and still are have no numbers, and a call says so."""
+        """Nobody serves the module any more; its parameters hold what they hold. Those that are maps of a file go on
+        refusing edits. Those that were on the meta device and still are have no numbers, and a call says so."""
         for seen in self.now.values():
-            stand_back(seen.parameter)
+            seen.about.left = True
+            if not seen.about.mapped:
+                stand_back(seen.parameter)
         absent = self.was_absent and any(seen.parameter.is_meta for seen in self.now.values())
         send_elsewhere(self.module, Absent(self.name) if absent else None)
 
@@ -100,6 +112,15 @@ class Moved:
             parameter = nn.Parameter(data, requires_grad=False)
         setattr(self.module, name, parameter)
         return parameter
+
+    def refuse_learning(self) -> None:
+        """Raises ValueError where a weight asks for a gradient and one would be taken."""
+        for parameter, _, _, about in self.now.values():
+            if parameter.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"offload: {about.name} must not ask for a gradient while it is offloaded, as experts are frozen: "
+                    "requires_grad_(False) on it, or close the Offload to train it"
+                )
 
     def check(self) -> None:
         """Raises RuntimeError where somebody has changed, moved or exchanged the weights, or adapters compute them."""

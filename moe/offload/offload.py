@@ -6,9 +6,12 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...kernels.autocast import under_autocast
@@ -21,14 +24,17 @@ from ...placement.traces.trace import Trace
 from ..elsewhere import send_elsewhere
 from . import ahead
 from .arena import plan_slots
+from .checksums import Verify, check_verify
 from .costs import costs_of
 from .engine import Engine
-from .forms import Found, survey
-from .host import Store
+from .forms import Found, runs_here, survey
+from .host import Store, maps_files
 from .kinds import Layer
-from .lower import Formats, groups_of, layers_of, store_of
+from .lower import Formats, check_there, groups_of, layers_of, store_of
 from .moved import Moved, move_others
 from .pace import Pace
+from .ready import compiling
+from .room import Split, asked_split
 from .stats import Stats
 
 
@@ -46,18 +52,23 @@ def offload(
     hybrid: bool | Costs = False,
     readers: int | None = None,
     page_cache: bool = True,
-    verify: bool = False,
+    verify: Verify = "first",
+    context: int | None = None,
     log: bool = False,
 ) -> Offload:
     """Moves the experts of a model out of its device's memory, in place; outputs stay the same to the bit (on a GPU for
     up to four rows where their experts can all be there at once, as spare slots let those of one token; else to
     rounding).
 
-    model     a transformers model after `headgate.replace`, or one with `headgate.MoE` layers. For inference: a call
-              whose rows or router weights ask for a gradient raises
+    model     a transformers model after `headgate.replace` or with headgate as its experts implementation, or one with
+              `headgate.MoE` layers. Its experts are frozen; everything else may learn (see docs/lora.md): gradients go
+              through them, by a step of its own of each layer in the backward pass
     budget    what the slots for experts may take on the device: bytes ("8GiB", 4096) or a share of all experts' bytes,
               at most all ("25%", 0.25). Room for one expert at least (scope "shared"), or for one of each layer
-              ("layer"). The rest of the model and the KV cache of a generation come beside it
+              ("layer"). It covers the slots and nothing else: the rest of the model, the KV cache and the rows that are
+              computed come beside it, as do Python and torch (about 0.7 GB), and for each reader of a GPU one expert in
+              host memory. "auto": what is free now (memory, control groups, ulimit -v and -d; the GPU's own) less these
+              and a margin of a twentieth, at least 256 MiB; `Offload.split` says how it was shared out
     policy    which expert goes when a slot is needed, a name in `headgate.placement.policies.POLICIES`: "adaptive"
               learns as it goes how soon each is used again; "learned" begins with what `trace` has taught it
     prefetch  "gate": the next layer's router, applied to this layer's rows, says what to fetch ahead; "path" (or a
@@ -76,8 +87,9 @@ def offload(
               Costs are given. On a GPU outputs then stay the same to rounding: the host sums in another order
     readers   threads that fetch; from disk, each with four requests at a time. 0, without a disk: none, as a GPU copies
               out of page-locked memory by itself, in order. None: 0 there, else 2
-    page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether each expert's
-              checksum is compared when it is read
+    page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether an expert's checksum
+              is compared when it is read for the "first" time, at each read (True) or never (False)
+    context   with budget="auto": tokens that the KV cache is to have room for, of all texts together; None: 4096
     log       keep every access, for `Offload.log`
 
     Returns an Offload: what was moved and what was not (`skipped`, with the reason), `stats()`, and `close()`, which
@@ -96,17 +108,19 @@ def offload(
     if not isinstance(model, nn.Module):
         raise TypeError(f"offload: model must be a torch.nn.Module, got {type(model).__name__}")
     found, skipped = survey(model)
+    check_there(model, found)
     where = torch.device(device) if device is not None else _device_of(model, found)
     if where.type == "cpu" and disk is None:
         raise ValueError(
             "offload: disk must be a folder where the device is a CPU, whose memory is the host's: got None"
         )
     _check_hybrid(hybrid, disk, formats)
+    check_verify(verify, "offload")
     groups = groups_of(found, {} if formats is None else formats)
     layers = layers_of(found, groups)
     plan = Plan.of(
         model, found, skipped, layers, where, budget=budget, policy=policy, prefetch=prefetch, scope=scope, trace=trace,
-        readers=readers, hybrid=hybrid, log=log, from_disk=disk is not None,
+        readers=readers, hybrid=hybrid, log=log, from_disk=disk is not None, context=context,
     )  # fmt: skip
     return plan.start(store_of(found, layers, groups, disk, where, page_cache=page_cache, verify=verify))
 
@@ -122,6 +136,8 @@ class Plan:
     foresight: ahead.Foresight | None
     engine: Mapping[str, Any]
     hybrid: bool | Costs
+    split: Split | None
+    compiling: threading.Thread
 
     @classmethod
     def of(
@@ -141,6 +157,7 @@ class Plan:
         log: bool,
         from_disk: bool,
         hybrid: bool | Costs = False,
+        context: int | None = None,
     ) -> Plan:
         """Raises ValueError / TypeError where a setting is not what it may be; see `offload`."""
         if isinstance(readers, bool) or not isinstance(readers, int | None):
@@ -149,6 +166,8 @@ class Plan:
             raise TypeError(f"offload: trace must be a Trace or None, got {type(trace).__name__}")
         if readers is not None and readers < from_disk:
             raise ValueError(f"offload: readers must be at least 1, or 0 without a disk, got {readers}")
+        split = asked_split(budget, context, model, found, layers, device)
+        budget = budget if split is None else split.budget
         foresight = ahead.foresight_of(prefetch, model, found, trace)
         alone = device.type == "cuda" and not from_disk and not readers
         places = plan_slots(layers, budget, 1, scope, detours=alone).places
@@ -157,17 +176,18 @@ class Plan:
         engine = {
             "budget": budget, "policy": state, "scope": scope, "device": device, "readers": readers, "log": log
         }  # fmt: skip
-        return cls(model, found, skipped, device, foresight, engine, hybrid)
+        return cls(model, found, skipped, device, foresight, engine, hybrid, split, compiling(device))
 
     def start(self, store: Store) -> Offload:
         """Over a lower tier with the experts in it, which is closed if that fails."""
+        self.compiling.join()
         try:
             costs = costs_of(self.hybrid, store, self.found[0][2], self.device)
             engine = Engine(store, costs=costs, **self.engine)
         except BaseException:
             store.close()
             raise
-        return Offload(self.model, self.found, self.skipped, engine, store, self.foresight, self.device)
+        return Offload(self.model, self.found, self.skipped, engine, store, self.foresight, self.device, self.split)
 
 
 def _device_of(model: nn.Module, found: Found) -> torch.device:
@@ -205,21 +225,24 @@ class Offload:
         store: Store,
         foresight: ahead.Foresight | None,
         device: torch.device,
+        split: Split | None = None,
     ) -> None:
         self.engine, self.skipped = engine, dict(skipped)
+        self.split = split  # with budget="auto": how what was free was shared out
         self.layers = [name for name, _, _ in found]
         self._store, self._foresight = store, foresight
         self._pace = Pace(len(found))
+        self._came: dict[tuple[int, int], NDArray[np.int32]] = {}  # (thread, layer): what it chose last, forward
         self._moved: list[Moved] = []
         self._lock = threading.Lock()
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
         try:
             move_others(model, found, device)
             for index, (name, module, form) in enumerate(found):
-                self._moved.append(Moved.of(name, module, form, store.whole(index)))
+                self._moved.append(Moved.of(name, module, form, store.whole(index), maps_files(store)))
                 send_elsewhere(module, _Elsewhere(self, index))
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self._undo(error)
             raise
 
     @property
@@ -246,7 +269,8 @@ class Offload:
         computed with; after a `headgate.load` they stay on the meta device: a call of the model raises RuntimeError.
         True brings all back into memory.
 
-        Experts in few bits come back rounded. Raises RuntimeError, before anything is done, where weights were changed
+        Experts in few bits come back rounded. Raises OSError where some cannot be read, as in a file that was damaged:
+        `restore=False` gives them up. Raises RuntimeError, before anything is done, where weights were changed
         meanwhile, which would be lost: `discard` says that they may. After an error it can be called again.
         With `restore=False` nothing is brought back: parameters keep what they hold now, the lower tier's own bytes.
         That is for a model which is offloaded again from the same store (`HostStore.lend`), with other settings.
@@ -267,6 +291,14 @@ class Offload:
                 self._moved.pop()
             self._hook.remove()
             self.engine.close()
+
+    def _undo(self, error: BaseException) -> None:
+        """The end of one that could not begin, for a cause that is to be heard, whatever else goes wrong."""
+        try:
+            self.close(discard=True)
+        except Exception as another:
+            error.add_note(f"and experts that had been moved could not be brought back: {another}")
+            self.close(discard=True, restore=False)
 
     def __enter__(self) -> Offload:
         return self
@@ -289,6 +321,7 @@ class Offload:
         if one is None:
             raise RuntimeError("offload: the Offload must be open, got one that is being closed")
         one.check()
+        one.refuse_learning()
         form, dtype = one.form, one.now["w_down"].parameter.dtype
         if under_autocast(rows.device):
             wanted = torch.get_autocast_dtype(rows.device.type)
@@ -296,14 +329,19 @@ class Offload:
                 raise ValueError(f"offload: autocast must be off or to the experts' {dtype}, got autocast to {wanted}")
         return self.engine.compute(
             index, rows.to(dtype), routing,
-            activation=form.activation, gated=form.activation.gated, transposed=form.transposed,
-            interleaved=form.interleaved, then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
+            activation=form.activation, gated=form.activation.gated, **form.layout,
+            then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
+            back=partial(self._fetch_back, index, self._came.get((threading.get_ident(), index - 1))),
         ).to(rows.dtype)  # fmt: skip
 
-    def _fetch_ahead(self, index: int, rows: Tensor, routing: Routing, ids) -> None:
+    def _fetch_ahead(self, index: int, rows: Tensor, routing: Routing, ids: NDArray[np.int32]) -> None:
         """While a layer waits and computes: what the next may need."""
         if self._foresight is None:
             return
+        if torch._C._current_graph_task_id() >= 0:  # checkpointing repeats a forward pass within the backward pass
+            self._fetch_back(index, self._came.get((threading.get_ident(), index - 1)), ids)
+            return
+        self._came[threading.get_ident(), index] = ids
         self._foresight.came(index, ids)
         self._pace.asked(index)
         guess = self._foresight.guess(index, rows, routing.expert_ids)
@@ -312,8 +350,22 @@ class Offload:
             price, room = self._pace.order(layer, *self.engine.pace())
             self.engine.prefetch_likely(layer, chance, price, room)
 
+    def _fetch_back(self, index: int, before: NDArray[np.int32] | None, _ids: NDArray[np.int32]) -> None:
+        """While a layer's backward pass waits and computes: what the one `before` it had chosen."""
+        self._moved[index].check()
+        if before is not None:
+            self.engine.prefetch(index - 1, before)
+
     @torch.compiler.disable
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        for one in self._moved:
+            if not runs_here(one.module):
+                raise RuntimeError(
+                    f"offload: {one.name} must run through Headgate while it is offloaded, got another experts "
+                    "implementation; choose headgate again, or close the Offload first"
+                )
+        if kwargs.get("cache") is not None:  # continuous batching: several texts in each call, none of them new as such
+            return
         past: Any = kwargs.get("past_key_values")
         if past is None or (hasattr(past, "get_seq_length") and not past.get_seq_length()):
             self.new_sequence()

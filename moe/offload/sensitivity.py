@@ -71,7 +71,7 @@ def sensitivity(
               mode and without gradients, so that an expert's inputs are those of the unrounded model
     batches   tensors of input ids [B, S], dicts as a tokenizer returns them, or one of these; tokens with
               attention_mask 0 are left out
-    formats   of "fp8", "int8", "int4", "mxfp4", with their default blocks
+    formats   of "fp8", "int8", "int4", "uint4", "mxfp4", with their default blocks, and GGUF's ("Q8_0", "Q4_K", ...)
     max_rows  tokens that an expert is measured on in one forward pass; those that are spread evenly over its own
 
     Measured where the experts are called: outputs with the stored weights beside outputs with rounded ones, both times

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..hf.conversion import Source
 from .checkpoint import Checkpoint
+from .checksums import Checksums, Stamp, Verify, check_verify
 from .kinds import Layer
 from .reads import Piece, Reads, bytes_of
 
@@ -96,9 +98,12 @@ def _joined(some: Sequence[Laid], dim: int) -> Laid:
 
 
 class ShardStore:
-    """The experts of `layers` in the files of a checkpoint. `laid[i]`: of layer i, each part [E, ...] as it lies.
+    """The experts of `layers` in the files of a checkpoint. `laid[i]`: of layer i, each part [E, ...] as it lies;
+    `made[i]`: what makes a part, by name, of an expert's bytes where it is not they themselves.
 
     `page_cache=False`: the kernel keeps no copy of what was read. `ways`: an expert is read in so many pieces at once.
+    `stamps`: what the files were when their headers were read. Unless `verify` is False, a read fails where a file is
+    no longer as it was; with True, also where an expert is another than when it was read first.
     """
 
     def __init__(
@@ -107,26 +112,43 @@ class ShardStore:
         laid: Sequence[Mapping[str, Laid]],
         files: Sequence[tuple[int, Path]],
         *,
+        made: Sequence[Mapping[str, Callable[[Tensor], Tensor]]] | None = None,
         page_cache: bool = True,
         ways: int = 4,
+        stamps: Sequence[Stamp] = (),
+        verify: Verify = "first",
     ) -> None:
+        check_verify(verify, "ShardStore")
         self.layers = tuple(layers)
+        self._sums = Checksums(verify is True, self.layers)
+        self._made = [{} for _ in layers] if made is None else made
         self._runs = [
             {n: one.cut(layer.experts) for n, one in of.items()} for layer, of in zip(layers, laid, strict=True)
         ]
         self._reads = Reads(files, page_cache=page_cache, ways=ways)
+        self._stamps = list(stamps if verify else ())
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """See Store. What goes to a CUDA device passes through a page-locked buffer of this thread's own."""
         self._reads.check_open()
         wanted: list[Piece] = []
         with self._reads.staged(self.layers[layer].kind(expert), into) as parts:
+            raw = {
+                name: torch.empty(sum(run.nbytes for run in self._runs[layer][name][expert]), dtype=torch.uint8)
+                for name in self._made[layer]
+            }
             for name, runs in self._runs[layer].items():
-                data, at = memoryview(bytes_of(parts[name])), 0
+                data, at = memoryview(bytes_of(raw.get(name, parts[name]))), 0
                 for file, offset, nbytes in runs[expert]:
                     wanted.append(Piece(data[at : at + nbytes], file, offset))
                     at += nbytes
             self._reads.fill(wanted)
+            files = {piece.file for piece in wanted}
+            for file in files if self._stamps else ():
+                self._stamps[file].compare(self._reads.handles[file], self._reads.paths[file])
+            self._sums.compare(layer, expert, wanted, self._reads.paths[min(files)])
+            for name, make in self._made[layer].items():
+                parts[name].copy_(make(raw[name]))
 
     def whole(self, layer: int) -> dict[str, Tensor]:
         """Nothing: a layer's weights are in no one piece."""

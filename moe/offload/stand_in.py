@@ -23,13 +23,18 @@ _IN_PLACE = {
 
 @dataclass(eq=False)
 class About:
-    """Which weight it is; all of it; once DLPack has lent its memory, the checksum of that moment."""
+    """Which weight it is; all of it; whether it is a read-only map of a file; whether nobody serves it any more; once
+    DLPack has lent its memory, the checksum of that moment."""
 
     name: str
     whole: Tensor
+    mapped: bool = False
+    left: bool = False
     lent: int | None = None
 
     def lend(self) -> None:
+        if self.mapped:  # what DLPack lends can be written into, and to write into this ends the process
+            raise BufferError(f"offload: {self.name} is a read-only map of a file, which DLPack cannot lend: clone it")
         if self.lent is None:
             self.lent = self._checksum()
 
@@ -38,6 +43,11 @@ class About:
         return self.lent is not None and self.lent != self._checksum()
 
     def refusal(self) -> RuntimeError:
+        if self.left:
+            return RuntimeError(
+                f"offload: {self.name} must stay as it is in the experts file, of which it is a read-only map: "
+                "Offload.close(restore=True) brings weights into memory"
+            )
         return RuntimeError(
             f"offload: {self.name} must stay as it was when it was offloaded, got other weights; "
             "close the Offload before weights change"
@@ -85,9 +95,9 @@ class StandIn(Tensor):
         return plain(self).__reduce_ex__(protocol)
 
 
-def stand_in(parameter: nn.Parameter, name: str) -> About:
-    """The parameter refuses edits from now on."""
-    about = About(name, parameter.detach())
+def stand_in(parameter: nn.Parameter, name: str, mapped: bool) -> About:
+    """The parameter refuses edits from now on. `mapped`: its memory is a read-only map of a file."""
+    about = About(name, parameter.detach(), mapped and not parameter.is_meta)
     parameter.__class__ = StandIn  # type: ignore[assignment]
     vars(parameter).update(_about=about, _is_param=True)  # torch's mark of a parameter
     return about

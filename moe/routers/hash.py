@@ -105,6 +105,11 @@ class HashRouter(Router):
             weights = weights / (weights.sum(1, keepdim=True) + EPS)
         return Routing(experts, weights * self.scale, self.num_experts, counts, scores, logits)
 
+    def weights_at(self, routing: Routing, ids: Tensor, none: Tensor) -> Tensor:
+        if self.score is not None:
+            return super().weights_at(routing, ids, none)
+        return torch.full_like(routing.weights, self.scale / self.top_k)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, vocab_size={self.vocab_size}, score={self.score!r}"
 

@@ -81,6 +81,12 @@ class MoEPPRouter(GatedRouter):
         counts = pairs_of_experts(ids, self.num_experts).int()
         return Routing(ids, weights, self.num_experts, counts, every.scores, logits, state=logits)
 
+    def weights_at(self, routing: Routing, ids: Tensor, none: Tensor) -> Tensor:
+        assert routing.scores is not None
+        none = none | ((ids >= self.num_experts) & (ids < self.num_experts + self.free.zero))
+        weights = routing.scores.gather(1, ids).masked_fill(none, 0)
+        return weights / (weights.sum(1, keepdim=True) + _EPS)
+
     def balancing_loss(
         self, routing: Routing, *, sequences: int | None = None, ranks: TokenRanks | None = None
     ) -> Tensor:

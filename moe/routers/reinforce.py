@@ -81,6 +81,10 @@ class ReinforceRouter(GatedRouter):
         counts = pairs_of_experts(ids, self.num_experts).int()
         return Routing(ids, weights, self.num_experts, counts, logits.softmax(1), logits)
 
+    def weights_at(self, routing: Routing, ids: Tensor, none: Tensor) -> Tensor:
+        """1 / K, and no gradient: the experts were not drawn by this router as it is now."""
+        return torch.full_like(routing.weights, 1 / self.top_k)
+
     def _surprise(self, logits: Tensor, ids: Tensor) -> Tensor:
         """log of the chance [T] that these experts are drawn in this order."""
         rest, total = logits, logits.new_zeros(len(logits))

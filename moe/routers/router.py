@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.router_logits import router_logits
-from ...kernels.routing import Routing
+from ...kernels.routing import Routing, pairs_of_experts
+from ...kernels.topk.reference import EPS
 from ...kernels.transforms import under_transform
 from ..losses import TokenRanks, load_balancing_loss
 from .given import NOTHING, Given
@@ -72,6 +74,27 @@ class Router(nn.Module):
         """The Routing of x [T, D], for all tokens alike: padding is taken out afterwards. A router whose choices depend
         on each other looks at `given.mask` itself."""
         raise NotImplementedError(f"{type(self).__name__} is abstract: give it a choose(x, given) -> Routing")
+
+    def at(self, routing: Routing, ids: Tensor) -> Routing:
+        """The Routing in which `ids` int [T, K] were chosen, with the weights that this router gives them from the live
+        scores of `routing`. -1: no expert; -2: the token's own choice stays."""
+        own = routing.expert_ids
+        live = (ids == -2).all(1, keepdim=True)
+        if own.shape[1] < ids.shape[1]:
+            own = torch.nn.functional.pad(own, (0, ids.shape[1] - own.shape[1]), value=-1)
+        ids = torch.where(live, own[:, : ids.shape[1]], ids).int()
+        none = ids < 0
+        weights = self.weights_at(routing, ids.long().clamp_min(0), none).masked_fill(none, 0)
+        new = replace(routing, expert_ids=ids, weights=weights, counts=pairs_of_experts(ids, self.num_experts).int())
+        return new if routing.mask is None else new.masked(routing.mask)
+
+    def weights_at(self, routing: Routing, ids: Tensor, none: Tensor) -> Tensor:
+        """The weights [T, K] of the experts `ids` int64 [T, K]; where `none` bool [T, K], nobody is there."""
+        assert routing.scores is not None
+        weights = routing.scores.gather(1, ids).masked_fill(none, 0)
+        if getattr(self, "renormalize", False):
+            weights = weights / (weights.sum(1, keepdim=True) + EPS)
+        return weights * getattr(self, "scale", 1.0)
 
     def saw(self, routing: Routing) -> None:
         """Called with each choice of a training forward, once: not when activation checkpointing runs it again."""

@@ -54,6 +54,15 @@ class SoftmaxRouter(GatedRouter):
         self.score, self.renormalize, self.scale = ORDERS[order], renormalize, scale
         self.groups, self.topk_groups, self.group_score = groups, topk_groups, group_score
 
+    def weights_at(self, routing: Routing, ids: Tensor, none: Tensor) -> Tensor:
+        if self.score != "topk_softmax":
+            return super().weights_at(routing, ids, none)
+        assert routing.logits is not None
+        wide = routing.logits if routing.logits.dtype == torch.float64 else routing.logits.float()
+        chosen = wide.gather(1, ids).masked_fill(none, -torch.inf)
+        chosen = chosen.masked_fill(none.all(1, keepdim=True), 0)
+        return chosen.softmax(1) * self.scale
+
     def choose(self, x: Tensor, given: Given) -> Routing:
         return topk(
             self.logits(x),

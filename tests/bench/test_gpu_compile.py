@@ -25,6 +25,8 @@ CODE = "import sys; from headgate.cli import main; sys.exit(main(sys.argv[1:]))"
 RUNS = {
     "some": "--chips sm_90 --shapes gpt-oss-tp8 --tokens 4096 --passes forward backward --limit 1 --processes 1",
     "widths": "--chips sm_90 --shapes gpt-oss-tp8 --tokens 4096 --passes forward backward",
+    "blocks": "--chips sm_80 sm_90 --shapes qwen3 --tokens 1 64 1024 --passes quantized widened --formats Q6_K Q8_0 "
+    "--limit 4",
     "many": "--chips sm_80 sm_90 --shapes qwen3 gpt-oss --tokens 1 4096 --limit 2",
 }
 
@@ -94,6 +96,16 @@ def test_what_is_wrong_is_said():
     row = {"kernel": "k", "chip": "c", "what": "k[]", "wgmma": 0, "mma": 1, "tcgen05": 0, "tma": 0, "cp_async": 2}
     table = builds.table([row | fine, row | fine | {"spill_bytes": None, "mma": 3}], every=False)
     assert table[1].split() == ["k", "c", "2", "100", "?", "10", "20", "0", "1-3", "0", "0", "2"]
+
+
+@pytest.mark.slow
+def test_kernels_that_shift_ggufs_blocks_into_place_spill_nothing(built):
+    """Those that take the most registers: where rows are many, and where they are few."""
+    found, _ = built("blocks")
+    wanted = {"thin_up_kernel", "thin_down_kernel", "up_kernel", "rows_kernel", "back_kernel"}
+    for chip in (80, 90):
+        assert wanted <= {r["kernel"] for r in found if r["sm"] == chip}
+    assert [r["what"] for r in found if builds.fault(r)] == []
 
 
 @pytest.mark.slow  # three starts of a compiler's process

@@ -14,12 +14,12 @@ import torch
 
 from headgate import cli
 from headgate.bench.check import WrongNumbers
-from headgate.bench.gpu import figures, measure, report
+from headgate.bench.gpu import figures, measure, packed, report
 from headgate.bench.gpu.check import check, truth_of
 from headgate.bench.gpu.measure import Case, Measurer
 from headgate.bench.gpu.report import Child, Report
 from headgate.bench.gpu.rivals import RIVALS, NotServed, absent, torch_grouped
-from headgate.bench.gpu.roofline import Roof, summary
+from headgate.bench.gpu.roofline import DECODE, Roof, summary
 from headgate.bench.gpu.shapes import MODELS, SONIC, STANDARD, problem_on
 from headgate.bench.gpu.text import case_lines, floor_us
 from headgate.bench.gpu.timing import Clock, Entry, interleave, statistics_of
@@ -72,6 +72,28 @@ def test_decoding_takes_other_experts_with_each_call():
     assert found["calls"] == 16
     assert found["weight_bytes"] <= 6 * tiny("gpt-oss").expert_elements * 2
     assert "median_us" in found["contestants"]["torch"]["forward"]
+
+
+@pytest.mark.parametrize("tokens", [2, DECODE + 1])
+def test_formats_of_few_bits_are_checked_and_measured(tokens, monkeypatch):
+    small = replace(tiny("qwen3" if tokens == 2 else "gpt-oss"), hidden=64, intermediate=32)
+    who = ("headgate", "int4", "Q8_0", "Q4_K")
+    few = Case(small, tokens, "packed", budget_s=0.01, contestants=who)
+    found = Measurer("cpu").run(few)
+    assert found["contestants"]["Q4_K"] == {
+        "skipped": f"Q4_K needs sizes that are multiples of 256, not {small.name}'s"
+    }
+    size = {n: found["contestants"][n]["weight_bytes"] for n in who[:3]}
+    bits = {n: 16 * size[n] / size["headgate"] for n in size}
+    assert bits == {"headgate": 16, "int4": pytest.approx(4.5, rel=0.1), "Q8_0": 8.5}
+    steps = {"forward"} if tokens == 2 else {"forward", "backward", "step"}
+    assert all(steps <= set(found["contestants"][n]) for n in who[:3])
+    assert sum(" forward " in line for line in case_lines(found)) == 3
+    if tokens > 4:  # the backward pass widens by `expert`, too
+        return
+    monkeypatch.setattr(packed.Quantized, "expert", lambda q, e, dtype: torch.ones(q.shape[1:], dtype=dtype))
+    found = Measurer("cpu").run(few)
+    assert all("off by" in found["contestants"][n]["refused"] for n in ("int4", "Q8_0"))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])

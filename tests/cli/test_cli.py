@@ -215,14 +215,20 @@ def test_doctor_says_how_much_memory_a_model_takes_and_whether_its_files_are_who
     experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
     assert cli.main(["doctor", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["model"]
-    assert found["memory"] == {
-        "experts_bytes": experts, "rest_bytes": sum(p.nbytes for p in model.parameters()) - experts
-    }  # fmt: skip
+    rest = sum(p.nbytes for p in model.parameters()) - experts
+    auto = found["memory"].pop("auto")
+    assert found["memory"] == {"experts_bytes": experts, "rest_bytes": rest, "auto_bytes": experts}
+    assert "100% of all" in auto
     files = sorted(tmp_path.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    assert found["checkpoint"] == {"files": len(files), "bytes": size, "trouble": None, "damaged": False}
+    assert found["checkpoint"] == {
+        "files": len(files), "bytes": size, "experts_bytes": found["memory"]["experts_bytes"], "trouble": None,
+        "damaged": False,
+    }  # fmt: skip
     assert cli.main(["doctor", str(tmp_path)]) == 0
-    assert f"{len(files)} safetensors files of 0.0 MB: headgate.load takes them" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{len(files)} safetensors files of 0.0 MB: headgate.load takes them" in said
+    assert f"budget='auto' on a CPU here: {auto.split(':')[0]}" in said
     whole = files[1].read_bytes()
     files[1].write_bytes(whole[:-1])
     assert cli.main(["doctor", str(tmp_path)]) == 1

@@ -139,11 +139,11 @@ def test_outputs_and_sum_against_the_reference(problem, assert_close):
     assert_close(y, combine_outputs_reference(filled.double(), p.ids, t["weights"], 5, torch.float64))
 
 
-@pytest.mark.parametrize("format", ["fp8", "int4", "mxfp4"])
+@pytest.mark.parametrize("format", ["fp8", "uint4", "mxfp4", "Q4_0"])
 def test_quantized_arenas(problem, format):
     p = problem(9, 64, 96, 4, 2)
     for n in ("w_gate_up", "w_down"):
-        p.tensors[n] = quantize(p.tensors[n], format, block=(1, 32) if format == "int4" else None)
+        p.tensors[n] = quantize(p.tensors[n], format, block=(1, 32) if format == "uint4" else None)
 
     def pick(weights, part):
         part = [part[0], *part]  # a slot that nobody is in

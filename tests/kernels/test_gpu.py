@@ -12,9 +12,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headgate.kernels import GPT_OSS, Activation, Routing, combine_outputs, expert_outputs, grouped_ffn, plan, topk
+from headgate.kernels import (
+    GPT_OSS,
+    Activation,
+    Routing,
+    combine_gradients,
+    combine_outputs,
+    expert_gradients,
+    expert_outputs,
+    grouped_ffn,
+    plan,
+    topk,
+)  # fmt: skip
 from headgate.kernels.grouped_ffn import grouped_ffn_reference
 from headgate.kernels.plan import plan_reference
+from headgate.kernels.quantized import BLOCKS, quantize
 from headgate.kernels.topk import topk_reference
 
 pytestmark = pytest.mark.gpu
@@ -62,6 +74,50 @@ def test_every_form_in_bf16(problem, check, form, size):
 @pytest.mark.parametrize("size", [FEW, MANY], ids=["few rows", "many rows"])
 def test_other_types(problem, check, dtype, size):
     check(problem(dtype=dtype, bias=True, **size))
+
+
+_BITS = ("fp8", "int8", "int4", "uint4", "mxfp4", *BLOCKS)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rows", [2, 24, 700], ids=["thin", "few rows", "many rows"])
+@pytest.mark.parametrize(
+    ("format", "form"),
+    [*((format, "gate first") for format in _BITS), ("uint4", "pair"), ("Q4_K", "pair"), ("gguf_mxfp4", "gpt-oss")],
+)
+def test_weights_in_few_bits(problem, assert_close, format, form, rows):
+    """Against the reference on what they mean, and the gradients of rows and router weights of more than a few."""
+    few = dict(R=rows, D=256, F=256, E=4, K=2, dtype=torch.bfloat16, **FORMS[form])
+    p = problem(**few | {"transposed": False})
+    names = [n for n in ("w_gate_up", "w_up", "w_down") if n in p.tensors]
+    packed = {n: quantize(p.tensors[n], format) for n in names}
+    meant = replace(p, tensors=p.tensors | {n: q.dequantize(torch.bfloat16) for n, q in packed.items()})
+    asked = ("rows", "weights")
+    want = replace(meant.to(torch.float64), needs=asked).run(truth=True)
+    if rows <= 4:
+        with torch.no_grad():
+            assert_close(p.call(p.tensors | packed), want["y"], dtype=torch.bfloat16, name="y")
+        return
+    leaves = {n: t.detach().requires_grad_(n in asked) for n, t in p.tensors.items()}
+    y = p.call(leaves | packed)
+    got = torch.autograd.grad(y, [leaves[n] for n in asked], torch.ones_like(y))
+    assert_close(y, want["y"], dtype=torch.bfloat16, name="y")
+    for n, g in zip(asked, got, strict=True):
+        assert_close(g, want[n], dtype=torch.bfloat16, name=n)
+
+
+@pytest.mark.parametrize("format", ["uint4", "Q8_0", "Q4_K"])
+def test_experts_in_few_bits_in_two_calls_are_those_of_one(problem, format):
+    p = problem(R=24, D=256, F=256, E=4, K=2, dtype=torch.bfloat16)
+    t, routing = p.tensors, Routing.from_topk(p.ids, p.tensors["weights"], p.experts)
+    w1, w2 = (quantize(t[n], format) for n in ("w_gate_up", "w_down"))
+    out = torch.full((p.ids.numel(), 256), math.nan, device="cuda")
+    for part in ([0, 2], [3, 1]):
+        slots = torch.full((4,), -1, dtype=torch.int32, device="cuda")
+        slots[part] = torch.arange(2, dtype=torch.int32, device="cuda")
+        there = (replace(w, data=w.data[part], scale=w.scale[part]) for w in (w1, w2))
+        expert_outputs(t["rows"], routing, *there, slots, out)
+    assert torch.equal(combine_outputs(out, routing, torch.bfloat16), grouped_ffn(t["rows"], routing, w1, w2))
 
 
 def test_fp32_follows_torchs_precision(problem, check):
@@ -156,6 +212,40 @@ def test_experts_in_two_calls_are_those_of_one(problem, form, size):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got, p.call(t))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_experts_in_two_calls_are_those_of_one(problem, form):
+    """To the bit, and without waiting for the device."""
+    p = problem(dtype=torch.bfloat16, **MANY, **FORMS[form])
+    t, routing = p.tensors, Routing.from_topk(p.ids, p.tensors["weights"], p.experts)
+    grad, pairs = torch.randn_like(p.call(t)), p.ids.numel()
+    d_rows, d_weights = torch.empty(pairs, t["rows"].shape[1], device="cuda"), torch.zeros(pairs, device="cuda")
+    calls = []
+    for part in (torch.arange(0, p.experts, 2), torch.arange(1, p.experts, 2)):
+        slots = torch.full((p.experts,), -1, dtype=torch.int32)
+        slots[part] = torch.arange(len(part)).int()
+        calls.append(({n: w[part.cuda()] for n, w in t.items() if n not in ("rows", "weights")}, slots.cuda()))
+
+    def step():
+        for w, slots in calls:
+            w1 = (w["w_gate_up"], w["w_up"]) if "w_up" in w else w["w_gate_up"]
+            how = {n: b for n, b in w.items() if n.startswith("b_")} | p.form
+            outs = {"d_rows": d_rows, "d_weights": d_weights}
+            expert_gradients(grad, t["rows"], routing, w1, w["w_down"], slots, **outs, **how)
+        return combine_gradients(d_rows, routing, torch.bfloat16)
+
+    step()  # compiles
+    d_rows.fill_(math.nan)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = replace(p, needs=("rows", "weights")).run(grad)
+    assert torch.equal(got, want["rows"])
+    assert torch.equal(d_weights.view(p.ids.shape).to(t["weights"].dtype), want["weights"])
 
 
 def test_nothing_waits_for_the_device(problem):

@@ -27,10 +27,11 @@ FORMATS = {
     "int4": ("int4", (1, 32)),
     "int4, wide groups": ("int4", (1, 128)),
     "mxfp4": ("mxfp4", None),
+    "uint4": ("uint4", (1, 32)),
 }
 # Several tiles each way, the last of 64 cut, and several scales along each contraction: those of 128 need more columns.
 WIDE = {"fp8": 160, "int4, wide groups": 160}
-AGAIN = ("fp8, a scale per row", "int4", "mxfp4")  # `make test` has them in another form below
+AGAIN = ("fp8, a scale per row", "mxfp4", "uint4")  # `make test` has them in another form below
 SILU = Activation("silu")
 FORMS = {"halves": (SILU, False, False), "gpt-oss": (GPT_OSS, True, False), "pair": (SILU, False, True)}
 
@@ -73,7 +74,7 @@ def truth(tensors, act, interleaved, dtype, grad):
             for f in FORMATS
         ),
         *((f, "gpt-oss", torch.float32, H200) for f in ("mxfp4", "fp8")),
-        *((f, "pair", torch.float32, H200) for f in ("int4", "fp8, a scale per row")),
+        *((f, "pair", torch.float32, H200) for f in ("uint4", "fp8, a scale per row")),
         ("mxfp4", "gpt-oss", torch.float16, A100),
     ],
     ids=lambda v: v.name if hasattr(v, "name") else str(v),

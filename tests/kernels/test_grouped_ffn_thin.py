@@ -27,6 +27,7 @@ FORMATS = {
     "fp8 by row": ("fp8", (1, 1 << 20)),
     "int8": ("int8", (1, 32)),
     "int4": ("int4", (1, 32)),
+    "uint4": ("uint4", (1, 32)),
     "mxfp4": ("mxfp4", (1, 32)),
 }
 
@@ -189,9 +190,11 @@ class TestThinKernels:
             assert torch.equal(got[want.isfinite()] * 256, want[want.isfinite()])
         else:
             groups, data = 8 * per_byte, codes.view(torch.int8 if format == "int8" else torch.uint8).view(1, 1, 256)
-            scale = (
-                torch.full((1, 1, groups), 127, dtype=torch.uint8) if format == "mxfp4" else torch.ones(1, 1, groups)
-            )
+            scale = torch.ones(1, 1, groups)
+            if format == "mxfp4":
+                scale = torch.full((1, 1, groups), 127, dtype=torch.uint8)
+            elif format == "uint4":
+                scale = torch.cat((scale, torch.zeros(1, 1, groups)), 2)
             want = Quantized(data, scale, format, (1, 32)).dequantize(torch.float32).flatten()
             assert torch.equal(got * (16384 if format == "mxfp4" else 1), want)
 

@@ -10,7 +10,9 @@ import torch
 from headgate.kernels import (
     Quantized,
     Routing,
+    combine_gradients,
     combine_outputs,
+    expert_gradients,
     expert_outputs,
     grouped_ffn,
     grouped_linear,
@@ -144,8 +146,11 @@ def test_outputs_of_experts_in_any_layout(format, layout, cpu_form, assert_close
         x, s = (t if change is lay else t.contiguous() for t in (rows, weights))
         routing = Routing(lay(ids_of[7]) if change is lay else lay(ids_of[7]).contiguous(), s, E)
         out = torch.empty(14, 64)
-        expert_outputs(x, routing, a, b, torch.arange(E, dtype=torch.int32), out)
+        slots, d_rows, d_weights = torch.arange(E, dtype=torch.int32), torch.empty(14, 64), torch.empty(14)
+        expert_outputs(x, routing, a, b, slots, out)
+        expert_gradients(x, x, routing, a, b, slots, d_rows=d_rows, d_weights=d_weights)
         found.append([out, combine_outputs(out, routing, x.dtype), grouped_ffn(x, routing, a, b)])
+        found[-1] += d_rows, d_weights, combine_gradients(d_rows, routing, x.dtype)
     for got, want in zip(*found, strict=True):
         assert_close(got, want)
 

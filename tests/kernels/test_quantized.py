@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headgate.kernels import GPT_OSS, Quantized, Routing, grouped_ffn, quantize
-from headgate.kernels.quantized import FORMATS
+from headgate.kernels.quantized import BLOCKS, FORMATS, PER_BYTE
 
 FORMS = [
     ("fp8", None),
@@ -18,6 +18,8 @@ FORMS = [
     ("int4", (1, 32)),
     ("int4", (1, 64)),
     ("int4", None),
+    ("uint4", (1, 32)),
+    ("uint4", None),
     ("mxfp4", None),
 ]
 
@@ -59,6 +61,9 @@ class TestMeaning:
         assert int4[0, 0, :7].tolist() == [-4.0, -3.5, 3.5, 0.0, -0.5, 3.5, 0.0]
         fp4 = Quantized(data, torch.tensor([[[126]]], dtype=torch.uint8), "mxfp4", (1, 32)).dequantize(torch.float32)
         assert fp4[0, 0, :6].tolist() == [0.0, 0.25, -3.0, -0.0, 3.0, -3.0]
+        zeros = torch.tensor([[[0.5, 7.0]]])  # a scale, then its zero
+        uint4 = Quantized(data, zeros, "uint4", (1, 32)).dequantize(torch.float32)
+        assert uint4[0, 0, :7].tolist() == [-3.5, -3.0, 4.0, 0.5, 0.0, 4.0, 0.5]
         for exponent, power in ((0, 2.0**-127), (1, 2.0**-126), (127, 1.0), (254, 2.0**127)):
             two = torch.full((1, 1, 16), 0x22, dtype=torch.uint8)  # ones
             w = Quantized(two, torch.tensor([[[exponent]]], dtype=torch.uint8), "mxfp4", (1, 32))
@@ -74,22 +79,24 @@ class TestQuantize:
         q = quantize(w, format, block=block)
         back = q.dequantize(torch.float32)
         scale = (q.scale.view(torch.float8_e8m0fnu) if format == "mxfp4" else q.scale).float()
+        scale = scale.chunk(2, 2)[0] if format == "uint4" else scale
         for axis, step in enumerate(q.block, start=1):
             scale = scale.repeat_interleave(min(step, w.shape[axis]), axis).narrow(axis, 0, w.shape[axis])
         # half the distance to the next number: relative for fp8 (3 bits), by binade for e2m1 (which ends at 6)
         units = (w / scale).abs()
         if format == "fp8":
             allowed = (units / 16).clamp(min=2.0**-10)
-        elif format in ("int8", "int4"):
+        elif format in ("int8", "int4", "uint4"):
             allowed = torch.full_like(units, 0.5)
         else:
             allowed = torch.where(units > 6, units - 6, torch.where(units > 4, 1.0, torch.where(units > 2, 0.5, 0.25)))
         assert ((back - w).abs() <= allowed * scale * (1 + 1e-5)).all()
-        assert torch.equal(quantize(back, format, block=block).dequantize(torch.float32), back)
+        again = quantize(back, format, block=block).dequantize(torch.float32)
+        assert torch.equal(again, back) if format != "uint4" else torch.allclose(again, back, rtol=1e-6)
 
     def test_zeros_and_sizes(self):
-        sizes = {"fp8": 64 * 64 + 4, "int8": 64 * 64 + 64 * 4, "int4": 64 * 32 + 64 * 4, "mxfp4": 64 * 34}
-        for format, each in sizes.items():
+        sizes = {"fp8": 64 * 64 + 4, "int8": 64 * 64 + 64 * 4, "int4": 64 * 32 + 64 * 4, "uint4": 64 * 32 + 64 * 8}
+        for format, each in {**sizes, "mxfp4": 64 * 34}.items():
             q = quantize(torch.zeros(2, 64, 64), format)
             assert (tuple(q.shape), q.nbytes) == ((2, 64, 64), 2 * each)
             assert not q.dequantize(torch.float32).any()
@@ -105,7 +112,7 @@ class TestQuantize:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"format": "fp4"}, ValueError, "format must be one of fp8, int8, int4, mxfp4, got 'fp4'"),
+        ({"format": "fp4"}, ValueError, "format must be one of fp8, int8, int4, uint4, mxfp4, Q8_0, .*, got 'fp4'"),
         ({"data": torch.zeros(2, 4, 16)}, TypeError, "data must be torch.uint8 for 'int4', got torch.float32"),
         ({"format": "int8"}, TypeError, "data must be torch.int8 for 'int8', got torch.uint8"),
         ({"data": torch.zeros(4, 16).byte()}, ValueError, r"data must be 3-D .*, got \(4, 16\)"),
@@ -138,9 +145,11 @@ class TestGroupedFfn:
     D, F, E = 64, 48, 5
 
     def problem(self, format, *, pair=False, dtype=torch.float32, block=None):
+        if format in BLOCKS:
+            self.D, self.F = 256, 256
         wide = self.F if pair else 2 * self.F
         shapes = [(wide, self.D), (self.F, self.D), (self.D, self.F)]
-        w1, w_up, w2 = (quantize(torch.randn(self.E, *s) / 7, format, block=block) for s in shapes)
+        w1, w_up, w2 = (quantize(torch.randn(self.E, *s) / s[1] ** 0.5, format, block=block) for s in shapes)
         leaves = {
             "rows": torch.randn(11, self.D).to(dtype),
             "weights": torch.rand(11, 3),
@@ -157,7 +166,18 @@ class TestGroupedFfn:
         return grouped_ffn(t["rows"], routing, w1, w2, **biases, **form)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize(("format", "block"), [("fp8", None), ("int8", None), ("int4", (1, 32)), ("mxfp4", None)])
+    @pytest.mark.parametrize(
+        ("format", "block"),
+        [
+            ("fp8", None),
+            ("int8", None),
+            ("int4", (1, 32)),
+            ("mxfp4", None),
+            ("Q8_0", None),
+            ("Q4_K", None),
+            ("Q6_K", None),
+        ],
+    )
     @pytest.mark.parametrize("form", [{}, {"pair": True}, {"interleaved": True, "activation": GPT_OSS}], ids=str)
     def test_value_and_gradients(self, format, block, form, dtype, assert_close):
         form = dict(form)
@@ -250,12 +270,19 @@ class TestGroupedFfn:
         del leaves["b_gate_up"]
         with pytest.raises(ValueError, match="w_up must have w_gate's format, block and scales"):
             self.run(pair, w2, leaves, ids)
+        for one, two in (("int8", "Q8_0"), ("Q8_0", "Q4_K")):
+            pair = tuple(
+                quantize(torch.zeros(5, 256, 256), f, block=(1, 32) if f == "int8" else None) for f in (one, two)
+            )
+            leaves["rows"] = torch.zeros(11, 256)
+            with pytest.raises(ValueError, match="w_up must have w_gate's format, block and scales"):
+                self.run(pair, quantize(torch.zeros(5, 256, 256), "Q4_K"), leaves, ids)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(format, value):
-    w = torch.randn(1, 4, 64)
+    w = torch.randn(1, 4, 256)
     w[0, 1, 2] = value
     with pytest.raises(ValueError, match="w must be finite"):
         quantize(w, format)
@@ -265,10 +292,10 @@ def test_weights_that_are_no_numbers_are_refused(format, value):
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_block_that_is_none_is_refused(format, block):
     with pytest.raises(ValueError, match="quantize: block must be "):
-        quantize(torch.randn(2, 4, 128), format, block=block)
+        quantize(torch.randn(2, 4, 256), format, block=block)
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 128), (2, 0, 128), (2, 4, 0)])
+@pytest.mark.parametrize("shape", [(0, 4, 256), (2, 0, 256), (2, 4, 0)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_weights_without_an_element_are_refused(format, shape):
     with pytest.raises(ValueError, match="quantize: w must have at least one element, got"):
@@ -300,7 +327,7 @@ def test_a_dead_row_beside_others_takes_scales_in_fp16(format):
         quantize(w, format, block=(1, 128), scale_dtype=torch.float16)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", PER_BYTE)
 @pytest.mark.parametrize("factor", [1e-45, 1e-41, 1e-38, 1e37])
 def test_the_smallest_and_the_largest_weights_stay_numbers(format, factor):
     """A block of a dead expert beside others."""

@@ -11,9 +11,10 @@ import torch
 from headgate.kernels import GPT_OSS, Activation, Quantized, Routing, grouped_ffn, native, quantize
 from headgate.kernels.activation import as_activation
 from headgate.kernels.grouped_ffn import grouped_ffn_reference, quantized, quantized_on_cpu
+from headgate.kernels.quantized import BLOCKS
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no compiled form: {native.status().why}")
-FORMATS = ("int8", "int4", "mxfp4")
+FORMATS = ("int8", "int4", "uint4", "mxfp4")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -38,11 +39,12 @@ class Case:
         self.experts, self.interleaved, self.activation, self.gated = E, interleaved, activation, gated
 
         def weight(kind, *shape):
-            more = {} if kind == "mxfp4" else {"block": (1, group), "scale_dtype": scale_dtype}
+            more = {} if kind == "mxfp4" or kind in BLOCKS else {"block": (1, group), "scale_dtype": scale_dtype}
             return quantize(torch.randn(E, *shape) / shape[1] ** 0.5, kind, **more)
 
         wide = 2 * F if gated and not pair else F
-        self.w1, self.w_up = weight(format, wide, D), weight(format, F, D) if pair else None
+        first, up = format.split("+") if "+" in format else (format, format)
+        self.w1, self.w_up = weight(first, wide, D), weight(up, F, D) if pair else None
         self.w2 = weight(down or format, D, F)
         self.x, self.weights = torch.randn(R, D).to(dtype), torch.rand(R, K)
         self.ids = torch.randint(-1, E + 1, (R, K))
@@ -105,6 +107,33 @@ class TestAgainstTheReference:
         case = Case(R=rows, dtype=dtype, **form)
         assert_close(case.run(), case.truth(), dtype=dtype)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("format", BLOCKS)
+    def test_blocks_of_gguf(self, format, dtype, assert_close):
+        """Three blocks of 256 and one; an expert without rows, of one row, of few, of several passes, of many."""
+        case = Case(R=70, D=768, F=256, E=5, K=1, format=format, dtype=dtype)
+        case.ids[:, 0] = torch.tensor([1] + [2] * 5 + [3] * 13 + [4] * 40 + [-1] * 11)[torch.randperm(70)]
+        y = case.run()
+        assert_close(y, case.truth(), dtype=dtype)
+        assert torch.equal(case.run(), y)
+
+    @pytest.mark.parametrize("rows", [5, 60])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        "form",
+        [
+            {"format": "Q4_K", "down": "Q6_K"},
+            {"format": "Q4_K+Q6_K", "down": "Q8_0", "pair": True, "bias": False},
+            {"format": "Q8_0+gguf_mxfp4", "down": "Q5_K", "pair": True},
+            {"format": "int4", "down": "Q4_K"},
+            {"format": "Q5_K", "down": "mxfp4", "interleaved": True, "activation": GPT_OSS},
+        ],
+        ids=str,
+    )
+    def test_blocks_of_gguf_together(self, form, dtype, rows, assert_close):
+        case = Case(R=rows, D=256, F=512, E=3, dtype=dtype, **form)
+        assert_close(case.run(), case.truth(), dtype=dtype)
+
     @pytest.mark.parametrize("rows", [2, 60])
     @pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("group", [32, 64, 128])
@@ -116,8 +145,13 @@ class TestAgainstTheReference:
     def test_random_problems_with_any_number_of_threads(self, seed, assert_close):
         r, before = random.Random(seed), torch.get_num_threads()
         torch.manual_seed(seed)
-        dtype, format = r.choice(DTYPES), r.choice(FORMATS)
-        sizes = dict(R=r.choice([1, 2, 7, 16, 17, 33, 100]), D=2 * r.randint(1, 90), F=2 * r.randint(1, 90))
+        dtype, format = r.choice(DTYPES), r.choice((*FORMATS, *BLOCKS))
+        step, most = (BLOCKS[format][0], 640 // BLOCKS[format][0]) if format in BLOCKS else (2, 90)
+        sizes = {
+            "R": r.choice([1, 2, 7, 16, 17, 33, 100]),
+            "D": step * r.randint(1, most),
+            "F": step * r.randint(1, most),
+        }
         case = Case(**sizes, E=r.choice([1, 3, 9]), K=r.choice([1, 2, 4]), dtype=dtype, format=format,
                     group=r.choice([32, 64, 128]), bias=r.random() < 0.5)  # fmt: skip
         try:
@@ -140,6 +174,7 @@ def test_every_code_is_read_as_dequantized(format, rows, dtype):
     data = data.view(torch.int8) if format == "int8" else data
     columns = 16 if format == "int8" else 32
     scale = torch.full((1, 256, 1), 126, dtype=torch.uint8) if format == "mxfp4" else torch.full((1, 256, 1), 0.5)
+    scale = torch.cat((scale, torch.arange(256.0).view(1, -1, 1) % 17), 2) if format == "uint4" else scale
     w1 = Quantized(data, scale, format, (1, 32))
     x = torch.eye(columns)[torch.arange(rows) % columns].to(dtype)
     eye = quantize(torch.eye(256)[None], "int8", block=(1, 32))
@@ -149,6 +184,51 @@ def test_every_code_is_read_as_dequantized(format, rows, dtype):
     want = w1.dequantize(torch.float32)[0].T[torch.arange(rows) % columns]
     half = dtype != torch.float32  # neighbouring codes are half apart
     torch.testing.assert_close(y.float(), want, rtol=2**-8 if half else 1e-5, atol=2e-3 if half else 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("format", BLOCKS)
+def test_every_byte_of_a_block_is_read_as_dequantized(format, rows, dtype):
+    """Random bytes, so all scales, minima and codes; scales in fp16 stay moderate. As above, weight by weight."""
+    weights, size = BLOCKS[format]
+    data = torch.randint(0, 256, (1, 96, size), dtype=torch.uint8)
+    halves = {"Q8_0": (0,), "Q4_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "gguf_mxfp4": ()}
+    for at in halves[format]:
+        data[0, :, at : at + 2] = (torch.rand(96, 1) + 0.5).half().view(torch.uint8)
+    if format == "gguf_mxfp4":
+        data[0, :, 0] = torch.randint(110, 140, (96,))
+    w1 = Quantized.from_gguf(data, format)
+    columns = torch.randperm(weights)[:rows]
+    eye = quantize(torch.eye(96)[None], "int8", block=(1, 32))
+    routing = Routing.from_topk(torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, 1), 1)
+    with torch.no_grad():
+        y = grouped_ffn(
+            torch.eye(weights)[columns].to(dtype), routing, w1, eye, activation=Activation("identity", False)
+        )
+    want = w1.dequantize(torch.float32)[0].T[columns]
+    rtol, atol = {torch.bfloat16: (2**-8, 1e-4), torch.float16: (2**-10, 1e-4), torch.float32: (1e-5, 1e-6)}[dtype]
+    torch.testing.assert_close(y.float(), want, rtol=rtol, atol=atol * want.abs().max().item())
+
+
+@pytest.mark.parametrize("format", ["Q8_0", "Q6_K"])  # of these a column of zeros has a code
+@pytest.mark.parametrize("rows", [2, 40])
+def test_nan_and_large_inputs_among_blocks(format, rows, assert_close):
+    """Beside one input as large as language models have them, the others still count: 8 bits would lose them."""
+    case = Case(R=rows, D=512, F=256, E=1, K=1, format=format, dtype=torch.bfloat16)
+    case.ids.zero_()
+    clean = case.run()
+    case.x[1, 300] = torch.inf
+    y = case.run()
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[[i for i in range(rows) if i != 1]], clean[[i for i in range(rows) if i != 1]])
+    case.x[1, 300], case.w1 = (
+        500.0,
+        quantize(case.w1.dequantize(torch.float32).index_fill(2, torch.tensor(300), 0), format),
+    )
+    lone = case.run()
+    case.x[1, 300] = 0.0
+    assert_close(lone, case.run(), dtype=torch.bfloat16, scale=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

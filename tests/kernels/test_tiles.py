@@ -11,15 +11,15 @@ from headgate.kernels.chip import CHIPS, H200, Chip
 from headgate.kernels.tiles import Size, Tile, candidates, choose, row_tile, shared_bytes
 
 SIZES = [
-    Size(pairs, d, f, experts, itemsize, gated, interleaved and gated, quantized and itemsize == 2)
-    for pairs, (d, f), experts, itemsize, gated, interleaved, quantized in itertools.product(
+    Size(pairs, d, f, experts, itemsize, gated, interleaved and gated, formats)
+    for pairs, (d, f), experts, itemsize, gated, interleaved, formats in itertools.product(
         (0, 1, 40, 3000, 30_000, 2_000_000),
         ((1, 1), (33, 70), (2048, 768), (2880, 2880), (7168, 2048)),
         (1, 8, 256),
         (2, 4),
         (True, False),
         (True, False),
-        (True, False),
+        ((), ("int4", "int4"), ("Q4_K", "Q6_K"), ("Q8_0", "Q8_0")),
     )
 ]
 
@@ -31,13 +31,14 @@ def test_every_choice_fits_the_chip(chip):
         halves = 2 if size.gated else 1
         for name in ("up", "down", "back", "dx", "dw"):
             t = getattr(tiles, name)
-            used = shared_bytes(
-                t, size.itemsize, halves if name == "up" else 1, name == "dw", size.quantized and name != "dw"
-            )
+            format = {"up": size.formats[:1], "dx": size.formats[:1], "dw": ()}.get(name, size.formats[1:])
+            used = shared_bytes(t, size.itemsize, halves if name == "up" else 1, name == "dw", *format)
             if name == "dw" and chip.tensor_maps:  # a part of the result on its way out
                 used += t.rows * t.columns * size.itemsize // t.parts
             assert used * t.resident <= chip.shared_bytes, (name, t, size)
             assert min(t.rows, t.columns, t.depth) >= 16, (name, t, size)
+            along_rows = t.columns if name in ("back", "dx") else t.depth
+            assert along_rows >= 32 or name == "dw" or "Q4_K" not in size.formats, "a part of a block has one scale"
             assert all(n & (n - 1) == 0 for n in (t.rows, t.columns, t.depth, t.warps, t.pieces)), (name, t, size)
             assert t.columns // t.pieces >= 16, (name, t, size)
         # an expert's rows are cut once for the forward pass and once for the backward pass

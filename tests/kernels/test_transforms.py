@@ -17,6 +17,7 @@ import headgate.kernels as kernels
 from headgate.kernels import GPT_OSS, Activation, Routing
 from headgate.kernels.activation import as_activation
 from headgate.kernels.chip import say_once
+from headgate.kernels.expert_gradients import combine_gradients_reference
 from headgate.kernels.expert_outputs import combine_outputs_reference
 from headgate.kernels.grouped_ffn import grouped_ffn_reference
 from headgate.kernels.grouped_linear import grouped_linear_reference
@@ -162,6 +163,15 @@ def combined():
     )
 
 
+def summed():
+    ids = torch.rand(R, E).argsort(1)[:, :K].int()
+    return (
+        lambda d_rows: kernels.combine_gradients(d_rows, Routing(ids, torch.ones(R, K), E), torch.float64),
+        lambda d_rows: combine_gradients_reference(d_rows, ids, E, torch.float64),
+        (new(R * K, D),),
+    )
+
+
 # Operator -> the forms in which it is called here: each a function that makes (the call, its reference, floats). A new
 # operator is to be listed; what none of torch.func can do with it is in REFUSED.
 OPERATORS = {
@@ -183,13 +193,15 @@ OPERATORS = {
     },
     "router_logits": {"bias": logits},
     "combine_outputs": {"weighted": combined},
+    "combine_gradients": {"summed": summed},
 }
-REFUSED = ("expert_outputs",)
+REFUSED = ("expert_outputs", "expert_gradients")
 # What is refused by name instead: (operator, transform) -> what the error says.
-_GRADIENT = (ValueError, "combine_outputs: out must not ask for a gradient")
+_GRADIENT = (ValueError, "combine_.*: (out|d_rows) must not ask for a gradient")
+_SUMS = ("combine_outputs", "combine_gradients")
 EXCEPT = {
-    **{("combine_outputs", name): _GRADIENT for name in ONE if name not in ("jvp", "jacfwd", "forward_ad")},
-    **{("combine_outputs", each): _GRADIENT for each in EACH if each not in ("value", "jvp")},
+    **{(op, name): _GRADIENT for op in _SUMS for name in ONE if name not in ("jvp", "jacfwd", "forward_ad")},
+    **{(op, each): _GRADIENT for op in _SUMS for each in EACH if each not in ("value", "jvp")},
     ("grouped_ffn_backward", "forward_ad"): (NotImplementedError, "headgate::grouped_ffn.*: tensors must carry no tan"),
     # torch's vmap of before torch.func knows no operator with lists of tensors
     ("grouped_ffn_quantized", "backward of a batch of gradients"): (RuntimeError, "Batching rule not implemented"),
@@ -267,6 +279,21 @@ def test_what_is_forward_only_refuses_a_transform_by_name(transformed, itself):
     words = r"expert_outputs: (tensors must .*grouped_ffn|tensors must carry no tangent|rows must not ask)"
     with pytest.raises((NotImplementedError, ValueError), match=words):
         transformed(f, new(R, D))
+
+
+def test_gradients_of_experts_refuse_a_transform_by_name():
+    routing, w1, w2, rows = kernels.topk(torch.randn(R, E), K), new(E, 2 * F, D), new(E, D, F), new(R, D)
+    slots = torch.arange(E, dtype=torch.int32)
+
+    def f(grad):
+        d_rows = torch.zeros(R * K, D, dtype=torch.float64)
+        kernels.expert_gradients(grad, rows, routing, w1, w2, slots, d_rows=d_rows)
+        return d_rows
+
+    words = r"expert_gradients: (tensors must .*grouped_ffn|tensors must carry no tangent|grad must not ask)"
+    for transformed in (lambda: ONE["jvp"](f, (new(R, D),)), lambda: batched("value", f, (new(R, D),))):
+        with pytest.raises((NotImplementedError, ValueError), match=words):
+            transformed()
 
 
 def test_the_operator_itself_refuses_a_tangent():

@@ -13,6 +13,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,12 @@ import numpy as np
 import torch
 
 import headgate
+from headgate.moe.hf.pretrained import quantization_in
 from headgate.moe.offload import FileStore, Layer
 from headgate.moe.offload.checkpoint import INDEX, Checkpoint
+from headgate.moe.offload.few_bits import Translated
+from headgate.moe.offload.gguf_file import Gguf
+from headgate.moe.offload.load import seen
 from headgate.placement.caching import predict
 from headgate.placement.caching.policies.learned import Learned
 from headgate.placement.caching.policies.state import Setting
@@ -193,6 +198,75 @@ def used_shards(path: Path) -> Any:
         found.close()
 
 
+def ggufs(folder: Path) -> list[Path]:
+    """A GGUF file, and one in two parts, of a model so small that its header is most of it."""
+    import gguf
+
+    sizes = {"context_length": 64, "block_count": 1, "embedding_length": 32, "feed_forward_length": 32,
+             "head_count": 1, "head_count_kv": 1, "layer_norm_rms_eps": 1e-6, "rope_freq_base": 1e4, "expert_count": 2,
+             "expert_used_count": 1, "expert_feed_forward_length": 32, "key_length": 8}  # fmt: skip
+    shapes = {
+        "token_embd.weight": (3, 32), "output_norm.weight": (32,), "blk.0.attn_q.weight": (8, 32),
+        "blk.0.attn_k.weight": (8, 32), "blk.0.attn_v.weight": (8, 32), "blk.0.attn_output.weight": (32, 8),
+        "blk.0.attn_q_norm.weight": (8,), "blk.0.attn_k_norm.weight": (8,), "blk.0.attn_norm.weight": (32,),
+        "blk.0.ffn_norm.weight": (32,), "blk.0.ffn_gate_inp.weight": (2, 32),
+        **{f"blk.0.ffn_{kind}_exps.weight": (2, 32, 32) for kind in ("gate", "up", "down")},
+    }  # fmt: skip
+    (folder / "split").mkdir()
+    for path, most in ((folder / "m.gguf", 0), (folder / "split" / "m.gguf", 8)):
+        file = gguf.GGUFWriter(path, "qwen3moe", split_max_tensors=most)
+        for name, value in sizes.items():
+            getattr(file, f"add_{name}")(value)
+        file.add_token_list(["a", "b", "c"])
+        file.add_array("numbers", [1, 2, 3])
+        for name, shape in shapes.items():
+            w = np.full(shape, 0.5, np.float32)
+            kind = gguf.GGMLQuantizationType.Q8_0 if "exps" in name else None
+            file.add_tensor(name, w if kind is None else gguf.quants.quantize(w, kind), raw_dtype=kind)
+        file.write_header_to_file()
+        file.write_kv_data_to_file()
+        file.write_tensors_to_file()
+        file.close()
+    return [folder / "m.gguf", folder / "split"]
+
+
+def used_gguf(path: Path) -> Any:
+    try:
+        with closing(Gguf(path)) as found:
+            return found.metadata, {n: (t.type, t.shape, found.read(n).tolist()) for n, t in found.tensors.items()}
+    except FileNotFoundError as error:  # a part that is not there: documented to raise this
+        raise ValueError(str(error)) from error
+
+
+def used_gguf_model(path: Path) -> Any:
+    with seen(path) as found:
+        return found.model.config.to_dict(), [layer.nbytes for layer in found.layers]
+
+
+def few_bits(folder: Path) -> list[Path]:
+    """A weight in few bits beside one that is not, of each kind, as headgate.load reads them."""
+    from few_bits_files import SCHEMES
+    from safetensors.torch import save_file
+
+    made = []
+    torch.manual_seed(0)
+    for scheme in ("compressed-tensors int4 with zeros", "gptq", "awq", "fp8"):
+        pack, config = SCHEMES[scheme]
+        made.append(folder / scheme)
+        made[-1].mkdir()
+        tensors = pack("x", torch.randn(8, 64))[0] | {"norm.weight": torch.ones(4)}
+        save_file(tensors, made[-1] / "model.safetensors", {"format": "pt"})
+        (made[-1] / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return made
+
+
+def used_few_bits(path: Path) -> Any:
+    with closing(Checkpoint(path)) as found:
+        there = Translated(found, quantization_in(path))
+        read = {key: there.read(key, torch.float32).float().nan_to_num() for key in there.tensors}
+        return {key: (t.shape, t.tolist()) for key, t in read.items()}
+
+
 def checkpoint(folder: Path) -> list[Path]:
     headgate.save_checkpoint(folder / "step", a_module(0), extra={"step": 1})
     return [folder / "step"]
@@ -297,6 +371,9 @@ LOADERS = {
     "Learned.load": Loader(learned, used_learned),
     "FileStore": Loader(experts_file, used_experts),
     "load": Loader(shards, used_shards),
+    "load gguf": Loader(ggufs, used_gguf),
+    "load gguf's model": Loader(ggufs, used_gguf_model, share=0.2),
+    "load few bits": Loader(few_bits, used_few_bits),
     "load_checkpoint": Loader(checkpoint, used_checkpoint, share=0.1),
     "read sglang": Loader(sglang, recording),
     "read vllm": Loader(vllm, recording),

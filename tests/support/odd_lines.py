@@ -63,6 +63,8 @@ LINES = {
     "trace show": "--show t.npz",
     "place": "t.npz --nodes 1 --gpus-per-node 2 --method linear --time-limit 0.5 --output p.json",
     "cache": "t.npz --slots 2 --policies lru",
+    "generate": "config --prompt why --max-new-tokens 1",
+    "serve": "config --port 0",
     "pack": "config out.experts",
     "doctor": "config",
     "bench": "--gpu-report --only sonic",

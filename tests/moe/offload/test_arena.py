@@ -24,7 +24,7 @@ def test_budgets(budget, size):
 
 RULE = (
     r'budget must be bytes \("8GiB", "500 MB", 4096\) or a share of all experts, above 0 and at most 1 '
-    r'\("25%", 0.25\)'
+    r'\("25%", 0.25\), or "auto" for a model'
 )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from offload_cases import (
-    D,
     E,
     K,
     L,
@@ -258,13 +258,17 @@ def test_who_may_do_without_readers(tmp_path):
     store.close()
 
 
-def test_gradients_are_refused_before_anything_is_decided():
-    with Engine(host_store(weights()), "30%", top_k=K, readers=0) as engine:
-        x, routing = batch(1)
-        with pytest.raises(ValueError, match="must not ask for a gradient"):
-            engine.compute(0, x.requires_grad_(), routing)
-        assert engine.stats().accesses == 0
-        assert engine.compute(0, x.detach(), routing).shape == (1, D)
+def test_gradients_come_by_detours_too():
+    made = weights()
+    with Engine(host_store(made), "30%", top_k=K, readers=0) as engine:
+        for tokens in (1, 33):
+            x, routing = batch(tokens)
+            found = []
+            for call in (partial(engine.compute, 0), partial(resident, w=made[0])):
+                rows = x.clone().requires_grad_()
+                found += torch.autograd.grad(call(rows, routing).square().sum(), rows)
+            assert torch.equal(*found)
+        assert not engine.cache.table.busy.any()
 
 
 @pytest.mark.gpu

@@ -149,6 +149,11 @@ def test_an_edit_that_nothing_announces_is_named_by_the_next_call_and_by_close(s
     offloaded = start(stack, store, tmp_path)
     if when != "before the first forward":
         run(stack)
+    if store == "file" and edit in (dlpack, numpy_by_dlpack):
+        with pytest.raises(BufferError, match=rf"{re.escape(NAME)} is a read-only map of a file"):
+            edit(stack, stack.blocks[1].experts.w_down)
+        offloaded.close()
+        return
     edit(stack, stack.blocks[1].experts.w_down)
     said = rf"{re.escape(NAME)} must stay as it was when it was offloaded"
     if when != "before close":
@@ -157,6 +162,21 @@ def test_an_edit_that_nothing_announces_is_named_by_the_next_call_and_by_close(s
     with pytest.raises(RuntimeError, match=said):
         offloaded.close()
     offloaded.close(discard=True)
+
+
+def test_what_stays_in_the_file_refuses_edits_when_all_is_over(stack, tmp_path):
+    """Its memory is a read-only map: a write that nobody stops would end the process."""
+    want = run(stack)
+    headgate.offload(stack, "40%", "lru", None, tmp_path).close(restore=False)
+    assert torch.equal(run(stack), want)
+    for edit in (in_place, set_item, foreach, load_state_dict):
+        with pytest.raises(RuntimeError, match=r"experts\.\w+ must stay as it is in the experts file, .*restore=True"):
+            edit(stack, stack.blocks[1].experts.w_down)
+    with pytest.raises(BufferError):
+        dlpack(stack, stack.blocks[1].experts.w_down)
+    headgate.offload(stack, "40%", "lru", None, tmp_path / "again").close()  # and can go on from there
+    in_place(stack, stack.blocks[1].experts.w_down)
+    assert not torch.equal(run(stack), want)
 
 
 def test_memory_that_is_not_there_is_not_lent(stack, tmp_path):
@@ -172,7 +192,8 @@ def test_what_only_reads_goes_on_working(stack, tmp_path, store):
     offloaded = start(stack, store, tmp_path)
     w = stack.blocks[1].experts.w_down
     assert isinstance(w, nn.Parameter)
-    for got in (w.numpy(), np.asarray(w), np.from_dlpack(w), torch.from_dlpack(w), copy.deepcopy(w), w.data.clone()):
+    lent = (np.from_dlpack(w), torch.from_dlpack(w)) if store == "host" else ()
+    for got in (w.numpy(), np.asarray(w), *lent, copy.deepcopy(w), w.data.clone()):
         assert torch.equal(torch.as_tensor(np.array(got)), whole[NAME])
     assert all(torch.equal(row, want) for row, want in zip(w, whole[NAME], strict=True))
     assert torch.equal(torch.stack(w.unbind()), whole[NAME])

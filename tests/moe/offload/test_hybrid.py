@@ -84,9 +84,7 @@ def test_modes_of_gradients_hold_on_the_host(mode, cpu_form):
     with Engine(Slow(made), "30%", top_k=K, costs=ALL) as engine:
         with mode():
             run(engine, made, steps=6)
-            engine.compute(0, x.clone().requires_grad_(), routing)
-        with pytest.raises(ValueError, match="rows and router weights must not ask for a gradient"):
-            engine.compute(0, x.clone().requires_grad_(), routing)
+            assert not engine.compute(0, x.clone().requires_grad_(), routing).requires_grad
         assert engine.stats().loads == 0
 
 

@@ -12,7 +12,7 @@ from hybrid_cases import ALL, MIXED, NONE, Slow, host_threads
 from offload_cases import D, E, K, batch, resident, run, soon, weights
 
 from headgate.kernels.routing import Routing
-from headgate.moe.offload import Engine, hybrid
+from headgate.moe.offload import Engine, passes
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -30,15 +30,15 @@ def test_what_the_host_cannot_do_its_step_says():
 
 @pytest.mark.parametrize("how", [MemoryError("no room"), SystemExit(3)], ids=["error", "exit"])
 def test_an_error_goes_to_its_own_step_alone(how, monkeypatch):
-    made, gate, write = weights(), threading.Event(), hybrid.write_outputs
+    made, gate, write = weights(), threading.Event(), passes.write_outputs
 
-    def cough(group, rows, *rest):
+    def cough(group, rows, *rest, **named):
         gate.wait(30)
         if len(rows) == 7:
             raise how
-        write(group, rows, *rest)
+        write(group, rows, *rest, **named)
 
-    monkeypatch.setattr(hybrid, "write_outputs", cough)
+    monkeypatch.setattr(passes, "write_outputs", cough)
     heard: dict[int, object] = {}
     with Engine(Slow(made), "40%", top_k=K, costs=ALL) as engine:
 
@@ -62,7 +62,7 @@ def test_an_error_goes_to_its_own_step_alone(how, monkeypatch):
 
 @pytest.mark.parametrize("when", ["while it waits", "while it computes"])
 def test_a_killed_thread_is_replaced(when, monkeypatch):
-    made, write, killed = weights(), hybrid.write_outputs, []
+    made, write, killed = weights(), passes.write_outputs, []
     x, routing = batch(3)
     with Engine(Slow(made), "40%", top_k=K, costs=ALL) as engine:
         assert torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
@@ -85,7 +85,7 @@ def test_a_killed_thread_is_replaced(when, monkeypatch):
             assert killed == [thread]
         assert torch.equal(engine.compute(0, x, routing), resident(x, routing, made[0]))
         assert host_threads() != [thread]
-    assert hybrid.write_outputs is write
+    assert passes.write_outputs is write
 
 
 def test_an_expert_that_cannot_be_read_beside_the_host():
@@ -104,8 +104,8 @@ def test_an_expert_that_cannot_be_read_beside_the_host():
 
 
 def test_patience_ends(monkeypatch):
-    made, gate, write = weights(), threading.Event(), hybrid.write_outputs
-    monkeypatch.setattr(hybrid, "write_outputs", lambda *a: (gate.wait(30), write(*a)))
+    made, gate, write = weights(), threading.Event(), passes.write_outputs
+    monkeypatch.setattr(passes, "write_outputs", lambda *a, **k: (gate.wait(30), write(*a, **k)))
     x, routing = batch(1)
     with Engine(Slow(made), "40%", top_k=K, costs=ALL, patience_s=0.3) as engine:
         with pytest.raises(TimeoutError, match=r"waited 0\.3 s for experts that the host computes"):
@@ -116,8 +116,8 @@ def test_patience_ends(monkeypatch):
 
 def test_close_while_the_host_computes(monkeypatch):
     """What is at work ends, what waits is told, and nothing can be asked any more."""
-    made, gate, write, heard = weights(), threading.Event(), hybrid.write_outputs, []
-    monkeypatch.setattr(hybrid, "write_outputs", lambda *a: (gate.wait(30), write(*a)))
+    made, gate, write, heard = weights(), threading.Event(), passes.write_outputs, []
+    monkeypatch.setattr(passes, "write_outputs", lambda *a, **k: (gate.wait(30), write(*a, **k)))
     engine = Engine(Slow(made), "40%", top_k=K, costs=ALL)
     x, routing = batch(2)
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import headgate  # noqa: E402
-from headgate.moe.hf.conversion import Source  # noqa: E402
+from headgate.moe.hf.conversion import Source, conversion_of  # noqa: E402
+from headgate.moe.hf.pretrained import blank_model  # noqa: E402
 from headgate.moe.offload import FileStore  # noqa: E402
-from headgate.moe.offload import load as load_module  # noqa: E402
 from headgate.moe.offload.checkpoint import INDEX, Checkpoint  # noqa: E402
+from headgate.moe.offload.few_bits import Translated  # noqa: E402
 from headgate.moe.offload.shards import laid_out  # noqa: E402
+from headgate.moe.offload.shards_load import experts_in, model_of  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 SIZES = {
@@ -244,6 +247,9 @@ SPOILT = {
         "got none for model.layers.1.mlp.experts.gate_up_proj and 1 more"),
     "a norm is missing": (
         lambda f: respell(f, lambda t: t.pop("model.norm.weight")), ValueError, "got none for model.norm.weight"),
+    "a norm stored twice": (
+        lambda f: respell(f, lambda t: t.update({"norm.weight": torch.ones(32)})), ValueError,
+        "must have one tensor for model.norm.weight, got model.norm.weight and norm.weight"),
     "a norm of another shape": (
         lambda f: respell(f, lambda t: t.update({"model.norm.weight": torch.ones(31)})), ValueError,
         r"must have model.norm.weight of shape \[32\], got \[31\]"),
@@ -251,8 +257,8 @@ SPOILT = {
     "experts of another dtype": (
         lambda f: respell(f, in_fp32), ValueError, "down_proj must be stored in the model's torch.bfloat16, got F32"),
     "quantized": (
-        lambda f: edit(f / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"})), ValueError,
-        "quantization_config of .* must be absent.*, got gptq"),
+        lambda f: edit(f / "config.json", lambda c: c.update(quantization_config={"quant_method": "hqq"})), ValueError,
+        "quantization_config of .* must be of one of the methods compressed-tensors, gptq, awq, .*, got hqq"),
     "another kind of model": (
         lambda f: edit(f / "config.json", lambda c: c.update(model_type="vit")), ValueError,
         "model must hold MoE experts, got a ViTModel"),
@@ -293,14 +299,16 @@ def test_bad_settings_are_said_before_a_weight_is_read(saved, monkeypatch, chang
 
 def test_what_comes_out_of_one_tensor_with_others_cannot_be_read_in_place(saved):
     """Of parameters that transformers makes together, its mapping names the first."""
-    with load_module.seen(saved("qwen3")) as what:
-        name, module, form = what.found[0]
-        sources = {n: s for n, s in what.conversion.sources.items() if n != f"{name}.down_proj"}
-        partly = dataclasses.replace(what.conversion, sources=sources)
+    with closing(Checkpoint(saved("qwen3"))) as checkpoint:
+        found, there = model_of(checkpoint).found[0], Translated(checkpoint, None)
+        conversion = conversion_of(blank_model(checkpoint.folder, None), checkpoint.tensors)
+        name = found[0]
+        sources = {n: s for n, s in conversion.sources.items() if n != f"{name}.down_proj"}
+        partly = dataclasses.replace(conversion, sources=sources)
         with pytest.raises(
             ValueError, match=f"{name}.down_proj must lie in .* for itself, transformers makes it together with"
         ):
-            load_module._experts((name, module, form), partly, what.checkpoint)
+            experts_in(found, partly, there)
 
 
 def test_what_is_computed_cannot_be_read_in_place(saved):
@@ -319,6 +327,48 @@ def test_what_is_computed_cannot_be_read_in_place(saved):
     ):
         assert "transformers makes it by" in laid_out(Source(["up"], operations, keys), checkpoint)
     checkpoint.close()
+
+
+# --- a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("disk", [None, "int8"])
+@pytest.mark.parametrize("page_cache", [True, False])
+def test_experts_go_from_the_files_to_a_gpu(saved, tmp_path, disk, page_cache):
+    """Through page-locked buffers of the readers, on a stream of their own; the rest of the model goes there, too."""
+    options = {} if disk is None else {"disk": tmp_path, "formats": disk}
+    on_cpu, offloaded = headgate.load(saved("qwen3"), "50%", **options)
+    with offloaded:
+        want = answer(on_cpu)[0]
+    model, offloaded = headgate.load(
+        saved("qwen3"), "40%", device="cuda", page_cache=page_cache, verify=True, **options
+    )
+    with offloaded, torch.no_grad():
+        assert {t.device.type for t in (*model.parameters(), *model.buffers()) if not t.is_meta} == {"cuda"}
+        assert offloaded.engine.arena.weights(0, 1)["w_down"].device.type == "cuda"
+        for _ in range(3):
+            got = model(IDS.cuda()).logits
+            torch.testing.assert_close(got.cpu(), want, rtol=5e-2, atol=5e-2)
+        model.generate(IDS.cuda(), max_new_tokens=6, do_sample=False)
+        assert offloaded.stats().loads > 0
+        assert offloaded._store._reads._pool is not None
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_takes_what_it_has_free(saved, monkeypatch):
+    free, _ = torch.cuda.mem_get_info()
+    model, offloaded = headgate.load(saved("qwen3"), "auto", device="cuda", context=64)
+    with offloaded:
+        split = offloaded.split
+        assert "free on cuda:" in split.limit
+        assert abs(split.free - free) < free // 4
+        assert split.budget == split.experts
+        with torch.no_grad():
+            model(IDS.cuda())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (100 << 20, 1 << 40))
+    with pytest.raises(ValueError, match=r'"auto" leaves none, got .* free on cuda:0'):
+        headgate.load(saved("qwen3"), "auto", device="cuda")
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

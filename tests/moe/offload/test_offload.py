@@ -305,11 +305,6 @@ def test_a_model_that_is_forgotten_leaves_no_thread(tmp_path):
     assert set(threading.enumerate()) <= before
 
 
-def test_gradients_are_refused(stack, tmp_path):
-    with headgate.offload(stack, "25%", "lru", None, tmp_path), pytest.raises(ValueError, match="call the model under"):
-        stack(x=calls()[0])
-
-
 @pytest.mark.parametrize("name", ["jvp", "forward_ad", "grad"])
 def test_transforms_are_refused(name, stack, tmp_path):
     x = calls()[0]
@@ -404,3 +399,47 @@ def test_twice(stack, tmp_path):
         pytest.raises(ValueError, match="must not be offloaded already"),
     ):
         headgate.offload(stack, "25%", "lru", None, tmp_path)
+
+
+def without_a_buffer(stack, folder):
+    stack.blocks[0].router.register_buffer("seen", torch.empty(3, device="meta"))
+
+
+def without_a_router(stack, folder):
+    stack.blocks[2].router.weight = nn.Parameter(torch.empty_like(stack.blocks[2].router.weight, device="meta"))
+
+
+def half_a_layer(stack, folder):
+    w = stack.blocks[1].experts.w_gate_up
+    stack.blocks[1].experts.w_gate_up = nn.Parameter(torch.empty_like(w, device="meta"))
+
+
+def without_experts(stack, folder):
+    for block in stack.blocks:
+        block.experts.to("meta")
+
+
+def a_file_in_the_way(stack, folder):
+    folder.rmdir()
+    folder.write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_a_buffer, r"must be in memory but for experts, got blocks.0.router.seen on the meta .* headgate.load"),
+        (without_a_router, r"must be in memory but for experts, got blocks.2.router.weight on the meta device"),
+        (half_a_layer, r"experts must be all on the meta device or none, got blocks.1.experts.w_gate_up there"),
+        (without_experts, r"disk must be a folder with experts.safetensors for experts on the meta device, got \S+/x"),
+        (a_file_in_the_way, r"disk must be a folder, got the file \S+/x"),
+    ],
+)
+def test_a_model_that_is_not_all_there_or_a_disk_that_is_no_folder(stack, tmp_path, spoil, message):
+    (folder := tmp_path / "x").mkdir()
+    spoil(stack, folder)
+    before = {name: id(p) for name, p in stack.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        headgate.offload(stack, "40%", "lru", None, folder)
+    assert {name: id(p) for name, p in stack.named_parameters()} == before
+    assert not folder.is_dir() or not any(folder.iterdir())
+    assert not stack._forward_pre_hooks

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 transformers = pytest.importorskip("transformers")
 
 import headgate  # noqa: E402
-from headgate.kernels.quantized import FORMATS  # noqa: E402
+from headgate.kernels.quantized import BLOCKS, FORMATS  # noqa: E402
 from headgate.moe.offload import FileStore, lower  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -98,7 +98,7 @@ def wide(tmp_path_factory):
     def save(dtype: torch.dtype):
         if dtype not in made:
             config = transformers.OlmoeConfig(
-                hidden_size=256, intermediate_size=320, num_hidden_layers=1, num_attention_heads=2,
+                hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=2,
                 num_key_value_heads=2, vocab_size=64, num_experts=6, num_experts_per_tok=2, pad_token_id=0,
             )  # fmt: skip
             made[dtype] = tmp_path_factory.mktemp("wide")
@@ -115,7 +115,7 @@ def test_no_more_memory_than_said(wide, tmp_path, formats, dtype):
     with pytest.raises(ValueError, match=r"pack: max_memory must be at least [\d,]+ bytes for an expert of") as caught:
         headgate.pack(folder, output, formats=formats, max_memory=1)
     need = int(str(caught.value).split("at least ")[1].split(" bytes")[0].replace(",", ""))
-    expert = 3 * 256 * 320 * dtype.itemsize
+    expert = 3 * 256 * 512 * dtype.itemsize
     assert need == expert if formats is None else expert < need < 40 * expert
     with pytest.raises(ValueError, match="pack: max_memory must be at least"):
         headgate.pack(folder, output, formats=formats, max_memory=need - 1)
@@ -127,11 +127,15 @@ def test_no_more_memory_than_said(wide, tmp_path, formats, dtype):
         assert live.most > need / 4, "the bound is loose"
 
 
-@pytest.mark.parametrize("shape", [(129, 130), (1030, 64), (33, 2050)], ids=str)  # blocks that end beyond the weights
+@pytest.mark.parametrize(
+    "shape", [(129, 130), (1030, 64), (33, 2050), (129, 512)], ids=str
+)  # blocks that end beyond the weights
 def test_what_is_said_holds_for_odd_shapes(shape):
     for dtype in (torch.bfloat16, torch.float32):
         for format in FORMATS:
-            weights = {"w_down": torch.randn(1, *shape).to(dtype)}
+            rows, columns = shape
+            block = BLOCKS.get(format, (1, 1))[0]  # GGUF's blocks must be whole
+            weights = {"w_down": torch.randn(1, rows, -(-columns // block) * block).to(dtype)}
             with Live() as live:
                 lower.coded(weights, format)
             assert live.most <= lower.room_for(weights, format) - weights["w_down"].nbytes, (dtype, format)
@@ -142,7 +146,7 @@ import sys, headgate
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
 small, large, formats, need = sys.argv[1:]
-headgate.pack(small, "small.experts", formats=formats)  # brings what is imported on the way
+headgate.pack(small, "small.experts", formats="int8")  # brings what is imported on the way
 before = peak()
 headgate.pack(large, "large.experts", formats=formats, max_memory=int(need))
 print(peak() - before)
@@ -211,7 +215,7 @@ def test_an_interrupted_run_leaves_what_was_there(saved, tmp_path):
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"formats": "int3"}, ValueError, "format must be one of fp8, int8, int4, mxfp4, got 'int3'"),
+        ({"formats": "int3"}, ValueError, "format must be one of fp8, int8, .*, got 'int3'"),
         ({"formats": ""}, ValueError, "format must be one of"),
         ({"formats": 4}, TypeError, "formats must be a format, or a mapping of modules' names, got 4"),
         ({"formats": {"x": ["int4"]}}, ValueError, "formats must be for modules of experts that are moved, got x"),

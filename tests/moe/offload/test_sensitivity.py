@@ -118,7 +118,11 @@ class TestMeasured:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
-            ({"formats": ("int3",)}, ValueError, "formats must be some of fp8, int8, int4, mxfp4, each once, got"),
+            (
+                {"formats": ("int3",)},
+                ValueError,
+                "formats must be some of fp8, int8, int4, uint4, mxfp4, each once, got",
+            ),
             ({"formats": ()}, ValueError, "formats must be some of"),
             ({"max_rows": 0}, ValueError, "max_rows must be at least 1, got 0"),
             ({"model": nn.Linear(2, 2)}, ValueError, "model must have experts that run through Headgate, got none"),

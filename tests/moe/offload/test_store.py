@@ -8,6 +8,7 @@ import os
 import random
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,25 @@ def test_others_read_the_file(tmp_path):
                           "c.w_down#1", "c.w_gate_up#1"}  # fmt: skip
     assert torch.equal(found["a.b.w_gate_up"], made[0][0]["w_gate_up"])
     assert torch.equal(found["c.w_down#1"], made[1][1]["w_down"])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+def test_maps_of_the_file_are_not_the_processs_own_memory(tmp_path):
+    """`ulimit -d` counts what a process could write into: of a file, nothing, unless it shall be `writable`."""
+    made = [{"w_down": torch.zeros(8, 2048, 2048)}]  # 128 MiB
+    store = file_store(made, tmp_path / "x")
+    said = Path("/proc/self/status").read_text().splitlines()
+    taken = int(next(line for line in said if line.startswith("VmData")).split()[1]) << 10
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + (64 << 20), hard))
+    try:
+        found = store.whole(0)
+        assert torch.equal(found["w_down"][7], made[0]["w_down"][7])
+        with pytest.warns(UserWarning, match=r"experts' parameters have no numbers: a limit .* for a map of \S+/x"):
+            assert not store.whole(0, writable=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    store.close()
 
 
 def test_layers_are_asked_for_once_in_order_and_may_be_let_go(tmp_path):
