@@ -232,8 +232,8 @@ def _numbers(words, odd, block, there, i, i_end, ROWS: tl.constexpr, COLUMNS: tl
             FIRST: tl.constexpr = 0
             STEP: tl.constexpr = 1
         else:
-            FIRST: tl.constexpr = 1
-            STEP: tl.constexpr = 2
+            FIRST: tl.constexpr = 1  # type: ignore[no-redef]
+            STEP: tl.constexpr = 2  # type: ignore[no-redef]
             high = word
         x = _four(low, 0, STEP, FORMAT)
         if BOTH:

@@ -163,8 +163,8 @@ def _quantized(m: Meta, chip: Chip, recorder: Recorder) -> None:
     from ...kernels.grouped_ffn.thin import serves, thin_forward
 
     for case in _in_few_bits(m) if serves(m.rows) else ():
-        form = (case.shape.form, False, case.shape.interleaved)
-        thin_forward(*case.tensors, *form, chip=chip, launch=recorder)
+        form: Any = (*case.tensors, case.shape.form, False, case.shape.interleaved)
+        thin_forward(*form, chip=chip, launch=recorder)
 
 
 def _widened(m: Meta, chip: Chip, recorder: Recorder) -> None:
@@ -174,7 +174,8 @@ def _widened(m: Meta, chip: Chip, recorder: Recorder) -> None:
     for case in _in_few_bits(m):
         on_triton.forward(*case.forward(True), chip=chip, launch=recorder)
         needs = [True, True, False, False, False, case.b1 is not None, case.b2 is not None]
-        on_triton.backward(*case.backward()[:-1], needs, chip=chip, launch=recorder)
+        asked: Any = (*case.backward()[:-1], needs)
+        on_triton.backward(*asked, chip=chip, launch=recorder)
 
 
 def _linear(m: Meta, chip: Chip, recorder: Recorder) -> None:

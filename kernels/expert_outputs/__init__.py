@@ -13,7 +13,6 @@ from torch import Tensor
 from ..activation import Activation, as_activation
 from ..chip import say_once
 from ..grouped_ffn.checks import check
-from ..grouped_ffn.quantized import form_of
 from ..quantized import Quantized
 from ..routing import Routing, narrow_ids
 from ..transforms import implement, refuse_transforms, register_composite, run

@@ -123,7 +123,8 @@ class _Stored:
     def _quantized(cls, w: Quantized) -> _Stored:
         if w.format in BLOCKS:
             data = at_words(w.data, w.format)
-            return cls(data, data.stride(), data, w.block, w.format, 1 if w.format == "Q8_0" else 2)
+            e, o, i = data.stride()
+            return cls(data, (e, o, i), data, w.block, w.format, 1 if w.format == "Q8_0" else 2)
         data = w.data if w.data.stride(2) == 1 else w.data.contiguous()
         scale = w.scale if w.scale.stride(2) == 1 else w.scale.contiguous()
         data, per_byte = data.view(torch.uint8), PER_BYTE[w.format]
