@@ -121,7 +121,7 @@ class TestMeasured:
             (
                 {"formats": ("int3",)},
                 ValueError,
-                "formats must be some of fp8, int8, int4, uint4, mxfp4, each once, got",
+                "formats must be some of fp8, int8, int4, uint4, mxfp4, Q8_0, .*, each once, got",
             ),
             ({"formats": ()}, ValueError, "formats must be some of"),
             ({"max_rows": 0}, ValueError, "max_rows must be at least 1, got 0"),
