@@ -55,13 +55,14 @@ def pack(
     to = Path(output)
     _check_output(to)
     with seen(path, config) as what:
+        _check_apart(to, what)
         found = [(n, m, replace(form, straight=True)) for n, m, form in what.found] if is_gguf(to) else what.found
         groups = groups_of(found, {} if formats is None else formats)
         if is_gguf(to):
             check_formats(groups)
         layers = layers_of(found, groups) if is_gguf(to) else what.layers_in(groups)
         if most is not None:
-            _check_memory(what, found, groups, most, max_memory)
+            _check_memory(what, found, groups, most, max_memory, is_gguf(to) and not isinstance(what.files, Gguf))
         if is_gguf(to):
             write_gguf(what, groups, to, tell)
             return
@@ -81,11 +82,21 @@ def _check_output(path: Path) -> None:
         raise ValueError(f"pack: output must be a new file or {kind}, got {path} ({error})") from error
 
 
-def _check_memory(what: Seen, found: Found, groups: Groups, most: int, said: object) -> None:
+def _check_apart(path: Path, what: Seen) -> None:
+    """Raises ValueError where `path` is one of the files that are read: it would be replaced."""
+    for handle, file in what.files.files:
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
+            raise ValueError(f"pack: output must be another file than those of the checkpoint, got {path} ({file})")
+
+
+def _check_memory(what: Seen, found: Found, groups: Groups, most: int, said: object, anew: bool) -> None:
+    """`anew`: experts in few bits are widened where they keep no format, too."""
     for (name, module, form), of, layer in zip(found, groups, what.layers, strict=True):
         weights = form.shapes(module)
         need = max(room_for(weights, format) for _, format in of)
-        if layer.kind(0).coded and any(format is not None for _, format in of):  # these are widened on the way
+        if layer.kind(0).coded and (
+            anew or any(format is not None for _, format in of)
+        ):  # these are widened on the way
             sizes = [w[0].numel() for w in weights.values()]
             need += 4 * sum(sizes) + _WIDENING * max(sizes)
         if need > most:

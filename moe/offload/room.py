@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.routing import Routing
-from ..elsewhere import send_elsewhere
+from ..elsewhere import elsewhere_of, send_elsewhere
 from .arena import numbered
 from .forms import Found
 from .kinds import Layer
@@ -174,13 +174,14 @@ def _experts_aside(found: Found) -> Iterator[None]:
     def nothing(rows: Tensor, _: Routing) -> Tensor:
         return torch.empty_like(rows)
 
+    before = [(module, elsewhere_of(module)) for _, module, _ in found]
     try:
-        for _, module, _ in found:
+        for module, _ in before:
             send_elsewhere(module, nothing)
         yield
     finally:
-        for _, module, _ in found:
-            send_elsewhere(module, None)
+        for module, there in before:
+            send_elsewhere(module, there)
 
 
 # --- what is free ----------------------------------------------------------------------------------------------------

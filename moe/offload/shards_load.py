@@ -17,6 +17,7 @@ from ..hf import swap
 from ..hf.conversion import Conversion, Source, conversion_of
 from ..hf.pretrained import Tell, blank_model, fill_rest, missing_of, quantization_in
 from .checkpoint import Checkpoint
+from .checkpoint import Stored as Plain
 from .few_bits import FewBits, Made, Translated
 from .forms import Form, Found, survey
 from .kinds import Layer
@@ -294,13 +295,17 @@ def _turned(source: Source) -> bool | None:
 def _together(of_expert: Sequence[Sequence[Made]], experts: int, checkpoint: Checkpoint) -> tuple[Laid, Make | None]:
     """A part of a weight, of pieces one below the other, for each expert; or, of one for all, of tensors [E, ...]."""
     stacked = len(of_expert) < experts
+
+    def cut(t: Plain) -> bool:
+        return stacked and t.shape[:1] == (experts,)  # else it is all experts' alike, as one scale
+
     runs: list[list[Run]] = [[] for _ in range(experts)]
     for e, pieces in enumerate(of_expert):
         for key in (key for piece in pieces for key in piece.keys):
             t = checkpoint.tensors[key]
             for i in range(experts) if stacked else (e,):
-                size = t.nbytes // experts if stacked else t.nbytes
-                runs[i].append(Run(t.file, t.offset + i * size * stacked, size))
+                size = t.nbytes // experts if cut(t) else t.nbytes
+                runs[i].append(Run(t.file, t.offset + i * size * cut(t), size))
     pieces = of_expert[0]
     flat = tuple(run for some in runs for run in some)
     laid = Laid((experts, sum(run.nbytes for run in runs[0])), "U8", flat)
@@ -309,7 +314,7 @@ def _together(of_expert: Sequence[Sequence[Made]], experts: int, checkpoint: Che
     kinds = []  # of each piece: (bytes, dtype, shape) of each of its tensors
     for piece in pieces:
         tensors = [checkpoint.tensors[key] for key in piece.keys]
-        shapes = [t.shape[1:] if stacked else t.shape for t in tensors]
+        shapes = [t.shape[1:] if cut(t) else t.shape for t in tensors]
         kinds.append(
             [(prod(s) * DTYPES[t.dtype].itemsize, DTYPES[t.dtype], s) for t, s in zip(tensors, shapes, strict=True)]
         )

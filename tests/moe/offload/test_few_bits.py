@@ -165,6 +165,44 @@ def test_gpt_oss_in_place(gpt_oss, tmp_path):
     assert torch.equal(answer(model), answer(want))
 
 
+@pytest.mark.parametrize("scales", [(4, 1, 1), (1,), ()], ids=str)
+def test_float8_experts_in_one_tensor(saved, tmp_path, scales):
+    """With a scale of each expert's, or one for all."""
+    tensors = dense_in(saved)
+    packed, dense = {n: w for n, w in tensors.items() if ".experts." not in n}, dict(tensors)
+    for at in (f"model.layers.{i}.mlp.experts" for i in range(2)):
+        of = {k: torch.stack([tensors[f"{at}.{e}.{k}_proj.weight"] for e in range(4)]) for k in ("gate", "up", "down")}
+        for name, kinds in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+            w = torch.cat([of[kind] for kind in kinds], 1)
+            scale = (w.abs().amax((1, 2), keepdim=True) if len(scales) > 1 else w.abs().max().reshape(scales)) / 448
+            data = (w / scale).to(torch.float8_e4m3fn)
+            packed |= {f"{at}.{name}": data, f"{at}.{name}_scale_inv": scale}
+            for kind, meant in zip(kinds, (data.float() * scale).chunk(len(kinds), 1), strict=True):
+                dense |= {f"{at}.{e}.{kind}_proj.weight": meant[e] for e in range(4)}
+    folder = written(saved, tmp_path / "packed", packed, {"quant_method": "fp8"})
+    want = transformers.AutoModelForCausalLM.from_pretrained(written(saved, tmp_path / "dense", dense, None))
+    model, offloaded = headgate.load(folder, "50%")
+    offloaded.close(restore=True)
+    assert_same_weights(model, want)
+
+
+def test_memory_for_a_gguf_file_counts_what_is_widened(gpt_oss, tmp_path):
+    """Though experts keep no format: those in few bits are written as numbers."""
+    packed, dense = gpt_oss
+    with pytest.raises(ValueError, match=r"pack: max_memory must be at least [\d,]+ bytes") as caught:
+        headgate.pack(packed, tmp_path / "m.gguf", max_memory=1)
+    need = int(str(caught.value).split("at least ")[1].split(" bytes")[0].replace(",", ""))
+    assert need > 4 * 3 * 64 * 96, "an expert in fp32, and more"
+    headgate.pack(packed, tmp_path / "m.gguf", max_memory=need)
+    want = transformers.AutoModelForCausalLM.from_pretrained(dense).eval()
+    model, offloaded = headgate.load(tmp_path / "m.gguf", "50%")
+    offloaded.close(restore=True)
+    got = model.state_dict()
+    for name, w in want.state_dict().items():
+        if ".experts." in name:
+            assert torch.equal(got[name], w), name
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

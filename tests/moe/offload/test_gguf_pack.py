@@ -101,6 +101,17 @@ def test_what_no_gguf_file_can_hold_is_refused_and_nothing_is_left(tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["x.gguf"]
 
 
+def test_the_file_that_is_read_is_not_written_over(tmp_path):
+    write(tmp_path / "m.gguf", "olmoe", small("olmoe"), lambda name: "Q8_0", split_files=9)
+    first, second, *_ = sorted(tmp_path.glob("m-*.gguf"))
+    (tmp_path / "same").symlink_to(tmp_path)
+    before = [path.read_bytes() for path in (first, second)]
+    for output in (first, second, tmp_path / "same" / first.name):
+        with pytest.raises(ValueError, match=r"pack: output must be another file than those of the checkpoint, got "):
+            headgate.pack(first, output, formats="Q4_0")
+    assert [path.read_bytes() for path in (first, second)] == before
+
+
 def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
     small("olmoe", torch.bfloat16).save_pretrained(tmp_path / "o")
     usage = __import__("shutil")._ntuple_diskusage

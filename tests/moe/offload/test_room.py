@@ -154,6 +154,18 @@ def test_auto_shares_out_what_is_free(folder, monkeypatch):
         headgate.load(folder, "auto", context=16)
 
 
+def test_experts_that_are_absent_stay_so(folder, tmp_path, monkeypatch):
+    """Counting a cache puts something else in their place for a while."""
+    headgate.pack(folder, tmp_path / "experts.safetensors")
+    model, offloaded = headgate.load(folder, "25%")
+    offloaded.close()
+    monkeypatch.setattr(room, "host_bounds", lambda: {"MemAvailable": 1})
+    with pytest.raises(ValueError, match='where "auto" leaves none'):
+        headgate.offload(model, "auto", disk=tmp_path)
+    with pytest.raises(RuntimeError, match="must be in memory or served by an Offload"):
+        model(torch.arange(8)[None])
+
+
 def test_of_a_model_in_memory_the_experts_go_first(stack, tmp_path, monkeypatch):
     experts = sum(p.nbytes for b in stack.blocks for p in b.experts.parameters())
     free = 2 << 30
