@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ SHARES = (10, 25, 50, 100)  # percent of the experts
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate doctor`."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a transformers model folder, or its config.json")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a transformers model folder, its config.json, or a GGUF file"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -124,8 +127,8 @@ def _machine_lines(found: dict[str, Any]) -> list[str]:
 def examine_model(path: Path) -> dict[str, Any]:
     """Builds the model of a transformers config with random weights, swaps it and runs a few tokens through it.
 
-    `path`: a model folder, or its config.json. Nothing is downloaded and no weights are read. A model of more than
-    1 GiB, or more than fits into memory, is built without storage and swapped, but not run.
+    `path`: a model folder, its config.json, or a GGUF file. Nothing is downloaded and no weights are read. A model of
+    more than 1 GiB, or more than fits into memory, is built without storage and swapped, but not run.
 
     Returns, among others, `replaced` (name -> what runs), `skipped` (name -> reason), `calls` (name -> number),
     `memory` (bytes of the experts, as the files have them, and of the rest), `checkpoint` (files in the folder: how
@@ -153,9 +156,10 @@ def examine_model(path: Path) -> dict[str, Any]:
         "checkpoint": None,
         "complete": False,
     }
-    files = found["checkpoint"] = _checkpoint(path) if path.is_dir() else None
-    if files is not None and files["experts_bytes"] is not None:
-        found["memory"]["experts_bytes"] = files["experts_bytes"]
+    files = found["checkpoint"] = _checkpoint(path)
+    as_stored = {} if files is None else files.pop("memory")
+    if found["memory"] is not None:
+        found["memory"] |= as_stored
     try:
         report = replace(model)
     except ValueError as error:  # a dense model
@@ -176,12 +180,9 @@ def examine_model(path: Path) -> dict[str, Any]:
 def _memory(model: Any) -> dict[str, Any] | None:
     """Bytes of the experts that `headgate.offload` moves, and of the rest; None for a model without. `auto`: what
     budget="auto" would be on this machine, in words, and `auto_bytes`, None where it leaves none. Swaps `model`."""
-    import torch
-
     from ..moe.hf import replace
     from ..moe.offload.forms import survey
     from ..moe.offload.lower import groups_of, layers_of
-    from ..moe.offload.room import split_of
 
     try:
         replace(model)
@@ -191,31 +192,49 @@ def _memory(model: Any) -> dict[str, Any] | None:
     experts = {p for _, module, form in moved for p in form.weights(module).values()}
     rest = {p for p in model.parameters() if p not in experts}
     found = {"experts_bytes": sum(p.nbytes for p in experts), "rest_bytes": sum(p.nbytes for p in rest)}
+    return found | _auto(model, moved, layers_of(moved, groups_of(moved, {})))
+
+
+def _auto(model: Any, moved: Any, layers: Any) -> dict[str, Any]:
+    import torch
+
+    from ..moe.offload.room import split_of
+
     try:
-        split = split_of(model, moved, layers_of(moved, groups_of(moved, {})), torch.device("cpu"), None)
+        split = split_of(model, moved, layers, torch.device("cpu"), None)
     except ValueError as error:
-        return {**found, "auto_bytes": None, "auto": _first_line(error)}
-    return {**found, "auto_bytes": split.budget, "auto": str(split)}
+        return {"auto_bytes": None, "auto": _first_line(error)}
+    return {"auto_bytes": split.budget, "auto": str(split)}
 
 
-def _checkpoint(folder: Path) -> dict[str, Any] | None:
-    """What is to be said of a folder's safetensors files, from index and headers; None where it has none."""
+def _checkpoint(path: Path) -> dict[str, Any] | None:
+    """What is to be said of a model's files, from index and headers; None where it has none. `memory`: what they make
+    different of `_memory`."""
     from ..moe.offload.checkpoint import INDEX, Checkpoint
+    from ..moe.offload.gguf_file import Gguf, gguf_in
     from ..moe.offload.load import seen
 
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and not (folder / INDEX).exists():
+    kind, names = ("GGUF", "*.gguf") if gguf_in(path) else ("safetensors", "*.safetensors")
+    files = sorted(path.glob(names)) if path.is_dir() else [path]
+    if kind == "safetensors" and not (path.is_dir() and files) and not (path / INDEX).exists():
         return None
-    size = sum(file.stat().st_size for file in files)
-    found: dict[str, Any] = {"files": len(files), "bytes": size, "experts_bytes": None}
-    found |= {"trouble": None, "damaged": False}
+    found: dict[str, Any] = {"kind": kind, "experts_bytes": None, "memory": {}, "trouble": None, "damaged": False}
     try:
-        Checkpoint(folder).close()
+        with closing(Gguf(path) if kind == "GGUF" else Checkpoint(path)) as there:
+            files = there.parts if isinstance(there, Gguf) else files
     except (OSError, ValueError) as error:
-        return {**found, "trouble": _first_line(error), "damaged": True}
+        found |= {"trouble": _first_line(error), "damaged": True}
+    found |= {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    if found["damaged"]:
+        return found
+    config = path if kind == "GGUF" and (path / "config.json").is_file() else None
     try:
-        with seen(folder) as what:
+        with seen(path, config) as what:
             found["experts_bytes"] = sum(layer.nbytes for layer in what.layers)
+            found["memory"] = {
+                "experts_bytes": found["experts_bytes"],
+                **_auto(what.model, what.found, what.layers),
+            }
     except (OSError, ValueError, ImportError) as error:
         found["trouble"] = _first_line(error)
     return found
@@ -226,6 +245,12 @@ def _config(path: Path) -> Any:
         raise ValueError("doctor: a MODEL needs transformers, which is not installed: pip install 'headgate[hf]'")
     from transformers import AutoConfig
 
+    from ..moe.offload.gguf_file import gguf_in
+    from ..moe.offload.load import seen
+
+    if path.exists() and gguf_in(path) and not (path / "config.json").is_file():
+        with seen(path) as what:
+            return what.model.config
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"doctor: MODEL must be a transformers model folder or its config.json, got {path}")
@@ -327,7 +352,7 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  budget='auto' on a CPU here: {memory['auto']}")
     if files is not None:
         trouble = files["trouble"] or "headgate.load takes them"
-        lines.append(f"  {files['files']} safetensors files of {_GB(files['bytes'])}: {trouble}")
+        lines.append(f"  {files['files']} {files['kind']} files of {_GB(files['bytes'])}: {trouble}")
     return lines
 
 

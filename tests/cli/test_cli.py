@@ -222,8 +222,8 @@ def test_doctor_says_how_much_memory_a_model_takes_and_whether_its_files_are_who
     files = sorted(tmp_path.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     assert found["checkpoint"] == {
-        "files": len(files), "bytes": size, "experts_bytes": found["memory"]["experts_bytes"], "trouble": None,
-        "damaged": False,
+        "kind": "safetensors", "files": len(files), "bytes": size, "damaged": False, "trouble": None,
+        "experts_bytes": found["memory"]["experts_bytes"],
     }  # fmt: skip
     assert cli.main(["doctor", str(tmp_path)]) == 0
     said = capsys.readouterr().out

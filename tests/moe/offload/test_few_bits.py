@@ -126,6 +126,8 @@ def test_doctor_tells_the_sizes_as_stored(both, gpt_oss):
         with seen(folder) as what:
             assert found["memory"]["experts_bytes"] == sum(layer.nbytes for layer in what.layers)
             rest = {n: p for n, p in what.model.named_parameters() if ".experts." not in n}
+        assert f"{found['memory']['experts_bytes'] / 1e6:,.0f} MB for experts" in found["memory"]["auto"]
+        assert found["memory"]["auto_bytes"] == found["memory"]["experts_bytes"]
         assert found["memory"]["rest_bytes"] == sum(p.nbytes for p in rest.values())
         assert found["checkpoint"]["trouble"] is None
         assert found["complete"]

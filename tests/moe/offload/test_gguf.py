@@ -17,6 +17,7 @@ import gguf_files  # noqa: E402
 from gguf_files import FAMILIES, small, write  # noqa: E402
 
 import headgate  # noqa: E402
+from headgate.cli import doctor  # noqa: E402
 from headgate.kernels.gguf_blocks import BLOCKS, dequantize_blocks  # noqa: E402
 from headgate.moe.offload import gguf_experts  # noqa: E402
 from headgate.moe.offload.gguf_file import TYPES, Gguf  # noqa: E402
@@ -150,6 +151,24 @@ def test_experts_of_a_gguf_file_are_brought_into_other_formats(qwen3, tmp_path):
     theirs.close(restore=True)
     got = model.state_dict()
     assert all(torch.equal(got[name], t) for name, t in other.state_dict().items())
+
+
+def test_doctor_tells_the_sizes_as_stored(qwen3, tmp_path):
+    path, model = qwen3
+    model.config.save_pretrained(tmp_path)
+    shutil.copy(path, tmp_path)
+    for where in (path, path.parent, tmp_path):
+        found = doctor.examine_model(where)
+        want = sum(t.n_bytes for t in gguf.GGUFReader(path).tensors if "exps" in t.name)
+        assert found["memory"]["experts_bytes"] == found["memory"]["auto_bytes"] == want
+        assert found["checkpoint"]["kind"] == "GGUF"
+        assert found["complete"]
+        assert "1 GGUF files of" in "\n".join(doctor._model_lines(found))
+    with open(tmp_path / path.name, "r+b") as file:
+        file.truncate(5000)
+    cut = doctor.examine_model(tmp_path)
+    assert cut["checkpoint"]["damaged"]
+    assert not cut["complete"]
 
 
 def test_split_files_and_folders(qwen3, tmp_path):
