@@ -116,6 +116,9 @@ def load(
         packed = None if disk is None else _packed(what, layers, groups, Path(disk), page_cache, verify, tell)
         try:
             what.fill(lambda *of: tell("tensors", *of))
+            for (handle, name), stamp in zip(what.files.files, what.files.stamps, strict=True):
+                if verify:
+                    stamp.compare(handle, name)
         except BaseException:
             if packed is not None:
                 packed.close()

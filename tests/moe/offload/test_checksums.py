@@ -96,6 +96,17 @@ def test_a_checkpoint_that_is_written_to_while_it_is_used(folder, tmp_path, veri
 
 
 @pytest.mark.filterwarnings("ignore:load. verify")
+def test_a_checkpoint_that_is_written_to_while_it_is_loaded(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "m")
+
+    def tell(what, done, total):
+        if what == "tensors" and done == total:
+            os.utime(min(copy.glob("*.safetensors")), ns=(1, 1))
+
+    with pytest.raises(OSError, match="must stay as it is while it is used, got one that was changed"):
+        headgate.load(copy, "50%", tell=tell)
+
+
 def test_what_is_in_a_checkpoint_is_compared_from_the_second_read_on(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "m")
     for verify in ("first", True):
