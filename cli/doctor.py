@@ -14,6 +14,7 @@ from typing import Any
 
 from ..bench import machine
 from ..bench.gpu import doctor as gpu
+from .loading import check_config
 from .versions import known_ranges, outside
 
 # distribution -> the extra that brings it; None: comes with headgate itself, or is the user's own choice
@@ -45,7 +46,15 @@ SHARES = (10, 25, 50, 100)  # percent of the experts
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `headgate doctor`."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a transformers model folder, or its config.json")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a transformers model folder, its config.json, or a GGUF file"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="DIR",
+        help="of a GGUF file: a folder with config.json (default: what the file says)",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -53,9 +62,11 @@ def run(args: argparse.Namespace) -> int:
     """Prints the findings; 0, or 1 where a model was given of which an MoE block was not taken or not called, or a file
     is missing or cut."""
     model, as_json = args.model, args.json
+    if args.config is not None and model is None:
+        raise ValueError("doctor: --config must come with a GGUF file, got no MODEL")
     found = examine()
     if model is not None:
-        found["model"] = examine_model(Path(model))
+        found["model"] = examine_model(Path(model), args.config)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -121,11 +132,12 @@ def _machine_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def examine_model(path: Path) -> dict[str, Any]:
+def examine_model(path: Path, given: Path | None = None) -> dict[str, Any]:
     """Builds the model of a transformers config with random weights, swaps it and runs a few tokens through it.
 
-    `path`: a model folder, or its config.json. Nothing is downloaded and no weights are read. A model of more than
-    1 GiB, or more than fits into memory, is built without storage and swapped, but not run.
+    `path`: a model folder, its config.json, or a GGUF file; `given`: the folder with the config of one. Nothing is
+    downloaded and no weights are read. A model of more than 1 GiB, or more than fits into memory, is built without
+    storage and swapped, but not run.
 
     Returns, among others, `replaced` (name -> what runs), `skipped` (name -> reason), `calls` (name -> number),
     `memory` (bytes of the experts, as the files have them, and of the rest), `checkpoint` (files in the folder: how
@@ -135,8 +147,13 @@ def examine_model(path: Path) -> dict[str, Any]:
     """
     from ..moe.hf import replace
 
-    config = _config(path)
-    empty = _empty(config)
+    if path.exists() and check_config(path, given, "doctor"):
+        config, empty, memory, files = _gguf(path, given)
+    else:
+        config = _config(path)
+        empty = _empty(config)
+        files, memory = _checkpoint(path) if path.is_dir() else (None, None)
+        memory = memory or _memory(empty)
     size = sum(p.numel() * p.element_size() for p in empty.parameters())
     room = _room()
     fits = size < room
@@ -149,13 +166,10 @@ def examine_model(path: Path) -> dict[str, Any]:
         "replaced": {},
         "skipped": {},
         "calls": {},
-        "memory": _memory(empty),
-        "checkpoint": None,
+        "memory": memory,
+        "checkpoint": files,
         "complete": False,
     }
-    files = found["checkpoint"] = _checkpoint(path) if path.is_dir() else None
-    if files is not None and files["experts_bytes"] is not None:
-        found["memory"]["experts_bytes"] = files["experts_bytes"]
     try:
         report = replace(model)
     except ValueError as error:  # a dense model
@@ -173,52 +187,81 @@ def examine_model(path: Path) -> dict[str, Any]:
     return {**found, "replaced": how, "skipped": report.skipped, "calls": calls, "complete": complete}
 
 
+def _gguf(path: Path, given: Path | None) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+    """Config, model without storage, memory and files of a GGUF file, from its header. Raises ValueError where
+    `headgate.load` would not take it."""
+    from ..moe.offload.load import seen
+
+    try:
+        with seen(path, given) as what:
+            files = what.files.files
+            found: dict[str, Any] = {
+                "kind": "GGUF",
+                "files": len(files),
+                "bytes": sum(os.fstat(f).st_size for f, _ in files),
+            }
+            found |= {"experts_bytes": sum(layer.nbytes for layer in what.layers), "trouble": None, "damaged": False}
+            memory = _shared_out(what.model, what.found, what.layers)
+            return what.model.config, what.model, memory, found
+    except ValueError as error:
+        said = _first_line(error)
+        raise ValueError(f"doctor: MODEL must be a GGUF file that headgate.load takes, got {path} ({said})") from error
+
+
 def _memory(model: Any) -> dict[str, Any] | None:
     """Bytes of the experts that `headgate.offload` moves, and of the rest; None for a model without. `auto`: what
     budget="auto" would be on this machine, in words, and `auto_bytes`, None where it leaves none. Swaps `model`."""
-    import torch
-
     from ..moe.hf import replace
     from ..moe.offload.forms import survey
     from ..moe.offload.lower import groups_of, layers_of
-    from ..moe.offload.room import split_of
 
     try:
         replace(model)
         moved, _ = survey(model)
     except ValueError:
         return None
+    return _shared_out(model, moved, layers_of(moved, groups_of(moved, {})))
+
+
+def _shared_out(model: Any, moved: Any, layers: Any) -> dict[str, Any]:
+    """`_memory` of a model whose experts modules are kept as `layers` say."""
+    import torch
+
+    from ..moe.offload.room import split_of
+
     experts = {p for _, module, form in moved for p in form.weights(module).values()}
     rest = {p for p in model.parameters() if p not in experts}
-    found = {"experts_bytes": sum(p.nbytes for p in experts), "rest_bytes": sum(p.nbytes for p in rest)}
+    found = {"experts_bytes": sum(layer.nbytes for layer in layers), "rest_bytes": sum(p.nbytes for p in rest)}
     try:
-        split = split_of(model, moved, layers_of(moved, groups_of(moved, {})), torch.device("cpu"), None)
+        split = split_of(model, moved, layers, torch.device("cpu"), None)
     except ValueError as error:
         return {**found, "auto_bytes": None, "auto": _first_line(error)}
     return {**found, "auto_bytes": split.budget, "auto": str(split)}
 
 
-def _checkpoint(folder: Path) -> dict[str, Any] | None:
-    """What is to be said of a folder's safetensors files, from index and headers; None where it has none."""
+def _checkpoint(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What is to be said of a folder's safetensors files, from index and headers, and `_memory` of the model in them;
+    None where there is none."""
     from ..moe.offload.checkpoint import INDEX, Checkpoint
     from ..moe.offload.load import seen
 
     files = sorted(folder.glob("*.safetensors"))
     if not files and not (folder / INDEX).exists():
-        return None
+        return None, None
     size = sum(file.stat().st_size for file in files)
-    found: dict[str, Any] = {"files": len(files), "bytes": size, "experts_bytes": None}
+    found: dict[str, Any] = {"kind": "safetensors", "files": len(files), "bytes": size, "experts_bytes": None}
     found |= {"trouble": None, "damaged": False}
     try:
         Checkpoint(folder).close()
     except (OSError, ValueError) as error:
-        return {**found, "trouble": _first_line(error), "damaged": True}
+        return {**found, "trouble": _first_line(error), "damaged": True}, None
     try:
         with seen(folder) as what:
             found["experts_bytes"] = sum(layer.nbytes for layer in what.layers)
+            return found, _shared_out(what.model, what.found, what.layers)
     except (OSError, ValueError, ImportError) as error:
         found["trouble"] = _first_line(error)
-    return found
+    return found, None
 
 
 def _config(path: Path) -> Any:
@@ -327,7 +370,7 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  budget='auto' on a CPU here: {memory['auto']}")
     if files is not None:
         trouble = files["trouble"] or "headgate.load takes them"
-        lines.append(f"  {files['files']} safetensors files of {_GB(files['bytes'])}: {trouble}")
+        lines.append(f"  {files['files']} {files['kind']} files of {_GB(files['bytes'])}: {trouble}")
     return lines
 
 
