@@ -17,8 +17,6 @@ import torch
 from signalled import Process
 
 import headgate
-from headgate import cli
-from headgate.cli import loading
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
@@ -286,7 +284,8 @@ def test_too_many_are_told_when_to_come_again(server):
     ],
 )
 def test_what_cannot_be_answered_is_refused(server, status, says, body):
-    found = server.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]} | body)
+    said = json.dumps({"messages": [{"role": "user", "content": "a"}]} | body)
+    found = server.post("/v1/chat/completions", content=said, headers={"Content-Type": "application/json"})
     assert (found.status_code, says in found.text.replace('\\"', '"')) == (status, True), found.text
     assert set(found.json()["error"]) == {"message", "type", "code"}
     assert idle(server)
@@ -436,23 +435,3 @@ def test_a_model_without_a_template_is_asked_for_completions(loaded, folder, who
         assert "no chat template: ask /v1/completions" in found.text
         plain = client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 5, "temperature": 0}).json()
         assert plain["choices"][0]["text"] == whole("Once", 5)
-
-
-def test_options_reach_load(folder, monkeypatch):
-    from headgate.moe.offload import load as module
-
-    real, asked = module.load, {}
-
-    def load(path, budget, policy, prefetch, disk, **options):
-        asked.update(options, budget=budget, policy=policy, prefetch=prefetch, disk=disk)
-        return real(path, budget, policy, prefetch, disk, **options)
-
-    monkeypatch.setattr(module, "load", load)
-    line = f"serve {folder} --budget 30% --prefetch none --policy lru --no-page-cache --readers 1".split()
-    with loading.opened(cli.parser(line).parse_args(line), None) as found:
-        assert found.longest == talking.CONTEXT
-    del asked["tell"]
-    assert asked == {
-        "budget": "30%", "policy": "lru", "prefetch": None, "disk": None, "formats": None, "device": "cpu",
-        "trace": None, "readers": 1, "page_cache": False, "config": None,
-    }  # fmt: skip

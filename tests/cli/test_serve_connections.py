@@ -11,6 +11,7 @@ import pytest
 import talking
 
 from headgate import cli
+from headgate.cli import loading
 
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
@@ -33,7 +34,7 @@ async def app(scope, receive, send):
 @pytest.fixture
 def address(monkeypatch):
     monkeypatch.setattr(connections, "HEADERS_S", 0.5)
-    monkeypatch.setattr(connections, "TAKEN_S", 0.5)
+    monkeypatch.setattr(connections, "TAKEN_S", 1.5)
     monkeypatch.setattr(connections, "BESIDE", 2)
     ended.clear()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -89,8 +90,10 @@ def test_a_request_may_take_longer_than_its_headers(address):
     with socket.create_connection(address) as client:  # 8 MiB, with a pause that is shorter than the bound
         client.sendall(GET.replace(b"/ ", b"/128 ", 1) + b"\r\n")
         time.sleep(0.1)
-        size = 0
-        while not (part := client.recv(1 << 20)).endswith(b"0\r\n\r\n"):
+        size, part = 0, b""
+        while not part.endswith(b"0\r\n\r\n"):
+            part = client.recv(1 << 20)
+            assert part
             size += len(part)
         assert size > 8 << 20
 
@@ -140,3 +143,23 @@ def test_an_odd_line_is_refused(folder, capsys, words, says):
             status = stop.code
     assert status == (1 if "cannot" in says else 2)
     assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_reach_load(folder, monkeypatch):
+    from headgate.moe.offload import load as module
+
+    real, asked = module.load, {}
+
+    def load(path, budget, policy, prefetch, disk, **options):
+        asked.update(options, budget=budget, policy=policy, prefetch=prefetch, disk=disk)
+        return real(path, budget, policy, prefetch, disk, **options)
+
+    monkeypatch.setattr(module, "load", load)
+    line = f"serve {folder} --budget 30% --prefetch none --policy lru --no-page-cache --readers 1".split()
+    with loading.opened(cli.parser(line).parse_args(line), None) as found:
+        assert found.longest == talking.CONTEXT
+    del asked["tell"]
+    assert asked == {
+        "budget": "30%", "policy": "lru", "prefetch": None, "disk": None, "formats": None, "device": "cpu",
+        "trace": None, "readers": 1, "page_cache": False, "config": None,
+    }  # fmt: skip
