@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="continue the prompt as it is, without the model's chat template")
     add("--system", metavar="TEXT", help="the system message, for the chat template")
     add("--max-new-tokens", type=positive, metavar="N", help=f"the longest answer (default {NEW}, or what fits)")
-    add("--temperature", type=_temperature, metavar="X", help="0: always the likeliest token (default: as the model)")
+    add(
+        "--temperature",
+        type=_temperature,
+        metavar="X",
+        help="0, or below 0.0001: always the likeliest token (default: as the model)",
+    )
     add(
         "--top-p",
         type=_share,
