@@ -33,18 +33,23 @@ class Connection(H11Protocol):
             self._waits = self.loop.call_later(HEADERS_S, self._cut_idle)
         super().data_received(data)
         if not self._idle():
-            self._waits = _off(self._waits)
+            _off(self._waits)
+            self._waits = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._blocked = _off(self._blocked) or self.loop.call_later(TAKEN_S, self.transport.abort)
+        _off(self._blocked)
+        self._blocked = self.loop.call_later(TAKEN_S, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._blocked = _off(self._blocked)
+        _off(self._blocked)
+        self._blocked = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._waits, self._blocked = _off(self._waits), _off(self._blocked)
+        _off(self._waits)
+        _off(self._blocked)
+        self._waits = self._blocked = None
         super().connection_lost(exc)
 
     def _idle(self) -> bool:
