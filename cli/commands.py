@@ -198,7 +198,7 @@ def run(words: Sequence[str], handler: Handler | None = None) -> int:
         return 1
     except RecursionError as error:
         return _gave_up(error)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"headgate: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except (MemoryError, OverflowError) as error:

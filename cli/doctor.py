@@ -9,12 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ..bench import machine
 from ..bench.gpu import doctor as gpu
+from .loading import check_config
 from .versions import known_ranges, outside
 
 # distribution -> the extra that brings it; None: comes with headgate itself, or is the user's own choice
@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="a transformers model folder, its config.json, or a GGUF file"
     )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="DIR",
+        help="of a GGUF file: a folder with config.json (default: what the file says)",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -56,9 +62,11 @@ def run(args: argparse.Namespace) -> int:
     """Prints the findings; 0, or 1 where a model was given of which an MoE block was not taken or not called, or a file
     is missing or cut."""
     model, as_json = args.model, args.json
+    if args.config is not None and model is None:
+        raise ValueError("doctor: --config must come with a GGUF file, got no MODEL")
     found = examine()
     if model is not None:
-        found["model"] = examine_model(Path(model))
+        found["model"] = examine_model(Path(model), args.config)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -124,11 +132,12 @@ def _machine_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def examine_model(path: Path) -> dict[str, Any]:
+def examine_model(path: Path, given: Path | None = None) -> dict[str, Any]:
     """Builds the model of a transformers config with random weights, swaps it and runs a few tokens through it.
 
-    `path`: a model folder, its config.json, or a GGUF file. Nothing is downloaded and no weights are read. A model of
-    more than 1 GiB, or more than fits into memory, is built without storage and swapped, but not run.
+    `path`: a model folder, its config.json, or a GGUF file; `given`: the folder with the config of one. Nothing is
+    downloaded and no weights are read. A model of more than 1 GiB, or more than fits into memory, is built without
+    storage and swapped, but not run.
 
     Returns, among others, `replaced` (name -> what runs), `skipped` (name -> reason), `calls` (name -> number),
     `memory` (bytes of the experts, as the files have them, and of the rest), `checkpoint` (files in the folder: how
@@ -138,8 +147,13 @@ def examine_model(path: Path) -> dict[str, Any]:
     """
     from ..moe.hf import replace
 
-    config = _config(path)
-    empty = _empty(config)
+    if path.exists() and check_config(path, given, "doctor"):
+        config, empty, memory, files = _gguf(path, given)
+    else:
+        config = _config(path)
+        empty = _empty(config)
+        files, memory = _checkpoint(path) if path.is_dir() else (None, None)
+        memory = memory or _memory(empty)
     size = sum(p.numel() * p.element_size() for p in empty.parameters())
     room = _room()
     fits = size < room
@@ -152,14 +166,10 @@ def examine_model(path: Path) -> dict[str, Any]:
         "replaced": {},
         "skipped": {},
         "calls": {},
-        "memory": _memory(empty),
-        "checkpoint": None,
+        "memory": memory,
+        "checkpoint": files,
         "complete": False,
     }
-    files = found["checkpoint"] = _checkpoint(path)
-    as_stored = {} if files is None else files.pop("memory")
-    if found["memory"] is not None:
-        found["memory"] |= as_stored
     try:
         report = replace(model)
     except ValueError as error:  # a dense model
@@ -177,6 +187,27 @@ def examine_model(path: Path) -> dict[str, Any]:
     return {**found, "replaced": how, "skipped": report.skipped, "calls": calls, "complete": complete}
 
 
+def _gguf(path: Path, given: Path | None) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+    """Config, model without storage, memory and files of a GGUF file, from its header. Raises ValueError where
+    `headgate.load` would not take it."""
+    from ..moe.offload.load import seen
+
+    try:
+        with seen(path, given) as what:
+            files = what.files.files
+            found: dict[str, Any] = {
+                "kind": "GGUF",
+                "files": len(files),
+                "bytes": sum(os.fstat(f).st_size for f, _ in files),
+            }
+            found |= {"experts_bytes": sum(layer.nbytes for layer in what.layers), "trouble": None, "damaged": False}
+            memory = _shared_out(what.model, what.found, what.layers)
+            return what.model.config, what.model, memory, found
+    except ValueError as error:
+        said = _first_line(error)
+        raise ValueError(f"doctor: MODEL must be a GGUF file that headgate.load takes, got {path} ({said})") from error
+
+
 def _memory(model: Any) -> dict[str, Any] | None:
     """Bytes of the experts that `headgate.offload` moves, and of the rest; None for a model without. `auto`: what
     budget="auto" would be on this machine, in words, and `auto_bytes`, None where it leaves none. Swaps `model`."""
@@ -189,55 +220,48 @@ def _memory(model: Any) -> dict[str, Any] | None:
         moved, _ = survey(model)
     except ValueError:
         return None
-    experts = {p for _, module, form in moved for p in form.weights(module).values()}
-    rest = {p for p in model.parameters() if p not in experts}
-    found = {"experts_bytes": sum(p.nbytes for p in experts), "rest_bytes": sum(p.nbytes for p in rest)}
-    return found | _auto(model, moved, layers_of(moved, groups_of(moved, {})))
+    return _shared_out(model, moved, layers_of(moved, groups_of(moved, {})))
 
 
-def _auto(model: Any, moved: Any, layers: Any) -> dict[str, Any]:
+def _shared_out(model: Any, moved: Any, layers: Any) -> dict[str, Any]:
+    """`_memory` of a model whose experts modules are kept as `layers` say."""
     import torch
 
     from ..moe.offload.room import split_of
 
+    experts = {p for _, module, form in moved for p in form.weights(module).values()}
+    rest = {p for p in model.parameters() if p not in experts}
+    found = {"experts_bytes": sum(layer.nbytes for layer in layers), "rest_bytes": sum(p.nbytes for p in rest)}
     try:
         split = split_of(model, moved, layers, torch.device("cpu"), None)
     except ValueError as error:
-        return {"auto_bytes": None, "auto": _first_line(error)}
-    return {"auto_bytes": split.budget, "auto": str(split)}
+        return {**found, "auto_bytes": None, "auto": _first_line(error)}
+    return {**found, "auto_bytes": split.budget, "auto": str(split)}
 
 
-def _checkpoint(path: Path) -> dict[str, Any] | None:
-    """What is to be said of a model's files, from index and headers; None where it has none. `memory`: what they make
-    different of `_memory`."""
+def _checkpoint(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What is to be said of a folder's safetensors files, from index and headers, and `_memory` of the model in them;
+    None where there is none."""
     from ..moe.offload.checkpoint import INDEX, Checkpoint
-    from ..moe.offload.gguf_file import Gguf, gguf_in
     from ..moe.offload.load import seen
 
-    kind, names = ("GGUF", "*.gguf") if gguf_in(path) else ("safetensors", "*.safetensors")
-    files = sorted(path.glob(names)) if path.is_dir() else [path]
-    if kind == "safetensors" and not (path.is_dir() and files) and not (path / INDEX).exists():
-        return None
-    found: dict[str, Any] = {"kind": kind, "experts_bytes": None, "memory": {}, "trouble": None, "damaged": False}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not (folder / INDEX).exists():
+        return None, None
+    size = sum(file.stat().st_size for file in files)
+    found: dict[str, Any] = {"kind": "safetensors", "files": len(files), "bytes": size, "experts_bytes": None}
+    found |= {"trouble": None, "damaged": False}
     try:
-        with closing(Gguf(path) if kind == "GGUF" else Checkpoint(path)) as there:
-            files = there.parts if isinstance(there, Gguf) else files
+        Checkpoint(folder).close()
     except (OSError, ValueError) as error:
-        found |= {"trouble": _first_line(error), "damaged": True}
-    found |= {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
-    if found["damaged"]:
-        return found
-    config = path if kind == "GGUF" and (path / "config.json").is_file() else None
+        return {**found, "trouble": _first_line(error), "damaged": True}, None
     try:
-        with seen(path, config) as what:
+        with seen(folder) as what:
             found["experts_bytes"] = sum(layer.nbytes for layer in what.layers)
-            found["memory"] = {
-                "experts_bytes": found["experts_bytes"],
-                **_auto(what.model, what.found, what.layers),
-            }
+            return found, _shared_out(what.model, what.found, what.layers)
     except (OSError, ValueError, ImportError) as error:
         found["trouble"] = _first_line(error)
-    return found
+    return found, None
 
 
 def _config(path: Path) -> Any:
@@ -245,12 +269,6 @@ def _config(path: Path) -> Any:
         raise ValueError("doctor: a MODEL needs transformers, which is not installed: pip install 'headgate[hf]'")
     from transformers import AutoConfig
 
-    from ..moe.offload.gguf_file import gguf_in
-    from ..moe.offload.load import seen
-
-    if path.exists() and gguf_in(path) and not (path / "config.json").is_file():
-        with seen(path) as what:
-            return what.model.config
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"doctor: MODEL must be a transformers model folder or its config.json, got {path}")

@@ -19,6 +19,7 @@ from . import loading
 
 MOST_TEXT = 1 << 24  # characters of prompts
 NEW = 512  # tokens of an answer, where nobody says
+COLDEST = 1e-4  # a lower temperature divides scores to infinity: it is taken as 0, which is its limit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="continue the prompt as it is, without the model's chat template")
     add("--system", metavar="TEXT", help="the system message, for the chat template")
     add("--max-new-tokens", type=positive, metavar="N", help=f"the longest answer (default {NEW}, or what fits)")
-    add("--temperature", type=_temperature, metavar="X", help="0: always the likeliest token (default: as the model)")
+    add(
+        "--temperature",
+        type=_temperature,
+        metavar="X",
+        help="0, or below 0.0001: always the likeliest token (default: as the model)",
+    )
     add(
         "--top-p",
         type=_share,
@@ -56,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"generate: --raw must be without {'--chat' if args.chat else '--system'}")
     if args.batch > 1 and args.file is None:
         raise ValueError(f"generate: --batch must come with --file, got {args.batch}")
-    tokenizer = loading.tokenizer_of(args.model, "generate")
+    tokenizer = loading.tokenizer_of(args.model, "generate", args.config)
     if (args.chat or args.system is not None) and tokenizer.chat_template is None:
         which = "--chat" if args.chat else "--system"
         raise ValueError(f"generate: {which} must have a model with a chat template, got none in {args.model}")
@@ -362,8 +368,8 @@ def generation_of(loaded: loading.Loaded, args: argparse.Namespace) -> Any:
 
     config = deepcopy(loaded.model.generation_config)
     if args.temperature is not None:
-        config.do_sample = args.temperature > 0
-        config.temperature = args.temperature or None
+        config.do_sample = args.temperature >= COLDEST
+        config.temperature = args.temperature
     if args.top_p is not None:
         config.top_p = args.top_p
         config.do_sample = config.do_sample if args.temperature is not None else True

@@ -18,12 +18,14 @@ from ..kernels.quantized import FORMATS
 from ..placement.caching.policies import NEED_TRACE, POLICIES
 
 PREFETCH = ("gate", "path", "none")
+CONFIG = "of a GGUF file: a folder with config.json, and tokenizer if it has one (default: what the file says)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, and how it is loaded."""
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="a transformers model folder with safetensors files")
+    add("model", type=Path, metavar="MODEL", help="a transformers model folder with safetensors files, or a GGUF file")
+    add("--config", type=Path, metavar="DIR", help=CONFIG)
     add("--budget", default="8GiB", metavar="X", help="memory for experts, such as 4GiB or 25%% (default 8GiB)")
     add("--formats", choices=FORMATS, help="experts in few bits, in a file under --disk (default: as they are)")
     add("--disk", type=Path, metavar="DIR", help="a folder for the experts file, or the file that headgate pack wrote")
@@ -35,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--readers", type=positive, metavar="N", help="threads that read experts (default 2)")
     add("--no-page-cache", action="store_true", help="leave no copies of what was read in the system's page cache")
     add("--threads", type=workers, metavar="N", help="threads that compute (default: as torch chooses)")
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -52,23 +57,48 @@ class Loaded:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def tokenizer_of(folder: Path, who: str) -> Any:
-    """The tokenizer in a model's folder. Raises ValueError where there is none that transformers can read."""
+def tokenizer_of(model: Path, who: str, config: Path | None = None) -> Any:
+    """The tokenizer in a model's folder or GGUF file, or beside the `config` of one. Raises ValueError where there is
+    none that transformers can read."""
     from transformers import AutoTokenizer
 
-    if not folder.exists():
-        raise ValueError(f"{who}: MODEL must be a transformers model folder, got {folder}")
-    where: dict[str, Any] = {"gguf_file": folder.name} if folder.is_file() else {}
+    if not model.exists():
+        raise ValueError(f"{who}: MODEL must be a transformers model folder or a GGUF file, got {model}")
+    gguf = check_config(model, config, who)
+    folder, where = model, dict[str, Any]()
+    if gguf and config is not None and any((config / name).is_file() for name in TOKENIZERS):
+        folder = config
+    elif gguf:
+        from ..moe.offload.gguf_file import first_of
+
+        file = first_of(model)
+        folder, where = file.parent, {"gguf_file": file.name}
+    elif model.is_file():
+        raise ValueError(f"{who}: MODEL must be a transformers model folder or a GGUF file, got the file {model}")
     try:
-        found = AutoTokenizer.from_pretrained(
-            folder.parent if where else folder, local_files_only=True, trust_remote_code=False, **where
-        )
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **where)
         if not set(found.get_vocab()) - set(found.all_special_tokens):  # transformers makes one of no file at all
             raise ValueError("one without words, as of no file")
         return found
     except Exception as error:  # a stranger's files in another library: whatever it says
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{who}: MODEL must have a tokenizer that transformers can read, got {said}") from error
+        hint = " (--config DIR may hold one)" if where else ""
+        raise ValueError(f"{who}: MODEL must have a tokenizer that transformers can read, got {said}{hint}") from error
+
+
+def check_config(model: Path, config: Path | None, who: str) -> bool:
+    """Whether a model is a GGUF file, or a folder with one. Raises ValueError where --config is no folder, or comes
+    with another kind of model; RuntimeError where what reads such files is not installed."""
+    from ..moe.offload.gguf_file import gguf_in
+
+    gguf = gguf_in(model)
+    if config is not None and not gguf:
+        raise ValueError(f"{who}: --config must come with a GGUF file, got {model}")
+    if config is not None and not config.is_dir():
+        raise ValueError(f"{who}: --config must be a folder with config.json, got {config}")
+    if gguf:
+        need(who, "gguf", "gguf")
+    return gguf
 
 
 @contextmanager
@@ -89,7 +119,7 @@ def opened(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
     with _bars() as tell:
         model, offloaded = load(
             args.model, args.budget, args.policy, None if args.prefetch == "none" else args.prefetch, args.disk,
-            formats=args.formats, device=args.device, trace=trace, readers=args.readers,
+            config=args.config, formats=args.formats, device=args.device, trace=trace, readers=args.readers,
             page_cache=not args.no_page_cache, tell=tell,
         )  # fmt: skip
     try:

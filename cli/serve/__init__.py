@@ -4,6 +4,7 @@ elsewhere.
 | file | holds |
 |---|---|
 | command.py | options; what is loaded, said and closed; the process that listens |
+| connections.py | connections that keep us waiting |
 | app.py | who is let in, how many, and what goes wrong |
 | bodies.py | what a request may hold |
 | managers.py | answers: one after another, or together by continuous batching |

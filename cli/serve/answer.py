@@ -108,6 +108,7 @@ class Answer:
     def fail(self, error: object) -> None:
         """No more will come. The client hears that it is so, the log why."""
         print(f"headgate: serve: an answer failed: {error}", file=sys.stderr, flush=True)
+        self._gone.set()
         self._tell(self._last, _StreamError(FAILED))
 
     def cancel(self) -> None:

@@ -25,6 +25,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import GenerationState
 
+from .answer import FAILED
 from .bodies import Body, Chat, Completion, Refused, Response, checked
 from .managers import Manager, until
 
@@ -36,6 +37,9 @@ KINDS = {
     404: "invalid_request_error",
     429: "rate_limit_error",
 }
+
+
+_NO_PROMPT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, jinja2.TemplateError)
 
 
 class One(ModelManager):
@@ -136,7 +140,7 @@ class Endpoint:
     async def _handled(self, body: dict[str, Any], name: str) -> Any:
         try:
             return await self.handler.handle_request(body, name)
-        except (KeyError, TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
+        except _NO_PROMPT as error:
             said = f"{type(error).__name__}: {error}"[:300]
             raise Refused(400, f"the request could not be made a prompt of: {said}", "invalid_value") from error
 
@@ -206,12 +210,17 @@ def _told(_: Any, error: Exception) -> JSONResponse:
         error = Refused(status, str(error.detail), None, dict(error.headers or {}))
     assert isinstance(error, Refused)
     kind = KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    said = {"message": str(error), "type": kind, "code": error.code}
+    text = str(error).encode("utf-8", "backslashreplace").decode()  # half a character of the client's, say
+    said = {"message": text, "type": kind, "code": error.code}
     return JSONResponse({"error": said}, error.status, error.headers)
 
 
 async def _telling(request: Any, error: Exception) -> JSONResponse:
     return _told(request, error)
+
+
+async def _failed(request: Any, error: Exception) -> JSONResponse:
+    return _told(request, Refused(500, FAILED))  # Starlette raises the error after that, and uvicorn's log has it
 
 
 async def _nobody(request: Any, error: Exception) -> JSONResponse:
@@ -265,5 +274,5 @@ def application(
             Route("/health", health),
         ],
         middleware=middleware,
-        exception_handlers={Refused: _telling, HTTPException: _telling, ClientDisconnect: _nobody},
+        exception_handlers={Refused: _telling, HTTPException: _telling, ClientDisconnect: _nobody, Exception: _failed},
     )

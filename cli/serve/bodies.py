@@ -32,6 +32,9 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
     "prompt_template": (),
     "truncation": ("disabled",),
     "include": ([],),
+    "reasoning": ({},),
+    "reasoning_effort": (),
+    "max_tool_calls": (),
 }
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -79,8 +82,17 @@ class Completion(Body):
     prompt: str
 
 
+class Item(BaseModel):
+    """What an answer before consisted of, beside messages."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["reasoning", "function_call", "function_call_output"]
+    output: str | list[Part] | None = None
+
+
 class Response(Body):
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[Message | Item | Part], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ class Wanted:
     top_p: float | None
     seed: int | None
     stop: tuple[str, ...]
+    bias: dict[int, float] | None = None
 
 
 class Refused(Exception):
@@ -110,8 +123,9 @@ def checked(kind: type[Body], body: Any, name: str, tokenizer: Any) -> tuple[dic
     try:
         found = kind.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(place) for place in first["loc"][:4])
+        found_wrong = error.errors(include_url=False, include_input=False)
+        first = max(found_wrong, key=lambda one: len(one["loc"]))  # of the kinds that a value may have, the nearest
+        where = ".".join([str(place) for place in first["loc"] if "[" not in str(place)][:4])
         raise Refused(400, f"{where}: {first['msg']}"[:500], "invalid_value") from error
     if found.model is not None and found.model != name:
         raise Refused(
@@ -120,16 +134,16 @@ def checked(kind: type[Body], body: Any, name: str, tokenizer: Any) -> tuple[dic
     for field, neutral in UNSERVED.items():
         if field in body and body[field] not in neutral:
             raise Refused(400, f"{field} is not served: leave it out", "unsupported_parameter")
+    if any(tool.get("type", "function") != "function" for tool in found.tools or ()):
+        raise Refused(400, "tools must be of type function: others are not served", "unsupported_parameter")
     taken = inspect.signature(tokenizer.apply_chat_template).parameters
     for field in found.chat_template_kwargs or ():
         if field in taken or field in ("messages", "add_special_tokens", "text", "text_target", "text_pair"):
             raise Refused(400, f"chat_template_kwargs must not hold {field[:100]!r}", "invalid_value")
     stop = (found.stop,) if isinstance(found.stop, str) else tuple(found.stop or ())
     tokens = found.max_completion_tokens or found.max_tokens or found.max_output_tokens
-    for field in ("stop", "seed", *UNSERVED):  # those are ours, or ask for nothing
+    for field in ("stop", "seed", "logit_bias", *UNSERVED):  # those are ours, or ask for nothing
         body.pop(field, None)
-    if found.logit_bias is not None:
-        body["logit_bias"] = found.logit_bias  # numbers, as the handler wants them
     return body | {"model": name, "stream": bool(found.stream)}, Wanted(
-        tokens, found.temperature, found.top_p, found.seed, stop
+        tokens, found.temperature, found.top_p, found.seed, stop, found.logit_bias
     )

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     for package in ("fastapi", "uvicorn", "openai", "pydantic"):
         need("serve", package, "serve")
     key = _key(args)
-    tokenizer = loading.tokenizer_of(args.model, "serve")
+    tokenizer = loading.tokenizer_of(args.model, "serve", args.config)
     if not hasattr(tokenizer, "_tokenizer"):
         raise ValueError(f"serve: MODEL must have a fast tokenizer, got {type(tokenizer).__name__}")
     import transformers.utils.logging as said
@@ -60,6 +60,7 @@ def _serve(args: argparse.Namespace, loaded: loading.Loaded, key: str | None, li
     import uvicorn
 
     from .app import application
+    from .connections import connections
 
     screen, name = Screen(), args.name or args.model.resolve().name
     if loaded.longest is not None and args.context is not None and args.context > loaded.longest:
@@ -76,7 +77,7 @@ def _serve(args: argparse.Namespace, loaded: loading.Loaded, key: str | None, li
             print(f"headgate: serve: whoever reaches {args.host} may ask: no key is set", file=sys.stderr)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_S,
-            lifespan="off", http="h11", ws="none",
+            lifespan="off", http=connections(manager.at_once + args.max_waiting), ws="none",  # type: ignore[arg-type]
         )  # fmt: skip
         host, port = listener.getsockname()[:2]
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -101,10 +102,12 @@ def _manager(model: Any, context: int, at_once: int) -> Any:
         together = Together(model, context, at_once)
         together.warm_up()
         return together
-    except Exception as error:  # what transformers, or the model's own code, says
-        why = str(error) or type(error).__name__
+    except BaseException as error:  # what transformers, or the model's own code, says; or a signal
         if together is not None:
             together.stop()
+        if not isinstance(error, Exception):
+            raise
+        why = str(error) or type(error).__name__
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
     print(f"headgate: serve: one answer after another, as continuous batching failed: {why[:300]}", file=sys.stderr)

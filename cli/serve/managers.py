@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,20 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.cli.serving.utils import BaseGenerateManager, InferenceThread, _StreamError
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
+from ..generate import COLDEST
 from .answer import FAILED, Answer, Gone
 from .bodies import Refused, Wanted
 
 PAGE, STEP = 64, 1024  # tokens of a page of the cache, and of one call of the model at most
 DEFAULT_NEW = 1024
 _NONE = -1  # an end token that never comes
+
+
+Failed = Callable[[Exception], object]
+
+
+def _raised(error: Exception) -> None:
+    raise error
 
 
 class Manager(BaseGenerateManager):
@@ -59,6 +67,10 @@ class Manager(BaseGenerateManager):
                 f"{ids.shape[-1]:,}{asked}",
                 "context_length_exceeded",
             )
+        words = self.model.config.get_text_config().vocab_size
+        if wanted.bias and max(wanted.bias) >= words:
+            rule = f"logit_bias must be of tokens below {words:,}, got {max(wanted.bias)}"
+            raise Refused(400, rule, "invalid_value")
         gen_config.max_new_tokens = wanted.tokens or min(DEFAULT_NEW, room)  # the handler compares with it
         config = sampling(gen_config, wanted)
         answer = Answer(processor._tokenizer, wanted.stop, response_parser, lambda: self.give_up(request_id))
@@ -147,7 +159,9 @@ class Together(Manager):
     def warm_up(self) -> None:
         """Two tokens. Raises RuntimeError where the model cannot be batched so."""
         config = sampling(self.model.generation_config, Wanted(2, 0.0, None, None, ()))
-        self._batching.add_request([0, 0], max_new_tokens=2, eos_token_id=_NONE, choose=self._choose(config, None, 2))
+        self._batching.add_request(
+            [0, 0], max_new_tokens=2, eos_token_id=_NONE, choose=self._choose(config, None, 2, _raised)
+        )
         while (found := self._batching.get_result(timeout=1)) is None:
             if not self._batching.is_running() or not self.alive():
                 raise RuntimeError(str(self._batching.background_thread_status.fatal_error))
@@ -172,15 +186,15 @@ class Together(Manager):
         taken = batching.add_request(
             ids, request_id=name, max_new_tokens=config.max_new_tokens, streaming=True,
             eos_token_id=_NONE if config.eos_token_id is None else config.eos_token_id,
-            choose=self._choose(config, seed, len(ids)),
+            choose=self._choose(config, seed, len(ids), answer.fail),
         )  # fmt: skip
         if taken is None:
             answer.fail("continuous batching has ended")
 
-    def _choose(self, config: GenerationConfig, seed: int | None, length: int) -> Chooser:
+    def _choose(self, config: GenerationConfig, seed: int | None, length: int, failed: Failed) -> Chooser:
         device = self.model.device
         processors = self.model._get_logits_processor(config, input_ids_seq_length=length, device=device)
-        return Chooser(processors, config.do_sample, seed, device)
+        return Chooser(processors, config.do_sample, seed, device, failed)
 
     def give_up(self, name: str) -> None:
         self._batching.cancel_request(name)
@@ -197,10 +211,11 @@ class Together(Manager):
 
 
 class Chooser:
-    """How one answer chooses its tokens: by processors of its own, and its own random numbers."""
+    """How one answer chooses its tokens: by processors of its own, and its own random numbers. `failed` is told what
+    goes wrong, so that it ends this answer and none of the others."""
 
-    def __init__(self, processors: Any, sample: bool, seed: int | None, device: torch.device) -> None:
-        self.processors, self.sample = processors, sample
+    def __init__(self, processors: Any, sample: bool, seed: int | None, device: torch.device, failed: Failed) -> None:
+        self.processors, self.sample, self.failed = processors, sample, failed
         self.random = torch.Generator(device)
         if seed is None:
             self.random.seed()
@@ -237,7 +252,11 @@ class Choice(ContinuousBatchingLogitsProcessor):
         out = torch.full_like(scores, -math.inf)
         for row, state in enumerate(self._states):
             choose = state.logit_processor_kwargs["choose"]
-            token = choose([*state.initial_tokens, *state.generated_tokens], scores[row])
+            try:
+                token = choose([*state.initial_tokens, *state.generated_tokens], scores[row])
+            except Exception as error:
+                choose.failed(error)
+                token = 0
             out[row, token] = 0.0
         return out
 
@@ -248,11 +267,13 @@ def sampling(config: GenerationConfig, wanted: Wanted) -> GenerationConfig:
     config.stop_strings = config.max_length = None
     config.temperature, config.top_p = wanted.temperature or config.temperature, wanted.top_p or config.top_p
     if wanted.temperature is not None:
-        config.do_sample = wanted.temperature > 0
+        config.do_sample = wanted.temperature >= COLDEST
     elif wanted.top_p is not None:
         config.do_sample = True
     if not config.do_sample:
         config.temperature = config.top_p = config.top_k = None
+    if wanted.bias:
+        config.sequence_bias = {(token,): bias for token, bias in wanted.bias.items()}
     if config.pad_token_id is None:
         ends = config.eos_token_id
         config.pad_token_id = ends[0] if isinstance(ends, list) else ends or 0

@@ -276,6 +276,11 @@ def gguf_in(path: str | os.PathLike[str]) -> bool:
     return any(_is_model(n) for n in names) and not any(n.endswith(".safetensors") for n in names)
 
 
+def first_of(path: str | os.PathLike[str]) -> Path:
+    """The file with the metadata: of a folder or a split file's part the first. Raises as `Gguf`."""
+    return _parts(Path(path))[0]
+
+
 def _is_model(name: str) -> bool:
     """Not that of an image encoder, which goes with a model."""
     return name.endswith(SUFFIX) and not name.startswith("mmproj")

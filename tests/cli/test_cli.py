@@ -222,8 +222,8 @@ def test_doctor_says_how_much_memory_a_model_takes_and_whether_its_files_are_who
     files = sorted(tmp_path.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     assert found["checkpoint"] == {
-        "kind": "safetensors", "files": len(files), "bytes": size, "damaged": False, "trouble": None,
-        "experts_bytes": found["memory"]["experts_bytes"],
+        "kind": "safetensors", "files": len(files), "bytes": size, "experts_bytes": experts,
+        "trouble": None, "damaged": False,
     }  # fmt: skip
     assert cli.main(["doctor", str(tmp_path)]) == 0
     said = capsys.readouterr().out
@@ -236,6 +236,41 @@ def test_doctor_says_how_much_memory_a_model_takes_and_whether_its_files_are_who
     files[1].unlink()
     assert cli.main(["doctor", str(tmp_path)]) == 1
     assert f"1 are missing: {files[1].name}" in capsys.readouterr().out
+
+
+def test_doctor_says_of_few_bits_what_they_take(tmp_path, capsys):
+    """Rounded experts, not those that they were before."""
+    pytest.importorskip("transformers")
+    gguf = pytest.importorskip("gguf")
+    import gguf_files
+
+    model, path = gguf_files.small("qwen3moe", torch.bfloat16), tmp_path / "m.gguf"
+    gguf_files.write(path, "qwen3moe", model, lambda name: "Q8_0" if "exps" in name else "BF16")
+    experts = sum(t.data.nbytes for t in gguf.GGUFReader(path).tensors if "exps" in t.name)
+    rest = sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name)
+    model.config.save_pretrained(tmp_path / "config")
+    for more in ([], ["--config", str(tmp_path / "config")]):
+        assert cli.main(["doctor", str(path), "--json", *more]) == 0
+        found = json.loads(capsys.readouterr().out)["model"]
+        assert found["complete"] is True
+        assert list(found["calls"].values()) == [1, 1]
+        assert found["checkpoint"] == {
+            "kind": "GGUF", "files": 1, "bytes": path.stat().st_size, "experts_bytes": experts, "trouble": None,
+            "damaged": False,
+        }  # fmt: skip
+        memory = found["memory"]
+        assert (memory["experts_bytes"], memory["rest_bytes"], memory["auto_bytes"]) == (experts, rest, experts)
+    assert cli.main(["doctor", str(tmp_path)]) == 0  # a folder with one
+    assert "1 GGUF files of" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:-1])
+    for words, says in (
+        ([str(path)], "doctor: MODEL must be a GGUF file that headgate.load takes, got"),
+        ([str(path), "--config", "no/folder"], "doctor: --config must be a folder with config.json, got no/folder"),
+        ([str(tmp_path / "config"), "--config", str(tmp_path)], "doctor: --config must come with a GGUF file, got"),
+        (["--config", str(tmp_path)], "doctor: --config must come with a GGUF file, got no MODEL"),
+    ):
+        assert cli.main(["doctor", *words]) == 2
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "never-heard-of"}'])

@@ -14,6 +14,7 @@ import talking
 import torch
 from signalled import STATUS, Process
 
+import headgate
 from headgate import cli
 from headgate.cli import generate, loading
 from headgate.moe.offload.offload import Offload
@@ -234,3 +235,36 @@ def test_a_signal_ends_an_answer_at_its_next_token(folder, tmp_path, number):
     assert ended.said == f"headgate: {'interrupted' if number == signal.SIGINT else 'terminated'}\n"
     assert len(ended.out) < 440
     assert not ended.children
+
+
+def test_a_gguf_file_answers_with_the_tokenizer_beside_its_config(folder, whole, capsys, tmp_path):
+    pytest.importorskip("gguf")
+    headgate.pack(folder, tmp_path / "m.gguf")
+    words = (*GREEDY, "--prompt", "why?", "--max-new-tokens", 9)
+    for model in (tmp_path / "m.gguf", tmp_path):  # a folder with one
+        assert told(capsys, model, "--config", folder, *words)[0] == whole(asked("why?"), 9) + "\n"
+    for model, more, says in (
+        (tmp_path / "m.gguf", (), "MODEL must have a tokenizer that transformers can read, got "),
+        (tmp_path / "m.gguf", (), " (--config DIR may hold one)"),
+        (folder, ("--config", folder), "generate: --config must come with a GGUF file, got "),
+        (tmp_path / "m.gguf", ("--config", tmp_path / "no"), "generate: --config must be a folder with config.json"),
+        (folder / "config.json", (), "MODEL must be a transformers model folder or a GGUF file, got the file "),
+    ):
+        assert cli.main(["generate", *map(str, (model, *more, *words))]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_gguf_file_answers_with_its_own_tokenizer(folder, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    file = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3moe")
+    words = ["a", "b", "ab", "<end>"]
+    file.add_tokenizer_model("gpt2")
+    file.add_token_list(words)
+    file.add_token_types([1, 1, 1, 3])
+    file.add_token_merges(["a b"])
+    file.add_eos_token_id(3)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.close()
+    assert loading.tokenizer_of(tmp_path / "m.gguf", "generate")("abba")["input_ids"] == [2, 1, 0]
+    assert len(loading.tokenizer_of(tmp_path, "generate", folder)("abba")["input_ids"]) == 4

@@ -17,8 +17,6 @@ import torch
 from signalled import Process
 
 import headgate
-from headgate import cli
-from headgate.cli import loading
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
@@ -28,6 +26,7 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from headgate.cli.serve import command, managers  # noqa: E402
 from headgate.cli.serve.app import application  # noqa: E402
+from headgate.cli.serve.connections import connections  # noqa: E402
 
 NAME, MOST_BYTES = "talking", 20_000
 LONG = 400  # tokens: seconds of work
@@ -68,7 +67,10 @@ def listening(model, tokenizer, manager, **options):
         **{"max_waiting": 1, "most_bytes": MOST_BYTES, "key": None, "hosts": ["127.0.0.1"]} | options,
     )  # fmt: skip
     listener = command._listening("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=5))
+    config = uvicorn.Config(
+        app, log_level="error", lifespan="off", timeout_graceful_shutdown=5, http=connections(manager.at_once + 1)
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -117,6 +119,13 @@ def until(what, seconds=30.0):
 
 def idle(client):
     return client.get("/health").json()["inside"] == 0
+
+
+def nested(depth: int) -> list:
+    found: list = []
+    for _ in range(depth):
+        found = [found]
+    return found
 
 
 # --- what is answered ------------------------------------------------------------------------------------------------
@@ -254,6 +263,11 @@ def test_too_many_are_told_when_to_come_again(server):
             "messages.0.content",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         ),
+        (400, "logit_bias must be of tokens below 97, got 97", {"logit_bias": {"96": 1, "97": 1}}),
+        (400, "could not be made a prompt of", {"messages": [{"role": "user", "tool_calls": [nested(900)]}]}),
+        (400, "tools must be of type function", {"tools": [{"type": "web_search"}]}),
+        (400, "logit_bias", {"logit_bias": {"\ud800": 1}}),
+        (400, "reasoning_effort is not served", {"reasoning_effort": "low"}),
         (400, "temperature: ", {"temperature": -1}),
         (400, "temperature: ", {"temperature": "warm"}),
         (400, "top_p: ", {"top_p": 0}),
@@ -270,10 +284,21 @@ def test_too_many_are_told_when_to_come_again(server):
     ],
 )
 def test_what_cannot_be_answered_is_refused(server, status, says, body):
-    found = server.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]} | body)
+    said = json.dumps({"messages": [{"role": "user", "content": "a"}]} | body)
+    found = server.post("/v1/chat/completions", content=said, headers={"Content-Type": "application/json"})
     assert (found.status_code, says in found.text.replace('\\"', '"')) == (status, True), found.text
     assert set(found.json()["error"]) == {"message", "type", "code"}
     assert idle(server)
+
+
+def test_a_response_of_images_is_refused_and_earlier_items_are_not(server):
+    image = {"type": "input_image", "image_url": "http://127.0.0.1:1/x.png"}
+    for given in ([image], [{"role": "user", "content": [{"type": "input_text", "text": "a"}, image]}], [], [{}]):
+        found = server.post("/v1/responses", json={"input": given, "max_output_tokens": 2})
+        assert (found.status_code, "input" in found.text) == (400, True), found.text
+    call = {"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"}
+    items = [{"role": "user", "content": "a"}, call, {"type": "function_call_output", "call_id": "x", "output": "b"}]
+    assert server.post("/v1/responses", json={"input": items, "max_output_tokens": 2}).status_code == 200
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff", b'{"messages": NaN}', b"[" * 9_000])
@@ -313,6 +338,30 @@ def test_an_error_of_the_model_is_one_of_the_server_and_the_next_is_answered(ser
     monkeypatch.undo()
     assert text_of(ask(server)) == expected
     assert server.get("/health").status_code == 200
+
+
+def test_an_answer_that_goes_wrong_is_no_ones_but_its_own(server, whole, monkeypatch):
+    """Scores are divided by a temperature; one that no float can divide by is 0."""
+    assert text_of(ask(server, temperature=1e-40)) == whole(templated("why?"), 6)
+    if server.manager.at_once == 1:
+        return
+    real = managers.Chooser.__call__
+
+    def call(self, ids, scores):
+        if self.sample and len(ids) > len(templated("why?")) + 2:
+            raise RuntimeError("no probabilities")
+        return real(self, ids, scores)
+
+    monkeypatch.setattr(managers.Chooser, "__call__", call)
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(ask, server, "other", 60)
+        until(lambda: server.manager._answers)
+        assert ask(server, temperature=1, new=20).status_code == 500
+        assert "could not be computed" in ask(server, temperature=1, new=20, stream=True).text
+        assert text_of(beside.result()) == whole(templated("other"), 60)
+    assert server.get("/health").status_code == 200
+    until(lambda: idle(server))
+    assert not server.manager._answers
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -376,28 +425,6 @@ def test_continuous_batching_begins_no_text_at_every_step(loaded, monkeypatch):
     assert began == [1]
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--port", "70000"], "--port: must be a whole number from 0 to 65535, got '70000'"),
-        (["--at-once", "0"], "--at-once: must be a whole number from 1 to 256"),
-        (["--host", "no.such.host.invalid"], "serve: --host must be an address of this machine"),
-        (["--api-key", ""], "serve: --api-key must be printable ASCII"),
-        (["--context", "1000", "--port", "0"], "serve: --context must be at most this model's 512, got 1000"),
-        (["--port", "TAKEN"], "serve: cannot listen on 127.0.0.1, port"),
-    ],
-)
-def test_an_odd_line_is_refused(folder, capsys, words, says):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        words = [str(taken.getsockname()[1]) if word == "TAKEN" else word for word in words]
-        try:
-            status = cli.main(["serve", str(folder), *words])
-        except SystemExit as stop:  # argparse
-            status = stop.code
-    assert status == (1 if "cannot" in says else 2)
-    assert says in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_a_model_without_a_template_is_asked_for_completions(loaded, folder, whole):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = None
@@ -408,23 +435,3 @@ def test_a_model_without_a_template_is_asked_for_completions(loaded, folder, who
         assert "no chat template: ask /v1/completions" in found.text
         plain = client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 5, "temperature": 0}).json()
         assert plain["choices"][0]["text"] == whole("Once", 5)
-
-
-def test_options_reach_load(folder, monkeypatch):
-    from headgate.moe.offload import load as module
-
-    real, asked = module.load, {}
-
-    def load(path, budget, policy, prefetch, disk, **options):
-        asked.update(options, budget=budget, policy=policy, prefetch=prefetch, disk=disk)
-        return real(path, budget, policy, prefetch, disk, **options)
-
-    monkeypatch.setattr(module, "load", load)
-    line = f"serve {folder} --budget 30% --prefetch none --policy lru --no-page-cache --readers 1".split()
-    with loading.opened(cli.parser(line).parse_args(line), None) as found:
-        assert found.longest == talking.CONTEXT
-    del asked["tell"]
-    assert asked == {
-        "budget": "30%", "policy": "lru", "prefetch": None, "disk": None, "formats": None, "device": "cpu",
-        "trace": None, "readers": 1, "page_cache": False,
-    }  # fmt: skip

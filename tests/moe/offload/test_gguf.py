@@ -166,9 +166,8 @@ def test_doctor_tells_the_sizes_as_stored(qwen3, tmp_path):
         assert "1 GGUF files of" in "\n".join(doctor._model_lines(found))
     with open(tmp_path / path.name, "r+b") as file:
         file.truncate(5000)
-    cut = doctor.examine_model(tmp_path)
-    assert cut["checkpoint"]["damaged"]
-    assert not cut["complete"]
+    with pytest.raises(ValueError, match=r"doctor: MODEL must be a GGUF file that headgate.load takes, got .*size of"):
+        doctor.examine_model(tmp_path)
 
 
 def test_split_files_and_folders(qwen3, tmp_path):
