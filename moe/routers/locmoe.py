@@ -102,7 +102,8 @@ class LocMoERouter(Router):
 def capacity_bound(num_experts: int, hidden_size: int, delta: float) -> float:
     """The share of the tokens that an expert must take at least, so that it gets all those whose angle with its gate
     has a cosine of `delta` or more: 1 / (E erfc(sqrt(delta^2 D / (2 - delta^2)))), which exceeds
-    exp(delta^2 D / (2 - delta^2)) / E; infinite where fp64 cannot say it. LocMoE measured delta near 0.03. Source: LocMoE (2024), theorem 2.
+    exp(delta^2 D / (2 - delta^2)) / E; infinite where fp64 cannot say it. LocMoE measured delta near 0.03.
+    Source: LocMoE (2024), theorem 2.
 
     Raises ValueError where delta is not in [0, 1) or a size is not positive.
 
