@@ -203,8 +203,8 @@ class MoE(nn.Module):
             if t.shape != shape:
                 raise ValueError(f"MoE: {name} must be {list(shape)} as x is but for D, got {list(t.shape)}")
         if state is not None and not (isinstance(state, Tensor) and state.is_floating_point()):
-            what = state.dtype if isinstance(state, Tensor) else type(state).__name__
-            raise TypeError(f"MoE: state must be a floating point tensor, got {what}")
+            kind = state.dtype if isinstance(state, Tensor) else type(state).__name__
+            raise TypeError(f"MoE: state must be a floating point tensor, got {kind}")
         if state is not None and state.shape[:-1] != shape:
             raise ValueError(f"MoE: state must be {list(shape)} and a width, got {list(state.shape)}")
         return Given(

@@ -8,6 +8,7 @@ import torch
 from router_cases import call, fitting, layer_of, route
 from torch.utils.checkpoint import checkpoint
 
+from headgate.kernels.plan import plan
 from headgate.kernels.routing import Routing
 from headgate.moe import Capacity
 from headgate.moe.routers import ROUTERS
@@ -287,6 +288,19 @@ def test_a_capacity_goes_by_k(name, x):
     layer = layer_of(name, capacity=0.5)
     call(layer, x)
     assert layer.last_overflow.capacity == Capacity(0.5).of(21, K, E) >= layer.last_routing.counts.max()
+
+
+@pytest.mark.parametrize("how", ["random", "round_robin"])
+def test_a_forced_load_has_as_many_pairs(name, how, x):
+    found = []
+    for forced in (None, how):
+        torch.manual_seed(3)
+        layer = layer_of(name, force_load_balancing=forced).eval()
+        call(layer, x)
+        found.append(layer.last_routing)
+    own, even = found
+    assert even.counts.sum() == own.counts.sum() == plan(even.expert_ids, E).offsets[-1]
+    assert how == "random" or even.counts.max() - even.counts.min() <= 1
 
 
 def test_equals_it_took_the_lowest(name):

@@ -105,6 +105,12 @@ class TestSinkhorn:
 
 
 class TestHash:
+    def test_a_table_that_was_given_is_there_after_meta(self):
+        table = balanced_table(torch.arange(50), E, K)
+        router = HashRouter(D, E, K, vocab_size=50, table=table, device="meta").to_empty(device="cpu")
+        router.reset_parameters()
+        assert torch.equal(router.table, table)
+
     def test_an_id_has_its_experts_wherever_it_stands(self):
         router = HashRouter(D, E, K, vocab_size=50)
         ids = torch.randint(50, (200,))
