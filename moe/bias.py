@@ -18,7 +18,7 @@ def update_biases(
     module: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, group: dist.ProcessGroup | None = None
 ) -> RemovableHandle | None:
     """One step of `update_bias` for every router in `module` that has one: now, or after each optimizer step. Those are
-    "sigmoid", "quantile" and "relu" (see SteeredRouter).
+    "sigmoid", "quantile", "relu", "longcat" and "expert_choice" (see SteeredRouter).
 
     With an `optimizer` it runs after each of its steps from now on, so that gradients may add up over any number of
     forwards; the handle that is returned ends this by `remove()`. Without one it runs once: call it after each step.

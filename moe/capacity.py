@@ -78,30 +78,33 @@ class Overflow:
     overflowed: Tensor
 
 
-def limit(routing: Routing, capacity: Capacity, ranks: TokenRanks | None = None) -> tuple[Routing, Overflow]:
+def limit(
+    routing: Routing, capacity: Capacity, ranks: TokenRanks | None = None, top_k: int | None = None
+) -> tuple[Routing, Overflow]:
     """The routing with no more pairs for an expert than `capacity` allows, and what that took.
 
     A dropped pair has id -1 and weight 0, and no gradient. All other weights stay as they are, gradients too: nothing
     is renormalised. `counts` are counted again; `scores` and `logits` stay. Losses that balance want the choice before
-    it was limited. `ranks`: the ranks of scope "batch" and of `dropped_total`; None: this one is alone.
+    it was limited. `ranks`: the ranks of scope "batch" and of `dropped_total`; None: this one is alone. `top_k`: the K
+    that C goes by, where the routing has more places for a token than it fills (see ReLURouter); None: its places.
 
     Cost: scope "rank" does not wait for the device; with `ranks` it is one all-reduce of one number. Scope "batch" is
     one all-gather of E + 1 numbers for "position", of K E + 1 for "choice"; for "weight" one of a number, and one of
     every rank's ids and weights, K for each of max T tokens. It waits for the device once, since C depends on all
     ranks' tokens.
     """
+    k = routing.expert_ids.shape[1] if top_k is None else top_k
     if ranks is not None:
         refuse_transforms("TokenRanks", "numbers move between ranks: take them on one rank", routing.weights)
     if ranks is None or capacity.scope == "rank":
-        tokens, k = routing.expert_ids.shape
-        bound = capacity.of(tokens, k, routing.num_experts)
+        bound = capacity.of(len(routing.expert_ids), k, routing.num_experts)
         place = _places(routing.expert_ids, routing.weights, routing.num_experts, capacity.drop)
         gone = place >= bound
         dropped = gone.sum()
         total = dropped if ranks is None else collectives.all_reduce(dropped, ranks.group)
     else:
         among = _by_weight if capacity.drop == "weight" else _in_turn
-        place, bound, total = among(routing, capacity, ranks)
+        place, bound, total = among(routing, capacity, ranks, k)
         gone = place >= bound
         dropped = gone.sum()
     ids = routing.expert_ids.masked_fill(gone, -1)
@@ -132,7 +135,7 @@ def _places(ids: Tensor, weights: Tensor, experts: int, drop: str) -> Tensor:
     return torch.where(valid, row.reshape(ids.shape) - first, -1)
 
 
-def _in_turn(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple[Tensor, int, Tensor]:
+def _in_turn(routing: Routing, capacity: Capacity, ranks: TokenRanks, top_k: int) -> tuple[Tensor, int, Tensor]:
     """(places in the queues of the whole batch, C, pairs that go on all ranks): tokens of lower ranks come first, in
     one round over all pairs for "position", in one for each k for "choice"."""
     ids, experts, (tokens, k) = routing.expert_ids, routing.num_experts, routing.expert_ids.shape
@@ -140,7 +143,7 @@ def _in_turn(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple[T
     mine = torch.stack([pairs_of_experts(round_, experts) for round_ in rounds])  # [rounds, E]
     table = collectives.all_gather(F.pad(mine.flatten(), (0, 1), value=tokens)[None], ranks.group)
     counts = table[:, :-1].unflatten(1, mine.shape)  # [G, rounds, E]
-    bound = capacity.of(int(table[:, -1].sum()), k, experts)
+    bound = capacity.of(int(table[:, -1].sum()), top_k, experts)
     total = counts.sum(0)
     earlier = (total - mine).cumsum(0) - (total - mine)  # others' pairs of earlier rounds
     before = earlier + counts[: dist.get_rank(ranks.group)].sum(0)
@@ -150,11 +153,11 @@ def _in_turn(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple[T
     return torch.where(place >= 0, place + ahead, -1), bound, (total.sum(0) - bound).clamp_min(0).sum()
 
 
-def _by_weight(routing: Routing, capacity: Capacity, ranks: TokenRanks) -> tuple[Tensor, int, Tensor]:
+def _by_weight(routing: Routing, capacity: Capacity, ranks: TokenRanks, top_k: int) -> tuple[Tensor, int, Tensor]:
     """The same by weight: every rank sees all pairs, and finds the places of its own."""
     ids, weights, group = routing.expert_ids, routing.weights.detach(), ranks.group
     tokens = collectives.all_gather(torch.tensor([ids.shape[0]], device=ids.device), group).tolist()
-    bound, most = capacity.of(sum(tokens), ids.shape[1], routing.num_experts), max(tokens)
+    bound, most = capacity.of(sum(tokens), top_k, routing.num_experts), max(tokens)
     missing = (0, 0, 0, most - ids.shape[0])
     padded = [F.pad(ids, missing, value=-1), F.pad(weights, missing)]
     all_ids, all_weights = unpack(collectives.all_gather(pack(padded), group), padded)

@@ -21,11 +21,13 @@ def forced(routing: Routing, how: str) -> Routing:
 
     "random": K different experts for each token, each as likely as any, drawn anew in every call. Ranks that pass the
     same tokens (replicated activations) must have the same random state. "round_robin": pair t * K + k of this rank
-    goes to expert (t * K + k) mod E.
+    goes to expert (t * K + k) mod E. A pair without an expert, or with one that costs nothing, stays as it is, and is
+    not counted there.
     """
-    (tokens, k), experts = routing.expert_ids.shape, routing.num_experts
-    ids = _drawn(routing, experts)[:, :k] if how == "random" else _in_turn(routing, tokens * k).view(tokens, k)
-    new = replace(routing, expert_ids=ids.int(), counts=None)
+    own, experts = routing.expert_ids, routing.num_experts
+    there = (own >= 0) & (own < experts)
+    ids = _drawn(routing, experts)[:, : own.shape[1]] if how == "random" else _in_turn(there, experts)
+    new = replace(routing, expert_ids=torch.where(there, ids.int(), own), counts=None)
     new = replace(new, counts=counts_of(new, None)[0].int())
     return new if routing.mask is None else new.masked(routing.mask)
 
@@ -34,8 +36,8 @@ def _drawn(routing: Routing, experts: int) -> Tensor:
     return torch.rand(routing.expert_ids.shape[0], experts, device=routing.expert_ids.device).argsort(1)
 
 
-def _in_turn(routing: Routing, pairs: int) -> Tensor:
-    return torch.arange(pairs, device=routing.expert_ids.device) % routing.num_experts
+def _in_turn(there: Tensor, experts: int) -> Tensor:
+    return ((there.flatten().cumsum(0) - 1) % experts).view_as(there)
 
 
 @contextmanager

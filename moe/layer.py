@@ -151,10 +151,12 @@ class MoE(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         tokens = self._tokens(x)
         given = self._given(x, mask, ids, state)
+        if given.mask is not None:  # what stands at padding, NaN too, reaches no gradient
+            tokens = tokens.masked_fill(~given.mask[:, None], 0)
         routing = kept = self._route(tokens, given)
         overflow = None
         if self.capacity is not None:
-            kept, overflow = limit(routing, self.capacity, self.token_ranks)
+            kept, overflow = limit(routing, self.capacity, self.token_ranks, self.top_k)
         y = self._experts(tokens, kept)
         free = getattr(self.router, "free", None)
         if free is not None:
@@ -200,6 +202,9 @@ class MoE(nn.Module):
                 raise TypeError(f"MoE: {name} must be {what}, got {t.dtype}")
             if t.shape != shape:
                 raise ValueError(f"MoE: {name} must be {list(shape)} as x is but for D, got {list(t.shape)}")
+        if state is not None and not (isinstance(state, Tensor) and state.is_floating_point()):
+            kind = state.dtype if isinstance(state, Tensor) else type(state).__name__
+            raise TypeError(f"MoE: state must be a floating point tensor, got {kind}")
         if state is not None and state.shape[:-1] != shape:
             raise ValueError(f"MoE: state must be {list(shape)} and a width, got {list(state.shape)}")
         return Given(

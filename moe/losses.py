@@ -135,6 +135,11 @@ def scores_of(routing: Routing, who: str) -> Tensor:
     return routing.scores
 
 
+def xlogx(p: Tensor) -> Tensor:
+    """p log p of probabilities, 0 at p = 0, where the gradient, too, is finite: softmax rounds small ones to 0."""
+    return p * p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+
 def of_tokens(t: Tensor, routing: Routing) -> Tensor:
     """t [T, n] with zeros, and no gradient, for the tokens that are padding."""
     return t if routing.mask is None else t.masked_fill(~routing.mask[:, None], 0)

@@ -64,22 +64,22 @@ class HashRouter(Router):
             _check_table(table, vocab_size, num_experts, top_k)
         self.vocab_size, self.seed, self.score = vocab_size, seed, score
         self.renormalize, self.scale = renormalize, scale
-        self.given_table = table is not None
+        self.given_table = table
         self.trains_gate = score is not None
         self.register_buffer("table", torch.empty(vocab_size, top_k, dtype=torch.int32, device=device))
         self.weight = None
         if score is not None:
             self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
-        if table is not None and not self.table.is_meta:
-            self.table.copy_(table)
 
     def reset_parameters(self) -> None:
-        """The gate as nn.Linear; a table that was drawn is drawn again, with the same experts."""
+        """The gate as nn.Linear; the table as it was given, or drawn again, with the same experts."""
         if self.weight is not None:
             nn.init.uniform_(self.weight, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
-        if not self.given_table and not self.table.is_meta:
-            self.table.copy_(_drawn(self.vocab_size, self.num_experts, self.top_k, self.seed))
+        if not self.table.is_meta:
+            table = self.given_table
+            drawn = _drawn(self.vocab_size, self.num_experts, self.top_k, self.seed) if table is None else table
+            self.table.copy_(drawn)
 
     def choose(self, x: Tensor, given: Given) -> Routing:
         if given.ids is None:

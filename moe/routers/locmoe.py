@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
-from ..losses import TokenRanks, load_balancing_loss, of_tokens, over_batch, scores_of, tokens_of
+from ..losses import TokenRanks, load_balancing_loss, of_tokens, over_batch, scores_of, tokens_of, xlogx
 from .given import Given
 from .router import Router
 
@@ -89,7 +89,7 @@ class LocMoERouter(Router):
         mean = scores.sum(0) / count
         wanted = mean.new_full((self.num_experts,), _FAR / self.num_experts)
         wanted[list(self.near)] += (1 - _FAR) / len(self.near)
-        apart = (torch.special.xlogy(mean, mean) - mean * wanted.log()).sum()
+        apart = (xlogx(mean) - mean * wanted.log()).sum()
         if ranks is not None:
             none = apart.new_zeros(1, 0)
             apart = over_batch(apart.view(1, 1), none, lambda c, t: c.new_ones(1, 1) / t, 1, None, ranks)
@@ -102,7 +102,8 @@ class LocMoERouter(Router):
 def capacity_bound(num_experts: int, hidden_size: int, delta: float) -> float:
     """The share of the tokens that an expert must take at least, so that it gets all those whose angle with its gate
     has a cosine of `delta` or more: 1 / (E erfc(sqrt(delta^2 D / (2 - delta^2)))), which exceeds
-    exp(delta^2 D / (2 - delta^2)) / E. LocMoE measured delta near 0.03. Source: LocMoE (2024), theorem 2.
+    exp(delta^2 D / (2 - delta^2)) / E; infinite where fp64 cannot say it. LocMoE measured delta near 0.03.
+    Source: LocMoE (2024), theorem 2.
 
     Raises ValueError where delta is not in [0, 1) or a size is not positive.
 
@@ -114,4 +115,5 @@ def capacity_bound(num_experts: int, hidden_size: int, delta: float) -> float:
             raise ValueError(f"capacity_bound: {name} must be at least 1, got {size}")
     if not 0 <= delta < 1:
         raise ValueError(f"capacity_bound: delta must be in [0, 1), got {delta}")
-    return 1 / (num_experts * math.erfc(math.sqrt(delta**2 * hidden_size / (2 - delta**2))))
+    chance = math.erfc(math.sqrt(delta**2 * hidden_size / (2 - delta**2)))
+    return 1 / (num_experts * chance) if chance else math.inf

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ...dispatch import collectives
 from ...kernels.routing import Routing, pairs_of_experts
 from ...kernels.topk import topk
-from .given import Given
+from .given import NOTHING, Given
 from .router import GatedRouter
 
 
@@ -22,9 +23,10 @@ class ReinforceRouter(GatedRouter):
 
         - sum_t (R_t - baseline) log pi(drawn experts of t) - entropy_coef * sum_t H(pi_t),    over `scale`
 
-    by its gradient alone. `baseline`, a buffer, is the running mean of R (`rate` of the way with each reward). `scale`
-    None divides by the tokens, as a mean loss is. Without a reward there is no such gradient. What activation
-    checkpointing runs again draws the same experts, as torch restores the random state for it.
+    by its gradient alone. `baseline`, a buffer, is the running mean of R (`rate` of the way with each reward), over
+    many ranks of all of theirs: `reward` is then one all-reduce of two numbers, on every rank. `scale` None divides by
+    the tokens, as a mean loss is. Padding is no token; its R is not looked at. Without a reward there is no such
+    gradient. What activation checkpointing runs again draws the same experts, as torch restores the random state.
 
     Source: Clark et al., Unified Scaling Laws for Routed Language Models (2022), RL-R; Williams (1992).
 
@@ -63,11 +65,12 @@ class ReinforceRouter(GatedRouter):
         self.entropy_coef, self.rate, self.scale = entropy_coef, rate, scale
         self.register_buffer("baseline", torch.zeros((), device=device, dtype=torch.float32))
         self.advantage: Tensor | None = None
+        self._seen = NOTHING
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.baseline.zero_()
-        self.advantage = None
+        self.advantage, self._seen = None, NOTHING
 
     def choose(self, x: Tensor, given: Given) -> Routing:
         logits = self.logits(x)
@@ -77,7 +80,8 @@ class ReinforceRouter(GatedRouter):
         ids = topk(choice, self.top_k, score="topk_softmax").expert_ids
         weights = torch.full(ids.shape, 1 / self.top_k, dtype=logits.dtype, device=logits.device)
         if self.training and logits.requires_grad:
-            weights = _Reinforce.apply(weights, self._surprise(logits, ids), _entropy(logits), self)
+            weights = _Reinforce.apply(weights, self._surprise(logits, ids), _entropy(logits), given.mask, self)
+            self._seen = given
         counts = pairs_of_experts(ids, self.num_experts).int()
         return Routing(ids, weights, self.num_experts, counts, logits.softmax(1), logits)
 
@@ -97,22 +101,33 @@ class ReinforceRouter(GatedRouter):
     @torch.no_grad()
     def reward(self, reward: Tensor) -> None:
         """R [T] of the tokens of the forward pass just made: what the backward pass that follows takes. The baseline
-        moves afterwards. Raises ValueError where it is not [T] of finite numbers."""
+        moves afterwards. Raises ValueError where it is not [T] of finite numbers, but for padding."""
         if reward.dim() != 1 or not reward.is_floating_point():
             raise ValueError(
                 f"ReinforceRouter.reward: reward must be floating point [T], got {reward.dtype} {tuple(reward.shape)}"
             )
+        mask, ranks = self._seen.mask, self._seen.ranks
+        if mask is not None:
+            if len(reward) != len(mask):
+                raise ValueError(f"ReinforceRouter.reward: reward must be of {len(mask)} tokens, got {len(reward)}")
+            reward = reward.masked_fill(~mask, 0)
+        tokens = reward.new_tensor(len(reward), dtype=torch.float64) if mask is None else mask.sum().double()
+        whole = torch.stack([reward.sum(dtype=torch.float64), tokens])
+        if ranks is not None:
+            whole = collectives.all_reduce(whole, ranks.group)
+        if not whole.isfinite().all():  # known to every rank
+            raise ValueError("ReinforceRouter.reward: reward must be finite, got some that is not")
         self.advantage = reward.detach() - self.baseline.to(reward.dtype)
-        if len(reward):
-            self.baseline.lerp_(reward.float().mean(), self.rate)
+        mean = torch.where(whole[1] > 0, whole[0] / whole[1].clamp_min(1), self.baseline.double())
+        self.baseline.lerp_(mean.to(self.baseline), self.rate)
 
 
 class _Reinforce(torch.autograd.Function):
     """weights as they are; the backward pass adds the policy's gradient, from what the router was given meanwhile."""
 
     @staticmethod
-    def forward(ctx, weights: Tensor, surprise: Tensor, entropy: Tensor, router: ReinforceRouter) -> Tensor:
-        ctx.router, ctx.tokens = router, len(weights)
+    def forward(ctx, weights: Tensor, surprise: Tensor, entropy: Tensor, mask: Tensor | None, router) -> Tensor:
+        ctx.router, ctx.tokens, ctx.mask = router, len(weights), mask
         ctx.dtype = surprise.dtype
         return weights.view_as(weights)
 
@@ -120,13 +135,13 @@ class _Reinforce(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         router, advantage = ctx.router, ctx.router.advantage
         if advantage is None:
-            return None, None, None, None
+            return None, None, None, None, None
         if len(advantage) != ctx.tokens:
             raise ValueError(f"ReinforceRouter.reward: reward must be of {ctx.tokens} tokens, got {len(advantage)}")
-        over = max(ctx.tokens, 1) if router.scale is None else router.scale
-        of_entropy = grad.new_full((ctx.tokens,), -router.entropy_coef / over)
+        there = grad.new_ones(ctx.tokens, dtype=ctx.dtype) if ctx.mask is None else ctx.mask.to(ctx.dtype)
+        there = there / (there.sum().clamp_min(1) if router.scale is None else router.scale)
         router.advantage = None
-        return None, -advantage.to(ctx.dtype) / over, of_entropy.to(ctx.dtype), None
+        return None, -advantage.to(ctx.dtype) * there, -router.entropy_coef * there, None, None
 
 
 def _entropy(logits: Tensor) -> Tensor:

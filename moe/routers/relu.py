@@ -104,6 +104,8 @@ class ReLURouter(SteeredRouter):
         """Up where a token had more than K experts on average, down where less: `load` is (pairs, tokens)."""
         pairs, tokens = load.unbind()
         self.strength *= self.step ** (pairs - self.top_k * tokens).sign()
+        known = torch.finfo(torch.float32)
+        self.strength.clamp_(known.tiny, known.max)  # at 0 or infinity it would stay
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, most={self.most}"

@@ -80,9 +80,9 @@ class Router(nn.Module):
         scores of `routing`. -1: no expert; -2: the token's own choice stays."""
         own = routing.expert_ids
         live = (ids == -2).all(1, keepdim=True)
-        if own.shape[1] < ids.shape[1]:
-            own = torch.nn.functional.pad(own, (0, ids.shape[1] - own.shape[1]), value=-1)
-        ids = torch.where(live, own[:, : ids.shape[1]], ids).int()
+        width = max(own.shape[1], ids.shape[1])  # a live token may have more experts than any that was recorded
+        own, ids = (torch.nn.functional.pad(t, (0, width - t.shape[1]), value=-1) for t in (own, ids))
+        ids = torch.where(live, own, ids).int()
         none = ids < 0
         weights = self.weights_at(routing, ids.long().clamp_min(0), none).masked_fill(none, 0)
         new = replace(routing, expert_ids=ids, weights=weights, counts=pairs_of_experts(ids, self.num_experts).int())
@@ -101,7 +101,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, given: Given = NOTHING) -> Routing:
         if given.mask is not None:
-            x = x.masked_fill(~given.mask[:, None], 0)
+            gone = ~given.mask[:, None]
+            x, state = x.masked_fill(gone, 0), given.state
+            given = replace(given, state=None if state is None else state.masked_fill(gone, 0))
         routing = self.choose(x, given)
         if given.mask is not None:
             routing = routing.masked(given.mask)

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from ...kernels.routing import Routing, pairs_of_experts
 from ...kernels.topk import check_choice, topk
-from ..losses import TokenRanks, load_balancing_loss, of_tokens, over_batch, per_sequence, scores_of, tokens_of
+from ..losses import (
+    TokenRanks,
+    load_balancing_loss,
+    of_tokens,
+    over_batch,
+    per_sequence,
+    scores_of,
+    tokens_of,
+    xlogx,
+)
 from .given import Given
 from .router import GatedRouter
 
@@ -75,7 +84,7 @@ class TopPRouter(GatedRouter):
         if not self.entropy_coef:
             return level
         scores = scores_of(routing, who)
-        entropy = torch.special.entr(scores).sum(1, keepdim=True)
+        entropy = -xlogx(scores).sum(1, keepdim=True)
         sums = per_sequence(of_tokens(entropy, routing), sequences, who).sum(1)
         tokens = tokens_of(routing, sequences, who)
 

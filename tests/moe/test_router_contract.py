@@ -8,7 +8,9 @@ import torch
 from router_cases import call, fitting, layer_of, route
 from torch.utils.checkpoint import checkpoint
 
+from headgate.kernels.plan import plan
 from headgate.kernels.routing import Routing
+from headgate.moe import Capacity
 from headgate.moe.routers import ROUTERS
 
 D, E, K = 120, 8, 2  # a multiple of all numbers of experts here, as slices of x ask for
@@ -243,6 +245,13 @@ class TestPadding:
         for a, b in zip(*kept, strict=True):
             assert_close(a, b)
 
+    @pytest.mark.parametrize("options", [{"shared_intermediate_size": 6, "shared_gate": True}, {"latent_size": 4}])
+    def test_what_stands_there_reaches_no_gradient(self, name, x, options):
+        layer = layer_of(name, load_balancing_coef=float(ROUTERS[name].balances), z_loss_coef=0.1, **options)
+        x[:, 4:] = float("nan")
+        call(layer, x, torch.arange(7).expand(3, 7) < 4).square().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
     def test_nothing_but_padding(self, name, x):
         layer = layer_of(name, z_loss_coef=0.1)
         y = call(layer, x, torch.zeros(3, 7, dtype=torch.bool))
@@ -255,7 +264,8 @@ class TestPadding:
 @pytest.mark.parametrize("scale", [0.0, 1e4, -1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extreme_rows_stay_finite(name, dtype, scale):
-    layer = layer_of(name, dtype=dtype, z_loss_coef=1e-3)
+    layer = layer_of(name, dtype=dtype, z_loss_coef=1e-3, load_balancing_coef=float(ROUTERS[name].balances))
+    layer.router.near = [0]  # of LocMoE: its second loss
     x = (torch.randn(9, D) * scale).to(dtype).requires_grad_()
     call(layer, x).float().square().mean().backward()
     for t in (x.grad, *layer.aux_losses.values(), *(p.grad for p in layer.router.parameters() if p.grad is not None)):
@@ -270,6 +280,27 @@ def test_odd_sizes(name, tokens, experts, k):
     assert y.shape == (tokens, D)
     assert y.isfinite().all()
     (y.sum() * 0 + y.square().sum()).backward()
+
+
+@pytest.mark.parametrize("name", ["softmax", "relu", "expert_choice", "top_p"])
+def test_a_capacity_goes_by_k(name, x):
+    """Where a routing has a place for every expert, too."""
+    layer = layer_of(name, capacity=0.5)
+    call(layer, x)
+    assert layer.last_overflow.capacity == Capacity(0.5).of(21, K, E) >= layer.last_routing.counts.max()
+
+
+@pytest.mark.parametrize("how", ["random", "round_robin"])
+def test_a_forced_load_has_as_many_pairs(name, how, x):
+    found = []
+    for forced in (None, how):
+        torch.manual_seed(3)
+        layer = layer_of(name, force_load_balancing=forced).eval()
+        call(layer, x)
+        found.append(layer.last_routing)
+    own, even = found
+    assert even.counts.sum() == own.counts.sum() == plan(even.expert_ids, E).offsets[-1]
+    assert how == "random" or even.counts.max() - even.counts.min() <= 1
 
 
 def test_equals_it_took_the_lowest(name):
@@ -331,6 +362,12 @@ def test_compiles_whole_with_padding(name, x, assert_close, own_compilations):
     want = call(layer, x, mask)
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(layer, x, mask)
     assert_close(got, want)
+
+
+@pytest.mark.parametrize(("state", "got"), [([1.0], "list"), (torch.ones(3, 7, 8, dtype=torch.long), "torch.int64")])
+def test_a_bad_state_is_named(state, got, x):
+    with pytest.raises(TypeError, match=f"MoE: state must be a floating point tensor, got {got}"):
+        layer_of("pregate")(x, state=state)
 
 
 @pytest.mark.parametrize(

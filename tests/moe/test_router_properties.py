@@ -105,6 +105,12 @@ class TestSinkhorn:
 
 
 class TestHash:
+    def test_a_table_that_was_given_is_there_after_meta(self):
+        table = balanced_table(torch.arange(50), E, K)
+        router = HashRouter(D, E, K, vocab_size=50, table=table, device="meta").to_empty(device="cpu")
+        router.reset_parameters()
+        assert torch.equal(router.table, table)
+
     def test_an_id_has_its_experts_wherever_it_stands(self):
         router = HashRouter(D, E, K, vocab_size=50)
         ids = torch.randint(50, (200,))
@@ -155,6 +161,14 @@ def test_top_p_is_the_smallest_set_with_the_mass(p):
     assert (mass - last < p).all()
     if p < 0.9:
         assert (routing.expert_ids < 0).any()
+
+
+def test_relus_controller_can_always_come_back():
+    router = fitting("relu")(D, E, K)
+    for pairs, low, high in ((0, 0, 1e-30), (64 * E, 1e30, math.inf), (0, 0, 1e-30)):
+        for _ in range(1500):
+            router.update_bias(torch.tensor([pairs, 64]))
+        assert low < router.strength < high
 
 
 def test_relu_becomes_as_sparse_as_was_asked():
@@ -430,6 +444,22 @@ class TestReinforce:
         routing.weights.sum().backward()
         assert router.weight.grad.eq(0).all()
 
+    def test_padding_is_no_token(self):
+        """Its reward, whatever it is, moves neither gate nor baseline, and it is not divided by."""
+        found = []
+        for more in (0, 5):
+            torch.manual_seed(3)
+            router = ReinforceRouter(D, E, K, gate_bias=True, entropy_coef=0.3, dtype=torch.float64)
+            x, gain = torch.randn(7, D, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+            x, gain = (torch.cat([t, t.new_full((more, *t.shape[1:]), torch.nan)]) for t in (x, gain))
+            torch.manual_seed(4)
+            routing = router(x, Given(mask=torch.arange(7 + more) < 7))
+            reward(router, gain)
+            routing.weights.sum().backward()
+            found.append((router.weight.grad, router.gate_bias.grad, router.baseline))
+        for alone, padded in zip(*found, strict=True):
+            torch.testing.assert_close(padded, alone)
+
     def test_it_learns_which_expert_pays(self):
         torch.manual_seed(0)
         router, x = ReinforceRouter(D, E, 1, rate=0.2), skewed(128)
@@ -447,6 +477,8 @@ class TestReinforce:
             reward(SoftmaxRouter(D, E, K), torch.zeros(3))
         router = ReinforceRouter(D, E, K)
         routing = router(skewed(4))
+        with pytest.raises(ValueError, match="reward must be finite, got some that is not"):
+            reward(router, torch.tensor([0.0, torch.nan, 0.0, 0.0]))
         reward(router, torch.zeros(3))
         with pytest.raises(ValueError, match="reward must be of 4 tokens, got 3"):
             routing.weights.sum().backward()

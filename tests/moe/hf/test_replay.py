@@ -169,6 +169,22 @@ class TestOwnLayers:
         assert torch.equal(got, want)
         assert torch.equal(layer.last_routing.counts, trace_counts(trace))
 
+    def test_a_live_token_keeps_all_its_experts(self):
+        """More of them than any recorded token has."""
+        layer = layer_of("relu", dtype=torch.float32)
+        with torch.no_grad():
+            layer.router.weight.normal_()
+        x = torch.randn(4, 120)
+        x[3] = 20 * layer.router.weight.sum(0)
+        call(layer, x)
+        want = layer.last_routing.expert_ids[3]
+        ids = layer.last_routing.expert_ids[:3, :1].numpy()
+        trace = headgate.Trace(np.where(ids < 0, 255, ids).astype(np.uint8)[None], num_experts=8)
+        with headgate.replay(layer, trace, last="live"):
+            call(layer, x)
+        assert (want >= 0).sum() > 4
+        assert torch.equal(layer.last_routing.expert_ids[3], want)
+
     def test_a_pair_without_an_expert_stays_so(self):
         layer, x = layer_of("softmax", dtype=torch.float32), torch.randn(9, 120)
         call(layer, x)

@@ -21,7 +21,8 @@ from headgate.moe.capacity import Capacity
 from headgate.moe.ranks.sync import local
 
 sys.path.append(str(Path(__file__).parent))
-import folds_amiss  # noqa: F401  # it adds checks of its own
+import folds_amiss  # noqa: F401  # they add checks of their own
+import folds_routers  # noqa: F401
 
 __all__ = ["CHECKS"]
 
