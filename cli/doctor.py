@@ -147,6 +147,8 @@ def examine_model(path: Path, given: Path | None = None) -> dict[str, Any]:
     """
     from ..moe.hf import replace
 
+    files: dict[str, Any] | None
+    memory: dict[str, Any] | None
     if path.exists() and check_config(path, given, "doctor"):
         config, empty, memory, files = _gguf(path, given)
     else:
