@@ -127,8 +127,8 @@ def test_what_other_libraries_flags_are_called_here_is_there():
     page = (ROOT / "docs" / "coming.md").read_text()
     rows = [row.split("|")[-2] for row in page.splitlines() if row.startswith("| ")]
     code = [c for row in rows for c in re.findall(r"`([^`]+)`", row)]
-    takers = [headgate.MoE, headgate.Experts, headgate.Capacity, headgate.Fold, headgate.parallelize,
-              headgate.grouped_ffn, *headgate.moe.ROUTERS.values()]  # fmt: skip
+    takers = [headgate.MoE, headgate.MoE.forward, headgate.Experts, headgate.Capacity, headgate.Fold,
+              headgate.parallelize, headgate.grouped_ffn, *headgate.moe.ROUTERS.values()]  # fmt: skip
     known = {name for taker in takers for name in inspect.signature(taker).parameters}
     known |= {"edp", "ep", "etp", "dp", "cp", "tp"}
     arguments = {name for c in code for name in re.findall(r"\b(\w+)=", c)}
