@@ -181,7 +181,8 @@ class _Reader:
         groups = self.config.get("config_groups")
         self.guard.rule(isinstance(groups, dict) and bool(groups), "config_groups", "an object of groups", groups)
         assert isinstance(groups, dict)
-        said = {(g.get("weights") or {}).get("num_bits") if isinstance(g, dict) else None for g in groups.values()}
+        of = [g.get("weights") if isinstance(g, dict) else None for g in groups.values()]
+        said = {w["num_bits"] if isinstance(w, dict) and type(w.get("num_bits")) is int else None for w in of}
         if len(said) > 1:
             key = f"{stem}.weight_shape"
             self.guard.rule(key in self.stored, key, "there where groups have several num_bits", "none")

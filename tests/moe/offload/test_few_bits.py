@@ -248,6 +248,8 @@ SPOILT = {  # scheme, what becomes of its tensors and of its config, the error
         CT, put("weight_g_idx", torch.zeros(64).int()), {}, "weights with a weight_g_idx are not taken"),
     "two bits": (
         CT, nothing, {"config_groups": {"a": {"weights": {"num_bits": 2}}}}, "num_bits of .* must be 4 or 8, got 2"),
+    "a group that says nothing of its weights": (
+        CT, nothing, {"config_groups": {"a": {"weights": 3}}}, "num_bits of .* must be 4 or 8, got None"),
     "scales of another shape": (
         "fp8", put("weight_scale_inv", torch.ones(3, 2)), {},
         r"up_proj.weight_scale_inv of \S+ must be one of each block of 32 x 32, got \[3, 2\]"),
