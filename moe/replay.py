@@ -222,13 +222,10 @@ class _Listener(TorchFunctionMode):
         if func in (torch.topk, Tensor.topk):
             scores = args[0] if args else kwargs["input"]
             k = args[1] if len(args) > 1 else kwargs["k"]
-            if scores.shape[-1] == self.line.experts and k <= scores.shape[-1] and self._over_all(scores):
+            if scores.shape[-1] == self.line.experts and k <= scores.shape[-1] and scores.dim() in (2, 3):
                 self.answered += 1
                 return self._answer(func(*args, **kwargs), scores, k)
         return func(*args, **kwargs)
-
-    def _over_all(self, scores: Tensor) -> bool:
-        return scores.dim() in (2, 3)
 
     def _answer(self, live, scores: Tensor, k: int):
         indices = live[1]

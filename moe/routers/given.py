@@ -24,3 +24,12 @@ class Given:
 
 
 NOTHING = Given()
+
+
+def check_state(state: Tensor, width: int, who: str) -> Tensor:
+    """The state of the layer before; ValueError where it is of another width, which another kind of router made."""
+    if state.shape[-1] != width:
+        raise ValueError(
+            f"{who}: state must be [..., {width}], as a layer of the same sizes made it, got {list(state.shape)}"
+        )
+    return state

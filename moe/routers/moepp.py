@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from ...kernels.router_logits import router_logits
 from ...kernels.routing import Routing, pairs_of_experts
 from ...kernels.topk import topk
+from ...kernels.topk.reference import EPS
 from ..capacity import Capacity
 from ..free import FreeExperts
 from ..losses import TokenRanks, of_tokens, over_batch, per_sequence, scores_of, tokens_of
-from .given import Given
+from .given import Given, check_state
 from .router import GatedRouter
-
-_EPS = 1e-20
 
 
 class MoEPPRouter(GatedRouter):
@@ -77,7 +76,7 @@ class MoEPPRouter(GatedRouter):
         ids = every.expert_ids
         nothing = (ids >= self.num_experts) & (ids < self.num_experts + self.free.zero)
         weights = every.weights.masked_fill(nothing, 0)
-        weights = weights / (weights.sum(1, keepdim=True) + _EPS)
+        weights = weights / (weights.sum(1, keepdim=True) + EPS)
         counts = pairs_of_experts(ids, self.num_experts).int()
         return Routing(ids, weights, self.num_experts, counts, every.scores, logits, state=logits)
 
@@ -85,7 +84,7 @@ class MoEPPRouter(GatedRouter):
         assert routing.scores is not None
         none = none | ((ids >= self.num_experts) & (ids < self.num_experts + self.free.zero))
         weights = routing.scores.gather(1, ids).masked_fill(none, 0)
-        return weights / (weights.sum(1, keepdim=True) + _EPS)
+        return weights / (weights.sum(1, keepdim=True) + EPS)
 
     def balancing_loss(
         self, routing: Routing, *, sequences: int | None = None, ranks: TokenRanks | None = None
@@ -109,12 +108,3 @@ class MoEPPRouter(GatedRouter):
         """What an FFN expert takes at most: gamma tau T K / (tau E + Z) pairs, as the paper has it (equation 10). The
         free experts, which cost nothing, take all."""
         return Capacity(gamma * self.tau * self.num_experts / (self.tau * self.num_experts + self.free.number))
-
-
-def check_state(state: Tensor, width: int, who: str) -> Tensor:
-    """The state of the layer before; ValueError where it is of another width, which another kind of router made."""
-    if state.shape[-1] != width:
-        raise ValueError(
-            f"{who}: state must be [..., {width}], as a layer of the same sizes made it, got {list(state.shape)}"
-        )
-    return state

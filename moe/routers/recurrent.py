@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from ...kernels.router_logits import router_logits
 from ...kernels.routing import Routing
 from ...kernels.topk import check_choice, topk
-from .given import Given
-from .moepp import check_state
+from .given import Given, check_state
 from .router import GatedRouter
 
 

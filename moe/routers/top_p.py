@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...kernels.routing import Routing, pairs_of_experts
 from ...kernels.topk import check_choice, topk
+from ...kernels.topk.reference import EPS
 from ..losses import (
     TokenRanks,
     load_balancing_loss,
@@ -19,8 +20,6 @@ from ..losses import (
 )
 from .given import Given
 from .router import GatedRouter
-
-_EPS = 1e-20
 
 
 class TopPRouter(GatedRouter):
@@ -70,7 +69,7 @@ class TopPRouter(GatedRouter):
         gone = chosen.cumsum(1) - chosen >= self.p  # those before it are enough; the first one never goes
         weights, ids = every.weights.masked_fill(gone, 0), every.expert_ids.masked_fill(gone, -1)
         if self.renormalize:
-            weights = weights / (weights.sum(1, keepdim=True) + _EPS)
+            weights = weights / (weights.sum(1, keepdim=True) + EPS)
         counts = pairs_of_experts(ids, self.num_experts).int()
         return Routing(ids, weights * self.scale, self.num_experts, counts, every.scores, every.logits)
 
