@@ -17,7 +17,7 @@ def main(argv=None) -> int:
         from .commands import run
 
         return run(argv)
-    from .signals import install
+    from .signals import install, leave
 
     handler = install()
     try:
@@ -25,9 +25,12 @@ def main(argv=None) -> int:
 
         from .commands import run
 
-        return run(sys.argv[1:], handler)
+        status = run(sys.argv[1:], handler)
     finally:
         handler.working = False
+    if status:
+        leave(status)
+    return status
 
 
 def __getattr__(name: str):

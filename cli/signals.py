@@ -9,6 +9,8 @@ import atexit
 import os
 import signal
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -45,6 +47,16 @@ def install() -> Handler:
             signal.signal(number, handler)
     atexit.register(_ignore)  # the first registered is the last called
     return handler
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process with `status`, without taking the interpreter apart. A thread that computes while that is done
+    aborts the process, and what was interrupted may have left one: it was just being started, say."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # nobody reads, it is closed, there is none
+            stream.flush()
+    os._exit(status)
 
 
 def _ignore() -> None:

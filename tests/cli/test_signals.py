@@ -172,6 +172,25 @@ def test_a_second_signal_does_not_disturb_the_tidying_up(tmp_path):
         handler(signal.SIGTERM, None)
 
 
+_COMPUTES = """
+import sys, threading, torch
+from headgate.cli import commands, main
+x = torch.ones(1 << 20)
+def compute():
+    while True:
+        x.mul(1.0)
+for _ in range(2):
+    threading.Thread(target=compute, daemon=True).start()
+commands.run = lambda words, handler: 143
+sys.exit(main())
+"""
+
+
+def test_threads_that_still_compute_do_not_abort_the_end():
+    ended = subprocess.run([sys.executable, "-c", _COMPUTES], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (143, "")
+
+
 def test_a_command_inside_a_program_leaves_its_signals_alone(monkeypatch, capsys):
     def look(args):
         seen.append([signal.getsignal(n) for n in BOTH])
