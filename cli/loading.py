@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.arguments import device, input_file, positive, workers
+from ..bench.light import import_models
 from ..bench.machine import need
-from ..bench.screen import Bar, Screen
-from ..kernels.quantized import FORMATS
-from ..placement.caching.policies import NEED_TRACE, POLICIES
 
 PREFETCH = ("gate", "path", "none")
 CONFIG = "of a GGUF file: a folder with config.json, and tokenizer if it has one (default: what the file says)"
@@ -23,6 +21,9 @@ CONFIG = "of a GGUF file: a folder with config.json, and tokenizer if it has one
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, and how it is loaded."""
+    from ..kernels.quantized import FORMATS
+    from ..placement.caching.policies import NEED_TRACE, POLICIES
+
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="a transformers model folder with safetensors files, or a GGUF file")
     add("--config", type=Path, metavar="DIR", help=CONFIG)
@@ -131,6 +132,8 @@ def opened(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
 @contextmanager
 def _bars() -> Iterator[Any]:
     """What `load` tells, as bars on standard error, where that is a terminal."""
+    from ..bench.screen import Bar, Screen
+
     screen, under_way = Screen(sys.stderr), dict[str, Bar]()
     with ExitStack() as stack:
 
@@ -148,3 +151,9 @@ def _bars() -> Iterator[Any]:
 def check_extras(who: str) -> None:
     """Raises RuntimeError where transformers is not installed."""
     need(who, "transformers", "hf")
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Imports torch and transformers: in a process of the command's own, no more of them than it takes."""
+    if args.alone:
+        import_models(gpu=args.device != "cpu")

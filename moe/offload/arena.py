@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.quantized import Quantized
-from ...placement.caching.cache import SCOPES, Pools, pools
+from ...placement.caching.pools import SCOPES, Pools, pools
 from .kinds import Kind, Layer
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

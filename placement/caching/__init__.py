@@ -2,7 +2,7 @@
 
 | file | holds |
 |---|---|
-| cache.py, steps.py | the cache that decides, step by step; a trace as such steps |
+| cache.py, pools.py, steps.py | the cache that decides, step by step; its slots in pools; a trace as such steps |
 | simulate.py | what a cache would do on a trace, and Belady's optimum |
 | tiers.py | caches below caches; the time waited, and its bound |
 | policies/ | what to keep: eviction policies by name |
