@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.arguments import device, input_file, positive, workers
-from ..bench.light import import_models
+from ..bench.light import import_engine, import_models
 from ..bench.machine import need
 
 PREFETCH = ("gate", "path", "none")
@@ -22,7 +22,7 @@ CONFIG = "of a GGUF file: a folder with config.json, and tokenizer if it has one
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, and how it is loaded."""
     from ..kernels.quantized import FORMATS
-    from ..placement.caching.policies import NEED_TRACE, POLICIES
+    from ..placement.caching.names import NAMES, NEED_TRACE
 
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="a transformers model folder with safetensors files, or a GGUF file")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", default="8GiB", metavar="X", help="memory for experts, such as 4GiB or 25%% (default 8GiB)")
     add("--formats", choices=FORMATS, help="experts in few bits, in a file under --disk (default: as they are)")
     add("--disk", type=Path, metavar="DIR", help="a folder for the experts file, or the file that headgate pack wrote")
-    add("--policy", choices=POLICIES, default="adaptive", help="which expert goes (default adaptive)")
+    add("--policy", choices=NAMES, default="adaptive", help="which expert goes (default adaptive)")
     add("--prefetch", choices=PREFETCH, default="gate", help="what foretells the next experts (default gate)")
     words = ", ".join(NEED_TRACE)
     add("--trace", type=input_file, metavar="FILE", help=f"a trace of this model, to learn from; for {words} and path")
@@ -154,6 +154,7 @@ def check_extras(who: str) -> None:
 
 
 def begin(args: argparse.Namespace) -> None:
-    """Imports torch and transformers: in a process of the command's own, no more of them than it takes."""
+    """Imports torch, transformers and the engine: in a process of the command's own, no more of them than it takes."""
     if args.alone:
         import_models(gpu=args.device != "cpu")
+        import_engine()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...light import import_models
+from ...light import import_engine, import_models
 from .processes import memory_of, traffic
 
 PROMPT, WARM, TOKENS = 68, 16, 48
@@ -30,6 +30,7 @@ def first(folder: str, budget: str, begun: float, vocab: int, prompt: int = PROM
     """headgate.load and the first token of an answer, in a process that imports as `headgate generate` does. Seconds
     since it was started, `begun`."""
     import_models()
+    import_engine()
     from transformers import Qwen3MoeForCausalLM  # noqa: F401  # what it imports counts as imports
 
     from ....moe.offload.load import load
