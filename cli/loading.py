@@ -79,7 +79,7 @@ def tokenizer_of(model: Path, who: str, config: Path | None = None) -> Any:
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **where)
         if not set(found.get_vocab()) - set(found.all_special_tokens):  # transformers makes one of no file at all
-            raise ValueError("one without words, as of no file")
+            raise ValueError("no tokenizer files, or some without a vocabulary")
         return found
     except Exception as error:  # a stranger's files in another library: whatever it says
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
