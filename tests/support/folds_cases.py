@@ -117,7 +117,7 @@ def once(fold: Fold, options=None, *, prepare=None, also=None, **how) -> None:
     """Layer, its gradients, their norm and one optimizer step under `fold`, against one process.
 
     `prepare(mine)`: what is done to the parallelized layer first; `also(whole, mine, part, what, of)`: what else holds
-    of gradients and weights, `of(parameter)`, where this rank has the rows `part`; `whole` is as after its backward pass.
+    of gradients and weights, `of(parameter)`, where this rank has the rows `part`; `whole` has made no step.
     """
     options, average = options or {}, fold.size("dp", "cp")
     one, (tokens, x, g) = reference(options, average), batch()
