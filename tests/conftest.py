@@ -70,6 +70,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # or a library says at the end that its objects leaked
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """Every test starts from the same random state, whatever ran before it."""
