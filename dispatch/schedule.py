@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,9 +41,10 @@ class Overlap:
     of it is read from the end.
 
     Outputs and gradients are those without a schedule, to rounding: an expert's product is over fewer rows at a time,
-    and gradients of weights are sums over chunks. Chunks are of T / degree tokens, some of one more; a rank may have
-    fewer tokens than chunks, or none. `degree` must be the same on every rank. Each chunk is a call of the dispatcher,
-    with its collectives; one of a number at the end makes an error in one rank's experts an error on all of them.
+    and gradients of weights are sums over chunks. The first and the last chunk are half as large as the others, from
+    degree 3 on: nothing runs beside their ways in and out. A rank may have fewer tokens than chunks, or none. `degree`
+    must be the same on every rank. Each chunk is a call of the dispatcher, with its collectives; one of a number at the
+    end makes an error in one rank's experts an error on all of them.
 
     Layers whose dispatchers share a process group must share one Overlap, and nothing else may use that group
     meanwhile: `parallelize(..., overlap=...)` sees to both. There is no second derivative.
@@ -251,9 +253,11 @@ def _tensors(things: Any) -> Iterator[Tensor]:
 
 
 def _chunks(x: Tensor, routing: Routing, degree: int) -> Iterator[tuple[Tensor, Routing]]:
-    for rows, ids, weights in zip(
-        *(t.tensor_split(degree) for t in (x, routing.expert_ids, routing.weights)), strict=True
-    ):
+    """The first and the last of three and more are half as large: nothing runs beside their ways in and out."""
+    halves = [2] * degree if degree < 3 else [1, *[2] * (degree - 2), 1]
+    ends = [len(x) * done // sum(halves) for done in accumulate(halves)][:-1]
+    parts = (t.tensor_split(ends) for t in (x, routing.expert_ids, routing.weights))
+    for rows, ids, weights in zip(*parts, strict=True):
         yield rows, Routing(ids, weights, routing.num_experts, capacity=routing.capacity)
 
 
