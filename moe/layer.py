@@ -204,7 +204,8 @@ class MoE(nn.Module):
 
     @property
     def overlap(self) -> Overlap | None:
-        return unwrapped(self.experts).overlap
+        experts: Any = unwrapped(self.experts)
+        return experts.overlap
 
     def _tokens(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
