@@ -22,6 +22,7 @@ from headgate.moe.ranks.sync import local
 
 sys.path.append(str(Path(__file__).parent))
 import folds_amiss  # noqa: F401  # they add checks of their own
+import folds_overlap  # noqa: F401
 import folds_routers  # noqa: F401
 
 __all__ = ["CHECKS"]
