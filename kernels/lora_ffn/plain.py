@@ -7,6 +7,7 @@ i of the plan in row i, columns as the weights' rows are stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grouped_ffn.plain import hidden, live_pairs, split, views
+from ..grouped_ffn.plain import live_pairs, split, views
 from ..grouped_ffn.plain import join as joined
 from ..grouped_ffn.quantized import widened
 from ..native import product_type
@@ -22,14 +23,34 @@ from ..quantized import Quantized
 from .task import Delta, Task, blocks_of, kept
 
 
-class _As:
-    """Weights [S, in, out] of which an expert is brought to `dtype` when it is asked for."""
+class Scratch:
+    """Memory that one expert after another computes in: what is fresh from the system costs more than the copy."""
 
-    def __init__(self, weights: Any, dtype: torch.dtype) -> None:
-        self.weights, self.dtype, self.shape = weights, dtype, weights.shape
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.like, self.dtype, self.held = like, dtype, dict[str, Tensor]()
+
+    def room(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor, which lasts until the next call of this name."""
+        size, held = math.prod(shape), self.held.get(name)
+        if held is None or held.numel() < size:
+            held = self.held[name] = self.like.new_empty(size, dtype=self.dtype)
+        return held[:size].view(shape)
+
+    def of(self, name: str, t: Tensor) -> Tensor:
+        """t in the type of products."""
+        return t if t.dtype == self.dtype else self.room(name, *t.shape).copy_(t)
+
+
+class _As:
+    """Weights [S, in, out] of which an expert is brought to the type of products when it is asked for."""
+
+    def __init__(self, name: str, weights: Any, scratch: Scratch) -> None:
+        self.name, self.weights, self.scratch, self.shape = name, weights, scratch, weights.shape
 
     def __getitem__(self, e: int) -> Tensor:
-        return self.weights[e].to(self.dtype)
+        one = self.weights[e]
+        turned = one.stride(0) == 1  # copied as it is stored
+        return self.scratch.of(self.name, one.T).T if turned else self.scratch.of(self.name, one)
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,9 @@ class Loop:
         stored = (task.first, task.second, task.last)
         first, second, last = widened(self.dtype, stored) if isinstance(task.last, Quantized) else stored
         ups, down = views(first, second, last, task.transposed)
-        self.ups, self.down = [_As(u, self.dtype) for u in ups], _As(down, self.dtype)
+        self.scratch = Scratch(task.rows, self.dtype)
+        self.ups = [_As(f"up{i}", u, self.scratch) for i, u in enumerate(ups)]
+        self.down = _As("down", down, self.scratch)
         self.b1, self.b2 = (None if b is None else b.to(self.dtype) for b in (task.b1, task.b2))
         self.slots = slots
         self.experts = task.last.shape[0] if experts is None else experts
@@ -77,11 +100,16 @@ class Loop:
             tokens = pairs // k
             gate = None if task.gates is None else task.gates[tokens, None].to(self.dtype)
             blocks = blocks_of(self.offsets, e, self.skills)
-            yield Rows(e, slot, lo, pairs, tokens, blocks, task.rows[tokens].to(self.dtype), gate)
+            yield Rows(e, slot, lo, pairs, tokens, blocks, self.scratch.of("x", task.rows[tokens]), gate)
 
     def hidden(self, own: Rows) -> Tensor:
         """The pre-activation [n, W], rounded to the rows' dtype as it is kept."""
-        h = hidden(own.x, own.slot, self.ups, self.b1)
+        widths = [u.shape[2] for u in self.ups]
+        h = self.scratch.room("h", len(own.x), sum(widths))
+        for part, u in zip(h.split(widths, 1), self.ups, strict=True):
+            torch.mm(own.x, u[own.slot], out=part)
+        if self.b1 is not None:
+            h += self.b1[own.slot]
         if self.task.up is not None:
             self._add(h, own.x, own, self.task.up, 0)
         return h.to(self.task.rows.dtype)
@@ -90,7 +118,7 @@ class Loop:
         """The un-weighted outputs [n, D] in the wide type."""
         task = self.task
         a = task.act(*split(h.to(task.wide), task.act, task.interleaved)).to(self.dtype)
-        out = a @ self.down[own.slot]
+        out = torch.mm(a, self.down[own.slot], out=self.scratch.room("out", len(a), self.down.shape[2]))
         if self.b2 is not None:
             out += self.b2[own.slot]
         if task.down is not None:
@@ -114,9 +142,9 @@ class Loop:
         adapters and gates go to `out`. `grad` [n, D] of the rows' weighted outputs."""
         task, wide = self.task, self.task.wide
         s = task.weights.reshape(-1)[own.pairs, None].to(wide)
-        g, parts = grad.to(self.dtype), split(h.to(wide), task.act, task.interleaved)
+        g, parts = self.scratch.of("g", grad), split(h.to(wide), task.act, task.interleaved)
         a = task.act(*parts)
-        da = g @ self.down[own.slot].T
+        da = torch.mm(g, self.down[own.slot].T, out=self.scratch.room("a", len(g), self.down.shape[1]))
         if task.down is not None:
             self._back(da, (a * s).to(self.dtype), g, own, task.down, 1, out)
         da = da.to(wide)
@@ -127,15 +155,29 @@ class Loop:
                 ds += (g * self.b2[own.slot]).sum(1, dtype=wide)
         if not out.want_hidden:
             return None, ds
-        dh = joined(task.act.backward(da * s, *parts), task.interleaved).to(self.dtype)
+        dh = self._slopes(da.mul_(s), parts)
         widths = [u.shape[2] for u in self.ups]
         dx = None
         if out.want_rows:
-            first, *rest = (d @ u[own.slot].T for d, u in zip(dh.split(widths, 1), self.ups, strict=True))
-            dx = sum(rest, first)
+            dx = self.scratch.room("out", *own.x.shape)
+            for i, (d, u) in enumerate(zip(dh.split(widths, 1), self.ups, strict=True)):
+                torch.addmm(dx, d, u[own.slot].T, beta=int(i > 0), out=dx)
         if task.up is not None:
             self._back(dx, own.x, dh, own, task.up, 0, out)
         return None if dx is None else dx.to(wide), ds
+
+    def _slopes(self, da: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """dH [n, W] of the activation's gradient. A plain silu in torch's fused operations."""
+        act = self.task.act
+        simple = act.gated and act.kind == "silu" and act.alpha == 1 and act.limit == math.inf and not act.up_shift
+        if not simple or self.task.interleaved or self.dtype != da.dtype:
+            return joined(act.backward(da, *parts), self.task.interleaved).to(self.dtype)
+        gate, up = parts
+        dh = self.scratch.room("h", len(da), 2 * da.shape[1])
+        of_gate, of_up = dh.chunk(2, 1)
+        torch.mul(da, torch.nn.functional.silu(gate), out=of_up)
+        torch.ops.aten.silu_backward(da.mul_(up), gate, grad_input=of_gate)
+        return dh
 
     def _back(
         self, dx: Tensor | None, x: Tensor, g: Tensor, own: Rows, delta: Delta, which: int, out: Gradients
