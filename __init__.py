@@ -17,6 +17,8 @@ _WHERE = {
     "record": "moe.record",
     "replay": "moe.replay",
     "Fold": "dispatch.fold",
+    "lora": "moe.lora.lora",
+    "load_lora": "moe.lora.lora",
     "parallelize": "moe.ranks.parallel",
     "parallelize_attention": "moe.hf.attention",
     "no_sync": "moe.ranks.parallel",

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..dispatch.local import Local
 from ..dispatch.protocol import Dispatcher
 from ..kernels.activation import Activation, as_activation
-from ..kernels.grouped_ffn import grouped_ffn
 from ..kernels.routing import Routing
 from .elsewhere import elsewhere_of
+from .lora.attached import expert_ffn
 from .shards import Cut, Shards, cut_experts, shards_of, weight_of
 
 WEIGHTS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
@@ -114,7 +114,8 @@ class Experts(nn.Module):
         assert w_gate_up is not None
         assert w_down is not None
         act = self.activation
-        return grouped_ffn(rows, routing, w_gate_up, w_down, b_gate_up=b_gate_up, b_down=b_down, activation=act)
+        biases = {"b_gate_up": b_gate_up, "b_down": b_down}
+        return expert_ffn(self, rows, routing, w_gate_up, w_down, **biases, activation=act)
 
     def cuts(self) -> dict[str, Cut]:
         """How each parameter is cut where the experts are spread over ranks: E over ep, F over etp."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ...dispatch.local import Local
 from ...kernels.activation import Activation
 from ...kernels.autocast import under_autocast
-from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.plan import Plan, plan
 from ...kernels.routing import Routing
 from ..elsewhere import elsewhere_of
+from ..lora.attached import expert_ffn
 from ..shards import Cut, shards_of, weight_of
 from .counting import mark
 from .gate import activation_of
@@ -64,8 +64,8 @@ def experts_forward(
     assert w2 is not None
     activation = activation_of(module, gated, interleaved, normed)
     if activation is not None:
-        y = grouped_ffn(
-            rows, routing, w1, w2, b_gate_up=b1, b_down=b2, activation=activation,
+        y = expert_ffn(
+            module, rows, routing, w1, w2, b_gate_up=b1, b_down=b2, activation=activation,
             gated=gated, transposed=transposed, interleaved=interleaved,
         )  # fmt: skip
     else:
