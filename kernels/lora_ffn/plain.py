@@ -173,7 +173,7 @@ class Loop:
         if not simple or self.task.interleaved or self.dtype != da.dtype:
             return joined(act.backward(da, *parts), self.task.interleaved).to(self.dtype)
         gate, up = parts
-        dh = self.scratch.room("h", len(da), 2 * da.shape[1])
+        dh = self.scratch.room("dh", len(da), 2 * da.shape[1])
         of_gate, of_up = dh.chunk(2, 1)
         torch.mul(da, torch.nn.functional.silu(gate), out=of_up)
         torch.ops.aten.silu_backward(da.mul_(up), gate, grad_input=of_gate)

@@ -111,6 +111,9 @@ class Lora:
                 p.requires_grad_(False)
         for name, one in made.items():
             module = model.get_submodule(name)
+            elsewhere: Any = elsewhere_of(module)
+            if hasattr(elsewhere, "freeze"):  # headgate.offload would let them learn when it brings them back
+                before |= elsewhere.freeze()
             module.add_module(CHILD, one.train(module.training))
             one.hook = module.register_forward_pre_hook(_runs_here)
         return cls(model, before)
