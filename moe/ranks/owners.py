@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ...dispatch import Fold, collectives
-from ..adapters import Factor, factors_of, wrappers_in
+from ..adapters import Factor, Own, factors_of, wrappers_in
 from ..shards import shards_of
 from .sync import GradientSync, Share
 
@@ -168,6 +168,11 @@ def check_adapters(module: nn.Module, found: Mapping[str, nn.Module], sharded: b
         if sharded:
             raise ValueError(_sharded_experts(name))
         weight = getattr(inside, wrapper.parameter_name)
+        if isinstance(wrapper, Own) and wrapper.lora.chosen is not None:
+            raise ValueError(
+                f"parallelize: LoRA on experts must be on all of a layer, got {len(wrapper.lora.chosen)} of "
+                f"{experts[id(inside)]}"
+            )
         if weight.dim() != 3:
             raise ValueError(
                 "parallelize: LoRA on experts must be on weights [E, ., .], got it on "
