@@ -19,6 +19,8 @@ _WHERE = {
     "Fold": "dispatch.fold",
     "lora": "moe.lora.lora",
     "load_lora": "moe.lora.lora",
+    "tune_only": "moe.lora.tune",
+    "load_tuned": "moe.lora.tune",
     "parallelize": "moe.ranks.parallel",
     "parallelize_attention": "moe.hf.attention",
     "no_sync": "moe.ranks.parallel",

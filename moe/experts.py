@@ -13,6 +13,7 @@ from ..kernels.activation import Activation, as_activation
 from ..kernels.routing import Routing
 from .elsewhere import elsewhere_of
 from .lora.attached import expert_ffn
+from .lora.tuned import with_tuned
 from .shards import Cut, Shards, cut_experts, shards_of, weight_of
 
 WEIGHTS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
@@ -107,6 +108,9 @@ class Experts(nn.Module):
 
     def _compute(self, rows: Tensor, routing: Routing) -> Tensor:
         """The weighted sums [R, D] of the experts that are here."""
+        return with_tuned(self, rows, routing, self._stacked)
+
+    def _stacked(self, rows: Tensor, routing: Routing) -> Tensor:
         elsewhere = elsewhere_of(self)
         if elsewhere is not None:  # headgate.offload
             return elsewhere(rows, routing)

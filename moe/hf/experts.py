@@ -7,6 +7,7 @@ time (a PEFT adapter makes them computed tensors, expert parallelism makes them 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ...kernels.plan import Plan, plan
 from ...kernels.routing import Routing
 from ..elsewhere import elsewhere_of
 from ..lora.attached import expert_ffn
+from ..lora.tuned import with_tuned
 from ..shards import Cut, shards_of, weight_of
 from .counting import mark
 from .gate import activation_of
@@ -48,31 +50,35 @@ def experts_forward(
         raise TypeError("experts: top_k_index and top_k_weights must both be given, got one or none of them")
     mark(module)
     m: Any = module
-    gated, biased, transposed, interleaved, normed = flags(module)
-    first = "gate_up_proj" if gated else "up_proj"
+    first = "gate_up_proj" if flags(module)[0] else "up_proj"
     shards = shards_of(module)
     dispatcher, num_experts = (shards, shards.num_experts) if shards else (Local(), m.down_proj.shape[0])
     rows = as_rows(hidden_states, getattr(m, first))
     rows, routing, ticket = dispatcher.dispatch(rows, Routing.from_topk(ids, weights, num_experts))
-    elsewhere = elsewhere_of(module)
+    y = dispatcher.combine(with_tuned(module, rows, routing, partial(_stacked, module, first)), ticket)
+    return y.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+
+def _stacked(module: nn.Module, first: str, rows: Tensor, routing: Routing) -> Tensor:
+    """The weighted sums [R, D] of the experts in the module's stacked weights, or of those that are elsewhere."""
+    elsewhere, m = elsewhere_of(module), module
     if elsewhere is not None:  # headgate.offload
-        y = dispatcher.combine(elsewhere(rows, routing), ticket)
-        return y.reshape(hidden_states.shape).to(hidden_states.dtype)
+        return elsewhere(rows, routing)
+    gated, biased, transposed, interleaved, normed = flags(module)
     w1, w2 = weight_of(m, first), weight_of(m, "down_proj")  # after dispatch, which may choose another degree
     b1, b2 = (weight_of(m, f"{first}_bias"), weight_of(m, "down_proj_bias")) if biased else (None, None)
     assert w1 is not None
     assert w2 is not None
     activation = activation_of(module, gated, interleaved, normed)
     if activation is not None:
-        y = expert_ffn(
+        return expert_ffn(
             module, rows, routing, w1, w2, b_gate_up=b1, b_down=b2, activation=activation,
             gated=gated, transposed=transposed, interleaved=interleaved,
         )  # fmt: skip
-    else:
-        gate = m._apply_gate if gated else m.act_fn
-        norm = m.post_expert_norm if normed else None
-        y = own_gate_forward(rows, routing, (w1, b1), (w2, b2), gate, transposed, norm)
-    return dispatcher.combine(y, ticket).reshape(hidden_states.shape).to(hidden_states.dtype)
+    own: Any = module
+    gate = own._apply_gate if gated else own.act_fn
+    norm = own.post_expert_norm if normed else None
+    return own_gate_forward(rows, routing, (w1, b1), (w2, b2), gate, transposed, norm)
 
 
 def flags(module: nn.Module) -> tuple[bool, bool, bool, bool, bool]:

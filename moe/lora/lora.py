@@ -17,6 +17,7 @@ from ..offload.forms import Form, experts_in, form_of, runs_here
 from ..shards import shards_of
 from .attached import CHILD, TARGETS, ExpertLora, Target, lora_of, loras_in, switched_off
 from .peft_files import Adapter, read_adapter, write_adapter
+from .tuned import tuned_of
 
 Chosen = str | Sequence[int] | Mapping[str, Sequence[int]]
 
@@ -236,6 +237,8 @@ def _survey(who: str, model: nn.Module) -> list[tuple[str, nn.Module, Form]]:
     for name, module in experts_in(model):
         if lora_of(module) is not None:
             raise ValueError(f"{who}: model must carry no LoRA yet, got one on {name}: merge or remove it first")
+        if tuned_of(module) is not None:
+            raise ValueError(f"{who}: {name} must have no experts that learn apart (tune_only), got some: finish() first")
         if (parameter := computing(model, module)) is not None:
             raise ValueError(f"{who}: {name} must have no adapter of PEFT's, got one on its {parameter}")
         form = form_of(module, sliced=True)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ...dispatch import Fold, collectives
 from ..adapters import Factor, Own, factors_of, wrappers_in
+from ..lora.tuned import tuned_of
 from ..shards import shards_of
 from .sync import GradientSync, Share
 
@@ -162,6 +163,9 @@ def adopt(module: nn.Module, parallel: Parallel) -> None:
 def check_adapters(module: nn.Module, found: Mapping[str, nn.Module], sharded: bool) -> None:
     """Raises ValueError for LoRA on experts `found` that cannot be cut, or where FSDP2 has `sharded` the experts."""
     experts = {id(each): name for name, each in found.items()}
+    for name, each in found.items():
+        if tuned_of(each) is not None:
+            raise ValueError(f"parallelize: experts must not learn apart (tune_only), got some of {name}: finish() first")
     for name, wrapper, inside in wrappers_in(module):
         if id(inside) not in experts:
             continue
