@@ -99,18 +99,18 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y, _grad_h):
-    if grad_y is None:
-        return (None,) * 25
-    rows, ids, weights, *rest, h = ctx.saved_tensors
     n = ctx.each
+    found: list[Any] = [None] * 25
+    found[3], found[4], found[5] = [None] * n, [None] * n if ctx.pair else None, [None] * n
+    if grad_y is None:
+        return tuple(found)
+    rows, ids, weights, *rest, h = ctx.saved_tensors
     w1, rest = rest[:n], rest[n:]
     w_up, rest = (rest[:n], rest[n:]) if ctx.pair else (None, rest)
     w2, rest = rest[:n], rest[n:]
     needs = [ctx.needs_input_grad[i] for i in _TENSORS]
     backward, args = torch.ops.headgate.lora_ffn_backward, (rows, ids, weights, w1, w_up, w2, *rest, h)
     out = run(backward, _composite_backward, grad_y, *args, *ctx.form, needs)
-    found: list[Any] = [None] * 25
-    found[3], found[4], found[5] = [None] * n, [None] * n if ctx.pair else None, [None] * n
     for i, d, need in zip(_TENSORS, out, needs, strict=True):
         found[i] = d if need else None
     return tuple(found)

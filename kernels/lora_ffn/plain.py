@@ -227,6 +227,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     loop, rows = Loop(task), task.rows
     width = task.width
     h_all = rows.new_empty(task.expert_ids.numel() if keep else 0, width)
+    h_all[loop.offsets[-1] :] = 0  # places of nobody
     y = torch.zeros(rows.shape[0], loop.down.shape[2], dtype=task.wide, device=rows.device)
     scale = task.weights.reshape(-1).to(task.wide)
     for own in loop:
