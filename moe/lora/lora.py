@@ -81,8 +81,7 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torch.
     """
     found = {name: (module, form) for name, module, form in _survey("load_lora", model)}
     sizes = {name: targets_of(module, form, TARGETS) for name, (module, form) in found.items()}
-    order = {name: [n for n, _ in module.named_parameters(recurse=False)] for name, (module, _) in found.items()}
-    adapter, values = read_adapter(folder, sizes, order)
+    adapter, values = read_adapter(folder, sizes)
     made = {}
     for name, factors in values.items():
         module, form = found[name]
@@ -146,9 +145,7 @@ class Lora:
                 )
         one = next(iter(layers.values()))
         adapter = Adapter(one.rank, one.alpha, one.rslora)
-        order = {n: [p for p, _ in m.named_parameters(recurse=False)] for n, m, _ in loras_in(self.model)}
-        matching = [name for name, _ in self.model.named_parameters()]
-        write_adapter(folder, adapter, layers, order, matching)
+        write_adapter(folder, adapter, layers, [name for name, _ in self.model.named_parameters()])
 
     @torch.no_grad()
     def merge(self) -> nn.Module:

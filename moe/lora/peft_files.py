@@ -1,7 +1,8 @@
 """PEFT's own files of a LoRA on experts: adapter_config.json with target_parameters, and adapter_model.safetensors.
 
 PEFT wraps an experts module once for each parameter that it changes, in the module's order of parameters: the last is
-outermost, and each one further in has `base_layer` more in its keys, which do not name the parameter. Both matrices are
+outermost, and each one further in has `base_layer` more in its keys, which do not name the parameter. Gate and up come
+first in every family; PEFT itself changes the order of a module that it has computed with, so that shapes tell. Both matrices are
 flat there: A [E * r, in], a block of r rows for each expert, and B [out, r * E], of which column i * E + e is expert e's
 i-th. `in` and `out` are what the weight takes and gives, whichever way it is stored (PEFT 0.21, ParamWrapper).
 """
@@ -53,23 +54,20 @@ def write_adapter(
     folder: str | os.PathLike[str],
     adapter: Adapter,
     layers: Mapping[str, ExpertLora],
-    order: Mapping[str, Sequence[str]],
     parameters: Sequence[str],
 ) -> None:
-    """`order`: the parameters of each experts module in its order; `parameters`: the names of all of the model's."""
+    """`parameters`: the names of all of the model's."""
     from safetensors.torch import save  # a user of transformers or PEFT has it
 
     tensors: dict[str, Tensor] = {}
     full = []
     for name, one in layers.items():
-        by_parameter = {t.parameter: target for target, t in one.targets.items()}
-        inner = [p for p in order[name] if p in by_parameter]
-        for depth, parameter in enumerate(reversed(inner)):
-            a, b = (t.detach().cpu() for t in one.factors(by_parameter[parameter]))
+        for depth, (target, about) in enumerate(reversed(one.targets.items())):
+            a, b = (t.detach().cpu() for t in one.factors(target))
             key = f"{PREFIX}{name}{'.base_layer' * depth}"
             tensors[f"{key}.lora_A.weight"] = a.flatten(0, 1).contiguous()
             tensors[f"{key}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
-            full.append(f"{name}.{parameter}")
+            full.append(f"{name}.{about.parameter}")
     ends = sorted({".".join(key.split(".")[-2:]) for key in full})
     matched = [p for p in parameters if any(p.endswith(f".{end}") for end in ends)]
     said = {
@@ -87,7 +85,6 @@ def write_adapter(
 def read_adapter(
     folder: str | os.PathLike[str],
     sizes: Mapping[str, Mapping[str, Target]],
-    order: Mapping[str, Sequence[str]],
 ) -> tuple[Adapter, Values]:
     """`sizes`: the weights that can be changed, layer -> target -> Target. Raises ValueError, in at most 300 characters,
     where the files are not PEFT's or do not fit these."""
@@ -99,8 +96,11 @@ def read_adapter(
         left = set(file.tensors)
         values: Values = {}
         for name, targets in wanted.items():
-            inner = sorted(targets, key=lambda t, n=name: order[n].index(sizes[n][t].parameter))  # type: ignore[misc]
-            for depth, target in enumerate(reversed(inner)):
+            outer = targets[::-1]
+            inside = file.tensors.get(f"{PREFIX}{name}.lora_A.weight")
+            if inside is not None and inside.shape == _shapes(sizes[name][outer[-1]], adapter.rank)[0]:
+                outer = targets
+            for depth, target in enumerate(outer):
                 about, key = sizes[name][target], f"{PREFIX}{name}{'.base_layer' * depth}"
                 keys = f"{key}.lora_A.weight", f"{key}.lora_B.weight"
                 for k, shape in zip(keys, _shapes(about, adapter.rank), strict=True):
