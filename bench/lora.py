@@ -1,4 +1,4 @@
-"""`headgate bench lora`: a training step of LoRA on experts beside PEFT's `target_parameters`, on the same block in one run.
+"""`headgate bench lora`: a training step of LoRA on experts beside PEFT's `target_parameters`, same block, same run.
 
 The block is transformers' own for Qwen3-MoE: router, top-k and experts. A step is forward and backward, with a gradient
 of the block's input, as inside a model; the adapters' numbers are the same for everybody, and so must the gradients be.
@@ -91,7 +91,7 @@ def _sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
-    """tokens -> form -> seconds a step (median, least), tokens/s, how many times PEFT's, and bytes above the weights."""
+    """tokens -> form -> seconds a step (median, least), tokens/s, and bytes above the weights."""
     sizes = _sizes(args)
     screen.say(f"{processor()}; {torch.get_num_threads()} threads; {headgate_form()}")
     said = f"D {args.hidden}, F {args.intermediate}, E {args.experts}, K {args.top_k}, rank {args.rank}, {args.dtype}"

@@ -1,8 +1,8 @@
 """lora_ffn as a loop over experts of plain torch matmuls: the form for CPUs, and for every device without a kernel.
 
 An expert's rows are gathered, multiplied and activated while they are hot, the low-rank products between. The
-pre-activation is the one thing kept; products of rank r are made anew in the backward pass. Layout of h: [R*K, W], place
-i of the plan in row i, columns as the weights' rows are stored.
+pre-activation is the one thing kept; products of rank r are made anew in the backward pass. Layout of h: [R*K, W],
+place i of the plan in row i, columns as the weights' rows are stored.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grouped_ffn.plain import live_pairs, split, views
 from ..grouped_ffn.plain import join as joined
+from ..grouped_ffn.plain import live_pairs, split, views
 from ..grouped_ffn.quantized import widened
 from ..native import product_type
 from ..quantized import Quantized
@@ -55,8 +55,8 @@ class _As:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one expert: `e` its number, `slot` its place in the weights, `pairs` [n] in the plan's order, `blocks`
-    which adapter's each are (see blocks_of), `x` [n, D] for products, `gate` [n, 1] or None."""
+    """The rows of one expert: `e` its number, `slot` its place in the weights, `pairs` [n] in the plan's order,
+    `blocks` which adapter's each are (see blocks_of), `x` [n, D] for products, `gate` [n, 1] or None."""
 
     e: int
     slot: int

@@ -35,8 +35,8 @@ class ExpertLora(nn.Module):
     """scale * B_e A_e for each expert e of a module, scale = alpha / rank (rslora: alpha / sqrt(rank)).
 
     a_gate_up [E, r, D], b_gate_up [E, 2F, r], a_down [E, r, F], b_down [E, D, r], those of `targets` only; rows of B in
-    the order of the weight's own outputs. `chosen`: the experts that are changed, of which alone there are matrices; None:
-    all. A starts as nn.Linear's weights do (PEFT's start), B at zero.
+    the order of the weight's own outputs. `chosen`: the experts that are changed, of which alone there are matrices;
+    None: all. A starts as nn.Linear's weights do (PEFT's start), B at zero.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class ExpertLora(nn.Module):
 
 
 def factor_cuts(cuts: Mapping[str, Cut], parameter: str) -> tuple[Cut, Cut]:
-    """How A [E, r, in] and B [E, out, r] are cut where their weight is cut: over F the one that has it, and neither over
-    r. A weight is cut along its outputs where that is the gate and up projection."""
+    """How A [E, r, in] and B [E, out, r] are cut where their weight is cut: over F the one that has it, and neither
+    over r. A weight is cut along its outputs where that is the gate and up projection."""
     cut = cuts[parameter]
     of_outputs = not parameter.endswith(("down_proj", "w_down"))
     whole = Cut(2, everywhere=True)

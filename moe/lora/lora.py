@@ -44,8 +44,9 @@ def lora(
     dtype     of A and B; None: fp32 for experts in half types, else the experts' own
 
     The experts' gradients are never computed: forward and backward keep the layer's rows and pre-activation, and add
-    products of rank r (`headgate.kernels.lora_ffn`). Returns a Lora: its `parameters()` for an optimizer, `save`, `merge`,
-    `remove`, `disabled`. A starts as nn.Linear's weights do and B at zero: outputs are the model's until the first step.
+    products of rank r (`headgate.kernels.lora_ffn`). Returns a Lora: its `parameters()` for an optimizer, `save`,
+    `merge`, `remove`, `disabled`. A starts as nn.Linear's weights do and B at zero: outputs are the model's until the
+    first step, to rounding.
 
     Raises ValueError / TypeError naming argument, rule and value; nothing is changed then.
     Source: Hu et al., LoRA (2021); files are PEFT's (`LoraConfig(target_parameters=...)`).
@@ -87,7 +88,11 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torch.
         module, form = found[name]
         targets = {t: sizes[name][t] for t in factors}
         made[name] = one = ExpertLora(
-            targets, adapter.rank, adapter.alpha, rslora=adapter.rslora, **_where("load_lora", model, module, form, dtype)
+            targets,
+            adapter.rank,
+            adapter.alpha,
+            rslora=adapter.rslora,
+            **_where("load_lora", model, module, form, dtype),
         )
         with torch.no_grad():
             for target, (a, b) in factors.items():
@@ -235,7 +240,9 @@ def _survey(who: str, model: nn.Module) -> list[tuple[str, nn.Module, Form]]:
         if lora_of(module) is not None:
             raise ValueError(f"{who}: model must carry no LoRA yet, got one on {name}: merge or remove it first")
         if tuned_of(module) is not None:
-            raise ValueError(f"{who}: {name} must have no experts that learn apart (tune_only), got some: finish() first")
+            raise ValueError(
+                f"{who}: {name} must have no experts that learn apart (tune_only), got some: finish() first"
+            )
         if (parameter := computing(model, module)) is not None:
             raise ValueError(f"{who}: {name} must have no adapter of PEFT's, got one on its {parameter}")
         form = form_of(module, sliced=True)

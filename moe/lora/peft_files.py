@@ -2,9 +2,9 @@
 
 PEFT wraps an experts module once for each parameter that it changes, in the module's order of parameters: the last is
 outermost, and each one further in has `base_layer` more in its keys, which do not name the parameter. Gate and up come
-first in every family; PEFT itself changes the order of a module that it has computed with, so that shapes tell. Both matrices are
-flat there: A [E * r, in], a block of r rows for each expert, and B [out, r * E], of which column i * E + e is expert e's
-i-th. `in` and `out` are what the weight takes and gives, whichever way it is stored (PEFT 0.21, ParamWrapper).
+first in every family; PEFT itself changes the order of a module that it has computed with, so that shapes tell. Both
+matrices are flat there: A [E * r, in], a block of r rows for each expert, and B [out, r * E], of which column i * E + e
+is expert e's i-th. `in` and `out` are what the weight takes and gives, whichever way it is stored (PEFT 0.21, ParamWrapper).
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def read_adapter(
     folder: str | os.PathLike[str],
     sizes: Mapping[str, Mapping[str, Target]],
 ) -> tuple[Adapter, Values]:
-    """`sizes`: the weights that can be changed, layer -> target -> Target. Raises ValueError, in at most 300 characters,
-    where the files are not PEFT's or do not fit these."""
+    """`sizes`: the weights that can be changed, layer -> target -> Target. Raises ValueError, in at most 300
+    characters, where the files are not PEFT's or do not fit these."""
     path = Path(folder)
     adapter, wanted = _config(path / CONFIG, sizes)
     guard = Guard(path / WEIGHTS, _WHO)
@@ -98,7 +98,8 @@ def read_adapter(
         for name, targets in wanted.items():
             outer = targets[::-1]
             inside = file.tensors.get(f"{PREFIX}{name}.lora_A.weight")
-            if inside is not None and inside.shape == _shapes(sizes[name][outer[-1]], adapter.rank)[0]:
+            first, last = (_shapes(sizes[name][t], adapter.rank)[0] for t in (outer[0], outer[-1]))
+            if inside is not None and inside.shape != first and inside.shape == last:
                 outer = targets
             for depth, target in enumerate(outer):
                 about, key = sizes[name][target], f"{PREFIX}{name}{'.base_layer' * depth}"

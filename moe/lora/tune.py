@@ -98,8 +98,8 @@ def tune_only(model: nn.Module, trace: Trace, share: float = 0.2, *, by: str = "
 def load_tuned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Writes the experts of a file by `Tuned.save` into a model's stacked weights; returns the model.
 
-    Raises ValueError where the file is not one, or of another model; OSError where it cannot be read; nothing is changed
-    then."""
+    Raises ValueError where the file is not one, or of another model; OSError where it cannot be read; nothing is
+    changed then."""
     found = {name: (module, form) for name, module, form in _survey("load_tuned", model)}
     where = Path(path)
     guard = Guard(where, _WHO)
@@ -111,7 +111,9 @@ def load_tuned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             if key not in left:
                 continue
             left.discard(key)
-            guard.rule(file.tensors[key].dtype == "I64" and len(file.tensors[key].shape) == 1, key, "int64 [n]", "other")
+            guard.rule(
+                file.tensors[key].dtype == "I64" and len(file.tensors[key].shape) == 1, key, "int64 [n]", "other"
+            )
             experts = getattr(module, form.names["w_down"]).shape[0]
             low_high = {"low": 0, "high": experts - 1}
             numbers = guard.integers(file.read(key).numpy(), key, shape=(None,), **low_high).tolist()
@@ -166,12 +168,14 @@ class Tuned:
 
     @torch.no_grad()
     def finish(self) -> nn.Module:
-        """Writes the experts back into the model's stacked weights and lets learn what learned before; returns the model,
-        which is built as it was. Raises ValueError where experts are offloaded; nothing is changed then."""
+        """Writes the experts back into the model's stacked weights and lets learn what learned before; returns the
+        model, which is built as it was. Raises ValueError where experts are offloaded; nothing is changed then."""
         self._layers("finish")
         for name, module, _ in tuned_in(self.model):
             if elsewhere_of(module) is not None:
-                raise ValueError(f"Tuned.finish: experts must be in place, got {name} offloaded: close the Offload first")
+                raise ValueError(
+                    f"Tuned.finish: experts must be in place, got {name} offloaded: close the Offload first"
+                )
         for _, module, one in list(tuned_in(self.model)):
             for leaf, p in one.named_parameters():
                 getattr(module, leaf).data[one.chosen] = p.to(getattr(module, leaf).dtype)

@@ -1,8 +1,8 @@
-"""A layer's forward and backward pass through an engine's slots where its experts carry LoRA: the experts are frozen and
-come and go, A and B stay on the device and learn.
+"""A layer's forward and backward pass through an engine's slots where its experts carry LoRA: the experts are frozen
+and come and go, A and B stay on the device and learn.
 
-As passes.py: the backward pass asks for the same experts once more, and the pre-activation is computed anew. Products are
-those of lora_ffn's loop over experts, on the CPU to the bit what resident experts give.
+As passes.py: the backward pass asks for the same experts once more, and the pre-activation is computed anew. Products
+are those of lora_ffn's loop over experts, on the CPU to the bit what resident experts give.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class _Adapted(torch.autograd.Function):
         ctx.scales = [0.0 if d is None else d.scale for d in (carried.up, carried.down)]
         made = _Maker(call, rows, weights, expert_ids, seed, carried)
         wide = torch.promote_types(rows.dtype, torch.float32)
-        out = rows.new_empty(expert_ids.numel(), call.engine.layers[call.layer].outputs(call.form["transposed"]), dtype=wide)
+        out = rows.new_empty(
+            expert_ids.numel(), call.engine.layers[call.layer].outputs(call.form["transposed"]), dtype=wide
+        )
 
         def write(loop: Loop) -> None:
             for own in loop:

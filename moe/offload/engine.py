@@ -117,8 +117,8 @@ class Engine:
         Gradients of rows and router weights, too, are grouped_ffn's; their pass is a step of its own.
 
         Weights are called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see `step`; `back`:
-        the same for the backward pass. `carried`: LoRA of the experts. Waits for the device once a pass, to know the experts. Raises OSError or
-        RuntimeError naming layer and expert where one cannot be had; the next call tries again.
+        the same for the backward pass. `carried`: LoRA of the experts. Waits for the device once a pass, to know them.
+        Raises OSError or RuntimeError naming layer and expert where one cannot be had; the next call tries again.
         """
         self._check(layer)
         instead = "call the model outside of it, or close the Offload first"

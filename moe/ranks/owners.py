@@ -165,7 +165,9 @@ def check_adapters(module: nn.Module, found: Mapping[str, nn.Module], sharded: b
     experts = {id(each): name for name, each in found.items()}
     for name, each in found.items():
         if tuned_of(each) is not None:
-            raise ValueError(f"parallelize: experts must not learn apart (tune_only), got some of {name}: finish() first")
+            raise ValueError(
+                f"parallelize: experts must not learn apart (tune_only), got some of {name}: finish() first"
+            )
     for name, wrapper, inside in wrappers_in(module):
         if id(inside) not in experts:
             continue

@@ -11,7 +11,7 @@ from headgate.kernels.lora_ffn import Delta, lora_ffn
 from headgate.kernels.quantized import quantize
 
 FORMS = {
-    "plain": dict(),
+    "plain": {},
     "transposed, interleaved, biases": dict(transposed=True, interleaved=True, bias=True, activation="gpt_oss"),
     "a pair": dict(pair=True),
     "ungated": dict(gated=False, activation="relu2", bias=True),
@@ -141,5 +141,5 @@ def test_bad_input_is_named():
     fails(r"lora_ffn: gates must be \[R\] with R=33, got \(3,\)", gates=torch.ones(3))
     fails("lora_ffn: skill_of_row must be integers", TypeError, skill_of_row=torch.ones(33))
     fails(r"lora_ffn: dropout must be in \[0, 1\), got 1", dropout=1)
-    with pytest.raises(ValueError, match="routing.num_experts must equal w_down's experts, got 4 and 5"):
+    with pytest.raises(ValueError, match=r"routing\.num_experts must equal w_down's experts, got 4 and 5"):
         lora_ffn(rows, Routing(case.ids, case.weights, 4), case.w1, case.w2, up, down, **options)

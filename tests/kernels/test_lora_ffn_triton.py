@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 CASES = {
-    "plain": dict(),
+    "plain": {},
     "odd, biases": dict(rows=19, hidden=33, inner=35, bias=True, rank=5),
     "transposed, interleaved, gpt-oss": dict(transposed=True, interleaved=True, bias=True, activation="gpt_oss"),
     "skills and gates": dict(skills=3, rank=2),
@@ -38,14 +38,14 @@ def both(case: Case, chip):
     return y, grad, [t for t, need in zip(got, [*needs, case.gates is not None], strict=True) if need]
 
 
-QUICK = ("transposed, interleaved, gpt-oss", "skills and gates")  # an interpreter takes seconds for each
+FAST = [("transposed, interleaved, gpt-oss", "pointers"), ("skills and gates", "maps")]  # seconds each, interpreted
 CHIPS = {"pointers": replace(A100, processors=3), "maps": replace(H200, processors=3)}
 
 
 @pytest.mark.parametrize(
     ("sizes", "chip"),
     [
-        pytest.param(s, c, id=f"{name}-{kind}", marks=[] if (name, kind) in zip(QUICK, CHIPS) else pytest.mark.slow)
+        pytest.param(s, c, id=f"{name}-{kind}", marks=[] if (name, kind) in FAST else pytest.mark.slow)
         for name, s in CASES.items()
         for kind, c in CHIPS.items()
     ],
@@ -76,5 +76,7 @@ def test_weights_in_few_bits(assert_close):
     assert_close(y, want)
     got = on_triton.backward(grad, *args[:15], h, *args[15:-1], [True] * 6 + [False], chip=chip)
     leaves = case.leaves
-    for (name, _), g, ref in zip(leaves.items(), got, torch.autograd.grad(want, [*leaves.values()], grad), strict=False):
+    for (name, _), g, ref in zip(
+        leaves.items(), got, torch.autograd.grad(want, [*leaves.values()], grad), strict=False
+    ):
         assert_close(g, ref, name=name)

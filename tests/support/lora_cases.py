@@ -48,7 +48,11 @@ class Case:
         self.skills = torch.randint(skills, (rows,)) if several else None
         self.gates = torch.rand(rows, dtype=dtype).requires_grad_() if several else None
         self.pair = pair
-        self.form = {"activation": as_activation(activation, gated), "transposed": transposed, "interleaved": interleaved}
+        self.form = {
+            "activation": as_activation(activation, gated),
+            "transposed": transposed,
+            "interleaved": interleaved,
+        }
 
     @property
     def first(self):

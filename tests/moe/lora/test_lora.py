@@ -139,7 +139,7 @@ def test_around_offloaded_experts_to_the_bit(original, when, tmp_path):
             lora = filled(headgate.lora(mine, 3))
         got = learned(mine, lora)
         assert offloaded.stats().loads > 0
-        with pytest.raises(ValueError, match="merge: experts must be in place, got .* offloaded"):
+        with pytest.raises(ValueError, match=r"merge: experts must be in place, got .* offloaded"):
             lora.merge()
     assert torch.equal(got[0], want[0])
     assert all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
@@ -290,8 +290,12 @@ def test_files_that_do_not_fit_are_named(tmp_path):
     fails("use_dora of .* must be False, or absent, got True", use_dora=True)
     fails("rank_pattern of .* must be", rank_pattern={"down_proj": 4})
     fails("r of .* must be a whole number of at least 1, got 0", r=0)
-    fails("target_parameters of .* must be of the model's experts, as moe.experts.w_gate_up, got", target_parameters=["x"])
-    fails("tensors of .* must be those of the experts", target_parameters=["experts.w_gate_up"])
+    fails(
+        "target_parameters of .* must be of the model's experts, as moe.experts.w_gate_up, got", target_parameters=["x"]
+    )
+    fails(r"lora_A.* must be \[8, 16\].* of w_gate_up, got \[8, 6\]", target_parameters=["experts.w_gate_up"])
+    save_file(tensors | {"base_model.model.head.lora_A.weight": torch.zeros(2, 16)}, weights)
+    fails("tensors of .* must be those of the experts")
     save_file({n: t for n, t in tensors.items() if n != key}, weights)
     fails(f"{key} of .* must be there, as target_parameters says")
     turned = tensors | {key: torch.zeros(4 * 2, 16)}  # down: takes 6, gives 16

@@ -150,7 +150,7 @@ def test_bad_input_is_named_before_anything_changes(model, trace, tmp_path):
     tuned = headgate.tune_only(model, trace)
     with pytest.raises(ValueError, match="tune_only: model must have no experts that learn apart yet"):
         headgate.tune_only(model, trace)
-    with pytest.raises(ValueError, match="lora: .* must have no experts that learn apart"):
+    with pytest.raises(ValueError, match=r"lora: .* must have no experts that learn apart"):
         headgate.lora(model, 2)
     tuned.save(tmp_path / "t.safetensors")
     tuned.finish()

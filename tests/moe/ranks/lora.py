@@ -181,12 +181,12 @@ def what_does_not_go_is_refused_by_name():
     fold = make_fold(Sizes.of({"dp": n}, {"ep": n}, 1, n))
     some = built()
     headgate.lora(some, R, experts=[1, 2])
-    with pytest.raises(ValueError, match="LoRA on experts must be on all of a layer, got 2 of layers.0.experts"):
+    with pytest.raises(ValueError, match=r"LoRA on experts must be on all of a layer, got 2 of layers.0.experts"):
         headgate.parallelize(some, fold)
     mine = built()
     lora = adapted(mine)
     headgate.parallelize(mine, fold)
-    with pytest.raises(ValueError, match="save: experts must be whole, got layers.0.experts cut over ranks"):
+    with pytest.raises(ValueError, match=r"save: experts must be whole, got layers.0.experts cut over ranks"):
         lora.save(folder("nowhere"))
     with pytest.raises(ValueError, match="place_experts: module must have no LoRA on its experts"):
         headgate.place_experts(mine, None)
