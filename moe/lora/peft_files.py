@@ -4,7 +4,8 @@ PEFT wraps an experts module once for each parameter that it changes, in the mod
 outermost, and each one further in has `base_layer` more in its keys, which do not name the parameter. Gate and up come
 first in every family; PEFT itself changes the order of a module that it has computed with, so that shapes tell. Both
 matrices are flat there: A [E * r, in], a block of r rows for each expert, and B [out, r * E], of which column i * E + e
-is expert e's i-th. `in` and `out` are what the weight takes and gives, whichever way it is stored (PEFT 0.21, ParamWrapper).
+is expert e's i-th. `in` and `out` are what the weight takes and gives, whichever way it is stored (PEFT 0.21,
+ParamWrapper).
 """
 
 from __future__ import annotations
