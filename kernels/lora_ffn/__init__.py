@@ -158,7 +158,7 @@ def lora_ffn(
     act = as_activation(activation, gated)
     w1, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
     autocast = under_autocast(rows.device)
-    stored = (w1, w_up, w_down, b_gate_up, b_down)
+    stored: list[Any] = [w1, w_up, w_down, b_gate_up, b_down]
     check("lora_ffn", rows, routing, *stored, act, transposed, interleaved, cast=autocast)
     experts = w_down.shape[0]
     if routing.num_experts != experts:
@@ -168,16 +168,16 @@ def lora_ffn(
     check_deltas(rows, up, down, skill_of_row, gates, dropout, stored, transposed)
     if autocast:
         to = torch.get_autocast_dtype(rows.device.type)
-        rows, *stored = [t.to(to) if isinstance(t, Tensor) else t for t in (rows, *stored)]
-    w1, w_up, w_down, b1, b2 = stored
+        rows, stored = rows.to(to), [t.to(to) if isinstance(t, Tensor) else t for t in stored]
+    *matrices, b1, b2 = stored
     seed = torch.randint(2**40, (1,)) if dropout else None
     factors = [t for d in (up, down) for t in ((None, None) if d is None else (d.a, d.b))]
     scales = [0.0 if d is None else float(d.scale) for d in (up, down)]
-    tensors = [rows, routing.expert_ids, routing.weights, *map(listed, (w1, w_up, w_down)), b1, b2, *factors]
+    tensors = [rows, routing.expert_ids, routing.weights, *map(listed, matrices), b1, b2, *factors]
     tensors += [gates, skill_of_row, seed]
     learning = (rows, routing.weights, gates, *factors)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learning)
-    formats, blocks = quantized.form_of(w1, w_up, w_down) if isinstance(w_down, Quantized) else (None, None)
+    formats, blocks = quantized.form_of(*matrices) if isinstance(w_down, Quantized) else (None, None)
     form = (scales, dropout, formats, blocks, act.kind, act.params, act.gated, transposed, interleaved)
     return run(torch.ops.headgate.lora_ffn, composite.forward, *tensors, *form, keep)[0]
 

@@ -24,8 +24,8 @@ from .task import Delta, Task
 
 
 def forward(*args: Any, chip: Chip, launch: Launch = launch) -> tuple[Tensor, Tensor]:
-    *args, keep = args  # type: ignore[assignment]
-    run = Run(Task.of(*args), chip, launch)
+    *given, keep = args
+    run = Run(Task.of(*given), chip, launch)
     task = run.task
     x = run.gathered(task.rows)
     h = run.hidden(x)
@@ -42,8 +42,8 @@ def forward(*args: Any, chip: Chip, launch: Launch = launch) -> tuple[Tensor, Te
 
 
 def backward(grad: Tensor, *args: Any, chip: Chip, launch: Launch = launch) -> tuple[Tensor, ...]:
-    *args, h, needs = args[:15] + args[16:-1] + (args[15], args[-1])  # type: ignore[assignment]
-    run = Run(Task.of(*args), chip, launch)
+    h, needs = args[15], args[-1]
+    run = Run(Task.of(*args[:15], *args[16:-1]), chip, launch)
     task, empty = run.task, grad.new_empty(0)
     want_x, want_s, *want_factors, want_gates = needs
     wide, parts = task.wide, split(h.to(task.wide), task.act, task.interleaved)

@@ -222,8 +222,8 @@ class Gradients:
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *args, keep = args
-    task = Task.of(*args)
+    *given, keep = args
+    task = Task.of(*given)
     loop, rows = Loop(task), task.rows
     width = task.width
     h_all = rows.new_empty(task.expert_ids.numel() if keep else 0, width)
@@ -239,8 +239,8 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *args, h_all, needs = args[:15] + args[16:-1] + (args[15], args[-1])
-    task = Task.of(*args)
+    h_all, needs = args[15], args[-1]
+    task = Task.of(*args[:15], *args[16:-1])
     loop, rows = Loop(task), task.rows
     want_x, want_s, *want_factors, want_gates = needs
     empty = rows.new_empty(0)
@@ -264,5 +264,5 @@ def backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         dx.to(rows.dtype),
         ds.view(task.weights.shape).to(task.weights.dtype) if want_s else ds,
         *(empty if t is None else t for t in found),
-        empty if dgates is None else dgates.to(task.gates.dtype),
+        empty if dgates is None else dgates.to(task.gates.dtype),  # type: ignore[union-attr]
     )

@@ -54,6 +54,7 @@ class ExpertLora(nn.Module):
         super().__init__()
         self.targets, self.rank, self.alpha, self.rslora = dict(targets), rank, alpha, rslora
         self.dropout, self.on = dropout, True
+        self.hook: Any = None  # on the experts module, while it is there
         self.chosen = None if chosen is None else sorted(chosen)
         for name, t in targets.items():
             n = t.experts if self.chosen is None else len(self.chosen)
@@ -78,7 +79,7 @@ class ExpertLora(nn.Module):
     def deltas(self, shards: Shards | None = None, apart: bool = False) -> tuple[Delta | None, Delta | None]:
         """The changes of the two projections, as a call computes with them. `apart`: gate rows above up rows, where the
         module's own weights have them in turn."""
-        found = []
+        found: list[Delta | None] = []
         for name in TARGETS:
             if name not in self.targets:
                 found.append(None)

@@ -373,6 +373,8 @@ def adapter(folder: Path) -> list[Path]:
         for p in lora.parameters():
             p.normal_()
     lora.save(folder)
+    said = folder / "adapter_config.json"
+    said.write_text(json.dumps(json.loads(said.read_text())))  # in one line, as values are exchanged
     return [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
 
 
