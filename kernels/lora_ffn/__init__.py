@@ -159,7 +159,7 @@ def lora_ffn(
     w1, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
     autocast = under_autocast(rows.device)
     stored: list[Any] = [w1, w_up, w_down, b_gate_up, b_down]
-    check("lora_ffn", rows, routing, *stored, act, transposed, interleaved, cast=autocast)
+    check("lora_ffn", rows, routing, w1, w_up, w_down, b_gate_up, b_down, act, transposed, interleaved, cast=autocast)
     experts = w_down.shape[0]
     if routing.num_experts != experts:
         raise ValueError(
