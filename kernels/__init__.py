@@ -14,6 +14,7 @@ else:
     from .expert_outputs import combine_outputs, expert_outputs
     from .grouped_ffn import grouped_ffn
     from .grouped_linear import grouped_linear
+    from .lora_ffn import Delta, lora_ffn
     from .plan import Plan, plan
     from .quantized import Quantized, quantize
     from .router_logits import router_logits
@@ -23,6 +24,7 @@ else:
 __all__ = [
     "GPT_OSS",
     "Activation",
+    "Delta",
     "Plan",
     "Quantized",
     "Routing",
@@ -32,6 +34,7 @@ __all__ = [
     "expert_outputs",
     "grouped_ffn",
     "grouped_linear",
+    "lora_ffn",
     "plan",
     "quantize",
     "router_logits",

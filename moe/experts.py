@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from ..dispatch.local import Local
 from ..dispatch.protocol import Dispatcher
 from ..dispatch.schedule import Beside, Overlap
 from ..kernels.activation import Activation, as_activation
-from ..kernels.grouped_ffn import grouped_ffn
 from ..kernels.routing import Routing
 from .elsewhere import elsewhere_of
+from .lora.attached import expert_ffn
+from .lora.tuned import with_tuned
 from .shards import Cut, Shards, cut_experts, shards_of, weight_of
 
 WEIGHTS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
@@ -127,6 +129,9 @@ class Experts(nn.Module):
 
     def _compute(self, rows: Tensor, routing: Routing, weights: Sequence[Tensor | None] | None = None) -> Tensor:
         """The weighted sums [R, D] of the experts that are here. `weights`: where they have been gathered before."""
+        return with_tuned(self, rows, routing, partial(self._stacked, weights=weights))
+
+    def _stacked(self, rows: Tensor, routing: Routing, weights: Sequence[Tensor | None] | None = None) -> Tensor:
         elsewhere = elsewhere_of(self)
         if elsewhere is not None:  # headgate.offload
             return elsewhere(rows, routing)
@@ -135,7 +140,8 @@ class Experts(nn.Module):
         assert w_gate_up is not None
         assert w_down is not None
         act = self.activation
-        return grouped_ffn(rows, routing, w_gate_up, w_down, b_gate_up=b_gate_up, b_down=b_down, activation=act)
+        biases = {"b_gate_up": b_gate_up, "b_down": b_down}
+        return expert_ffn(self, rows, routing, w_gate_up, w_down, **biases, activation=act)
 
     def cuts(self) -> dict[str, Cut]:
         """How each parameter is cut where the experts are spread over ranks: E over ep, F over etp."""

@@ -205,10 +205,13 @@ class Shards:
     def gathered(self, name: str, w: Tensor) -> Tensor:
         """The parameter `name`, of which w is this rank's part, as this degree computes with it; differentiable."""
         refuse_transforms("parallelize", "weights move between ranks: take them on one rank", w)
-        cut = self.cuts[name]
+        return self.gathered_as(self.cuts[name], w)
+
+    def gathered_as(self, cut: Cut, w: Tensor) -> Tensor:
+        """The same of anything that is cut so."""
         if cut.whole:
             return self._padded(w)
-        if self._weights is not None:
+        if self._weights is not None and not cut.everywhere:
             w = _Gather.apply(w, cut.ffn, cut.blocks, self._weights)
         return self._all_experts(w)
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ...dispatch.local import Local
 from ...kernels.activation import Activation
 from ...kernels.autocast import under_autocast
-from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.plan import Plan, plan
 from ...kernels.routing import Routing
 from ..elsewhere import elsewhere_of
+from ..lora.attached import expert_ffn
+from ..lora.tuned import with_tuned
 from ..shards import Cut, shards_of, weight_of
 from .counting import mark
 from .gate import activation_of
@@ -74,22 +75,27 @@ def _weights(module: nn.Module) -> list[Tensor | None]:
 
 def _compute(module: nn.Module, weights: list[Tensor | None] | None, rows: Tensor, routing: Routing) -> Tensor:
     """The weighted sums [R, D] of the experts that are here. `weights`: where they have been gathered before."""
+    return with_tuned(module, rows, routing, partial(_stacked, module, weights))
+
+
+def _stacked(module: nn.Module, weights: list[Tensor | None] | None, rows: Tensor, routing: Routing) -> Tensor:
+    """The same of the module's stacked weights, or of those that are elsewhere."""
     elsewhere = elsewhere_of(module)
     if elsewhere is not None:  # headgate.offload
         return elsewhere(rows, routing)
-    m: Any = module
     gated, _biased, transposed, interleaved, normed = flags(module)
     w1, w2, b1, b2 = weights or _weights(module)  # after dispatch, which may choose another degree
     assert w1 is not None
     assert w2 is not None
     activation = activation_of(module, gated, interleaved, normed)
     if activation is not None:
-        return grouped_ffn(
-            rows, routing, w1, w2, b_gate_up=b1, b_down=b2, activation=activation,
+        return expert_ffn(
+            module, rows, routing, w1, w2, b_gate_up=b1, b_down=b2, activation=activation,
             gated=gated, transposed=transposed, interleaved=interleaved,
         )  # fmt: skip
-    gate = m._apply_gate if gated else m.act_fn
-    norm = m.post_expert_norm if normed else None
+    own: Any = module
+    gate = own._apply_gate if gated else own.act_fn
+    norm = own.post_expert_norm if normed else None
     return own_gate_forward(rows, routing, (w1, b1), (w2, b2), gate, transposed, norm)
 
 

@@ -27,6 +27,7 @@ from ...placement.caching.policies import Setting, State
 from ...placement.caching.policies import policy as start_policy
 from ...placement.caching.prefetch import prefetch as prefetch_likely
 from ...placement.traces.trace import Trace
+from .adapted import Carried, compute_adapted
 from .arena import Arena, numbered, plan_slots
 from .copies import Copies, readers_of
 from .groups import Group, window
@@ -109,14 +110,15 @@ class Engine:
         interleaved: bool = False,
         then: Then = None,
         back: Then = None,
+        carried: Carried | None = None,
     ) -> Tensor:
         """grouped_ffn(rows, routing, ...) [R, D] on the experts of `layer`, to the bit; to rounding where the host
         computes some for a GPU, or the experts of up to four rows on one come in parts: sums take another order.
         Gradients of rows and router weights, too, are grouped_ffn's; their pass is a step of its own.
 
         Weights are called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see `step`; `back`:
-        the same for the backward pass. Waits for the device once a pass, to know the experts. Raises OSError or
-        RuntimeError naming layer and expert where one cannot be had; the next call tries again.
+        the same for the backward pass. `carried`: LoRA of the experts. Waits for the device once a pass, to know them.
+        Raises OSError or RuntimeError naming layer and expert where one cannot be had; the next call tries again.
         """
         self._check(layer)
         instead = "call the model outside of it, or close the Offload first"
@@ -127,7 +129,8 @@ class Engine:
                 f"got {routing.num_experts}"
             )
         form = {"activation": activation, "gated": gated, "transposed": transposed, "interleaved": interleaved}
-        return compute(Call(self, layer, routing.num_experts, form, then, back), rows, routing)
+        call = Call(self, layer, routing.num_experts, form, then, back)
+        return compute(call, rows, routing) if carried is None else compute_adapted(call, rows, routing, carried)
 
     def step(
         self,

@@ -23,7 +23,10 @@ from ...placement.caching.policies import policy as start_policy
 from ...placement.caching.predict import Predictor
 from ...placement.traces.trace import Trace
 from ..elsewhere import send_elsewhere
+from ..lora.attached import at_work
+from ..shards import shards_of
 from . import ahead
+from .adapted import Carried
 from .arena import plan_slots
 from .checksums import Verify, check_verify
 from .costs import costs_of
@@ -328,8 +331,12 @@ class Offload:
             wanted = torch.get_autocast_dtype(rows.device.type)
             if wanted != dtype:
                 raise ValueError(f"offload: autocast must be off or to the experts' {dtype}, got autocast to {wanted}")
+        carried, lora = None, at_work(one.module)
+        if lora is not None:
+            apart = form.interleaved and not form.layout["interleaved"]
+            carried = Carried(*lora.deltas(shards_of(one.module), apart), lora.dropout if lora.training else 0.0)
         return self.engine.compute(
-            index, rows.to(dtype), routing,
+            index, rows.to(dtype), routing, carried=carried,
             activation=form.activation, gated=form.activation.gated, **form.layout,
             then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
             back=partial(self._fetch_back, index, self._came.get((threading.get_ident(), index - 1))),
@@ -380,6 +387,13 @@ class _Elsewhere:
 
     def __call__(self, rows: Tensor, routing: Routing) -> Tensor:
         return self.offloaded.compute(self.index, rows, routing)
+
+    def freeze(self) -> dict[nn.Parameter, bool]:
+        """The experts stay frozen when they come back; returns which parameters would have learned."""
+        one = self.offloaded._moved[self.index]
+        learned = {seen.parameter: one.learning[ours] for ours, seen in one.now.items()}
+        one.learning = dict.fromkeys(one.learning, False)
+        return learned
 
     def __reduce__(self):
         raise TypeError("offload: an offloaded model cannot be copied or pickled; close its Offload first")
