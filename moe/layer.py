@@ -135,6 +135,9 @@ class MoE(nn.Module):
             if shared_intermediate_size
             else None
         )
+        if capacity is not None and getattr(self.router, "slots", False):
+            rule = f"None for a {type(self.router).__name__}, whose experts all have as many rows"
+            raise ValueError(f"MoE: capacity must be {rule}, got {capacity}")
         self.capacity = capacity if capacity is None or isinstance(capacity, Capacity) else Capacity(capacity)
         self.load_balancing_coef, self.z_loss_coef = load_balancing_coef, z_loss_coef
         self.load_balancing_scope, group = load_balancing_scope, load_balancing_group
@@ -153,11 +156,16 @@ class MoE(nn.Module):
         given = self._given(x, mask, ids, state)
         if given.mask is not None:  # what stands at padding, NaN too, reaches no gradient
             tokens = tokens.masked_fill(~given.mask[:, None], 0)
-        routing = kept = self._route(tokens, given)
         overflow = None
-        if self.capacity is not None:
-            kept, overflow = limit(routing, self.capacity, self.token_ranks, self.top_k)
-        y = self._experts(tokens, kept)
+        if getattr(self.router, "slots", False):
+            rows, routing, back = self.router.mix(tokens, given)
+            routing = kept = followed(self, routing, tokens, given.sequences)
+            y = back(self._experts(rows, kept))
+        else:
+            routing = kept = self._route(tokens, given)
+            if self.capacity is not None:
+                kept, overflow = limit(routing, self.capacity, self.token_ranks, self.top_k)
+            y = self._experts(tokens, kept)
         free = getattr(self.router, "free", None)
         if free is not None:
             y = y + free(tokens, kept)

@@ -13,6 +13,7 @@ import headgate
 from headgate.dispatch import DISPATCHERS, Fold
 from headgate.moe.routers import ROUTERS, SteeredRouter
 
+RANK_BY_RANK = ("expert_choice", "tile")  # a choice among a rank's own tokens
 D, E, K, S, F64 = 16, 8, 2, 5, torch.float64
 
 
@@ -22,8 +23,8 @@ class Chain(nn.Module):
     def __init__(self, name: str):
         super().__init__()
         torch.manual_seed(3)
-        balances = 0.3 * ROUTERS[name].balances
-        z_loss = 0.1 * (name != "expert_choice")  # whose batch is a rank here, and z-loss is of all
+        balances = 0.3 * ROUTERS[name].balances * (name not in RANK_BY_RANK)
+        z_loss = 0.1 * (name not in RANK_BY_RANK)  # whose batch is a rank here, and z-loss is of all
         options = {"load_balancing_coef": balances, "z_loss_coef": z_loss, "shared_intermediate_size": 4, "dtype": F64}
         self.layers = nn.ModuleList(
             headgate.MoE(D, 8, E, K, router=fitting(name)(D, E, K, dtype=F64), shared_gate=True, **options)
@@ -52,8 +53,7 @@ def as_in_one_process(name: str, fold: Fold, **how) -> None:
     mask, ids = torch.rand(size, S) < 0.7, torch.randint(50, (size, S))
     mask[0] = False  # a rank with nothing but padding
     x[~mask] = torch.nan
-    # expert choice is among a rank's tokens
-    parts = [slice(i, i + 1) for i in range(size)] if name == "expert_choice" else [slice(None)]
+    parts = [slice(i, i + 1) for i in range(size)] if name in RANK_BY_RANK else [slice(None)]
     x1, here = x.clone().requires_grad_(), slice(rank, rank + 1)
     y1 = torch.cat([whole(x1[part], mask[part], ids[part]) for part in parts])
     ((y1 * g).sum() / average).backward()
@@ -67,7 +67,7 @@ def as_in_one_process(name: str, fold: Fold, **how) -> None:
     compare(whole, mine, zero, f"{what}: gradient")
     for one, ours in zip(whole.layers, mine.layers, strict=True):
         for loss, value in one.aux_losses.items():
-            if name != "expert_choice":
+            if name not in RANK_BY_RANK:
                 close(ours.aux_losses[loss], value, f"{what}: {loss}")
     if issubclass(ROUTERS[name], SteeredRouter):
         for model in (whole, mine):
@@ -80,8 +80,9 @@ def as_in_one_process(name: str, fold: Fold, **how) -> None:
 @check
 def every_router_with_padding():
     folds = some_folds()
+    whole = Fold({"dp": dist.get_world_size()}, {"ep": dist.get_world_size()})  # whose ranks have whole sequences
     for i, name in enumerate(ROUTERS):
-        as_in_one_process(name, folds[i % len(folds)])
+        as_in_one_process(name, whole if name in RANK_BY_RANK else folds[i % len(folds)])
 
 
 @check
