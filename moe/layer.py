@@ -158,7 +158,8 @@ class MoE(nn.Module):
             tokens = tokens.masked_fill(~given.mask[:, None], 0)
         overflow = None
         if getattr(self.router, "slots", False):
-            rows, routing, back = self.router.mix(tokens, given)
+            mixing: Any = self.router
+            rows, routing, back = mixing.mix(tokens, given)
             routing = kept = followed(self, routing, tokens, given.sequences)
             y = back(self._experts(rows, kept))
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...kernels.routing import pairs_of_experts
 from ...kernels.topk import topk
-from ...moe import LocMoERouter, MoE, ReinforceRouter, SteeredRouter, reward
+from ...moe import LocMoERouter, MoE, ReinforceRouter, SoftRouter, SteeredRouter, reward
 from ...moe.bias import update_biases
 from ..corpus import Corpus
 from ..olmoe import Model, Optimizer, Shape, learning_rate
@@ -80,7 +80,8 @@ def _parts(layers: Sequence[MoE], batch: Tensor, shape: Shape):
     each = shape.experts // NODES
     for node, part in enumerate(batch.chunk(NODES)):
         for layer in layers:
-            layer.router.near = range(node * each, (node + 1) * each)
+            router: Any = layer.router
+            router.near = range(node * each, (node + 1) * each)
         yield part
 
 
@@ -106,8 +107,9 @@ class Tally:
             load = pairs_of_experts(ids, experts).double()
             self.loads[i] += load
             self.each.append(_variation(load))
-            slots = getattr(layer.router, "slots", False)
-            tokens = len(ids) // (experts * layer.router.slots_per_expert) * self.shape.length if slots else len(ids)
+            router: Any = layer.router
+            slots = router.slots
+            tokens = len(ids) // (experts * router.slots_per_expert) * self.shape.length if slots else len(ids)
             self.sums["tokens"] += tokens
             self.sums["rows"] += float(there.sum())
             if slots:
@@ -156,5 +158,6 @@ def flops(layers: Sequence[MoE], shape: Shape, rows: float) -> float:
     attention = shape.layers * (8 * d * d + 2 * s * d)  # half of the scores are masked
     experts = shape.layers * rows * 6 * d * shape.ffn
     router = 2 * sum(p.numel() for layer in layers for p in layer.router.parameters() if p.dim() == 2)
-    mixing = sum(4 * layer.router.weight.numel() for layer in layers if layer.router.slots)
+    soft: list[Any] = [layer.router for layer in layers if isinstance(layer.router, SoftRouter)]
+    mixing = sum(4 * router.weight.numel() for router in soft)  # into rows and back
     return attention + experts + router + mixing + 2 * d * 256
