@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from headgate.kernels.plan import plan
 from headgate.kernels.routing import Routing
-from headgate.moe import Capacity, Given
+from headgate.moe import Capacity, Given, SteeredRouter
 from headgate.moe.routers import ROUTERS
 
 D, E, K = 120, 8, 2  # a multiple of all numbers of experts here, as slices of x ask for
@@ -391,3 +391,47 @@ def test_a_bad_state_is_named(state, got, x):
 def test_bad_masks_are_named(mask, error, message, x):
     with pytest.raises(error, match=f"MoE: {message}"):
         layer_of("softmax")(x, mask)
+
+
+STEERED = [name for name, router in ROUTERS.items() if issubclass(router, SteeredRouter) and name != "expert_choice"]
+
+
+@pytest.mark.parametrize("name", STEERED)  # of expert choice a call is the batch, and says so
+def test_what_steers_knows_no_split(name):
+    """A batch of 12 sequences, in micro-batches of equal and unequal size, run again in the backward pass: one step."""
+    x, found = torch.randn(12, 7, D, generator=torch.Generator().manual_seed(5)), []
+    mask = torch.arange(7) < torch.arange(12)[:, None] % 8
+    for parts in ((12,), (4, 4, 4), (6, 2, 4)):
+        for again in (False, True):
+            torch.manual_seed(3)
+            layer = layer_of(name, dtype=torch.float32)
+            for one, there in zip(x.split(parts), mask.split(parts), strict=True):
+                y = checkpoint(call, layer, one, there, use_reentrant=False) if again else call(layer, one, there)
+                y.sum().backward()
+            layer.router.update_bias()
+            found.append([getattr(layer.router, buffer) for buffer in layer.router.steered])
+    fresh = layer_of(name, dtype=torch.float32).router
+    for buffers in found:
+        for buffer, a, b in zip(fresh.steered, buffers, found[0], strict=True):
+            assert torch.equal(a, b)
+            assert not torch.equal(a, getattr(fresh, buffer))
+
+
+@pytest.mark.parametrize("parts", [(4, 4, 4), (6, 2, 4)])
+@pytest.mark.parametrize("again", [False, True])
+def test_losses_of_sequences_and_tokens_know_no_split(parts, again, assert_close):
+    """Balancing each sequence, and the z-loss: with `aux_scale` the micro-batch's share of the step, the sum of values
+    and gradients is the whole batch's, whatever the sizes of the micro-batches."""
+    x, found = torch.randn(12, 7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5)), []
+    for sizes in ((12,), parts):
+        torch.manual_seed(3)
+        layer = layer_of("softmax", load_balancing_coef=0.5, load_balancing_scope="sequence", z_loss_coef=0.1)
+        values = torch.zeros(2, dtype=torch.float64)
+        for one in x.split(sizes):
+            layer.aux_scale = len(one) / len(x)
+            y = checkpoint(call, layer, one, use_reentrant=False) if again else call(layer, one)
+            (y.square().sum() / len(x)).backward()
+            values += layer.aux_scale * torch.stack([*layer.aux_losses.values()])
+        found.append((values, *(p.grad for p in layer.parameters())))
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b)
