@@ -37,6 +37,7 @@ from .routers import (
     parts_of,
     reward,
 )
+from .sized import SizedExperts, budget_loss
 
 __all__ = [
     "ROUTERS",
@@ -63,6 +64,7 @@ __all__ = [
     "Router",
     "SigmoidRouter",
     "SinkhornRouter",
+    "SizedExperts",
     "SoftRouter",
     "SoftmaxRouter",
     "SteeredRouter",
@@ -70,6 +72,7 @@ __all__ = [
     "TokenRanks",
     "TopPRouter",
     "balanced_table",
+    "budget_loss",
     "capacity_bound",
     "distillation_loss",
     "parts_of",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from .forced import FORCED, followed, forced
 from .losses import TokenRanks, attach_loss, z_loss
 from .routers import ROUTERS, Given, Router
 from .shared import SharedExpert
+from .sized import SizedExperts, budget_loss
 
 
 class MoE(nn.Module):
@@ -32,6 +34,10 @@ class MoE(nn.Module):
     sigmoid gate if `shared_gate`. With `latent_size` L > 0 the experts work on L numbers in place of D: a projection
     D -> L before rows are dispatched, one L -> D after they are combined; router and shared expert see D (Nemotron 3,
     Megatron-Core's moe_latent_size). `weights_on_input`: see Experts.
+
+    `intermediate_size`: one size F, or one for each expert: an integer, 0 for a skip, a module that takes rows; or
+    SizedExperts, which layers may share (see there). With `budget`, between 0 and 1, `budget_coef` times a loss keeps
+    a token's mean cost at that share of the dearest expert's (see budget_loss; "budget" in `aux_losses`).
 
     `capacity`: how many pairs an expert takes, a Capacity or its factor; None: all. A token goes without the experts
     that dropped it. `last_overflow` says what was dropped in the last forward (see Overflow).
@@ -89,7 +95,7 @@ class MoE(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        intermediate_size: int,
+        intermediate_size: int | Sequence[int | nn.Module] | SizedExperts,
         num_experts: int,
         top_k: int,
         *,
@@ -110,6 +116,8 @@ class MoE(nn.Module):
         load_balancing_norm: str = "none",
         load_balancing_group: dist.ProcessGroup | None = None,
         z_loss_coef: float = 0.0,
+        budget: float | None = None,
+        budget_coef: float = 1.0,
         force_load_balancing: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -128,7 +136,8 @@ class MoE(nn.Module):
         inner = latent_size or hidden_size
         self.latent_down = nn.Linear(hidden_size, inner, bias=bias, **where) if latent_size else None
         of_experts = {"weights_on_input": weights_on_input, "dispatcher": dispatcher, **form}
-        self.experts = Experts(num_experts, inner, intermediate_size, **of_experts)
+        self.experts = _experts(num_experts, inner, intermediate_size, of_experts)
+        self.budget, self.budget_coef = _budget(self.experts, self.router, budget, budget_coef), budget_coef
         self.latent_up = nn.Linear(inner, hidden_size, bias=bias, **where) if latent_size else None
         self.shared = (
             SharedExpert(hidden_size, shared_intermediate_size, gate=shared_gate, **form)
@@ -254,6 +263,10 @@ class MoE(nn.Module):
         if self.z_loss_coef and routing.logits is not None:
             losses["z_loss"] = z_loss(routing, ranks=self.token_ranks)
             total = total + self.z_loss_coef * losses["z_loss"]
+        if self.budget is not None:
+            sized: Any = self.experts
+            losses["budget"] = budget_loss(routing, sized.costs, self.budget, ranks=self.token_ranks)
+            total = total + self.budget_coef * losses["budget"]
         if under_transform():  # which does not show what asks for a gradient
             return attach_loss(y, total * self.aux_scale)
         self.aux_losses = {name: loss.detach() for name, loss in losses.items()}
@@ -278,6 +291,37 @@ def _router(router, options, hidden_size: int, num_experts: int, top_k: int, dev
         if there != here:
             raise ValueError(f"MoE: router's {name} must be the layer's ({here}), got {there}")
     return router
+
+
+def _experts(
+    num_experts: int, hidden_size: int, sizes: int | Sequence[int | nn.Module] | SizedExperts, form: dict[str, Any]
+) -> Experts | SizedExperts:
+    if not isinstance(sizes, Sequence | SizedExperts):
+        return Experts(num_experts, hidden_size, sizes, **form)
+    made = sizes if isinstance(sizes, SizedExperts) else SizedExperts(hidden_size, sizes, **form)
+    for name, here in (("num_experts", num_experts), ("hidden_size", hidden_size)):
+        if getattr(made, name) != here:
+            rule = f"sizes or SizedExperts of {name} {here}"
+            raise ValueError(f"MoE: intermediate_size must be {rule}, got {getattr(made, name)}")
+    return made
+
+
+def _budget(experts: nn.Module, router: nn.Module, budget: float | None, coef: float) -> float | None:
+    if budget is None:
+        return None
+    if not isinstance(experts, SizedExperts):
+        raise ValueError(f"MoE: budget must come with experts of different sizes, got {budget} for experts of one")
+    if getattr(router, "slots", False) or not getattr(router, "trains_gate", True):
+        raise ValueError(
+            f"MoE: budget must be None for a {type(router).__name__}, which learns no choice, got {budget}"
+        )
+    if not 0 <= budget <= 1:
+        raise ValueError(f"MoE: budget must be between 0 and 1, got {budget}")
+    if not (coef >= 0 and math.isfinite(coef)):
+        raise ValueError(f"MoE: budget_coef must be finite and not negative, got {coef}")
+    if not any(experts.costs):
+        raise ValueError("MoE: budget must come with an expert that costs something, got skips alone")
+    return budget
 
 
 def _check(num_experts, top_k, shared_intermediate_size, latent_size, shared_gate, z_loss_coef) -> None:

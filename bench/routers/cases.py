@@ -92,7 +92,7 @@ def made(name: str, shape: Shape, seed: int, corpus: Corpus) -> tuple[Model, lis
         torch.manual_seed(1000 * seed + i)
         options = OPTIONS[name](shape, corpus, cell) if name in OPTIONS else {}
         coefficient = COEFFICIENT.get(name, BALANCE) if ROUTERS[name].balances else 0.0
-        moe = MoE(
+        moe: Any = MoE(
             shape.hidden, shape.ffn, shape.experts, shape.top_k, router=name, router_options=options,
             load_balancing_coef=coefficient,
         )  # fmt: skip

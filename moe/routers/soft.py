@@ -124,7 +124,7 @@ class SoftRouter(GatedRouter):
                 'SoftRouter: inference must be "whole" outside training, because a slot holds the later tokens of a '
                 "sequence too, which generation has not seen, got None"
             )
-        if given.ranks is not None and given.ranks.sequence is not None:
+        if given.ranks is not None and given.ranks.sequence is not None and given.ranks.sequence.size() > 1:
             raise ValueError("SoftRouter: sequences must be whole on a rank, got ranks that hold parts of them")
 
     def extra_repr(self) -> str:
