@@ -38,7 +38,7 @@ OPTIONS: dict[str, Options] = {
     "cosine": lambda *_: {"renormalize": True},
     "expert_choice": lambda *_: {"inference": "threshold", "rate": 0.1},
     "hash": _table,
-    "longcat": lambda shape, *_: {"identity": shape.experts // 4, "bias_rate": 0.01},
+    "longcat": lambda shape, *_: {"identity": shape.experts // 4, "bias_rate": 0.2},
     "locmoe": lambda *_: {"renormalize": True},
     "pregate": lambda *_: {"renormalize": True},
     "recurrent": lambda shape, _corpus, cell: {"cell": cell, "renormalize": True},

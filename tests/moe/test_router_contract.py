@@ -435,3 +435,15 @@ def test_losses_of_sequences_and_tokens_know_no_split(parts, again, assert_close
         found.append((values, *(p.grad for p in layer.parameters())))
     for a, b in zip(*found, strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1, -0.5], ids=str)
+def test_an_option_out_of_range_is_named(name, bad):
+    """Every option that is a number, of every router; `seed` may be any."""
+    options = inspect.signature(ROUTERS[name]).parameters
+    numbers = [n for n, p in options.items() if type(p.default) in (int, float) and n not in ("seed",)]
+    for option in ("hidden_size", "num_experts", "top_k", *numbers):
+        sizes = {"hidden_size": D, "num_experts": E, "top_k": K} | {option: bad}
+        named = "experts" if option == "num_experts" else option
+        with pytest.raises((ValueError, TypeError), match=named):
+            fitting(name)(**sizes)
