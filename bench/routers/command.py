@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", type=input_file, metavar="FILE", help="train on this file (default: Python's own library)")
     add("--folder", type=Path, metavar="DIR", help="keeps each run in a file, and runs none that is there already")
     add("--threads", type=workers, metavar="N", help="of torch (default: torch's choice)")
-    add("--plot", type=output_file, metavar="FILE", help="draw held-out loss over load and rows; .png or .svg")
+    add("--plot", type=output_file, metavar="FILE", help="draw loss, load and rows of each; .png or .svg")
     add("--json", type=output, metavar="FILE", help="write everything to FILE; - for standard output")
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     runs = _runs(args, names, screen)
     screen.table(_table(runs))
     if args.plot:
-        draw.write(args.plot, 1160, 460, lambda figure: _draw(figure, runs))
+        draw.write(args.plot, 1160, 120 + 22 * len(runs), lambda figure: _draw(figure, runs))
     about = {"command": "headgate bench routers", "machine": machine.processor(), "size": args.size}
     write_json(args.json, about | {"steps": args.steps, "runs": runs})
     return 0
@@ -118,17 +118,24 @@ def _table(runs: Runs) -> list[list[str]]:
 
 
 def _draw(figure: Any, runs: Runs) -> None:
-    left, right = figure.subplots(1, 2, sharey=True)
-    pictures = (
-        (left, ("training", "variation"), "coefficient of variation of the load, last steps of training"),
-        (right, ("held_out", "rows_per_token"), "rows of expert products a token, held-out text"),
+    """A line for each router, the best loss on top; each panel is one figure. One far from the others is cut off."""
+    names = sorted(runs, key=lambda name: -mean(runs[name], "bits"))
+    panels = (
+        (("bits",), "bits per byte, held-out text"),
+        (("training", "variation"), "coefficient of variation of the load"),
+        (("held_out", "rows_per_token"), "rows of expert products a token"),
     )
-    for axis, path, words in pictures:
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (path, words) in zip(axes, panels, strict=True):
         draw.plain(axis, "both")
-        places = [(mean(those, *path), mean(those, "bits"), name) for name, those in runs.items()]
-        for x, y, name in places:
-            axis.plot(x, y, "o", color=draw.ACCENT if name == "softmax" else draw.SOFT, markersize=6)
-            axis.annotate(name, (x, y), xytext=(6, 3), textcoords="offset points", fontsize=9)
+        values = [mean(runs[name], *path) for name in names]
+        middle = statistics.median(values)
+        far = middle + 8 * (statistics.median(abs(v - middle) for v in values) or max(values))
+        for y, (name, value) in enumerate(zip(names, values, strict=True)):
+            colour = draw.WARM if name == "softmax" else draw.ACCENT
+            axis.plot(min(value, far), y, "o", color=colour, markersize=7)
+            if value > far:
+                axis.annotate(f"{value:.2f}", (far, y), xytext=(-34, -4), textcoords="offset points", fontsize=10)
         axis.set_xlabel(words)
-    left.axvline(BEST, color=draw.SOFT, linewidth=1, linestyle=(0, (4, 5)))
-    left.set_ylabel("bits per byte, held-out text")
+    axes[1].axvline(BEST, color=draw.SOFT, linewidth=1, linestyle=(0, (4, 5)))
+    axes[0].set_yticks(range(len(names)), names)
