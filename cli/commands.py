@@ -54,6 +54,7 @@ BENCHMARKS = {
     "offload": _bench(
         "offload.command", "expert caches beside Belady, predictors, prefetch, and generation with experts on disk"
     ),
+    "routers": _bench("routers", "every router in the demo's model: held-out loss, load, rows and speed"),
     "links": _bench("links", "the links behind published tables, and which dispatcher wins where"),
 }
 COMMANDS = {

@@ -17,6 +17,7 @@ from .routers import (
     LocMoERouter,
     LongCatRouter,
     MoEPPRouter,
+    PartsRouter,
     PregateRouter,
     QuantileRouter,
     RecurrentRouter,
@@ -26,14 +27,18 @@ from .routers import (
     SigmoidRouter,
     SinkhornRouter,
     SoftmaxRouter,
+    SoftRouter,
     SteeredRouter,
+    TileRouter,
     TopPRouter,
     balanced_table,
     capacity_bound,
     distillation_loss,
+    parts_of,
     reward,
 )
 from .shortcut import ShortcutBlock
+from .sized import SizedExperts, budget_loss
 
 __all__ = [
     "ROUTERS",
@@ -51,6 +56,7 @@ __all__ = [
     "MoE",
     "MoEPPRouter",
     "Overflow",
+    "PartsRouter",
     "PregateRouter",
     "QuantileRouter",
     "ReLURouter",
@@ -60,13 +66,18 @@ __all__ = [
     "ShortcutBlock",
     "SigmoidRouter",
     "SinkhornRouter",
+    "SizedExperts",
+    "SoftRouter",
     "SoftmaxRouter",
     "SteeredRouter",
+    "TileRouter",
     "TokenRanks",
     "TopPRouter",
     "balanced_table",
+    "budget_loss",
     "capacity_bound",
     "distillation_loss",
+    "parts_of",
     "reward",
 ]
 

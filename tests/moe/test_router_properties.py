@@ -6,6 +6,7 @@ import pytest
 import torch
 from router_cases import fitting
 
+from headgate.kernels.routing import Routing
 from headgate.moe import (
     CosineRouter,
     ExpertChoiceRouter,
@@ -17,12 +18,16 @@ from headgate.moe import (
     ReinforceRouter,
     SinkhornRouter,
     SoftmaxRouter,
+    SoftRouter,
+    TileRouter,
     TopPRouter,
     balanced_table,
     bias,
     capacity_bound,
+    parts_of,
     reward,
 )
+from headgate.moe.shared import SharedExpert
 
 D, E, K = 16, 8, 2
 
@@ -318,3 +323,113 @@ class TestReinforce:
         reward(router, torch.zeros(3))
         with pytest.raises(ValueError, match="reward must be of 4 tokens, got 3"):
             routing.weights.sum().backward()
+
+
+class TestSoft:
+    def test_slots_and_tokens_are_means(self):
+        """Rows are convex sums of tokens, y of outputs: the same number everywhere stays it."""
+        router = SoftRouter(D, E, K, slots_per_expert=3)
+        x = torch.randn(40, D)
+        rows, routing, back = router.mix(x, Given(sequences=4))
+        logits = router.logits(x).unflatten(0, (4, 10))
+        want = torch.einsum("bsr,bsd->brd", logits.softmax(1), x.view(4, 10, D)).flatten(0, 1)
+        torch.testing.assert_close(rows, want)
+        assert routing.expert_ids.view(4, -1)[0].tolist() == [e for e in range(E) for _ in range(3)]
+        y = torch.randn(len(rows), D)
+        want = torch.einsum("bsr,brd->bsd", logits.softmax(2), y.view(4, -1, D)).flatten(0, 1)
+        torch.testing.assert_close(back(y), want)
+        torch.testing.assert_close(back(torch.ones(len(rows), 1)), torch.ones(40, 1))
+
+    def test_sequences_do_not_mix_and_every_expert_learns(self):
+        layer, x = MoE(D, 8, E, K, router="soft"), torch.randn(3, 7, D)
+        alone, y = layer(x[1:2]), layer(x)
+        torch.testing.assert_close(alone, y[1:2])
+        y.square().sum().backward()
+        assert (layer.experts.w_down.grad.flatten(1).abs().sum(1) > 0).all()
+        assert layer.last_routing.counts.tolist() == [3] * E
+
+    def test_a_sequence_of_padding_takes_no_slot(self):
+        layer, x = MoE(D, 8, E, K, router="soft"), torch.randn(2, 5, D)
+        mask = torch.tensor([[True] * 5, [False] * 5])
+        y = layer(x, mask)
+        assert layer.last_routing.counts.tolist() == [1] * E
+        torch.testing.assert_close(y[:1], layer(x[:1]))
+
+    def test_what_it_cannot_do_is_named(self):
+        layer = MoE(D, 8, E, K, router="soft").eval()
+        with pytest.raises(ValueError, match='inference must be "whole" outside training, because a slot holds'):
+            layer(skewed(4))
+        with pytest.raises(ValueError, match="capacity must be None for a SoftRouter, whose experts all have as many"):
+            MoE(D, 8, E, K, router="soft", capacity=1.0)
+        with pytest.raises(ValueError, match="SoftRouter: slots_per_expert must be a positive integer, got 0"):
+            SoftRouter(D, E, K, slots_per_expert=0)
+
+
+class TestParts:
+    def test_all_of_them_are_the_dense_network(self, assert_close):
+        dense = SharedExpert(D, 24, dtype=torch.float64)
+        layer, x = MoE(D, 3, E, E, router="parts", dtype=torch.float64), torch.randn(9, D, dtype=torch.float64)
+        up, down = parts_of(dense.ffn.w_gate_up.data[0], dense.ffn.w_down.data[0], E)
+        layer.experts.w_gate_up.data, layer.experts.w_down.data = up, down
+        assert_close(layer(x), dense(x))
+
+    def test_its_gradient_is_that_of_the_scores(self, assert_close):
+        layer, x = MoE(D, 3, E, K, router="parts", dtype=torch.float64), skewed(9).double()
+        aim = torch.randn(9, D, dtype=torch.float64)
+        (layer(x) * aim).sum().backward()
+        got = layer.router.weight.grad.clone()
+        assert layer.last_routing.weights.eq(1).all()
+        scores = (x @ layer.router.weight.T).softmax(1)
+        ids = layer.last_routing.expert_ids
+        gain = torch.zeros(9, E, dtype=torch.float64)  # what a larger weight of each chosen part would give
+        for e in range(E):
+            only = Routing.from_topk(torch.full((9, 1), e), torch.ones(9, 1, dtype=torch.float64), E)
+            gain[:, e] = (layer.experts(x, only) * aim).sum(1).detach() * (ids == e).any(1)
+        (want,) = torch.autograd.grad((scores * gain).sum(), layer.router.weight)
+        assert_close(got, want)
+
+    def test_shapes_that_do_not_fit_are_named(self):
+        with pytest.raises(ValueError, match=r"must be \[2F, D\] and \[D, F\], got \[24, 16\] and \[16, 11\]"):
+            parts_of(torch.ones(24, 16), torch.ones(16, 11), 4)
+        with pytest.raises(ValueError, match=r"num_experts must divide F \(12\), got 5"):
+            parts_of(torch.ones(24, 16), torch.ones(16, 12), 5)
+
+
+class TestTile:
+    @pytest.mark.parametrize("rounding", ["nearest", "up", "down", "stochastic"])
+    def test_counts_are_whole_tiles(self, rounding):
+        router, x = TileRouter(D, E, K, tile=16, rounding=rounding), skewed(512)
+        own = router.eval()(x)
+        rounded = router.train()(x)
+        assert (rounded.counts % 16).eq(0).all()
+        apart = rounded.counts - own.counts
+        low, high = {"nearest": (-8, 8), "up": (0, 15), "down": (-15, 0), "stochastic": (-15, 15)}[rounding]
+        assert low <= apart.min() <= apart.max() <= high
+        for e in range(E):  # who goes has the lowest scores of those who chose it, who comes the best of the others
+            score, chose, took = own.scores[:, e], (own.expert_ids == e).any(1), (rounded.expert_ids == e).any(1)
+            went, came, stayed = score[chose & ~took], score[took & ~chose], score[chose & took]
+            assert not (len(went) and len(came))
+            assert not len(went) or went.max() <= min(stayed.tolist(), default=1)
+            assert not len(came) or came.min() >= max(score[~chose & ~took].tolist(), default=0)
+
+    def test_a_chance_keeps_the_expected_count(self):
+        router, x = TileRouter(D, E, K, tile=16, rounding="stochastic"), skewed(512)
+        own = router.eval()(x).counts
+        router.train()
+        mean = torch.stack([router(x).counts for _ in range(200)]).double().mean(0)
+        assert (mean - own).abs().max() < 16 / 2 / 200**0.5 * 4.5
+
+    def test_no_expert_takes_more_than_there_are(self):
+        router = TileRouter(D, E, K, tile=128, rounding="up")
+        mask = torch.arange(40) < 30
+        counts = router(skewed(40), Given(mask=mask)).counts
+        assert set(counts.tolist()) <= {0, 30}
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [({"tile": 0}, "tile must be a positive"), ({"rounding": "x"}, "rounding must be one of nearest, stochastic"),
+         ({"most": 1}, "most must be an integer from 2 to 8")],
+    )  # fmt: skip
+    def test_options_out_of_range_are_named(self, option, message):
+        with pytest.raises(ValueError, match=f"TileRouter: {message}"):
+            TileRouter(D, E, K, **option)
