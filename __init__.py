@@ -27,6 +27,7 @@ _WHERE = {
     "offload": "moe.offload.offload",
     "load": "moe.offload.load",
     "pack": "moe.offload.pack",
+    "convert": "moe.convert.convert",
     "ModelPool": "moe.offload.models",
     "save_checkpoint": "moe.ranks.checkpoint",
     "load_checkpoint": "moe.ranks.checkpoint",
