@@ -37,8 +37,9 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Copy:
-    """Every expert is the dense FFN. Router weights of a token sum to 1, so the first forward is the dense model's, up to
-    rounding: of the same products in another order, and of the weights.
+    """Every expert is the dense FFN. Router weights of a token sum to 1, so the first forward is the dense model's, up
+    to rounding: of the same products in another order, and of the weights. With top_k=1 the one weight is always 1, and
+    the language loss does not train the router.
 
     noise   standard deviation of what is added to each expert's matrices, in those of the matrix; 0: nothing
 
