@@ -70,7 +70,8 @@ def remove_stale(path: Path) -> None:
 
 def _remove_unheld(temporary: Path) -> None:
     with suppress(OSError):
-        handle = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        ways = os.O_RDONLY | os.O_DIRECTORY if temporary.is_dir() else os.O_RDWR
+        handle = os.open(temporary, ways | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if temporary.is_dir():

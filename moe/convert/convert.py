@@ -82,12 +82,12 @@ def convert(
     if experts is None:
         experts = len(some) if isinstance(how, Merge) else 8
     _check_choice(experts, top_k)
+    if to_folder is not None:
+        check_output(to_folder, [])
     with dense_models(some) as models:
         first = models[0]
         sparse = _sparse(layers, first.layers)
         kind = target_of(first.config, to, None if len(sparse) == first.layers else sparse)
-        if to_folder is not None:
-            check_output(to_folder, [])
         recipe = how.recipe(models, Order(experts, top_k, sparse, seed, router_std))
         config = config_for(first.config, kind, experts, top_k, recipe.width, sparse)
         made = tensors(models, recipe, TARGETS[kind], sparse, experts)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hf.conversion import conversion_of
-from ..hf.pretrained import blank_model, missing_of, quantization_in
+from ..hf.pretrained import blank_model, config_in, missing_of, quantization_in
 from ..offload.checkpoint import Checkpoint
 from ..offload.reads import DTYPES
 from .families import check_dense
@@ -79,13 +79,14 @@ class InFiles(Dense):
     """Raises OSError and ValueError where a file is missing or is not what it should be."""
 
     def __init__(self, folder: Path) -> None:
-        if folder.is_dir() and quantization_in(folder) is not None:
-            raise ValueError(f"{_WHO}: dense must have its weights as they were trained, got {folder} in few bits")
+        if folder.is_dir():
+            if quantization_in(folder) is not None:
+                raise ValueError(f"{_WHO}: dense must have its weights as they were trained, got {folder} in few bits")
+            check_dense(config_in(folder))
         self.checkpoint = Checkpoint(folder)
         try:
             kinds = [DTYPES[t.dtype] for t in self.checkpoint.tensors.values()]
             model = blank_model(folder, next((d for d in kinds if d.is_floating_point), None))
-            check_dense(model.config)
             conversion = conversion_of(model, self.checkpoint.tensors)
             missing = missing_of(model, conversion)
             if missing:

@@ -76,6 +76,7 @@ def _file(file: BinaryIO, shard: Sequence[Made]):
         assert (tuple(tensor.shape), tensor.dtype) == (one.shape, one.dtype), one.key
         if tensor.numel():
             file.write(bytes_of(tensor.detach().cpu().contiguous()))
+        del tensor  # before the next is made
         yield one
 
 
