@@ -36,6 +36,8 @@ class Posterior(nn.Module):
 
     def __init__(self, models: int, temperature: float = 1.0) -> None:
         super().__init__()
+        if models < 1:
+            raise ValueError(f"Posterior: models must be at least 1, got {models}")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"Posterior: temperature must be positive and finite, got {temperature}")
         self.temperature = temperature
@@ -74,14 +76,15 @@ class LearnedRouter(nn.Module):
         self, features: Tensor, parts: Tensor, *, steps: int = 300, batch: int = 256, lr: float = 1e-2, seed: int = 0
     ) -> list[float]:
         """Cross-entropy of `parts` [N] int64 given `features` [N, D], by Adam. Returns the losses."""
-        models = self.net[-1].out_features
+        last: Any = self.net[-1]
+        models = last.out_features
         if len(features) != len(parts) or parts.dtype != torch.int64 or not len(parts):
             raise ValueError(
                 f"LearnedRouter: parts must be int64, one for each of {len(features)} features, got {parts.dtype} "
                 f"{list(parts.shape)}"
             )
-        if not 0 <= int(parts.min()) <= int(parts.max()) < models:  # type: ignore[operator]
-            raise ValueError(f"LearnedRouter: parts must be in 0 .. {models} - 1, got up to {int(parts.max())}")  # type: ignore[str-format]
+        if not 0 <= int(parts.min()) <= int(parts.max()) < models:
+            raise ValueError(f"LearnedRouter: parts must be in 0 .. {models - 1}, got up to {int(parts.max())}")
         draw, losses = torch.Generator().manual_seed(seed), []
         adam = torch.optim.Adam(self.parameters(), lr=lr)
         for _ in range(steps):
