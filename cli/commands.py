@@ -156,6 +156,18 @@ and others recorded, and shows what a trace says. A trace is an .npz file; it is
   headgate pack ./Qwen3-30B-A3B /scratch/q.experts --formats int8 --max-memory 2GiB
 """,
     ),
+    "convert": Command(
+        ".convert",
+        "a dense model into a MoE model",
+        "Writes a MoE model of transformers' own classes out of a dense one (Llama, Mistral, Qwen2, Qwen3, OLMo2), or "
+        "out of several of one shape. Tensors are made one by one. When it is interrupted nothing is left behind.",
+        """\
+  headgate convert ./Llama-3.2-1B ./Llama-8x1B --experts 8 --top-k 2
+  headgate convert ./Qwen3-0.6B ./Qwen3-64x --method granular --shards 8 --experts 64 --top-k 8
+  headgate convert ./Qwen3-0.6B ./Qwen3-readme --method activations --text book.txt --experts 4
+  headgate convert ./law ./code ./prose ./merged --top-k 2
+""",
+    ),
     "doctor": Command(
         ".doctor",
         "what this machine can run",
