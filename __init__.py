@@ -12,6 +12,7 @@ _WHERE = {
     "Capacity": "moe.capacity",
     "TokenRanks": "moe.losses",
     "update_biases": "moe.bias",
+    "Muon": "moe.muon",
     "replace": "moe.hf",
     "restore": "moe.hf",
     "record": "moe.record",

@@ -42,6 +42,7 @@ BENCHMARKS = {
     "quantized": _bench(
         "quantized", "decoding with weights in few bits (int8, int4, GGUF's blocks, ...) beside bf16 and fp32"
     ),
+    "optimizer": _bench("optimizer", "a step of Muon on stacks of experts beside torch.optim.Muon expert by expert"),
     "dispatch": _bench("dispatch.command", "the dispatchers beside rivals, on gloo ranks of this machine"),
     "compile": _bench("gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
     "roofline": _bench("gpu.roofline", "FLOPs, bytes and floor time of every launch"),

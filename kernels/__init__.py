@@ -14,6 +14,7 @@ else:
     from .expert_outputs import combine_outputs, expert_outputs
     from .grouped_ffn import grouped_ffn
     from .grouped_linear import grouped_linear
+    from .newton_schulz import newton_schulz, newton_schulz_reference
     from .plan import Plan, plan
     from .quantized import Quantized, quantize
     from .router_logits import router_logits
@@ -32,6 +33,8 @@ __all__ = [
     "expert_outputs",
     "grouped_ffn",
     "grouped_linear",
+    "newton_schulz",
+    "newton_schulz_reference",
     "plan",
     "quantize",
     "router_logits",
