@@ -13,6 +13,8 @@ _WHERE = {
     "TokenRanks": "moe.losses",
     "update_biases": "moe.bias",
     "Muon": "moe.muon",
+    "Memory": "moe.memory",
+    "MoM": "moe.mom",
     "replace": "moe.hf",
     "restore": "moe.hf",
     "record": "moe.record",

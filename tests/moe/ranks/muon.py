@@ -1,4 +1,5 @@
-"""The checks of Muon on many ranks, run by test_muon_ranks.py: one process's update under every fold, and FSDP2."""
+"""The checks of Muon and of Memory on many ranks, run by test_muon_ranks.py: one process's update under every fold and
+FSDP2; a memory whose columns are cut."""
 
 from __future__ import annotations
 
@@ -167,3 +168,32 @@ def linear_layers_by_fsdp2_and_tensor_parallelism():
     dense(torch.randn(4, 5, dtype=F64)).sum().backward()
     optimizer.step()
     assert [g["algorithm"] for g in optimizer.param_groups] == ["muon", "adamw"]
+
+
+@check
+def a_memory_whose_columns_are_cut():
+    """One process's outputs and gradients, with other numbers of tokens on each rank, none among them."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    tokens = [5, 0, 7, 1][:size]
+    torch.manual_seed(2)
+    x, g = torch.randn(sum(tokens), D, dtype=F64), torch.randn(sum(tokens), D, dtype=F64)
+    mask = torch.rand(sum(tokens)) < 0.8
+    part = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
+    memories = []
+    for group in (None, dist.group.WORLD):
+        torch.manual_seed(4)
+        memories.append(headgate.Memory(D, 7, 3, heads=2, key_size=3, group=group, value_size=2 * size, dtype=F64))
+    whole, mine = memories
+    columns = slice(2 * rank, 2 * rank + 2)
+    assert torch.equal(mine.values, whole.values[:, columns])
+    x1, x2 = x.clone().requires_grad_(), x[part].clone().requires_grad_()
+    y1, y2 = whole(x1, mask), mine(x2, mask[part])
+    (y1 * g).sum().backward()
+    (y2 * g[part]).sum().backward()
+    close(y2, y1[part], "y", PRECISE)
+    close(x2.grad, x1.grad[part], "dx", PRECISE)
+    close(mine.values.grad, whole.values.grad[:, columns], "values", PRECISE)
+    for name, p in mine.named_parameters():
+        if name != "values":
+            dist.all_reduce(p.grad)
+            close(p.grad, dict(whole.named_parameters())[name].grad, name, PRECISE)
