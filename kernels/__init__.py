@@ -14,6 +14,7 @@ else:
     from .expert_outputs import combine_outputs, expert_outputs
     from .grouped_ffn import grouped_ffn
     from .grouped_linear import grouped_linear
+    from .linear_memory import linear_memory, linear_memory_reference
     from .newton_schulz import newton_schulz, newton_schulz_reference
     from .plan import Plan, plan
     from .quantized import Quantized, quantize
@@ -33,6 +34,8 @@ __all__ = [
     "expert_outputs",
     "grouped_ffn",
     "grouped_linear",
+    "linear_memory",
+    "linear_memory_reference",
     "newton_schulz",
     "newton_schulz_reference",
     "plan",

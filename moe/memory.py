@@ -67,9 +67,9 @@ class Memory(nn.Module):
     `layer(x, mask)`: as MoE's mask. `last_routing`: Routing of the last forward, detached: ids and weights [T, H * K].
     `counting()` says which values are used. `to_host()` and `to_disk(path)` move the values out of device memory.
 
-    Raises ValueError / TypeError naming argument, rule and value. Cost per token: 4 H n h FLOPs for scores, 2 H K Dv for
-    values. Sources: Lample et al., Large Memory Layers with Product Keys (2019); Berges et al., Memory Layers at Scale
-    (2024).
+    Raises ValueError / TypeError naming argument, rule and value. Cost per token: 4 H n h FLOPs for scores, 2 H K Dv
+    for values. Sources: Lample et al., Large Memory Layers with Product Keys (2019); Berges et al., Memory Layers at
+    Scale (2024).
 
     >>> memory = Memory(hidden_size=16, num_keys=32, top_k=4, heads=2)
     >>> memory(torch.randn(3, 16)).shape, memory.last_routing.num_experts, memory.last_routing.expert_ids.shape
