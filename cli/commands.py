@@ -43,6 +43,7 @@ BENCHMARKS = {
         "quantized", "decoding with weights in few bits (int8, int4, GGUF's blocks, ...) beside bf16 and fp32"
     ),
     "lora": _bench("lora", "a training step of LoRA on experts beside PEFT's"),
+    "optimizer": _bench("optimizer", "a step of Muon on stacks of experts beside torch.optim.Muon expert by expert"),
     "dispatch": _bench("dispatch.command", "the dispatchers beside rivals, on gloo ranks of this machine"),
     "overlap": _bench("overlap.command", "how much of the rows' travel is hidden, on a declared link"),
     "compile": _bench("gpu.compile", "every GPU kernel built ahead of time, without a GPU"),

@@ -14,7 +14,9 @@ else:
     from .expert_outputs import combine_outputs, expert_outputs
     from .grouped_ffn import grouped_ffn
     from .grouped_linear import grouped_linear
+    from .linear_memory import linear_memory, linear_memory_reference
     from .lora_ffn import Delta, lora_ffn
+    from .newton_schulz import newton_schulz, newton_schulz_reference
     from .plan import Plan, plan
     from .quantized import Quantized, quantize
     from .router_logits import router_logits
@@ -34,7 +36,11 @@ __all__ = [
     "expert_outputs",
     "grouped_ffn",
     "grouped_linear",
+    "linear_memory",
+    "linear_memory_reference",
     "lora_ffn",
+    "newton_schulz",
+    "newton_schulz_reference",
     "plan",
     "quantize",
     "router_logits",

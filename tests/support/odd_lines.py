@@ -74,6 +74,7 @@ LINES = {
     "bench": "--gpu-report --only sonic",
     "bench moe": "--shapes qwen3 --rivals --no-peak --memory-limit 0.3 --tokens 1 --dtypes fp32 --passes forward"
     " --budget 0.01 --threads 1",
+    "bench optimizer": "--experts 3 --hidden 16 --intermediate 8 --threads 1 --budget 0.01",
     "bench quantized": "--rows 1 --experts 4 --top-k 2 --hidden 16 --intermediate 16 --threads 1 --budget 0.01",
     "bench dispatch": "--ranks 3 --ranks-per-node 1",
     "bench placement": "MISSING --rows crossings",
