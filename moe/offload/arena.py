@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...kernels.quantized import Quantized
 from ...placement.caching.cache import SCOPES, Pools, pools
+from .host import Store
 from .kinds import Kind, Layer
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -179,12 +180,26 @@ class Arena:
     def kind_of(self, slot: int) -> int:
         return bisect_right(self.first, slot) - 1
 
+    def nbytes_of(self, slot: int) -> int:
+        """Of the expert in a slot."""
+        return self.kinds[self.kind_of(slot)].nbytes
+
     def slot(self, slot: int) -> dict[str, Tensor]:
         """The parts of the expert in a slot, to be filled."""
         if slot not in self._views:
             kind = self.kind_of(slot)
             self._views[slot] = {name: t[slot - self.first[kind]] for name, t in self._parts[kind].items()}
         return self._views[slot]
+
+    def load(self, store: Store, layer: int, expert: int, slot: int) -> None:
+        """Brings an expert into a slot. Raises OSError where the store cannot give it."""
+        store.read(layer, expert, self.slot(slot))
+
+    def group(
+        self, slots: Sequence[int], first: int, last: int
+    ) -> tuple[list[int], dict[str, Tensor | Quantized]]:
+        """(their numbers, weights) of the experts in `slots`, which are some of first .. last - 1."""
+        return [slot - first for slot in slots], self.weights(first, last)
 
     def weights(self, begin: int, end: int) -> dict[str, Tensor | Quantized]:
         """The weights [S, ...] of slots begin .. end - 1, which are of one kind."""

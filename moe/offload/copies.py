@@ -137,6 +137,11 @@ class Copies:
         if load.state == HELD:
             load.state = CANCELLED
 
+    at_hand = False
+
+    def help(self, loads: Sequence[Load | None]) -> None:
+        """Nothing to do: the device copies by itself."""
+
     def wait(self) -> None:
         """Waits a moment for another thread to be through with its slots."""
         self.arrived.wait(LOOK_S)

@@ -27,12 +27,13 @@ from ...placement.caching.policies import Setting, State
 from ...placement.caching.policies import policy as start_policy
 from ...placement.caching.prefetch import prefetch as prefetch_likely
 from ...placement.traces.trace import Trace
-from .arena import Arena, numbered, plan_slots
+from .arena import numbered, plan_slots
 from .copies import Copies, readers_of
 from .groups import Group, window
 from .host import Store
 from .hybrid import Host, Job, Pairs
 from .loads import DONE, FAILED, HELD, Load, Loader, Use, all_or_none, end, failure
+from .paged import arena_for
 from .passes import Call, Then, compute
 from .stats import Access, DeviceTiming, Stats, Timing
 
@@ -75,7 +76,7 @@ class Engine:
         if isinstance(policy, str):
             policy = start_policy(policy, Setting(shape[0], shape[1], self.places.slots, trace, options or {}))
         self.cache = Cache(self.places, policy)
-        self.arena = Arena(layout.kinds, layout.slots, numbered(device))
+        self.arena = arena_for(store, layout, numbered(device), readers)
         self.log: list[Access] | None = [] if log else None
         self._calls = self._accesses = self._hits = self._ahead = self._used = 0
         self._at_host, self._wait_s = 0, 0.0
@@ -153,6 +154,7 @@ class Engine:
             if then is not None:
                 then(ids)
             while chains:
+                self._loader.help([chain[0].load for chain in chains.values()])
                 uses = self._arrived(layer, chains, together)
                 slots = [use.slot for use in uses]
                 first, last = window(self.places, layer, uses, self.arena.first[-1])
@@ -160,8 +162,7 @@ class Engine:
                     self._loader.before(slots)
                 begun = self._timing.begin_computing()
                 try:
-                    local = [slot - first for slot in slots]
-                    yield Group([use.expert for use in uses], local, self.arena.weights(first, last))
+                    yield Group([use.expert for use in uses], *self.arena.group(slots, first, last))
                 finally:
                     self._timing.end_computing(begun)  # type: ignore[arg-type]  # its own mark
                     with self._loader.lock:
@@ -228,6 +229,11 @@ class Engine:
         """Tells the policy that another sequence begins."""
         with self._loader.lock:
             self.cache.new_sequence()
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether fetching costs so little just now that it is no use to foretell what is needed."""
+        return self._loader.at_hand
 
     def pace(self) -> tuple[int, float, float]:
         """(loads that wait or run, seconds of copying for each load so far, and for all)."""

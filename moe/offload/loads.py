@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from resource import RUSAGE_THREAD, getrusage
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ import torch
 from ...placement.caching.cache import Cache
 from .arena import Arena
 from .host import Store
+from .paged import Paged
 from .ready import Sleepers
 from .stats import Timing
 
 HELD, QUEUED, RUNNING, DONE, FAILED, CANCELLED = "held", "queued", "running", "done", "failed", "cancelled"
 _TRIES = 2
+_RARELY, _FADE = 0.1, 0.1  # bytes of a load that come from the disk; weight of the last one
+_BLOCK = 512  # bytes, of ru_inblock
 LOOK_S = 0.2  # how often one who waits looks whether the readers live
 _END_S = 60.0  # how long a closing loader waits for a read to end
 
@@ -131,6 +135,7 @@ class Loader:
         self._ahead: deque[Load] = deque()
         self._running: dict[threading.Thread, Load] = {}
         self._stream, self._uses = copy_stream(arena.device), Uses(arena.device)
+        self._from_disk = 1.0  # of the bytes of the last loads, as far as their own threads read them
         self._sleepers = Sleepers() if readers and arena.device.type == "cpu" else None
         self.threads = [self._start() for _ in range(readers)]
 
@@ -150,7 +155,8 @@ class Loader:
         """Orders a load."""
         (self._urgent if urgent else self._ahead).append(load)
         load.state = QUEUED
-        self.work.notify()
+        if not (urgent and self.at_hand and torch.get_num_threads() == 1):  # else see `help`
+            self.work.notify()
 
     def flush(self) -> None:
         """Nothing to do: a load is with the readers as soon as it is ordered."""
@@ -169,6 +175,27 @@ class Loader:
         """Waits a moment for something to arrive, and sees to it that somebody is at work on it."""
         if not self.arrived.wait(LOOK_S):
             self.revive()
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether loads are maps of what is in memory already, which take microseconds: nothing is gained by ordering
+        them before it is known who is needed."""
+        return isinstance(self._arena, Paged) and self._arena.mapped and self._from_disk < _RARELY
+
+    def help(self, loads: Sequence[Load | None]) -> None:
+        """Does loads that are at hand in the thread that needs them, where this is the only one that computes: to wake
+        a reader takes as long. Not under the lock."""
+        me = threading.current_thread()
+        for load in loads:
+            if load is None or load.state != QUEUED or not self.at_hand or torch.get_num_threads() > 1:
+                continue
+            with self.lock:
+                if load.state != QUEUED or not load.may_begin or self.closed:
+                    continue
+                self._begin(load, me)
+            error = self._end(load, me)
+            if error is not None and not isinstance(error, Exception):
+                raise error
 
     def revive(self) -> None:
         """Replaces readers that have died; what they were about is begun again, or failed if that was the last try."""
@@ -197,24 +224,36 @@ class Loader:
     def _run(self) -> None:
         me = threading.current_thread()
         while (load := self._take(me)) is not None:
-            error: BaseException | None = None
-            try:
-                self._read(load)
-            except BaseException as e:  # the thread goes on only if it was an Exception
-                error = e
-            with self.lock:
-                if error is None:
-                    load.state = DONE
-                    self.loads += 1
-                    self.bytes += self._arena.kinds[self._arena.kind_of(load.slot)].nbytes
-                else:
-                    self._retry(load, error)
-                del self._running[me]
-                self.arrived.notify_all()
-                self.work.notify()  # a load that followed this one may begin
+            error = self._end(load, me)
             if error is not None and not isinstance(error, Exception):
                 return
             del load, error
+
+    def _begin(self, load: Load, me: threading.Thread) -> None:
+        self._running[me] = load
+        load.before = None
+        load.state, load.tries = RUNNING, load.tries + 1
+
+    def _end(self, load: Load, me: threading.Thread) -> BaseException | None:
+        """Reads what has begun; the error, where that could not be done. A reader goes on only if it was an Exception.
+        """
+        error: BaseException | None = None
+        try:
+            self._read(load)
+        except BaseException as e:
+            error = e
+        with self.lock:
+            if error is None:
+                load.state = DONE
+                self.loads += 1
+                self.bytes += self._arena.nbytes_of(load.slot)
+            else:
+                self._retry(load, error)
+            del self._running[me]
+            self.arrived.notify_all()
+            if error is not None or self._urgent or self._ahead:
+                self.work.notify()  # a load that followed this one may begin
+        return error
 
     def _take(self, me: threading.Thread) -> Load | None:
         """The next load to be read, waited for; None: the loader is closed."""
@@ -222,8 +261,7 @@ class Loader:
             while not self.closed:
                 load = self._next()
                 if load is not None:
-                    self._running[me] = load
-                    load.state, load.tries = RUNNING, load.tries + 1
+                    self._begin(load, me)
                     return load
                 self.work.wait(1.0)
         return None
@@ -236,7 +274,6 @@ class Loader:
                 if load.state != QUEUED:
                     continue
                 if load.may_begin:
-                    load.before = None
                     return load
                 queue.append(load)
         return None
@@ -252,7 +289,10 @@ class Loader:
     def _read(self, load: Load) -> None:
         with self._timing.copying(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
             self._uses.wait(load.slot)
-            self._store.read(load.layer, load.expert, self._arena.slot(load.slot))
+            read = getrusage(RUSAGE_THREAD).ru_inblock
+            self._arena.load(self._store, load.layer, load.expert, load.slot)
+            share = (getrusage(RUSAGE_THREAD).ru_inblock - read) * _BLOCK / self._arena.nbytes_of(load.slot)
+            self._from_disk += _FADE * (min(1.0, share) - self._from_disk)
 
     def close(self) -> bool:
         """Ends the readers: each finishes the read it is at; the rest is dropped. Returns whether all have ended."""

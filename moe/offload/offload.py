@@ -342,6 +342,9 @@ class Offload:
             self._fetch_back(index, self._came.get((threading.get_ident(), index - 1)), ids)
             return
         self._came[threading.get_ident(), index] = ids
+        if self.engine.at_hand:
+            self._pace.new_sequence()  # what passes meanwhile is no idle time
+            return
         self._foresight.came(index, ids)
         self._pace.asked(index)
         guess = self._foresight.guess(index, rows, routing.expert_ids)
