@@ -35,7 +35,7 @@ def check_slots(op: str, slots: Tensor, routing: Routing, rows: Tensor, *given: 
         rows.is_cuda or any(b is not None for b in given[3:]) or any(isinstance(w, Quantized) for w in weights)
     ):
         raise ValueError(
-            f"{op}: slot_of_expert must be [E] on a GPU, with biases and for Quantized weights, got {tuple(slots.shape)}"
+            f"{op}: slot_of_expert must be [E] on a GPU, with biases or Quantized weights, got {tuple(slots.shape)}"
         )
     if tuple(slots.shape) not in ((experts,), (len(weights), experts)):
         raise ValueError(

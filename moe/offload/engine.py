@@ -27,7 +27,7 @@ from ...placement.caching.policies import Setting, State
 from ...placement.caching.policies import policy as start_policy
 from ...placement.caching.prefetch import prefetch as prefetch_likely
 from ...placement.traces.trace import Trace
-from .arena import numbered, plan_slots
+from .arena import detoured, numbered, plan_slots
 from .copies import Copies, readers_of
 from .groups import Group, window
 from .host import Store
@@ -70,7 +70,7 @@ class Engine:
         costs: Costs | None = None,
     ) -> None:
         readers = readers_of(readers, store, device)
-        layout = plan_slots(store.layers, budget, top_k, scope, detours=readers == 0)
+        layout = plan_slots(store.layers, budget, top_k, scope, detoured(store.layers, device, readers))
         self.layers, self.store, self.places, self.patience_s = store.layers, store, layout.places, patience_s
         shape = self.places.of.shape
         if isinstance(policy, str):
@@ -154,7 +154,6 @@ class Engine:
             if then is not None:
                 then(ids)
             while chains:
-                self._loader.help([chain[0].load for chain in chains.values()])
                 uses = self._arrived(layer, chains, together)
                 slots = [use.slot for use in uses]
                 first, last = window(self.places, layer, uses, self.arena.first[-1])
@@ -230,13 +229,10 @@ class Engine:
         with self._loader.lock:
             self.cache.new_sequence()
 
-    @property
-    def at_hand(self) -> bool:
-        """Whether fetching costs so little just now that it is no use to foretell what is needed."""
-        return self._loader.at_hand
-
-    def pace(self) -> tuple[int, float, float]:
-        """(loads that wait or run, seconds of copying for each load so far, and for all)."""
+    def pace(self) -> tuple[int, float, float] | None:
+        """(loads that wait or run, seconds of copying for each load so far, and for all); None: see Loader.at_hand."""
+        if self._loader.at_hand:
+            return None
         with self._loader.lock:
             copy_s = self._timing.seconds()[0]
             return self._loader.waiting, copy_s / max(1, self._loader.loads), copy_s
@@ -316,7 +312,7 @@ class Engine:
         else may see it."""
         load = self._order(layer, expert, slot, urgent=True, held=True)
         use = Use(expert, self._spares.pop(), load, detour=True)
-        self._loader.queue(load, urgent=True, slot=use.slot)  # type: ignore[call-arg]  # Copies: spares are theirs
+        self._loader.queue(load, urgent=True, slot=use.slot)
         chains[use.slot] = deque([use])
         self.cache.table.busy[slot] += 1
         return use
@@ -352,6 +348,7 @@ class Engine:
         """The uses, at the heads of their chains and of one kind, that can be computed; waits until there is one. Not
         `together`: those that the device has first, and none of pools and spare slots at once."""
         begun = time.perf_counter()
+        self._loader.help([chain[0].load for chain in chains.values()])
         with self._loader.lock:
             while True:
                 self._open()
@@ -359,13 +356,13 @@ class Engine:
                 for use in heads:
                     if use.load is not None and use.load.state == FAILED:
                         raise failure(use.load, self.layers[layer].name)
-                there = [use for use in heads if use.load is None or use.load.state == DONE or use.detour]
+                there = [use for use in heads if use.load is None or self._loader.there(use)]
                 if there:
                     self._wait_s += time.perf_counter() - begun
                     if not together or len(there) < sum(map(len, chains.values())):
                         soonest = set(self._loader.soonest([use.slot for use in there]))
                         there = [use for use in there if use.slot in soonest]
-                        there = [use for use in there if use.detour == there[0].detour]
+                        there = [u for u in there if not self.arena.windows or u.detour == there[0].detour]
                     kind = self.arena.kind_of(there[0].slot)
                     return [use for use in there if self.arena.kind_of(use.slot) == kind]
                 missing = ", ".join(str(use.expert) for use in heads)
@@ -413,8 +410,7 @@ class Engine:
         """The end of a detour: to its own slot goes who is to stay there."""
         load = use.load
         assert load is not None, "who makes a detour is a miss"
-        if load.state == HELD and self._newest.get(load.slot) is load and not self._loader.closed:
-            self._loader.move(use.slot, load)  # type: ignore[union-attr]  # Copies: see _detour
+        self._loader.move(use.slot, load, stays=self._newest.get(load.slot) is load)
         self._spares.append(use.slot)
         self.cache.table.busy[load.slot] -= 1
 

@@ -22,6 +22,7 @@ from .ready import Sleepers
 from .stats import Timing
 
 HELD, QUEUED, RUNNING, DONE, FAILED, CANCELLED = "held", "queued", "running", "done", "failed", "cancelled"
+AWAY = "away"  # there, but in a spare slot
 _TRIES = 2
 _RARELY, _FADE = 0.1, 0.1  # bytes of a load that come from the disk; weight of the last one
 _BLOCK = 512  # bytes, of ru_inblock
@@ -40,10 +41,11 @@ class Load:
     before: Load | None = None  # into the same slot: this one follows it
     tries: int = 0
     error: BaseException | None = None
+    spare: int | None = None  # where it goes first
 
     @property
     def over(self) -> bool:
-        return self.state in (DONE, FAILED, CANCELLED)
+        return self.state in (DONE, AWAY, FAILED, CANCELLED)
 
     @property
     def may_begin(self) -> bool:
@@ -151,8 +153,9 @@ class Loader:
 
     # --- for the owner, who holds the lock ---------------------------------------------------------------------------
 
-    def queue(self, load: Load, urgent: bool) -> None:
-        """Orders a load."""
+    def queue(self, load: Load, urgent: bool, slot: int | None = None) -> None:
+        """Orders a load, into its own slot or first into a spare `slot`, where it is not to be seen yet."""
+        load.spare = slot
         (self._urgent if urgent else self._ahead).append(load)
         load.state = QUEUED
         if not (urgent and self.at_hand and torch.get_num_threads() == 1):  # else see `help`
@@ -164,11 +167,31 @@ class Loader:
     def hurry(self, load: Load) -> None:
         """Moves a load that waits to the urgent ones."""
         if load.state == QUEUED:
+            self.queue(load, urgent=True, slot=load.spare)
+
+    def there(self, use: Use) -> bool:
+        """Whether it can be computed."""
+        return use.load is not None and (use.load.state == DONE or (use.detour and use.load.state == AWAY))
+
+    def move(self, spare: int, load: Load, stays: bool) -> None:
+        """Moves a load's expert from a spare slot to its own if it is one that `stays`, or has it read there if it has
+        not come, where a step was left early. The spare slot is free then."""
+        while load.state == RUNNING:
+            self.wait()
+        if not stays or self.closed:
+            self.cancel(load)
+        elif load.state == AWAY:
+            self._arena.move(spare, load.slot)
+            load.state, load.spare = DONE, None
+            self.arrived.notify_all()
+        elif load.state == QUEUED:
+            self.cancel(load)  # where it was to go; a reader may be taking it from its queue
+            load.state = HELD
             self.queue(load, urgent=True)
 
     def cancel(self, load: Load) -> None:
         """Drops a load that has not begun; one that has is left to end."""
-        if load.state in (HELD, QUEUED):
+        if load.state in (HELD, QUEUED, AWAY):
             load.state = CANCELLED
 
     def wait(self) -> None:
@@ -225,6 +248,8 @@ class Loader:
         me = threading.current_thread()
         while (load := self._take(me)) is not None:
             error = self._end(load, me)
+            with self.lock:
+                self.work.notify()  # a load that followed this one may begin
             if error is not None and not isinstance(error, Exception):
                 return
             del load, error
@@ -235,8 +260,7 @@ class Loader:
         load.state, load.tries = RUNNING, load.tries + 1
 
     def _end(self, load: Load, me: threading.Thread) -> BaseException | None:
-        """Reads what has begun; the error, where that could not be done. A reader goes on only if it was an Exception.
-        """
+        """Reads what has begun; the error, where that failed. A reader goes on only if it was an Exception."""
         error: BaseException | None = None
         try:
             self._read(load)
@@ -244,15 +268,13 @@ class Loader:
             error = e
         with self.lock:
             if error is None:
-                load.state = DONE
+                load.state = DONE if load.spare is None else AWAY
                 self.loads += 1
                 self.bytes += self._arena.nbytes_of(load.slot)
             else:
                 self._retry(load, error)
             del self._running[me]
             self.arrived.notify_all()
-            if error is not None or self._urgent or self._ahead:
-                self.work.notify()  # a load that followed this one may begin
         return error
 
     def _take(self, me: threading.Thread) -> Load | None:
@@ -280,7 +302,8 @@ class Loader:
 
     def _retry(self, load: Load, error: BaseException) -> None:
         if load.tries < _TRIES and not self.closed:
-            self.queue(load, urgent=True)
+            self.queue(load, urgent=True, slot=load.spare)
+            self.work.notify()
         else:
             load.state, load.error = FAILED, error
             self.failed.append(load)
@@ -288,9 +311,10 @@ class Loader:
 
     def _read(self, load: Load) -> None:
         with self._timing.copying(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            self._uses.wait(load.slot)
+            slot = load.slot if load.spare is None else load.spare
+            self._uses.wait(slot)
             read = getrusage(RUSAGE_THREAD).ru_inblock
-            self._arena.load(self._store, load.layer, load.expert, load.slot)
+            self._arena.load(self._store, load.layer, load.expert, slot)
             share = (getrusage(RUSAGE_THREAD).ru_inblock - read) * _BLOCK / self._arena.nbytes_of(load.slot)
             self._from_disk += _FADE * (min(1.0, share) - self._from_disk)
 

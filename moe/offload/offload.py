@@ -23,7 +23,7 @@ from ...placement.caching.predict import Predictor
 from ...placement.traces.trace import Trace
 from ..elsewhere import send_elsewhere
 from . import ahead
-from .arena import plan_slots
+from .arena import detoured, plan_slots
 from .checksums import Verify, check_verify
 from .costs import costs_of
 from .engine import Engine
@@ -170,7 +170,8 @@ class Plan:
         budget = budget if split is None else split.budget
         foresight = ahead.foresight_of(prefetch, model, found, trace)
         alone = device.type == "cuda" and not from_disk and not readers
-        places = plan_slots(layers, budget, 1, scope, detours=alone).places
+        detours = detoured(layers, device, 0 if alone else readers or 2)
+        places = plan_slots(layers, budget, 1, scope, detours).places
         shape = places.of.shape
         state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
         engine = {
@@ -342,7 +343,8 @@ class Offload:
             self._fetch_back(index, self._came.get((threading.get_ident(), index - 1)), ids)
             return
         self._came[threading.get_ident(), index] = ids
-        if self.engine.at_hand:
+        pace = self.engine.pace()
+        if pace is None:
             self._pace.new_sequence()  # what passes meanwhile is no idle time
             return
         self._foresight.came(index, ids)
@@ -350,7 +352,7 @@ class Offload:
         guess = self._foresight.guess(index, rows, routing.expert_ids)
         if guess is not None:
             layer, chance = guess
-            price, room = self._pace.order(layer, *self.engine.pace())
+            price, room = self._pace.order(layer, *pace)
             self.engine.prefetch_likely(layer, chance, price, room)
 
     def _fetch_back(self, index: int, before: NDArray[np.int32] | None, _ids: NDArray[np.int32]) -> None:

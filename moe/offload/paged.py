@@ -1,8 +1,9 @@
 """Slots that hold experts as they lie in their files, in whole pages: nothing is copied by a processor.
 
-With the page cache a slot is a map of the file's own pages, which takes the place of the map before it. Past the page
-cache the disk writes into the slot. Either way an expert begins in its first page where it begins in the file's, so each
-matrix has a place of its own, and products take a table of places for each weight (see expert_outputs).
+With the page cache a slot is a map of the file's own pages, which takes the place of the map before it; the system may
+take pages back when memory is short, and reads them again. Past the page cache the disk writes into the slot. Either way
+an expert begins in its first page where it begins in the file's, so each matrix has a place of its own, and products
+take a table of places for each weight (see expert_outputs).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.chip import say_once
-from .arena import Arena, Layout
+from .arena import LARGE, Arena, Layout
 from .kinds import Kind, Part
 from .reads import Piece, Reads, Run
 
@@ -101,6 +102,8 @@ class Paged:
     """As Arena, for `store` in files. `of[layer][expert]`: its matrices; `pages`: of a slot; places are counted in
     steps of `step` bytes."""
 
+    windows = False
+
     def __init__(self, kind: Kind, slots: int, store: Files, of: Sequence[Sequence[list[Matrix]]], pages: int) -> None:
         self.kinds, self.device, self.first = (kind,), torch.device("cpu"), [0, slots]
         self.mapped = store.reads.page_cache
@@ -111,15 +114,17 @@ class Paged:
         sizes = [m.nbytes for m in of[0][0]]
         self._smallest = min(sizes)
         self.step = math.gcd(_PAGE, *(m.offset for layer in of for expert in layer for m in expert))
-        self._places = np.zeros((slots, len(sizes)), np.int64)  # in bytes, from the first slot on
+        self._places = np.zeros((slots, len(sizes)), np.int64)  # of each slot's matrices, in bytes of the memory
+        self._begins = [slot * self._slot for slot in range(slots)]
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._memory: mmap.mmap | None = mmap.mmap(-1, self.nbytes + max(sizes), flags=private)  # more: for views' last places
+        size = self.nbytes + max(sizes)  # views' last places reach further than slots
+        self._memory: mmap.mmap | None = mmap.mmap(-1, size, flags=private)
         if not self.mapped:
             with suppress(OSError):  # a kernel without them
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = np.frombuffer(self._memory, np.uint8)
         self._buffer, self._address = memoryview(self._bytes), self._bytes.ctypes.data
-        self._views: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._views = self._view() if self.step % kind.parts[0].dtype.itemsize == 0 else {}
 
     def kind_of(self, _slot: int) -> int:
         return 0
@@ -129,7 +134,7 @@ class Paged:
 
     def load(self, _store: object, layer: int, expert: int, slot: int) -> None:
         """Brings an expert into a slot. Raises OSError where that cannot be done."""
-        reads, of, at = self._store.reads, self._of[layer][expert], slot * self._slot
+        reads, of, at = self._store.reads, self._of[layer][expert], self._begins[slot]
         reads.check_open()
         places = self._places[slot]
         for extent in self._extents[layer][expert]:
@@ -142,25 +147,25 @@ class Paged:
                 places[m] = at + of[m].offset - extent.begin
             at += extent.pages * _PAGE
         read = [
-            Piece(self._buffer[p : p + m.nbytes], m.file, m.offset)
-            for p, m in zip(places.tolist(), of, strict=True)
+            Piece(self._buffer[p : p + m.nbytes], m.file, m.offset) for p, m in zip(places.tolist(), of, strict=True)
         ]
         self._store.check(layer, expert, read)
 
-    def group(self, slots: Sequence[int], first: int, last: int) -> tuple[NDArray[np.int32], dict[str, Tensor]]:
-        """(places [weights, n], weights) of the experts in `slots`, which are some of first .. last - 1."""
-        if (first, last) not in self._views:
-            self._views[first, last] = self._view(first, last)
-        places = (self._places[slots] - first * self._slot) // self.step
-        return places.T.astype(np.int32), self._views[first, last]
+    def move(self, spare: int, slot: int) -> None:
+        """What is in a spare slot, to its own: the two change their memory."""
+        self._begins[spare], self._begins[slot] = self._begins[slot], self._begins[spare]
+        self._places[[spare, slot]] = self._places[[slot, spare]]
 
-    def _view(self, first: int, last: int) -> dict[str, Tensor]:
+    def group(self, slots: Sequence[int], _first: int, _last: int) -> tuple[NDArray[np.int32], dict[str, Tensor]]:
+        """(places [weights, n], weights) of the experts in `slots`."""
+        return (self._places[slots] // self.step).T.astype(np.int32), self._views
+
+    def _view(self) -> dict[str, Tensor]:
         """Each weight as so many of its shape as there are places: they overlap."""
         views, memory = {}, torch.from_numpy(self._bytes)
-        count = ((last - first) * self._slot - self._smallest) // self.step + 1
+        count = (self.nbytes - self._smallest) // self.step + 1
         for name, part in self._parts.items():
-            flat = memory[first * self._slot :]
-            flat = flat[: flat.numel() // part.dtype.itemsize * part.dtype.itemsize].view(part.dtype)
+            flat = memory[: len(memory) // part.dtype.itemsize * part.dtype.itemsize].view(part.dtype)
             views[name] = flat.as_strided((count, *part.shape), (self.step // part.dtype.itemsize, part.shape[1], 1))
         return views
 
@@ -223,15 +228,14 @@ def _laid_out(store: Any, layout: Layout) -> Paged | None:
                 return None
             of[-1].append(found)
             pages = max(pages, sum(extent.pages for extent in extents(found)))
-    if pages * _PAGE > (1 + _ROUNDED) * kind.nbytes:
+    if kind.nbytes < LARGE or pages * _PAGE > (1 + _ROUNDED) * kind.nbytes:
         return None
     reads = store.reads
     if reads.page_cache and (why := _why_no_maps(reads, slots * len(of[0][0]))) is not None:
         say_once("offload", why, "copies of what the page cache holds")
         return None
     paged = Paged(kind, slots, store, of, pages)
-    pool = max(np.diff(layout.places.first)) * pages * _PAGE
-    return paged if paged.step % kind.parts[0].dtype.itemsize == 0 and pool // paged.step < 2**31 else None
+    return paged if paged.step % kind.parts[0].dtype.itemsize == 0 and paged.nbytes // paged.step < 2**31 else None
 
 
 def _why_no_maps(reads: Reads, maps: int) -> str | None:

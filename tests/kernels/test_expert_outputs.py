@@ -371,11 +371,15 @@ BAD = {
     "a bias of experts": (dict(b_down=torch.randn(4, 8)), r"b_down must be \(3, 8\), got \(4, 8\)"),
     "a weight of another type": (dict(w_down=torch.randn(3, 8, 16).half()), r"w_down must have the dtype of rows"),
     "half of it quantized": (dict(w_down=quantize(torch.randn(3, 8, 16), "fp8")), r"weights must be all Quantized"),
-    "a table of too few": (dict(slots=table(0, 1, 2)), r"slot_of_expert must be \[E\] with E=4, or \[2, E\].*got \(3,\)"),
+    "a table of too few": (
+        dict(slots=table(0, 1, 2)),
+        r"slot_of_expert must be \[E\] with E=4, or \[2, E\].*got \(3,\)",
+    ),
     "a table for another pair": (dict(slots=table(0, 1, 2, -1).expand(3, 4)), r"or \[2, E\].* got \(3, 4\)"),
     "half of an expert": (dict(slots=torch.stack([table(0, 1, 2, -1), table(0, -1, 2, -1)])), r"all weights of an"),
     "tables with biases": (
-        dict(slots=table(0, 1, 2, -1).expand(2, 4), b_down=torch.randn(3, 8)), r"must be \[E\] on a GPU, with biases"
+        dict(slots=table(0, 1, 2, -1).expand(2, 4), b_down=torch.randn(3, 8)),
+        r"must be \[E\] on a GPU, with biases",
     ),
     "a table of another type": (dict(slots=table(0, 1, 2, -1, dtype=torch.int64)), r"must be int32, got torch.int64"),
     "a slot too far": (dict(slots=table(0, 3, 2, -1)), r"must be -1 \(not here\) to S - 1 = 2, got 3"),
