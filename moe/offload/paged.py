@@ -1,9 +1,9 @@
 """Slots that hold experts as they lie in their files, in whole pages: nothing is copied by a processor.
 
 With the page cache a slot is a map of the file's own pages, which takes the place of the map before it; the system may
-take pages back when memory is short, and reads them again. Past the page cache the disk writes into the slot. Either way
-an expert begins in its first page where it begins in the file's, so each matrix has a place of its own, and products
-take a table of places for each weight (see expert_outputs).
+take pages back when memory is short, and reads them again. Past the page cache the disk writes into the slot. Either
+way an expert begins in its first page where it begins in the file's, so each matrix has a place of its own, and
+products take a table of places for each weight (see expert_outputs).
 """
 
 from __future__ import annotations
