@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from resource import RUSAGE_THREAD, getrusage
+from resource import getrusage
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ HELD, QUEUED, RUNNING, DONE, FAILED, CANCELLED = "held", "queued", "running", "d
 AWAY = "away"  # there, but in a spare slot
 _TRIES = 2
 _RARELY, _FADE = 0.1, 0.1  # bytes of a load that come from the disk; weight of the last one
+_WHO = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)  # a thread, on Linux
 _BLOCK = 512  # bytes, of ru_inblock
 LOOK_S = 0.2  # how often one who waits looks whether the readers live
 _END_S = 60.0  # how long a closing loader waits for a read to end
@@ -158,7 +160,7 @@ class Loader:
         load.spare = slot
         (self._urgent if urgent else self._ahead).append(load)
         load.state = QUEUED
-        if not (urgent and self.at_hand and torch.get_num_threads() == 1):  # else see `help`
+        if not (urgent and self._helps):
             self.work.notify()
 
     def flush(self) -> None:
@@ -210,15 +212,28 @@ class Loader:
         a reader takes as long. Not under the lock."""
         me = threading.current_thread()
         for load in loads:
-            if load is None or load.state != QUEUED or not self.at_hand or torch.get_num_threads() > 1:
+            if load is None or load.state != QUEUED:
                 continue
-            with self.lock:
-                if load.state != QUEUED or not load.may_begin or self.closed:
-                    continue
-                self._begin(load, me)
-            error = self._end(load, me)
+            try:
+                with self.lock:
+                    if not self._helps:
+                        self.work.notify()  # they may not be at hand since they were ordered
+                        continue
+                    if load.state != QUEUED or not load.may_begin or self.closed:
+                        continue
+                    self._begin(load, me)
+                error = self._end(load, me)
+            except BaseException as e:  # such as Ctrl-C, on the way
+                with self.lock:
+                    if self._running.pop(me, None) is not None:
+                        self._retry(load, e)
+                raise
             if error is not None and not isinstance(error, Exception):
                 raise error
+
+    @property
+    def _helps(self) -> bool:
+        return self.at_hand and torch.get_num_threads() == 1
 
     def revive(self) -> None:
         """Replaces readers that have died; what they were about is begun again, or failed if that was the last try."""
@@ -313,9 +328,9 @@ class Loader:
         with self._timing.copying(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
             slot = load.slot if load.spare is None else load.spare
             self._uses.wait(slot)
-            read = getrusage(RUSAGE_THREAD).ru_inblock
+            read = getrusage(_WHO).ru_inblock
             self._arena.load(self._store, load.layer, load.expert, slot)
-            share = (getrusage(RUSAGE_THREAD).ru_inblock - read) * _BLOCK / self._arena.nbytes_of(load.slot)
+            share = (getrusage(_WHO).ru_inblock - read) * _BLOCK / self._arena.nbytes_of(load.slot)
             self._from_disk += _FADE * (min(1.0, share) - self._from_disk)
 
     def close(self) -> bool:

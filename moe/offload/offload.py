@@ -87,9 +87,9 @@ def offload(
               Costs are given. On a GPU outputs then stay the same to rounding: the host sums in another order
     readers   threads that fetch; from disk, each with four requests at a time. 0, without a disk: none, as a GPU copies
               out of page-locked memory by itself, in order. None: 0 there, else 2
-    page_cache, verify   with `disk`: whether the system may keep copies of what was read (on a CPU large experts are then
-              computed in maps of the file, see docs/fit.md); whether an expert's checksum is compared when it is read
-              for the "first" time, at each read (True: of a copy) or never (False)
+    page_cache, verify   with `disk`: whether the system may keep copies of what was read (on a CPU large experts are
+              then computed in maps of the file, see docs/fit.md); whether an expert's checksum is compared when it is
+              read for the "first" time, at each read (True: of a copy) or never (False)
     context   with budget="auto": tokens that the KV cache is to have room for, of all texts together; None: 4096
     log       keep every access, for `Offload.log`
 

@@ -134,6 +134,7 @@ class Paged:
 
     def load(self, _store: object, layer: int, expert: int, slot: int) -> None:
         """Brings an expert into a slot. Raises OSError where that cannot be done."""
+        memory = self._memory  # stays until this is over
         reads, of, at = self._store.reads, self._of[layer][expert], self._begins[slot]
         reads.check_open()
         places = self._places[slot]
@@ -150,6 +151,7 @@ class Paged:
             Piece(self._buffer[p : p + m.nbytes], m.file, m.offset) for p, m in zip(places.tolist(), of, strict=True)
         ]
         self._store.check(layer, expert, read)
+        del memory
 
     def move(self, spare: int, slot: int) -> None:
         """What is in a spare slot, to its own: the two change their memory."""
