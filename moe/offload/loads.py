@@ -128,7 +128,7 @@ class Loader:
     that has died is replaced, and its load begun again, by whoever waits.
     """
 
-    def __init__(self, store: Store, arena: Arena, readers: int, timing: Timing) -> None:
+    def __init__(self, store: Store, arena: Arena | Paged, readers: int, timing: Timing) -> None:
         self._store, self._arena, self._timing = store, arena, timing
         self.lock = threading.RLock()  # a finalizer may run in a thread that holds it
         self.work, self.arrived = threading.Condition(self.lock), threading.Condition(self.lock)
@@ -352,7 +352,7 @@ class Loader:
         return ended
 
 
-def end(pid: int, loader: Any, host: Any, store: Store, arena: Arena) -> None:
+def end(pid: int, loader: Any, host: Any, store: Store, arena: Arena | Paged) -> None:
     """Of an engine that is closed or gone; a fork of its process has no threads to end, and a lock nobody opens."""
     if os.getpid() != pid:
         return

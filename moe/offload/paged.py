@@ -123,7 +123,7 @@ class Paged:
             with suppress(OSError):  # a kernel without them
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = np.frombuffer(self._memory, np.uint8)
-        self._buffer, self._address = memoryview(self._bytes), self._bytes.ctypes.data
+        self._buffer, self._address = memoryview(self._bytes.data), self._bytes.ctypes.data
         self._views = self._view() if self.step % kind.parts[0].dtype.itemsize == 0 else {}
 
     def kind_of(self, _slot: int) -> int:
