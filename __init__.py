@@ -22,6 +22,8 @@ _WHERE = {
     "no_sync": "moe.ranks.parallel",
     "clip_grad_norm_": "moe.ranks.parallel",
     "set_degree": "moe.ranks.parallel",
+    "Overlap": "dispatch.schedule",
+    "ShortcutBlock": "moe.shortcut",
     "place_experts": "moe.ranks.placed",
     "migrate": "moe.ranks.placed",
     "offload": "moe.offload.offload",

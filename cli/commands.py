@@ -43,6 +43,7 @@ BENCHMARKS = {
         "quantized", "decoding with weights in few bits (int8, int4, GGUF's blocks, ...) beside bf16 and fp32"
     ),
     "dispatch": _bench("dispatch.command", "the dispatchers beside rivals, on gloo ranks of this machine"),
+    "overlap": _bench("overlap.command", "how much of the rows' travel is hidden, on a declared link"),
     "compile": _bench("gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
     "roofline": _bench("gpu.roofline", "FLOPs, bytes and floor time of every launch"),
     "sweep": _bench("gpu.sweep", "the chosen tiles beside all others, on a GPU"),
@@ -50,7 +51,7 @@ BENCHMARKS = {
         "placement", "placements beside EPLB: crossings, load, rows that move, bounds, replicas, drift"
     ),
     "offload": _bench(
-        "offload", "expert caches beside Belady, predictors, prefetch, and generation with experts on disk"
+        "offload.command", "expert caches beside Belady, predictors, prefetch, and generation with experts on disk"
     ),
     "links": _bench("links", "the links behind published tables, and which dispatcher wins where"),
 }
@@ -182,6 +183,7 @@ def run(words: Sequence[str], handler: Handler | None = None) -> int:
     try:
         args = parser(words).parse_args(words)
         room = args.command.load()
+        args.alone = handler is not None
         if handler is not None:
             handler.working = True
         status = room.run(args)
@@ -237,7 +239,7 @@ def _add(kinds, commands: Mapping[str, Command], words: Sequence[str] | None) ->
             epilog=f"examples:\n{command.examples}" if command.examples else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, alone=False)  # alone: the process is this command's own
         if asked is not None and name not in asked:
             continue
         if command.commands:

@@ -33,6 +33,7 @@ from .routers import (
     distillation_loss,
     reward,
 )
+from .shortcut import ShortcutBlock
 
 __all__ = [
     "ROUTERS",
@@ -56,6 +57,7 @@ __all__ = [
     "RecurrentRouter",
     "ReinforceRouter",
     "Router",
+    "ShortcutBlock",
     "SigmoidRouter",
     "SinkhornRouter",
     "SoftmaxRouter",

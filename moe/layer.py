@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..dispatch.protocol import Dispatcher
+from ..dispatch.schedule import Beside, Overlap
 from ..kernels.activation import Activation
 from ..kernels.routing import Routing
 from ..kernels.transforms import under_transform
+from .adapters import unwrapped
 from .balance import Coef, balancing_losses, check_balancing
 from .capacity import Capacity, Overflow, limit
 from .experts import Experts
@@ -103,6 +105,7 @@ class MoE(nn.Module):
         shared_intermediate_size: int = 0,
         shared_gate: bool = False,
         dispatcher: Dispatcher | None = None,
+        overlap: Overlap | None = None,
         capacity: Capacity | float | None = None,
         load_balancing_coef: Coef = 0.0,
         load_balancing_scope: str = "batch",
@@ -127,7 +130,7 @@ class MoE(nn.Module):
         check_balancing(self.router, *balancing, load_balancing_group)
         inner = latent_size or hidden_size
         self.latent_down = nn.Linear(hidden_size, inner, bias=bias, **where) if latent_size else None
-        of_experts = {"weights_on_input": weights_on_input, "dispatcher": dispatcher, **form}
+        of_experts = {"weights_on_input": weights_on_input, "dispatcher": dispatcher, "overlap": overlap, **form}
         self.experts = Experts(num_experts, inner, intermediate_size, **of_experts)
         self.latent_up = nn.Linear(inner, hidden_size, bias=bias, **where) if latent_size else None
         self.shared = (
@@ -147,7 +150,13 @@ class MoE(nn.Module):
         self.last_overflow: Overflow | None = None
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, ids: Tensor | None = None, state: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        state: Tensor | None = None,
+        beside: Beside = (),
     ) -> Tensor | tuple[Tensor, Tensor]:
         tokens = self._tokens(x)
         given = self._given(x, mask, ids, state)
@@ -157,12 +166,7 @@ class MoE(nn.Module):
         overflow = None
         if self.capacity is not None:
             kept, overflow = limit(routing, self.capacity, self.token_ranks, self.top_k)
-        y = self._experts(tokens, kept)
-        free = getattr(self.router, "free", None)
-        if free is not None:
-            y = y + free(tokens, kept)
-        if self.shared is not None:
-            y = y + self.shared(tokens, given.mask)
+        y = self._ffn(tokens, kept, given.mask, beside)
         if given.mask is not None:
             y = y.masked_fill(~given.mask[:, None], 0)
         if self.training and routing.scores is not None:
@@ -172,10 +176,36 @@ class MoE(nn.Module):
         y = y if x.dim() == 2 else y.reshape(x.shape)
         return y if routing.state is None else (y, routing.state.view(*x.shape[:-1], routing.state.shape[-1]))
 
-    def _experts(self, tokens: Tensor, routing: Routing) -> Tensor:
-        if self.latent_down is None or self.latent_up is None:
-            return self.experts(tokens, routing)
-        return self.latent_up(self.experts(self.latent_down(tokens), routing))
+    def _ffn(self, tokens: Tensor, routing: Routing, mask: Tensor | None, beside: Beside) -> Tensor:
+        """The experts that were chosen, those without weights, and the shared one."""
+        more: list[Tensor] = []
+
+        def there() -> None:
+            for work in beside[:1]:
+                work()
+            free = getattr(self.router, "free", None)
+            if free is not None:
+                more.append(free(tokens, routing))
+            if self.shared is not None:
+                more.append(self.shared(tokens, mask))
+
+        rows = tokens if self.latent_down is None else self.latent_down(tokens)
+        if self.overlap is None:
+            y = self.experts(rows, routing)
+            there()
+            for work in beside[1:]:
+                work()
+        else:
+            y = self.experts(rows, routing, (there, *beside[1:]))
+        y = y if self.latent_up is None else self.latent_up(y)
+        for part in more:
+            y = y + part
+        return y
+
+    @property
+    def overlap(self) -> Overlap | None:
+        experts: Any = unwrapped(self.experts)
+        return experts.overlap
 
     def _tokens(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.quantized import Quantized
-from ...placement.caching.cache import SCOPES, Pools, pools
+from ...placement.caching.pools import SCOPES, Pools, pools
 from .host import Store
 from .kinds import Kind, Layer
 

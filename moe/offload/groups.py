@@ -15,7 +15,7 @@ from ...kernels.expert_outputs import expert_outputs
 from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_ffn.thin_tiles import MAX_ROWS
 from ...kernels.routing import Routing
-from ...placement.caching.cache import Pools
+from ...placement.caching.pools import Pools
 from .loads import Use
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels.autocast import under_autocast
 from ...kernels.routing import Routing
+from ...kernels.uncompiled import uncompiled
 from ...placement.caching.costs import Costs
 from ...placement.caching.policies import Setting
 from ...placement.caching.policies import policy as start_policy
@@ -316,7 +317,7 @@ class Offload:
 
     # --- inside a forward pass ---------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # decisions, reads and waiting are not for a graph; what is around it is compiled
+    @uncompiled  # decisions, reads and waiting are not for a graph; what is around it is compiled
     def compute(self, index: int, rows: Tensor, routing: Routing) -> Tensor:
         """What grouped_ffn would give for the experts of layer `index`."""
         one = self._moved[index] if index < len(self._moved) else None
@@ -362,7 +363,7 @@ class Offload:
         if before is not None:
             self.engine.prefetch(index - 1, before)
 
-    @torch.compiler.disable
+    @uncompiled
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
         for one in self._moved:
             if not runs_here(one.module):

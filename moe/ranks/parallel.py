@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ...dispatch import AllToAll, Fold, Local
+from ...dispatch import AllToAll, Fold, Local, Overlap
 from ...dispatch.agreement import together
 from ...dispatch.deep_ep import check_sizes
 from ..adapters import cut_adapters, unwrapped
@@ -42,6 +42,7 @@ def parallelize(
     max_tokens: int | None = None,
     fsdp: bool = False,
     cut_shared: bool = False,
+    overlap: Overlap | int | None = None,
 ) -> nn.Module:
     """Spreads the experts of a layer or model over the ranks of `fold`, in place, and makes its gradients right.
 
@@ -62,6 +63,8 @@ def parallelize(
                  rest over the stage (FSDP2), instead of averaging their gradients; not beside attention cut over tp
     cut_shared   cuts the shared experts of MoE layers over tp, F / tp to a rank, where else every rank has them whole:
                  rows are gathered over tp and summed back, or with replicated activations only summed
+    overlap      an Overlap or its degree: experts compute while rows of other tokens travel, over groups of their own;
+                 None: they wait. Not with dispatcher="auto" or "deep_ep"
 
     After backward() gradients follow DDP's convention: the average over the dp * cp data-parallel ranks of the gradient
     of each rank's loss, where the tp ranks of one have one loss together. So expert gradients are summed over all ranks
@@ -79,7 +82,8 @@ def parallelize(
     """
     if not isinstance(fold, Fold):
         raise TypeError(f"parallelize: fold must be a headgate.Fold, got {type(fold).__name__}")
-    choose = Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node, max_tokens)
+    overlap = Overlap(overlap) if isinstance(overlap, int) else overlap
+    choose = Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node, max_tokens, overlap)
     stage, foreign = fold.group("dp", "cp", "tp"), _is_foreign(module)
     try:
         found, plans = together(lambda: _survey(module, choose, fsdp), stage)
@@ -91,13 +95,13 @@ def parallelize(
             restore(module)
         raise
     layers = {id(unwrapped(m.experts)): m for m in module.modules() if isinstance(m, MoE)}
-    links = choose.links()
+    links, carries = choose.links(), fold if overlap is None else fold.apart()
     for name, experts in found.items():
         layer = layers.get(id(experts))
         num_experts, cuts = plans[name]
         make = choose.of(name, _hidden_size(experts), _top_k(module, layer), links)
         how: dict[str, Any] = {"replicated": choose.replicated, "every": ADAPT_EVERY if dispatcher == "auto" else 0}
-        shards = Shards(fold, num_experts, cuts, make, choose.inner(name), **how)
+        shards = Shards(carries, num_experts, cuts, make, choose.inner(name), overlap=overlap, **how)
         experts.spread(shards) if isinstance(experts, Experts) else cut_experts(experts, shards)
         if layer is not None:
             layer.token_ranks = choose.token_ranks()

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from few_bits_experts import FewBits
 
 from headgate.kernels import GPT_OSS, Routing, combine_outputs, expert_outputs, grouped_ffn, native, quantize
 from headgate.kernels.activation import as_activation
@@ -254,22 +255,17 @@ def test_quantized_arenas(assert_close, cpu_form, format, pair, dtype, rows):
     d, f, experts = (256, 256, 3) if format in BLOCKS else (64, 96, 5)
     ids, x = torch.randint(-1, experts + 1, (rows, 3)), torch.randn(rows, d).to(dtype)
     routing = Routing.from_topk(ids, torch.rand(rows, 3), experts)
-    sizes = [(f, d), (f, d), (d, f)] if pair else [(2 * f, d), (d, f)]
-    dense = [torch.randn(experts, *s) / s[1] ** 0.5 for s in sizes]
-    kind = {"block": (1, 32)} if format == "int4" else {}
-
-    def given(weights):
-        return (tuple(weights[:2]) if pair else weights[0]), weights[-1]
+    weights = FewBits(experts, d, f, pair, format, (1, 32) if format == "int4" else None)
 
     def run(parts):
         out = torch.full((rows * 3, d), math.nan)
         for part in parts:
             slots = torch.full((experts,), -1, dtype=torch.int32)
             slots[part] = torch.arange(len(part)).int()
-            expert_outputs(x, routing, *given([quantize(w[part], format, **kind) for w in dense]), slots, out)
+            expert_outputs(x, routing, *weights.of(part), slots, out)
         return combine_outputs(out, routing, x.dtype)
 
-    want = grouped_ffn(x, routing, *given([quantize(w, format, **kind) for w in dense]))
+    want = grouped_ffn(x, routing, *weights.of(torch.arange(experts)))
     whole = run([torch.arange(experts)])
     apart = [torch.tensor([2, 1]), torch.tensor([0])] + ([torch.tensor([4, 3])] if experts == 5 else [])
     assert torch.equal(run(apart), whole)

@@ -27,7 +27,7 @@ from headgate.moe.offload import FileStore, Layer
 from headgate.moe.offload.checkpoint import INDEX, Checkpoint
 from headgate.moe.offload.few_bits import Translated
 from headgate.moe.offload.gguf_file import Gguf
-from headgate.moe.offload.load import seen
+from headgate.moe.offload.seen import seen
 from headgate.placement.caching import predict
 from headgate.placement.caching.policies.learned import Learned
 from headgate.placement.caching.policies.state import Setting
