@@ -27,7 +27,7 @@ from ..lora.attached import at_work
 from ..shards import shards_of
 from . import ahead
 from .adapted import Carried
-from .arena import plan_slots
+from .arena import detoured, plan_slots
 from .checksums import Verify, check_verify
 from .costs import costs_of
 from .engine import Engine
@@ -91,8 +91,9 @@ def offload(
               Costs are given. On a GPU outputs then stay the same to rounding: the host sums in another order
     readers   threads that fetch; from disk, each with four requests at a time. 0, without a disk: none, as a GPU copies
               out of page-locked memory by itself, in order. None: 0 there, else 2
-    page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether an expert's checksum
-              is compared when it is read for the "first" time, at each read (True) or never (False)
+    page_cache, verify   with `disk`: whether the system may keep copies of what was read (on a CPU large experts are
+              then computed in maps of the file, see docs/fit.md); whether an expert's checksum is compared when it is
+              read for the "first" time, at each read (True: of a copy) or never (False)
     context   with budget="auto": tokens that the KV cache is to have room for, of all texts together; None: 4096
     log       keep every access, for `Offload.log`
 
@@ -174,7 +175,8 @@ class Plan:
         budget = budget if split is None else split.budget
         foresight = ahead.foresight_of(prefetch, model, found, trace)
         alone = device.type == "cuda" and not from_disk and not readers
-        places = plan_slots(layers, budget, 1, scope, detours=alone).places
+        detours = detoured(layers, device, 0 if alone else readers or 2)
+        places = plan_slots(layers, budget, 1, scope, detours).places
         shape = places.of.shape
         state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
         engine = {
@@ -350,12 +352,16 @@ class Offload:
             self._fetch_back(index, self._came.get((threading.get_ident(), index - 1)), ids)
             return
         self._came[threading.get_ident(), index] = ids
+        pace = self.engine.pace()
+        if pace is None:
+            self._pace.new_sequence()  # what passes meanwhile is no idle time
+            return
         self._foresight.came(index, ids)
         self._pace.asked(index)
         guess = self._foresight.guess(index, rows, routing.expert_ids)
         if guess is not None:
             layer, chance = guess
-            price, room = self._pace.order(layer, *self.engine.pace())
+            price, room = self._pace.order(layer, *pace)
             self.engine.prefetch_likely(layer, chance, price, room)
 
     def _fetch_back(self, index: int, before: NDArray[np.int32] | None, _ids: NDArray[np.int32]) -> None:

@@ -162,7 +162,7 @@ def test_large_aligned_parts_pass_by_the_page_cache(tmp_path, monkeypatch):
     """Parts of whole pages go through O_DIRECT, where the file system has it, into slots that begin on pages."""
     made = weights(layers=1, experts=4, d=64, f=64)
     store = file_store(made, tmp_path / "x", page_cache=False)
-    if store._reads.direct[0] < 0:
+    if store.reads.direct[0] < 0:
         pytest.skip("this file system has no O_DIRECT")
     files, read = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, *rest: files.append(file) or read(file, *rest))
@@ -171,7 +171,7 @@ def test_large_aligned_parts_pass_by_the_page_cache(tmp_path, monkeypatch):
     for e in range(4):
         store.read(0, e, arena.slot(e))
         assert all(torch.equal(t, made[0][name][e]) for name, t in arena.slot(e).items())
-    assert set(files) == set(store._reads.direct)
+    assert set(files) == set(store.reads.direct)
     store.close()
 
 
