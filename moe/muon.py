@@ -84,7 +84,12 @@ class Muon(torch.optim.Optimizer):
         ns_dtype: torch.dtype | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        settings = {"weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov, "eps": eps}
+        settings: dict[str, Any] = {
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "eps": eps,
+        }
         settings |= {"ns_coefficients": tuple(ns_coefficients), "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         self._muon: Group = {"lr": lr, **settings, "split_gate_up": split_gate_up}
         _check("", self._muon)
@@ -184,7 +189,12 @@ class Muon(torch.optim.Optimizer):
                 update.apply(result, group)
         for (among, _), updates in company.items():
             for some in _in_pieces(updates):
-                done = on_whole_units([u.slices() for u in some], among, lambda t, i, s=some: orthogonal(t, s[i].stack))
+                kinds = [u.stack for u in some]
+
+                def of(units: Tensor, i: int, kinds: list[Stack] = kinds) -> Tensor:
+                    return orthogonal(units, kinds[i])
+
+                done = on_whole_units([u.slices() for u in some], among, of)
                 for update, result in zip(some, done, strict=True):
                     update.apply(update.stack.joined(result), group)
 
