@@ -114,4 +114,4 @@ def _hidden(module: nn.Module) -> Iterator[nn.Parameter]:
         if not isinstance(part, nn.Linear) or part is head or name.rpartition(".")[2] in ROUTERS | HEADS:
             continue
         if id(part.weight) not in others and min(part.weight.shape) > 1:
-            yield part.weight
+            yield part.weight  # type: ignore[misc]

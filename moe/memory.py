@@ -76,6 +76,10 @@ class Memory(nn.Module):
     (torch.Size([3, 16]), 1024, torch.Size([3, 8]))
     """
 
+    values: nn.Parameter | None  # None: they are on the host or on disk
+    _first: Tensor
+    _second: Tensor
+
     def __init__(
         self,
         hidden_size: int,
