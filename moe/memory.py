@@ -76,7 +76,7 @@ class Memory(nn.Module):
     (torch.Size([3, 16]), 1024, torch.Size([3, 8]))
     """
 
-    values: nn.Parameter | None
+    values: nn.Parameter | None  # None: they are on the host or on disk
     _first: Tensor
     _second: Tensor
 

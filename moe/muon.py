@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from ..kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from .matrices import Stack, chosen, stack_of, stacks_in
-from .ranks.whole import on_whole_units
+from .ranks.whole import Slices, on_whole_units
 
 TOGETHER = 1 << 26  # elements of matrices that are updated in one go
 
@@ -84,12 +85,7 @@ class Muon(torch.optim.Optimizer):
         ns_dtype: torch.dtype | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        settings: dict[str, Any] = {
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "eps": eps,
-        }
+        settings: Group = {"weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov, "eps": eps}
         settings |= {"ns_coefficients": tuple(ns_coefficients), "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         self._muon: Group = {"lr": lr, **settings, "split_gate_up": split_gate_up}
         _check("", self._muon)
@@ -189,12 +185,8 @@ class Muon(torch.optim.Optimizer):
                 update.apply(result, group)
         for (among, _), updates in company.items():
             for some in _in_pieces(updates):
-                kinds = [u.stack for u in some]
-
-                def of(units: Tensor, i: int, kinds: list[Stack] = kinds) -> Tensor:
-                    return orthogonal(units, kinds[i])
-
-                done = on_whole_units([u.slices() for u in some], among, of)
+                whole = partial(_of_place, orthogonal, [u.stack for u in some])
+                done = on_whole_units([u.slices() for u in some], among, whole)
                 for update, result in zip(some, done, strict=True):
                     update.apply(update.stack.joined(result), group)
 
@@ -226,7 +218,7 @@ class _Update:
     stack: Stack
     gathered: bool = False
 
-    def slices(self):
+    def slices(self) -> Slices:
         return self.stack.slices(self.matrices)
 
     def apply(self, update: Tensor, group: Group) -> None:
@@ -267,6 +259,10 @@ class _Orthogonal:
         if g["split_gate_up"] or units.shape[1] == 1:
             return newton_schulz(units.flatten(0, 1), *how).unflatten(0, units.shape[:2])
         return stack.units(newton_schulz(stack.joined(units), *how))
+
+
+def _of_place(orthogonal: _Orthogonal, stacks: list[Stack], units: Tensor, place: int) -> Tensor:
+    return orthogonal(units, stacks[place])
 
 
 def _alike(updates: list[_Update]) -> Iterator[list[_Update]]:

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import headgate
-from headgate.kernels import Routing, grouped_linear, topk
+from headgate.kernels import Routing, grouped_linear, linear_memory, newton_schulz, topk
+from headgate.moe.ranks.whole import share_out
 
 MODULES = [
     *("moe.experts", "moe.layer", "moe.shared", "moe.routers.softmax", "moe.routers.sigmoid"),
-    *("moe.bias", "moe.capacity", "moe.free", "moe.routers.bilevel"),
+    *("moe.bias", "moe.capacity", "moe.free", "moe.muon", "moe.memory", "moe.mom", "moe.ranks.whole"),
+    *("moe.routers.bilevel", "kernels.newton_schulz", "kernels.linear_memory"),
     *(
         f"moe.routers.{name}"
         for name in (
@@ -23,6 +25,7 @@ MODULES = [
     *("kernels.topk", "kernels.grouped_linear", "kernels.grouped_ffn"),
 ]
 NAMES = {"torch": torch, "headgate": headgate, "Routing": Routing, "grouped_linear": grouped_linear, "topk": topk}
+NAMES |= {"linear_memory": linear_memory, "newton_schulz": newton_schulz, "share_out": share_out}
 
 
 @pytest.mark.parametrize("name", MODULES)
