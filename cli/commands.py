@@ -42,8 +42,10 @@ BENCHMARKS = {
     "quantized": _bench(
         "quantized", "decoding with weights in few bits (int8, int4, GGUF's blocks, ...) beside bf16 and fp32"
     ),
+    "lora": _bench("lora", "a training step of LoRA on experts beside PEFT's"),
     "optimizer": _bench("optimizer", "a step of Muon on stacks of experts beside torch.optim.Muon expert by expert"),
     "dispatch": _bench("dispatch.command", "the dispatchers beside rivals, on gloo ranks of this machine"),
+    "overlap": _bench("overlap.command", "how much of the rows' travel is hidden, on a declared link"),
     "compile": _bench("gpu.compile", "every GPU kernel built ahead of time, without a GPU"),
     "roofline": _bench("gpu.roofline", "FLOPs, bytes and floor time of every launch"),
     "sweep": _bench("gpu.sweep", "the chosen tiles beside all others, on a GPU"),
@@ -51,8 +53,9 @@ BENCHMARKS = {
         "placement", "placements beside EPLB: crossings, load, rows that move, bounds, replicas, drift"
     ),
     "offload": _bench(
-        "offload", "expert caches beside Belady, predictors, prefetch, and generation with experts on disk"
+        "offload.command", "expert caches beside Belady, predictors, prefetch, and generation with experts on disk"
     ),
+    "routers": _bench("routers", "every router in the demo's model: held-out loss, load, rows and speed"),
     "links": _bench("links", "the links behind published tables, and which dispatcher wins where"),
 }
 COMMANDS = {
@@ -154,6 +157,18 @@ and others recorded, and shows what a trace says. A trace is an .npz file; it is
   headgate pack ./Qwen3-30B-A3B /scratch/q.experts --formats int8 --max-memory 2GiB
 """,
     ),
+    "convert": Command(
+        ".convert",
+        "a dense model into a MoE model",
+        "Writes a MoE model of transformers' own classes out of a dense one (Llama, Mistral, Qwen2, Qwen3, OLMo2), or "
+        "out of several of one shape. Tensors are made one by one. When it is interrupted nothing is left behind.",
+        """\
+  headgate convert ./Llama-3.2-1B ./Llama-8x1B --experts 8 --top-k 2
+  headgate convert ./Qwen3-0.6B ./Qwen3-64x --method granular --shards 8 --experts 64 --top-k 8
+  headgate convert ./Qwen3-0.6B ./Qwen3-readme --method activations --text book.txt --experts 4
+  headgate convert ./law ./code ./prose ./merged --top-k 2
+""",
+    ),
     "doctor": Command(
         ".doctor",
         "what this machine can run",
@@ -183,6 +198,7 @@ def run(words: Sequence[str], handler: Handler | None = None) -> int:
     try:
         args = parser(words).parse_args(words)
         room = args.command.load()
+        args.alone = handler is not None
         if handler is not None:
             handler.working = True
         status = room.run(args)
@@ -238,7 +254,7 @@ def _add(kinds, commands: Mapping[str, Command], words: Sequence[str] | None) ->
             epilog=f"examples:\n{command.examples}" if command.examples else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, alone=False)  # alone: the process is this command's own
         if asked is not None and name not in asked:
             continue
         if command.commands:

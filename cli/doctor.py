@@ -14,6 +14,7 @@ from typing import Any
 
 from ..bench import machine
 from ..bench.gpu import doctor as gpu
+from ..bench.light import import_models
 from .loading import check_config
 from .versions import known_ranges, outside
 
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     model, as_json = args.model, args.json
     if args.config is not None and model is None:
         raise ValueError("doctor: --config must come with a GGUF file, got no MODEL")
+    if args.alone and model is not None and importlib.util.find_spec("transformers") is not None:
+        import_models(gpu=bool(_gpus()))
     found = examine()
     if model is not None:
         found["model"] = examine_model(Path(model), args.config)
@@ -84,7 +87,7 @@ def examine() -> dict[str, Any]:
         "machine": describe(),
         "memory_available_bytes": available_bytes(),
         "python": sys.version.split()[0],
-        "devices": _devices(),
+        "devices": ["cpu", *_gpus()],
         "gpu": gpu.examine(),
         "versions": versions,
         "known_versions": known_ranges(),
@@ -94,11 +97,10 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _devices() -> list[str]:
+def _gpus() -> list[str]:
     import torch
 
-    gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-    return ["cpu", *gpus]
+    return [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
 
 
 def _compiler() -> str | None:
@@ -192,7 +194,7 @@ def examine_model(path: Path, given: Path | None = None) -> dict[str, Any]:
 def _gguf(path: Path, given: Path | None) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """Config, model without storage, memory and files of a GGUF file, from its header. Raises ValueError where
     `headgate.load` would not take it."""
-    from ..moe.offload.load import seen
+    from ..moe.offload.seen import seen
 
     try:
         with seen(path, given) as what:
@@ -245,7 +247,7 @@ def _checkpoint(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | N
     """What is to be said of a folder's safetensors files, from index and headers, and `_memory` of the model in them;
     None where there is none."""
     from ..moe.offload.checkpoint import INDEX, Checkpoint
-    from ..moe.offload.load import seen
+    from ..moe.offload.seen import seen
 
     files = sorted(folder.glob("*.safetensors"))
     if not files and not (folder / INDEX).exists():

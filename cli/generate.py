@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"generate: --raw must be without {'--chat' if args.chat else '--system'}")
     if args.batch > 1 and args.file is None:
         raise ValueError(f"generate: --batch must come with --file, got {args.batch}")
+    loading.begin(args)
     tokenizer = loading.tokenizer_of(args.model, "generate", args.config)
     if (args.chat or args.system is not None) and tokenizer.chat_template is None:
         which = "--chat" if args.chat else "--system"

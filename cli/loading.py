@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.arguments import device, input_file, positive, workers
+from ..bench.light import import_engine, import_models
 from ..bench.machine import need
-from ..bench.screen import Bar, Screen
-from ..kernels.quantized import FORMATS
-from ..placement.caching.policies import NEED_TRACE, POLICIES
 
 PREFETCH = ("gate", "path", "none")
 CONFIG = "of a GGUF file: a folder with config.json, and tokenizer if it has one (default: what the file says)"
@@ -23,13 +21,16 @@ CONFIG = "of a GGUF file: a folder with config.json, and tokenizer if it has one
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, and how it is loaded."""
+    from ..kernels.quantized import FORMATS
+    from ..placement.caching.names import NAMES, NEED_TRACE
+
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="a transformers model folder with safetensors files, or a GGUF file")
     add("--config", type=Path, metavar="DIR", help=CONFIG)
     add("--budget", default="8GiB", metavar="X", help="memory for experts, such as 4GiB or 25%% (default 8GiB)")
     add("--formats", choices=FORMATS, help="experts in few bits, in a file under --disk (default: as they are)")
     add("--disk", type=Path, metavar="DIR", help="a folder for the experts file, or the file that headgate pack wrote")
-    add("--policy", choices=POLICIES, default="adaptive", help="which expert goes (default adaptive)")
+    add("--policy", choices=NAMES, default="adaptive", help="which expert goes (default adaptive)")
     add("--prefetch", choices=PREFETCH, default="gate", help="what foretells the next experts (default gate)")
     words = ", ".join(NEED_TRACE)
     add("--trace", type=input_file, metavar="FILE", help=f"a trace of this model, to learn from; for {words} and path")
@@ -78,7 +79,7 @@ def tokenizer_of(model: Path, who: str, config: Path | None = None) -> Any:
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **where)
         if not set(found.get_vocab()) - set(found.all_special_tokens):  # transformers makes one of no file at all
-            raise ValueError("one without words, as of no file")
+            raise ValueError("no tokenizer files, or some without a vocabulary")
         return found
     except Exception as error:  # a stranger's files in another library: whatever it says
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -131,6 +132,8 @@ def opened(args: argparse.Namespace, tokenizer: Any) -> Iterator[Loaded]:
 @contextmanager
 def _bars() -> Iterator[Any]:
     """What `load` tells, as bars on standard error, where that is a terminal."""
+    from ..bench.screen import Bar, Screen
+
     screen, under_way = Screen(sys.stderr), dict[str, Bar]()
     with ExitStack() as stack:
 
@@ -148,3 +151,10 @@ def _bars() -> Iterator[Any]:
 def check_extras(who: str) -> None:
     """Raises RuntimeError where transformers is not installed."""
     need(who, "transformers", "hf")
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Imports torch, transformers and the engine: in a process of the command's own, no more of them than it takes."""
+    if args.alone:
+        import_models(gpu=args.device != "cpu")
+        import_engine()

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..bench.arguments import output_file
+from ..bench.light import import_models
 from ..bench.machine import need
 from ..bench.screen import Bar, Screen
 from ..kernels.quantized import FORMATS
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the file; 0."""
     need("pack", "transformers", "hf")
+    if args.alone:
+        import_models()
     from ..moe.offload.pack import pack
     from .loading import check_config
 

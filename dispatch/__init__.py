@@ -11,6 +11,7 @@ from .local import Local
 from .measure import measure
 from .protocol import Dispatcher
 from .rollcall import DeadRanks
+from .schedule import Overlap
 from .slice_all_reduce import SliceAllReduce
 from .symmetric import Symmetric
 
@@ -27,6 +28,7 @@ __all__ = [
     "Fold",
     "Hierarchical",
     "Local",
+    "Overlap",
     "SliceAllReduce",
     "Symmetric",
     "measure",

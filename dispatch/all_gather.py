@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.routing import Routing
+from ..kernels.uncompiled import uncompiled
 from . import collectives
 from .agreement import Agreement, held_experts, localised
 from .all_to_all import checked
@@ -98,7 +99,7 @@ class AllGather:
             return range(num_experts)
         return held_experts("AllGather", num_experts, self.agreement.rank, self.agreement.size)
 
-    @torch.compiler.disable
+    @uncompiled
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Ticket]:
         tokens = x.shape[0]
         header = self.agreement.header(x, routing)
@@ -114,7 +115,7 @@ class AllGather:
         ticket = Ticket(route, tokens, rows.shape, x.dtype)
         return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
-    @torch.compiler.disable
+    @uncompiled
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
         rows = checked("AllGather", rows, ticket.shape, ticket.dtype)
         y = back(rows, ticket.route, (self.wires.combine, self.wires.combine_backward))

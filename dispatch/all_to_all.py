@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.routing import Routing
+from ..kernels.uncompiled import uncompiled
 from . import collectives
 from .agreement import Agreement, Complaint, held_experts, localised
 from .linear import back, send
@@ -172,7 +173,7 @@ class AllToAll:
     def local_experts(self, num_experts: int) -> range:
         return held_experts("AllToAll", num_experts, self.agreement.rank, self.agreement.size)
 
-    @torch.compiler.disable
+    @uncompiled
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Ticket]:
         if routing.capacity is not None:
             return self._dispatch_padded(x, routing, routing.capacity)
@@ -201,7 +202,7 @@ class AllToAll:
         ticket = Ticket((route,), tokens, rows.shape, x.dtype)
         return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
-    @torch.compiler.disable
+    @uncompiled
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
         rows = checked("AllToAll", rows, ticket.shape, ticket.dtype)
         y = back(rows, ticket.routes[0], (self.wires.combine, self.wires.combine_backward))

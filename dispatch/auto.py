@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.routing import Routing
+from ..kernels.uncompiled import uncompiled
 from ..placement.cluster.links import Case, Link, Links, Prediction, predict
 from ..placement.cluster.volume import Rows
 from . import collectives
@@ -126,7 +127,7 @@ class Auto:
     def local_experts(self, num_experts: int) -> range:
         return held_experts("Auto", num_experts, self.agreement.rank, self.agreement.size)
 
-    @torch.compiler.disable
+    @uncompiled
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Ticket]:
         self.agreement.header(x, routing)  # checks what this rank can see alone, and counts the calls
         if self._due or (self.agreement.calls - 1) % self.every == 0:
@@ -137,7 +138,7 @@ class Auto:
         self._pending.note(rows)
         return rows, local, Ticket(choice, ticket)
 
-    @torch.compiler.disable
+    @uncompiled
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
         return self.dispatchers[ticket.choice].combine(rows, ticket.ticket)
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..kernels.uncompiled import uncompiled
 from ..placement.live.allot import allot
 from ..placement.live.choice import Choice
 from ..placement.placement import Placement
@@ -55,7 +56,7 @@ class Balanced:
         """S."""
         return len(self.expert_of_slot)
 
-    @torch.compiler.disable
+    @uncompiled
     def slots(self, expert_ids: Tensor) -> Tensor:
         """Expert ids [T, K] -> slots int32 [T, K], -1 for no expert. Every rank of the group must come by."""
         flat, experts = expert_ids.flatten().long(), self.num_experts

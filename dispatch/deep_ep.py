@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.routing import Routing
+from ..kernels.uncompiled import uncompiled
 from . import collectives
 from .agreement import Agreement, held_experts
 from .all_to_all import checked
@@ -163,7 +164,7 @@ class DeepEP:
     def local_experts(self, num_experts: int) -> range:
         return held_experts("DeepEP", num_experts, self.agreement.rank, self.agreement.size)
 
-    @torch.compiler.disable
+    @uncompiled
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Ticket]:
         header = self.agreement.header(x, routing)
         tokens, complaint = self.agreement.gather(header, x.shape[0], x.device)
@@ -181,7 +182,7 @@ class DeepEP:
         local = Routing(ids.to(torch.int32), weights.to(routing.weights.dtype), len(held))
         return rows, local, Ticket(route, tokens[self.agreement.rank], rows.shape)
 
-    @torch.compiler.disable
+    @uncompiled
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
         rows = checked("DeepEP", rows, ticket.shape, torch.bfloat16)
         return back(rows, ticket.route, ("exact", "exact"))[: ticket.tokens]

@@ -192,6 +192,12 @@ class Fold:
         twin.experts = twin._mesh("ep", "edp", "etp")
         return twin
 
+    def apart(self) -> Fold:
+        """The same ranks in groups of their own, which are made as they are asked for: for transfers beside others."""
+        twin = copy.copy(self)
+        twin._groups, twin._by_name = {}, {}
+        return twin
+
     @property
     def stage(self) -> int:
         """Which pipeline stage this rank belongs to."""

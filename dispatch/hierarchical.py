@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.routing import Routing
+from ..kernels.uncompiled import uncompiled
 from .agreement import Agreement, held_experts, localised
 from .all_to_all import Ticket, checked, exchange
 from .linear import back, send
@@ -85,7 +85,7 @@ class Hierarchical:
     def local_experts(self, num_experts: int) -> range:
         return held_experts("Hierarchical", num_experts, self.rank, self.size)
 
-    @torch.compiler.disable
+    @uncompiled
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Ticket]:
         header = self.across.header(x, routing)
         everything = range(routing.num_experts)
@@ -107,7 +107,7 @@ class Hierarchical:
         ticket = Ticket((first, second), x.shape[0], rows.shape, x.dtype)
         return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
-    @torch.compiler.disable
+    @uncompiled
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
         wires = (self.wires.combine, self.wires.combine_backward)
         y = checked("Hierarchical", rows, ticket.shape, ticket.dtype)

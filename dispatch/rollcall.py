@@ -67,7 +67,12 @@ class Page:
 def sign_in(group: dist.ProcessGroup) -> None:
     """Leaves this rank's host and process number in the store, for the day when it cannot say them any more."""
     if dist.get_backend(group) != "fake":  # ranks of one process, with no store
-        _store().set(_NAME.format(dist.get_rank()), f"{socket.gethostname()}, pid {os.getpid()}")
+        sign(_store(), dist.get_rank())
+
+
+def sign(store: dist.Store, rank: int) -> None:
+    """The same in a store."""
+    store.set(_NAME.format(rank), f"{socket.gethostname()}, pid {os.getpid()}")
 
 
 def named(collective: C) -> C:
@@ -97,7 +102,7 @@ def hold(what: str, group: dist.ProcessGroup, error: RuntimeError) -> None:
     limit = time_out(group)
     grace = min(GRACE_S, limit.total_seconds() / 4) if limit else GRACE_S  # a call waits at most four times as long
     _close(group)
-    store, said = _store(), _gist(error)
+    store, said = _store(), gist(error)
     outcome: list[tuple[dict[int, str], dict[int, str]]] = []
     lost = ["it does not answer"]
 
@@ -105,7 +110,7 @@ def hold(what: str, group: dist.ProcessGroup, error: RuntimeError) -> None:
         try:
             outcome.append(call(store, group.group_name, ranks, me, said, grace))
         except (RuntimeError, OSError) as broken:
-            lost.append(_gist(broken))
+            lost.append(gist(broken))
 
     # A thread, because a store whose host is stopped never returns. It is left behind then.
     thread = threading.Thread(target=work, daemon=True)
@@ -183,7 +188,7 @@ def _without_store(what: str, store: dist.Store, me: int, reason: str, error: Ru
     if isinstance(store, dist.TCPStore) and me != 0 and not by_agent:
         raise DeadRanks(
             f"{what}: rank 0 is gone, and with it the store that it hosts at {store.host}:{store.port} ({reason}), so "
-            f"that others cannot be asked for, after a collective failed: {_gist(error)}",
+            f"that others cannot be asked for, after a collective failed: {gist(error)}",
             (0,),
         ) from error
     error.add_note(f"{what}: no roll call could be held, because the store is gone: {reason}")
@@ -191,15 +196,19 @@ def _without_store(what: str, store: dist.Store, me: int, reason: str, error: Ru
 
 def _close(group: dist.ProcessGroup) -> None:
     """Closes gloo's connections to the others, who then hear that something is wrong. Elsewhere nothing is closed."""
-    if "gloo" not in str(dist.get_backend_config(group)):
-        return
+    if "gloo" in str(dist.get_backend_config(group)):
+        hang_up(group)
+
+
+def hang_up(group: Any) -> None:
+    """Closes the connections of a group of gloo's."""
     for peer in range(group.size()):
         if peer != group.rank():
             with suppress(RuntimeError):  # gloo closes all connections of a group when an operation has timed out
                 group.recv([torch.empty(1)], peer, _TAG).wait(timedelta(milliseconds=1))
 
 
-def _gist(error: Exception) -> str:
+def gist(error: Exception) -> str:
     """The first sentence of an error, without the place in gloo's source that it starts with."""
     line = (str(error).splitlines() or [""])[0]
     return re.sub(r"^\[\S+:\d+\] ", "", line).split(". ")[0] or type(error).__name__

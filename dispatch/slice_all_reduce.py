@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.routing import Routing
+from ..kernels.uncompiled import uncompiled
 from . import collectives
 from .agreement import Agreement, held_experts, localised
 from .all_to_all import checked
@@ -76,7 +77,7 @@ class SliceAllReduce:
             return range(num_experts)
         return held_experts("SliceAllReduce", num_experts, self.agreement.rank, self.agreement.size)
 
-    @torch.compiler.disable
+    @uncompiled
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Ticket]:
         header = self.agreement.header(x, routing, tokens=x.shape[0])
         if self.check == "always" or not self._checked:
@@ -88,7 +89,7 @@ class SliceAllReduce:
         ticket = Ticket(route, rows.shape, x.dtype)
         return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
-    @torch.compiler.disable
+    @uncompiled
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
         rows = checked("SliceAllReduce", rows, ticket.shape, ticket.dtype)
         return back(rows, ticket.route, ("exact", "exact"))

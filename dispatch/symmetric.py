@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.routing import Routing
+from ..kernels.uncompiled import uncompiled
 from .agreement import Agreement, held_experts, localised
 from .all_to_all import Exchange, Ticket, checked, destinations, tokens_of_places
 from .linear import back, send
@@ -118,7 +119,7 @@ class Symmetric:
     def local_experts(self, num_experts: int) -> range:
         return held_experts("Symmetric", num_experts, self.agreement.rank, self.agreement.size)
 
-    @torch.compiler.disable
+    @uncompiled
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Ticket]:
         header = self.agreement.header(x, routing)
         rank, size = self.agreement.rank, self.agreement.size
@@ -134,7 +135,7 @@ class Symmetric:
         ticket = Ticket((route,), x.shape[0], rows.shape, x.dtype)
         return rows, Routing(localised(ids, held), weights, len(held)), ticket
 
-    @torch.compiler.disable
+    @uncompiled
     def combine(self, rows: Tensor, ticket: Ticket) -> Tensor:
         rows = checked("Symmetric", rows, ticket.shape, ticket.dtype)
         return back(rows, ticket.routes[0], (self.wires.combine, self.wires.combine_backward))

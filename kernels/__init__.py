@@ -15,6 +15,7 @@ else:
     from .grouped_ffn import grouped_ffn
     from .grouped_linear import grouped_linear
     from .linear_memory import linear_memory, linear_memory_reference
+    from .lora_ffn import Delta, lora_ffn
     from .newton_schulz import newton_schulz, newton_schulz_reference
     from .plan import Plan, plan
     from .quantized import Quantized, quantize
@@ -25,6 +26,7 @@ else:
 __all__ = [
     "GPT_OSS",
     "Activation",
+    "Delta",
     "Plan",
     "Quantized",
     "Routing",
@@ -36,6 +38,7 @@ __all__ = [
     "grouped_linear",
     "linear_memory",
     "linear_memory_reference",
+    "lora_ffn",
     "newton_schulz",
     "newton_schulz_reference",
     "plan",

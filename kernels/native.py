@@ -19,15 +19,16 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 _HERE = Path(__file__).parent
-_SOURCES = [
-    "grouped_ffn/on_cpu.cpp",
+_SOURCES = [  # the longest to compile first
     "grouped_ffn/quantized.cpp",
+    "grouped_ffn/on_cpu.cpp",
     "expert_outputs/on_cpu.cpp",
     "plan/on_cpu.cpp",
     "threads.cpp",
@@ -40,7 +41,7 @@ _SYMBOLS = (
     "hg_plan",
     "hg_team",
 )
-_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
 
 @dataclass(frozen=True)
@@ -169,21 +170,30 @@ def _is_whole(target: Path) -> bool:
 
 
 def _compile(command: list[str], flags: list[str], target: Path) -> None:
-    """Builds beside the target and renames, so that processes starting together never see half a library."""
-    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        sources = [str(_HERE / s) for s in _SOURCES]
-        subprocess.run(
-            [*command, *flags, f"-I{_HERE}", *sources, "-o", name],
-            capture_output=True, text=True, errors="replace", check=True, timeout=300,
-        )  # fmt: skip
+    """Builds beside the target and renames, so that processes starting together never see half a library.
+
+    Files are compiled side by side, the longest first, and linked: on two cores that takes half the time of one after
+    the other.
+    """
+    with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as folder:
+        objects = [str(Path(folder, f"{i}.o")) for i in range(len(_SOURCES))]
+
+        def build(*arguments: str) -> None:
+            subprocess.run(
+                [*command, *flags, *arguments],
+                capture_output=True, text=True, errors="replace", check=True, timeout=300,
+            )  # fmt: skip
+
+        def compiled(source: str, to: str) -> None:
+            build(f"-I{_HERE}", "-c", str(_HERE / source), "-o", to)
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(compiled, _SOURCES, objects))
+        name = str(Path(folder, "all.so"))
+        build("-shared", *objects, "-o", name)
         with open(name, "r+b") as built:  # loaders ignore what comes after a library
             built.write(hashlib.sha256(built.read()).digest())
         os.replace(name, target)
-    finally:
-        if os.path.exists(name):
-            os.unlink(name)
 
 
 def _isa() -> str:
@@ -207,3 +217,22 @@ def serves(dtype: torch.dtype, pairs: int, experts: int) -> ctypes.CDLL | None:
 @functools.cache
 def _amx() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def product_type(rows: torch.Tensor) -> torch.dtype:
+    """The type in which torch multiplies `rows` best on this CPU; elsewhere their own.
+
+    fp16 goes through fp32, of which CPUs are faster; so does bf16 where the dot product of bf16 pairs is there but not
+    its matrix unit, on processors of Intel: it takes twice as long there as the products of floats.
+    """
+    wide = rows.dtype == torch.float16 or (rows.dtype == torch.bfloat16 and _slow_bf16())
+    return torch.float32 if wide and rows.device.type == "cpu" else rows.dtype
+
+
+@functools.cache
+def _slow_bf16() -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
+    return "GenuineIntel" in text and not _amx()

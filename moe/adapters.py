@@ -1,5 +1,5 @@
-"""PEFT's LoRA on the stacked weights of experts (`target_parameters`): which adapter is on which parameter, and the
-part of it that belongs to some of the experts.
+"""LoRA on the stacked weights of experts, PEFT's (`target_parameters`) and our own (lora/): which adapter is on which
+parameter, and the part of it that belongs to some of the experts.
 
 A `ParamWrapper` stands around the experts module and makes the weight a computed one, base + scaling * B A, while a
 call lasts. It is known here by what it has: PEFT itself is not imported.
@@ -13,12 +13,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .lora.attached import ExpertLora, factor_cuts, lora_of
 from .shards import Cut, Shards, shards_of
+
+
+@dataclass(frozen=True)
+class Own:
+    """A weight that our own LoRA changes, as one more wrapper."""
+
+    lora: ExpertLora
+    target: str
+
+    @property
+    def parameter_name(self) -> str:
+        return self.lora.targets[self.target].parameter
 
 
 def wrappers_in(model: nn.Module) -> Iterator[tuple[str, Any, nn.Module]]:
     """(name, wrapper, the experts module inside) of each wrapper in a model; of several around one, outermost first."""
     for name, module in model.named_modules():
+        own = lora_of(module)
+        for target in () if own is None else own.targets:
+            yield name, Own(own, target), module  # type: ignore[arg-type]
         if all(hasattr(module, attribute) for attribute in ("parameter_name", "get_base_layer", "lora_A", "lora_B")):
             yield name, module, module.get_base_layer()
 
@@ -32,6 +48,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def computing(model: nn.Module, experts: nn.Module) -> str | None:
     """The name of a parameter of `experts` that an adapter will compute in the next call, or None."""
     for _, wrapper, inside in wrappers_in(model):
+        if isinstance(wrapper, Own):
+            continue
         idle = wrapper.disable_adapters or wrapper.merged
         if inside is experts and not idle and any(adapter in wrapper.lora_A for adapter in wrapper.active_adapters):
             return wrapper.parameter_name
@@ -65,8 +83,33 @@ class Factor:
         self.linear.out_features, self.linear.in_features = weight.shape
 
 
+@dataclass(frozen=True)
+class OwnFactor(Factor):
+    """The same of our own LoRA: A [E, r, in] or B [E, out, r], the parameter `name` of `linear`."""
+
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return getattr(self.linear, self.name)
+
+    def by_expert(self, t: Tensor) -> Tensor:
+        return t if self.is_a else t.transpose(1, 2)
+
+    def keep(self, shards: Shards) -> None:
+        full = self.parameter
+        part = self.cut.of(self.by_expert(full.detach()), shards.held, shards.etp, shards.fold.rank("etp"))
+        part = self.by_expert(part).contiguous()
+        setattr(self.linear, self.name, nn.Parameter(part, requires_grad=full.requires_grad))
+
+
 def factors_of(wrapper: Any, cuts: Mapping[str, Cut]) -> list[Factor]:
     """A and B of each adapter in a wrapper around experts whose weights are cut so."""
+    if isinstance(wrapper, Own):
+        cut_a, cut_b = factor_cuts(cuts, wrapper.parameter_name)
+        cut_b = Cut(2, cut_b.blocks, everywhere=cut_b.everywhere)  # as `by_expert` turns it
+        lora, experts, at = wrapper.lora, wrapper.lora.targets[wrapper.target].experts, wrapper.target
+        return [OwnFactor(lora, True, experts, cut_a, f"a_{at}"), OwnFactor(lora, False, experts, cut_b, f"b_{at}")]
     cut = cuts[wrapper.parameter_name]
     side = 2 if getattr(wrapper, "_did_swap_in_out_features", False) else 1  # the weight's dimension that A has
     found = []
@@ -90,6 +133,9 @@ def _cut_adapter(wrapper: Any, shards: Shards) -> None:
     factors = factors_of(wrapper, shards.cuts)
     for factor in factors:
         factor.keep(shards)
+    if isinstance(wrapper, Own):
+        return
+    for factor in factors:
         if factor.is_a:
             wrapper.in_features = factor.linear.in_features
         else:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..dispatch.local import Local
 from ..dispatch.protocol import Dispatcher
+from ..dispatch.schedule import Beside, Overlap
 from ..kernels.activation import Activation, as_activation
-from ..kernels.grouped_ffn import grouped_ffn
 from ..kernels.routing import Routing
 from .elsewhere import elsewhere_of
+from .lora.attached import expert_ffn
+from .lora.tuned import with_tuned
 from .shards import Cut, Shards, cut_experts, shards_of, weight_of
 
 WEIGHTS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
@@ -26,8 +29,9 @@ class Experts(nn.Module):
     Weights, as transformers stores them: `w_gate_up` [E, 2F, D] (gate rows first; [E, F, D] when not gated) and
     `w_down` [E, D, F]; with `bias` also `b_gate_up` [E, 2F] or [E, F] and `b_down` [E, D]. `activation` is a name, or
     an Activation, which says itself whether it is gated. `dispatcher` brings each row to the rank of its experts and
-    back; None: this rank holds them all. With `weights_on_input` a weight multiplies its expert's input, not its output
-    (Llama 4; Megatron-Core's moe_apply_probs_on_input, which takes K = 1 only):
+    back; None: this rank holds them all. `overlap`: an Overlap; None: nothing is computed while rows travel. With
+    `weights_on_input` a weight multiplies its expert's input, not its output (Llama 4; Megatron-Core's
+    moe_apply_probs_on_input, which takes K = 1 only):
 
         y[t] = sum_k W_down_e act(W_gate_up_e (weights[t, k] * x[t]))
 
@@ -57,6 +61,7 @@ class Experts(nn.Module):
         bias: bool = False,
         weights_on_input: bool = False,
         dispatcher: Dispatcher | None = None,
+        overlap: Overlap | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,9 +74,11 @@ class Experts(nn.Module):
                 raise ValueError(f"Experts: {name} must be at least 1, got {size}")
         if dispatcher is not None and (isinstance(dispatcher, type) or not isinstance(dispatcher, Dispatcher)):
             raise TypeError(f"Experts: dispatcher must be an object such as AllToAll(group), got {dispatcher!r}")
+        if not isinstance(overlap, Overlap | None):
+            raise TypeError(f"Experts: overlap must be a headgate.Overlap or None, got {overlap!r}")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.weights_on_input = as_activation(activation, gated), weights_on_input
-        self.dispatcher = Local() if dispatcher is None else dispatcher
+        self.dispatcher, self.overlap = Local() if dispatcher is None else dispatcher, overlap
         self.local_experts: Sequence[int] = self.dispatcher.local_experts(num_experts)
 
         def new(*shape: int) -> nn.Parameter:
@@ -100,21 +107,41 @@ class Experts(nn.Module):
             if b is not None:
                 nn.init.zeros_(b)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing, beside: Beside = ()) -> Tensor:
+        """`beside`: what to do while rows go to their experts, and while they come home; see Overlap."""
+        if self.overlap is not None:
+            return self._overlapped(self.overlap, x, routing, beside)
         rows, local, ticket = self.dispatcher.dispatch(x, routing)
         y = by_pairs(rows, local, self._compute) if self.weights_on_input else self._compute(rows, local)
         return self.dispatcher.combine(y, ticket)
 
-    def _compute(self, rows: Tensor, routing: Routing) -> Tensor:
-        """The weighted sums [R, D] of the experts that are here."""
+    def _overlapped(self, overlap: Overlap, x: Tensor, routing: Routing, beside: Beside) -> Tensor:
+        weights = [weight_of(self, name) for name in WEIGHTS] if elsewhere_of(self) is None else None
+
+        def compute(rows: Tensor, local: Routing) -> Tensor:
+            return self._compute(rows, local, weights)
+
+        def by_weighted_pairs(rows: Tensor, local: Routing) -> Tensor:
+            return by_pairs(rows, local, compute)
+
+        experts = by_weighted_pairs if self.weights_on_input else compute
+        return overlap.run(self.dispatcher, x, routing, experts, beside)
+
+    def _compute(self, rows: Tensor, routing: Routing, weights: Sequence[Tensor | None] | None = None) -> Tensor:
+        """The weighted sums [R, D] of the experts that are here. `weights`: where they have been gathered before."""
+        return with_tuned(self, rows, routing, partial(self._stacked, weights=weights))
+
+    def _stacked(self, rows: Tensor, routing: Routing, weights: Sequence[Tensor | None] | None = None) -> Tensor:
         elsewhere = elsewhere_of(self)
         if elsewhere is not None:  # headgate.offload
             return elsewhere(rows, routing)
-        w_gate_up, w_down, b_gate_up, b_down = (weight_of(self, name) for name in WEIGHTS)
+        weights = weights or [weight_of(self, name) for name in WEIGHTS]
+        w_gate_up, w_down, b_gate_up, b_down = weights
         assert w_gate_up is not None
         assert w_down is not None
         act = self.activation
-        return grouped_ffn(rows, routing, w_gate_up, w_down, b_gate_up=b_gate_up, b_down=b_down, activation=act)
+        biases = {"b_gate_up": b_gate_up, "b_down": b_down}
+        return expert_ffn(self, rows, routing, w_gate_up, w_down, **biases, activation=act)
 
     def cuts(self) -> dict[str, Cut]:
         """How each parameter is cut where the experts are spread over ranks: E over ep, F over etp."""
@@ -125,7 +152,7 @@ class Experts(nn.Module):
     def spread(self, shards: Shards) -> None:
         """Keeps this rank's part of the experts; from now on `shards` is the dispatcher. See parallelize."""
         cut_experts(self, shards)
-        self.dispatcher, self.local_experts = shards, shards.held
+        self.dispatcher, self.local_experts, self.overlap = shards, shards.held, shards.overlap
 
     def extra_repr(self) -> str:
         return (
@@ -133,6 +160,7 @@ class Experts(nn.Module):
             f"intermediate_size={self.intermediate_size}, activation={self.activation.kind!r}, "
             f"gated={self.activation.gated}, bias={self.b_down is not None}, dispatcher={self.dispatcher}"
             + (", weights_on_input=True" if self.weights_on_input else "")
+            + ("" if self.overlap is None else f", overlap={self.overlap}")
             + ("" if len(self.local_experts) == self.num_experts else f", local_experts={self.local_experts}")
         )
 

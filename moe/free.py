@@ -41,6 +41,8 @@ class FreeExperts(nn.Module):
         for name, n in (("zero", zero), ("copy", copy), ("constant", constant)):
             if not hasattr(n, "__index__") or isinstance(n, bool) or n < 0:
                 raise ValueError(f"FreeExperts: {name} must be a number of experts, 0 or more, got {n!r}")
+        if not hasattr(hidden_size, "__index__") or hidden_size < 1:
+            raise ValueError(f"FreeExperts: hidden_size must be a positive integer, got {hidden_size!r}")
         self.hidden_size, self.zero, self.copy, self.constant = hidden_size, zero, copy, constant
         where = {"device": device, "dtype": dtype}
         self.vectors = nn.Parameter(torch.empty(constant, hidden_size, **where)) if constant else None  # type: ignore[arg-type]

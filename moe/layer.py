@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..dispatch.protocol import Dispatcher
+from ..dispatch.schedule import Beside, Overlap
 from ..kernels.activation import Activation
 from ..kernels.routing import Routing
 from ..kernels.transforms import under_transform
+from .adapters import unwrapped
 from .balance import Coef, balancing_losses, check_balancing
 from .capacity import Capacity, Overflow, limit
 from .experts import Experts
@@ -21,6 +24,7 @@ from .forced import FORCED, followed, forced
 from .losses import TokenRanks, attach_loss, z_loss
 from .routers import ROUTERS, Given, Router
 from .shared import SharedExpert
+from .sized import SizedExperts, budget_loss
 
 
 class MoE(nn.Module):
@@ -32,6 +36,10 @@ class MoE(nn.Module):
     sigmoid gate if `shared_gate`. With `latent_size` L > 0 the experts work on L numbers in place of D: a projection
     D -> L before rows are dispatched, one L -> D after they are combined; router and shared expert see D (Nemotron 3,
     Megatron-Core's moe_latent_size). `weights_on_input`: see Experts.
+
+    `intermediate_size`: one size F, or one for each expert: an integer, 0 for a skip, a module that takes rows; or
+    SizedExperts, which layers may share (see there). With `budget`, between 0 and 1, `budget_coef` times a loss keeps
+    a token's mean cost at that share of the dearest expert's (see budget_loss; "budget" in `aux_losses`).
 
     `capacity`: how many pairs an expert takes, a Capacity or its factor; None: all. A token goes without the experts
     that dropped it. `last_overflow` says what was dropped in the last forward (see Overflow).
@@ -89,7 +97,7 @@ class MoE(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        intermediate_size: int,
+        intermediate_size: int | Sequence[int | nn.Module] | SizedExperts,
         num_experts: int,
         top_k: int,
         *,
@@ -103,6 +111,7 @@ class MoE(nn.Module):
         shared_intermediate_size: int = 0,
         shared_gate: bool = False,
         dispatcher: Dispatcher | None = None,
+        overlap: Overlap | None = None,
         capacity: Capacity | float | None = None,
         load_balancing_coef: Coef = 0.0,
         load_balancing_scope: str = "batch",
@@ -110,6 +119,8 @@ class MoE(nn.Module):
         load_balancing_norm: str = "none",
         load_balancing_group: dist.ProcessGroup | None = None,
         z_loss_coef: float = 0.0,
+        budget: float | None = None,
+        budget_coef: float = 1.0,
         force_load_balancing: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -127,14 +138,18 @@ class MoE(nn.Module):
         check_balancing(self.router, *balancing, load_balancing_group)
         inner = latent_size or hidden_size
         self.latent_down = nn.Linear(hidden_size, inner, bias=bias, **where) if latent_size else None
-        of_experts = {"weights_on_input": weights_on_input, "dispatcher": dispatcher, **form}
-        self.experts = Experts(num_experts, inner, intermediate_size, **of_experts)
+        of_experts = {"weights_on_input": weights_on_input, "dispatcher": dispatcher, "overlap": overlap, **form}
+        self.experts = _experts(num_experts, inner, intermediate_size, of_experts)
+        self.budget, self.budget_coef = _budget(self.experts, self.router, budget, budget_coef), budget_coef
         self.latent_up = nn.Linear(inner, hidden_size, bias=bias, **where) if latent_size else None
         self.shared = (
             SharedExpert(hidden_size, shared_intermediate_size, gate=shared_gate, **form)
             if shared_intermediate_size
             else None
         )
+        if capacity is not None and getattr(self.router, "slots", False):
+            rule = f"None for a {type(self.router).__name__}, whose experts all have as many rows"
+            raise ValueError(f"MoE: capacity must be {rule}, got {capacity}")
         self.capacity = capacity if capacity is None or isinstance(capacity, Capacity) else Capacity(capacity)
         self.load_balancing_coef, self.z_loss_coef = load_balancing_coef, z_loss_coef
         self.load_balancing_scope, group = load_balancing_scope, load_balancing_group
@@ -147,22 +162,29 @@ class MoE(nn.Module):
         self.last_overflow: Overflow | None = None
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, ids: Tensor | None = None, state: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        state: Tensor | None = None,
+        beside: Beside = (),
     ) -> Tensor | tuple[Tensor, Tensor]:
         tokens = self._tokens(x)
         given = self._given(x, mask, ids, state)
         if given.mask is not None:  # what stands at padding, NaN too, reaches no gradient
             tokens = tokens.masked_fill(~given.mask[:, None], 0)
-        routing = kept = self._route(tokens, given)
         overflow = None
-        if self.capacity is not None:
-            kept, overflow = limit(routing, self.capacity, self.token_ranks, self.top_k)
-        y = self._experts(tokens, kept)
-        free = getattr(self.router, "free", None)
-        if free is not None:
-            y = y + free(tokens, kept)
-        if self.shared is not None:
-            y = y + self.shared(tokens, given.mask)
+        rows, back = tokens, None
+        if getattr(self.router, "slots", False):
+            mixing: Any = self.router
+            rows, routing, back = mixing.mix(tokens, given)
+            routing = kept = followed(self, routing, tokens, given.sequences)
+        else:
+            routing = kept = self._route(tokens, given)
+            if self.capacity is not None:
+                kept, overflow = limit(routing, self.capacity, self.token_ranks, self.top_k)
+        y = self._ffn(tokens, rows, kept, back, given.mask, beside)
         if given.mask is not None:
             y = y.masked_fill(~given.mask[:, None], 0)
         if self.training and routing.scores is not None:
@@ -172,10 +194,46 @@ class MoE(nn.Module):
         y = y if x.dim() == 2 else y.reshape(x.shape)
         return y if routing.state is None else (y, routing.state.view(*x.shape[:-1], routing.state.shape[-1]))
 
-    def _experts(self, tokens: Tensor, routing: Routing) -> Tensor:
-        if self.latent_down is None or self.latent_up is None:
-            return self.experts(tokens, routing)
-        return self.latent_up(self.experts(self.latent_down(tokens), routing))
+    def _ffn(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        routing: Routing,
+        back: Callable[[Tensor], Tensor] | None,
+        mask: Tensor | None,
+        beside: Beside,
+    ) -> Tensor:
+        """The experts that were chosen, those without weights, and the shared one. `rows`: what the experts get, the
+        tokens or a router's slots, which `back` makes tokens of."""
+        more: list[Tensor] = []
+
+        def there() -> None:
+            for work in beside[:1]:
+                work()
+            free = getattr(self.router, "free", None)
+            if free is not None:
+                more.append(free(tokens, routing))
+            if self.shared is not None:
+                more.append(self.shared(tokens, mask))
+
+        rows = rows if self.latent_down is None else self.latent_down(rows)
+        if self.overlap is None:
+            y = self.experts(rows, routing)
+            there()
+            for work in beside[1:]:
+                work()
+        else:
+            y = self.experts(rows, routing, (there, *beside[1:]))
+        y = y if self.latent_up is None else self.latent_up(y)
+        y = y if back is None else back(y)
+        for part in more:
+            y = y + part
+        return y
+
+    @property
+    def overlap(self) -> Overlap | None:
+        experts: Any = unwrapped(self.experts)
+        return getattr(experts, "overlap", None)
 
     def _tokens(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -245,6 +303,10 @@ class MoE(nn.Module):
         if self.z_loss_coef and routing.logits is not None:
             losses["z_loss"] = z_loss(routing, ranks=self.token_ranks)
             total = total + self.z_loss_coef * losses["z_loss"]
+        if self.budget is not None:
+            sized: Any = self.experts
+            losses["budget"] = budget_loss(routing, sized.costs, self.budget, ranks=self.token_ranks)
+            total = total + self.budget_coef * losses["budget"]
         if under_transform():  # which does not show what asks for a gradient
             return attach_loss(y, total * self.aux_scale)
         self.aux_losses = {name: loss.detach() for name, loss in losses.items()}
@@ -269,6 +331,37 @@ def _router(router, options, hidden_size: int, num_experts: int, top_k: int, dev
         if there != here:
             raise ValueError(f"MoE: router's {name} must be the layer's ({here}), got {there}")
     return router
+
+
+def _experts(
+    num_experts: int, hidden_size: int, sizes: int | Sequence[int | nn.Module] | SizedExperts, form: dict[str, Any]
+) -> Experts | SizedExperts:
+    if not isinstance(sizes, Sequence | SizedExperts):
+        return Experts(num_experts, hidden_size, sizes, **form)
+    made = sizes if isinstance(sizes, SizedExperts) else SizedExperts(hidden_size, sizes, **form)
+    for name, here in (("num_experts", num_experts), ("hidden_size", hidden_size)):
+        if getattr(made, name) != here:
+            rule = f"sizes or SizedExperts of {name} {here}"
+            raise ValueError(f"MoE: intermediate_size must be {rule}, got {getattr(made, name)}")
+    return made
+
+
+def _budget(experts: nn.Module, router: nn.Module, budget: float | None, coef: float) -> float | None:
+    if budget is None:
+        return None
+    if not isinstance(experts, SizedExperts):
+        raise ValueError(f"MoE: budget must come with experts of different sizes, got {budget} for experts of one")
+    if getattr(router, "slots", False) or not getattr(router, "trains_gate", True):
+        raise ValueError(
+            f"MoE: budget must be None for a {type(router).__name__}, which learns no choice, got {budget}"
+        )
+    if not 0 <= budget <= 1:
+        raise ValueError(f"MoE: budget must be between 0 and 1, got {budget}")
+    if not (coef >= 0 and math.isfinite(coef)):
+        raise ValueError(f"MoE: budget_coef must be finite and not negative, got {coef}")
+    if not any(experts.costs):
+        raise ValueError("MoE: budget must come with an expert that costs something, got skips alone")
+    return budget
 
 
 def _check(num_experts, top_k, shared_intermediate_size, latent_size, shared_gate, z_loss_coef) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..dispatch import Auto, Compose, Dispatcher, Fold, Local, collectives
+from ..dispatch import Auto, Compose, Dispatcher, Fold, Local, Overlap, collectives
 from ..dispatch.all_to_all import destinations
 from ..dispatch.pending import Pending
 from ..dispatch.replicas import Chooser, Placed, Replicas
@@ -85,6 +85,7 @@ class Shards:
     an ep group, `inner` that of ranks with slices of the same experts; with `replicated` rows only r = etp makes sense.
     With `every` > 0 the degree that moves fewest bytes for the rows of the moment is taken anew every so many calls, by
     an all-reduce of one number; `why()` says by which figures. `shared`: a shared expert, which every token goes to.
+    `overlap`: the schedule of rows that travel; the fold's groups are then for these alone.
 
     `held`: the experts of this rank, those of `slots`, its slots out of S. By `place` they are what a placement says;
     before they are E/ep in a row, and a slot is an expert.
@@ -101,8 +102,9 @@ class Shards:
         replicated: bool = False,
         every: int = 0,
         shared: bool = False,
+        overlap: Overlap | None = None,
     ) -> None:
-        self.etp = fold.size("etp")
+        self.etp, self.overlap = fold.size("etp"), overlap
         self.fold, self.num_experts, self.cuts, self.shared = fold, num_experts, dict(cuts), shared
         self._outer, self._inner, self.replicated, self._every = outer, inner, replicated, every
         self.weight_bytes, self._calls, self._bytes = 0, 0, dict[int, float]()
@@ -203,10 +205,13 @@ class Shards:
     def gathered(self, name: str, w: Tensor) -> Tensor:
         """The parameter `name`, of which w is this rank's part, as this degree computes with it; differentiable."""
         refuse_transforms("parallelize", "weights move between ranks: take them on one rank", w)
-        cut = self.cuts[name]
+        return self.gathered_as(self.cuts[name], w)
+
+    def gathered_as(self, cut: Cut, w: Tensor) -> Tensor:
+        """The same of anything that is cut so."""
         if cut.whole:
             return self._padded(w)
-        if self._weights is not None:
+        if self._weights is not None and not cut.everywhere:
             w = _Gather.apply(w, cut.ffn, cut.blocks, self._weights)
         return self._all_experts(w)
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,8 +37,30 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, to be filled in the `with` block; then it gets that name. `path` must be new or
+    an empty folder. On an error nothing is left, and what killed processes left behind goes (`remove_stale`)."""
+    remove_stale(path)
+    temporary = path.with_name(f".{path.name[:_LONGEST]}-{secrets.token_hex(4)}")
+    handle = -1
+    try:
+        temporary.mkdir()
+        handle = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with suppress(OSError):  # a file system without locks: nothing is removed there either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
 def remove_stale(path: Path) -> None:
-    """Removes the temporary files for `path` whose writers were killed: nobody holds their locks any more."""
+    """Removes the temporary files and folders for `path` whose writers were killed: nobody holds their locks."""
     ours = re.compile(re.escape(f".{path.name[:_LONGEST]}-") + "[0-9a-f]{8}")
     with suppress(OSError):
         for name in os.listdir(path.parent):
@@ -47,10 +70,14 @@ def remove_stale(path: Path) -> None:
 
 def _remove_unheld(temporary: Path) -> None:
     with suppress(OSError):
-        handle = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        ways = os.O_RDONLY | os.O_DIRECTORY if temporary.is_dir() else os.O_RDWR
+        handle = os.open(temporary, ways | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            temporary.unlink()
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink()
         finally:
             os.close(handle)
 

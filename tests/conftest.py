@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -61,6 +62,16 @@ def _longest_first(items) -> None:
         return not hasattr(getattr(item, "module", None), "cases_of"), item.path not in slow
 
     items.sort(key=order)  # stable: modules and their tests stay in their order
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not look at it again in every full collection (7 % of the time)."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or a library says at the end that its objects leaked
 
 
 @pytest.fixture(autouse=True)

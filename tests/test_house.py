@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,12 @@ PLACEMENT: dict[str, set[str]] = {
 MAX_LINES, MAX_FUNCTION = 450, 80
 
 
+@cache
+def nodes(source: str) -> list[ast.AST]:
+    """Every node of a file; several rules look at each."""
+    return list(ast.walk(ast.parse(source)))
+
+
 def folder(package: str) -> Path:
     return ROOT.joinpath(*package.split(".")[1:])
 
@@ -78,7 +85,7 @@ def broken_rules(path: Path, source: str) -> list[str]:
     """What the imports of a library file, `path` relative to the root, do against the house."""
     floor, found = path.parts[0], []
     below, others = FLOORS[floor]
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.ImportFrom) and node.level:
             target = inside(path, node)[:1]
             reached = target or [a.name.split(".")[0] for a in node.names]
@@ -142,7 +149,7 @@ def test_the_rooms_of_placement_stand_on_what_is_above_them_in_the_table_and_on_
     files = [f for f in library() if f.parts[0] == "placement"]
     used: dict[str, set[str]] = {room_of(path): set() for path in files}
     for path in files:
-        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        for node in nodes((ROOT / path).read_text()):
             if isinstance(node, ast.ImportFrom) and node.level and inside(path, node)[:1] == ("placement",):
                 used[room_of(path)] |= rooms(path, node)
     assert used == PLACEMENT, "what no file needs is not allowed"
@@ -174,7 +181,7 @@ def test_no_package_among_the_tests():
 def function_lengths(source: str) -> list[tuple[int, str]]:
     """(lines without the docstring, name) of every function."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             doc = node.body[0] if ast.get_docstring(node) else None
             found.append(

@@ -198,6 +198,11 @@ def run(job: dict[str, Any], rank: int, table: Mapping[str, Contestant], tell: T
 
 
 def main(folder: str, rank: int, table: Mapping[str, Contestant] = CONTESTANTS) -> None:
+    serve(folder, rank, lambda job, rank, tell: run(job, rank, table, tell))
+
+
+def serve(folder: str, rank: int, work: Callable[[dict[str, Any], int, Tell], None]) -> None:
+    """work(job, rank, tell) as one of the ranks that launch.py has started."""
     here = Path(folder)
     job = json.loads((here / "job.json").read_text())
     torch.set_num_threads(1)
@@ -210,7 +215,7 @@ def main(folder: str, rank: int, table: Mapping[str, Contestant] = CONTESTANTS) 
                 if rank == 0:
                     print(json.dumps(what), file=news, flush=True)
 
-            run(job, rank, table, tell)
+            work(job, rank, tell)
         dist.barrier()
         dist.destroy_process_group()
     except Exception as error:

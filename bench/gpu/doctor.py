@@ -57,8 +57,13 @@ def dispatchers() -> dict[str, str | None]:
 
 def triton() -> tuple[str | None, str | None]:
     """(version or None, what is wrong with it or None)."""
+    import torch
+
     if importlib.util.find_spec("triton") is None:
         return None, f"not installed: {EXTRA}"
+    version = None if torch.cuda.device_count() else machine.version("triton")
+    if version is not None:  # nothing runs it here: it is not imported, which takes 70 MB
+        return version, too_old(version)
     try:
         version = importlib.import_module("triton").__version__
     except Exception as error:  # a broken installation: what it says is the finding

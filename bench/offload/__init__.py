@@ -1,5 +1,4 @@
-"""`headgate bench offload`: caches, predictors and prefetch on a trace; generation with experts on disk."""
+"""`headgate bench offload`: caches, predictors and prefetch on a trace; generation with experts on disk.
 
-from .command import add_arguments, run
-
-__all__ = ["add_arguments", "run"]
+command.py is the command. Nothing is imported here: jobs that measure memory are processes of files below.
+"""

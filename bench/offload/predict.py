@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...placement.caching.cache import Cache, per_layer
+from ...placement.caching.cache import Cache
 from ...placement.caching.policies import Setting, policy
+from ...placement.caching.pools import per_layer
 from ...placement.caching.predict import Predictor, fit, foretell, recall, reliability
 from ...placement.caching.prefetch import Served, serve_trace
 from ...placement.traces.trace import Trace

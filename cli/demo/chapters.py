@@ -6,9 +6,10 @@ import json
 import time
 from pathlib import Path
 
+from ...bench.corpus import read_corpus
 from ...bench.output import write_text
 from ...bench.screen import Screen
-from . import caching, files, placement, report, routing, sample, speed, swap, text, train
+from . import caching, files, placement, report, routing, sample, speed, swap, train
 from .model import parameters, quiet, tokenizer
 from .tour import Chapter, Options, Shape, Tour, spoken
 
@@ -34,7 +35,7 @@ def run(options: Options, screen: Screen | None = None, chapters: list[Chapter] 
     """
     screen = screen or Screen()
     chapters = CHAPTERS if chapters is None else chapters
-    corpus = text.read_corpus(options.text, options.shape.length)
+    corpus = read_corpus(options.text, options.shape.length)
     files.prepare(options.output, NEED_BYTES)
     tour = Tour(options, screen, corpus)
     start = time.perf_counter()

@@ -9,38 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...bench.corpus import VOCABULARY
+from ...bench.olmoe import Model
 from ...kernels.routing import Routing
 from ...moe.hf import replace, restore
 from ...moe.losses import load_balancing_loss
-from .text import VOCABULARY
-from .tour import Model, Shape
 
 RIVALS = ("eager", "grouped_mm")  # transformers' implementations; its batched_mm copies each token's experts: too much
 BALANCE = 0.02  # the weight of the load-balancing loss
-
-
-def build(shape: Shape, seed: int) -> Model:
-    """An untrained OlmoeForCausalLM in fp32 with random weights; the same for the same seed."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    config = OlmoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.top_k,
-        norm_topk_prob=True,
-        initializer_range=0.05,  # the default, 0.02, is made for hidden sizes ten times as large
-        max_position_embeddings=2 * shape.length,
-        pad_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return OlmoeForCausalLM(config)
 
 
 def tokenizer():

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bench import draw, html
+from ...bench.corpus import VOCABULARY
 from ...moe.record import record
 from ...placement.traces.affinity import Affinity, affinity, expert_load, imbalance, transition_counts
 from ...placement.traces.trace import Trace
-from .text import VOCABULARY
 from .tour import Tour
 
 BATCHES = 16

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...bench import draw, html
+from ...bench.olmoe import Model
 from .model import RIVALS, generate, implementation, losses
-from .tour import Model, Tour
+from .tour import Tour
 from .train import Optimizer
 
 CONTENDERS = (*RIVALS, "headgate")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...bench import html
+from ...bench.olmoe import Model, build
 from ...moe.hf import replace, restore
-from .model import RIVALS, build, implementation, parameters
-from .tour import Model, Tour
+from .model import RIVALS, implementation, parameters
+from .tour import Tour
 
 WINDOWS = 2  # of held-out text: gradients of every parameter make this as expensive as a training step
 

@@ -7,25 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...bench.corpus import Corpus
+from ...bench.olmoe import Model, Shape
 from ...bench.screen import Screen
 from ...placement.placement import Placement
 from ...placement.traces.trace import Trace
-from .text import Corpus
-
-Model = Any  # a transformers model, whose attributes are its own
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The model: about 20 million parameters, nearly all of them in experts. `length` is the tokens of a sequence."""
-
-    layers: int = 8
-    hidden: int = 192
-    ffn: int = 128
-    experts: int = 32
-    top_k: int = 4
-    heads: int = 6
-    length: int = 256
 
 
 @dataclass(frozen=True)

@@ -7,42 +7,16 @@ import statistics
 import time
 from functools import partial
 
-import torch
-from torch import nn
-
 from ...bench import draw, html
+from ...bench.corpus import baselines
+from ...bench.olmoe import Model, Optimizer, learning_rate
 from ...moe.hf import replace
 from .model import cross_entropy, losses
-from .text import baselines
-from .tour import Model, Tour
+from .tour import Tour
 
-CLIP = 1.0
-WARM_UP = 0.1
 PATIENCE = 1.3  # times the planned seconds: then the last steps are left out, unless --steps was given
 CHECKS = (0.04, 0.12, 0.3, 0.5, 0.75)  # of the way: looks at held-out text, besides those before and after
 FEWEST, MOST = 100, 600
-
-
-class Optimizer:
-    """AdamW with clipped gradients; `step` moves the weights and clears the gradients."""
-
-    def __init__(self, model: Model, rate: float) -> None:
-        self.weights = list(model.parameters())
-        self.adam = torch.optim.AdamW(self.weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-
-    def step(self, rate: float | None = None) -> None:
-        nn.utils.clip_grad_norm_(self.weights, CLIP)
-        for group in self.adam.param_groups:
-            group["lr"] = group["lr"] if rate is None else rate
-        self.adam.step()
-        self.adam.zero_grad()
-
-
-def learning_rate(done: float, peak: float) -> float:
-    """`done` in 0 .. 1: up in a line over the first tenth, then down along a cosine to a twentieth of the peak."""
-    if done < WARM_UP:
-        return peak * (0.1 + 0.9 * done / WARM_UP)
-    return peak * (0.525 + 0.475 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
 
 
 def choose_steps(tour: Tour) -> int:

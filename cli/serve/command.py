@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     for package in ("fastapi", "uvicorn", "openai", "pydantic"):
         need("serve", package, "serve")
     key = _key(args)
+    loading.begin(args)
     tokenizer = loading.tokenizer_of(args.model, "serve", args.config)
     if not hasattr(tokenizer, "_tokenizer"):
         raise ValueError(f"serve: MODEL must have a fast tokenizer, got {type(tokenizer).__name__}")

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...bench.corpus import read_corpus
 from ...bench.screen import Bar, Screen
 from ...moe.record import record
 from ...placement.traces.file import TraceFile
 from ..demo.model import quiet
-from ..demo.text import read_corpus
 
 BLOCK = 1 << 20  # characters that are made tokens at a time
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ...bench.corpus import Corpus, read_corpus
 from ...bench.machine import need
 from ...bench.screen import Screen
 from ...dispatch import Fold
@@ -20,7 +21,6 @@ from ...dispatch.fold import Sizes
 from ...dispatch.rollcall import hold
 from ..commands import one_line
 from ..demo.model import quiet
-from ..demo.text import Corpus, read_corpus
 from .loop import Trainer
 from .model import build_stage
 from .options import Options, choose, options_of

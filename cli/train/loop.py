@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
+from ...bench.corpus import Corpus
+from ...bench.olmoe import CLIP, learning_rate
 from ...bench.screen import Screen
 from ...dispatch import Fold
 from ...moe.ranks.checkpoint import load_checkpoint, save_checkpoint
 from ...moe.ranks.parallel import clip_grad_norm_, no_sync
-from ..demo.text import Corpus
-from ..demo.train import CLIP, learning_rate
 from .model import Stage, cut, entropy
 from .options import Options
 from .ranks import together

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...bench.olmoe import Model, build
 from ...dispatch import Fold
 from ...kernels.routing import Routing
 from ...moe.hf.attention import parallelize_attention
 from ...moe.losses import TokenRanks, attach_loss, load_balancing_loss
 from ...moe.ranks.parallel import parallelize
-from ..demo.model import BALANCE, build
-from ..demo.tour import Model
+from ..demo.model import BALANCE
 from .options import Options
 
 NO_TARGET = -100

@@ -11,10 +11,10 @@ from typing import Any
 
 from ...bench.arguments import number, seed, whole
 from ...bench.machine import must_fit
+from ...bench.olmoe import Shape
 from ...dispatch import ENGINES
 from ...dispatch.fold import ATTENTION, EXPERTS, Sizes
 from ...dispatch.wire import FORMATS
-from ..demo.tour import Shape
 
 NAMES = (*ATTENTION, *EXPERTS, "pp")
 

@@ -111,7 +111,7 @@ def expert_gradients(
     w1, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
     op, biases = "expert_gradients", (b_gate_up, b_down)
     check(op, rows, routing, w1, w_up, w_down, *biases, act, transposed, interleaved, count="S")
-    check_slots(op, slot_of_expert, routing, rows)
+    check_slots(op, slot_of_expert, routing, rows, w1, w_up, w_down, *biases)
     width, shape = w_down.shape[2 if transposed else 1], tuple(grad.shape)
     if shape != (rows.shape[0], width):
         raise ValueError(f"{op}: grad must be [R, D] with R={rows.shape[0]}, D={width}, got {shape}")

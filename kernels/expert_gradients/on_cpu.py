@@ -22,7 +22,7 @@ def expert_gradients(
 ) -> None:  # fmt: skip
     check_slot_numbers("expert_gradients", slots, w2[0].shape[0])
     form = (kind, params, gated, transposed, interleaved)
-    lib = native.serves(rows.dtype, expert_ids.numel(), slots.numel())
+    lib = native.serves(rows.dtype, expert_ids.numel(), slots.shape[-1])
     if lib is None:
         plain.expert_gradients(
             grad, rows, expert_ids, weights, w1, w_up, w2, b1, b2, slots, d_rows, d_weights, formats, blocks, *form

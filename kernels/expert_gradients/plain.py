@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..activation import Activation
-from ..expert_outputs.plain import stored
+from ..expert_outputs.plain import located, stored
 from ..grouped_ffn.plain import hidden, hidden_gradients, live_pairs, views, wide_of
 from ..grouped_ffn.quantized import widened
 
@@ -21,23 +21,23 @@ def expert_gradients(
     act, held = Activation.from_params(kind, gated, params), stored(w1, w_up, w2, formats, blocks)
     first, second, last = widened(rows.dtype, held) if formats else held
     ups, down = views(first, second, last, transposed)
-    pair, offsets = live_pairs(expert_ids, slots.numel(), "expert_gradients")
+    pair, offsets = live_pairs(expert_ids, slots.shape[-1], "expert_gradients")
     wide, k = wide_of(rows.dtype), expert_ids.shape[1]
     scale = weights.reshape(-1).to(wide)
-    for e, slot in enumerate(slots.tolist()):
+    for e, (slot, firsts, last_one) in enumerate(located(slots, ups, down)):
         p = pair[offsets[e] : offsets[e + 1]]
         if slot < 0 or not p.numel():
             continue
         t, s = p // k, scale[p, None]
-        h, g, last_one = hidden(rows[t], slot, ups, b1).to(wide), grad[t], down[slot]
-        dh, da, a = hidden_gradients(g, s, h, last_one, act, interleaved)
+        h, g = hidden(rows[t], slot, firsts, b1).to(wide), grad[t]
+        dh, da, a = hidden_gradients(g, s, h, last_one[slot], act, interleaved)
         if d_weights is not None:
             d_weights[p] = (da * a).sum(1)
             if b2 is not None:
                 d_weights[p] += (g.to(wide) * b2[slot].to(wide)).sum(1)
         if d_rows is not None:
             parts = [dh] if len(ups) == 1 else dh.chunk(2, dim=1)
-            d_rows[p] = sum((d.to(rows.dtype) @ u[slot].T).to(wide) for d, u in zip(parts, ups, strict=True))
+            d_rows[p] = sum((d.to(rows.dtype) @ u[slot].T).to(wide) for d, u in zip(parts, firsts, strict=True))
 
 
 def combine_gradients(d_rows: Tensor, expert_ids: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:

@@ -87,7 +87,9 @@ def expert_outputs(
         rows            [R, D]      fp32, bf16, fp16 (fp64: plain form)
         routing         expert_ids [R, K] of 0 .. E-1 (-1: no expert); every call gets those of the whole batch
         w_gate_up, w_down           [S, 2F, D] and [S, D, F], or as their forms have it; they may be Quantized
-        slot_of_expert  int32 [E]   -1: not here
+        slot_of_expert  int32 [E]   -1: not here. On CPU also [2, E] (or [3, E] for a pair): a row for each weight, in
+                                    the order of arguments, where an expert's matrices lie apart from each other;
+                                    without biases, of weights that are tensors. As strides are any, slots may overlap
         out             [R*K, D]    contiguous; fp64 for fp64 rows, else fp32: the type that sums are taken in
 
     Calls that together have each expert once, and then `combine_outputs`, give `grouped_ffn` of all experts' weights to
@@ -113,7 +115,7 @@ def expert_outputs(
     w1, w_up = w_gate_up if isinstance(w_gate_up, tuple) else (w_gate_up, None)
     tensors = {"rows": rows, "w_gate_up": w1, "w_up": w_up, "w_down": w_down, "b_gate_up": b_gate_up, "b_down": b_down}
     check("expert_outputs", rows, routing, w1, w_up, w_down, b_gate_up, b_down, act, transposed, interleaved, count="S")
-    check_slots("expert_outputs", slot_of_expert, routing, rows)
+    check_slots("expert_outputs", slot_of_expert, routing, rows, w1, w_up, w_down, b_gate_up, b_down)
     check_out("expert_outputs", out, routing, rows.dtype, w_down.shape[2 if transposed else 1], rows.device)
     refuse_gradients("expert_outputs", out=out, **tensors)
     torch.ops.headgate.expert_outputs(

@@ -26,11 +26,22 @@ def coding(
     return form_of(w1, w_up if isinstance(w_up, Quantized) else None, w_down)
 
 
-def check_slots(op: str, slots: Tensor, routing: Routing, rows: Tensor) -> None:
+def check_slots(op: str, slots: Tensor, routing: Routing, rows: Tensor, *given: Tensor | Quantized | None) -> None:
+    """`given`: w_gate_up, w_up, w_down and the biases, those that there are."""
     if slots.dtype != torch.int32:
         raise TypeError(f"{op}: slot_of_expert must be int32, got {slots.dtype}")
-    if tuple(slots.shape) != (routing.num_experts,):
-        raise ValueError(f"{op}: slot_of_expert must be [E] with E={routing.num_experts}, got {tuple(slots.shape)}")
+    experts, weights = routing.num_experts, [w for w in given[:3] if w is not None]
+    if slots.dim() == 2 and (
+        rows.is_cuda or any(b is not None for b in given[3:]) or any(isinstance(w, Quantized) for w in weights)
+    ):
+        raise ValueError(
+            f"{op}: slot_of_expert must be [E] on a GPU, with biases or Quantized weights, got {tuple(slots.shape)}"
+        )
+    if tuple(slots.shape) not in ((experts,), (len(weights), experts)):
+        raise ValueError(
+            f"{op}: slot_of_expert must be [E] with E={experts}, or [{len(weights)}, E], a row for each weight, got "
+            f"{tuple(slots.shape)}"
+        )
     if slots.device != rows.device:
         raise ValueError(f"{op}: slot_of_expert must be on the device of rows, got {slots.device} and {rows.device}")
 

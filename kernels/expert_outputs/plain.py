@@ -5,6 +5,7 @@ Quantized weights are widened an expert at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,12 +29,24 @@ def expert_outputs(
     act, weights = Activation.from_params(kind, gated, params), stored(w1, w_up, w2, formats, blocks)
     first, second, last = widened(rows.dtype, weights) if formats else weights
     ups, down = views(first, second, last, transposed)
-    pair, offsets = live_pairs(expert_ids, slots.numel(), "expert_outputs")
-    for e, slot in enumerate(slots.tolist()):
+    pair, offsets = live_pairs(expert_ids, slots.shape[-1], "expert_outputs")
+    for e, (slot, firsts, last_one) in enumerate(located(slots, ups, down)):
         p = pair[offsets[e] : offsets[e + 1]]
         if slot >= 0 and p.numel():
             x = rows[p // expert_ids.shape[1]]
-            out[p] = one_expert(x, slot, ups, down, b1, b2, act, interleaved)[1].to(out.dtype)
+            out[p] = one_expert(x, slot, firsts, last_one, b1, b2, act, interleaved)[1].to(out.dtype)
+
+
+def located(slots: Tensor, ups: list[Tensor], down: Tensor) -> Iterator[tuple[int, list[Tensor], Tensor]]:
+    """(slot, projections, last projection) of each expert, of which it is the slot-th; -1: it is not here."""
+    if slots.dim() == 1:
+        yield from ((slot, ups, down) for slot in slots.tolist())
+        return
+    for *first, last in slots.T.tolist():
+        if last < 0:
+            yield -1, ups, down
+        else:
+            yield 0, [w[s : s + 1] for w, s in zip(ups, first, strict=True)], down[last : last + 1]
 
 
 def combine_outputs(out: Tensor, expert_ids: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:

@@ -76,8 +76,8 @@ def _strides(w: Tensor | None, transposed: bool) -> tuple[int, ...]:
 
 class Call:
     """A call of the library: the arguments common to its functions, in the order of Args in problem.h; holds what it
-    points to. `slots` int32 [E] or None: where each expert lies in the weights, for the operation `op` that says so;
-    `weights` may be None there."""
+    points to. `slots` int32 [E], [weights, E] or None: where each expert lies in the weights, for the operation `op`
+    that says so; `weights` may be None there."""
 
     def __init__(
         self, rows, ids, weights, w1, w_up, w2, b1, b2, kind, params, gated, transposed, interleaved,
@@ -86,7 +86,7 @@ class Call:
         if ids.numel() >= 2**31:
             raise ValueError(f"{op}: R * K must be below 2^31 pairs on CPU, got {ids.numel()}")
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        experts = w2.shape[0] if slots is None else slots.numel()
+        experts = w2.shape[0] if slots is None else slots.shape[-1]
         ids, slots = narrow_ids(ids, experts).contiguous(), None if slots is None else slots.contiguous()
         weights = None if weights is None else weights.to(torch.float32).contiguous()
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
@@ -127,7 +127,10 @@ class Call:
         gradients: Sequence[int] = (0,) * 18,
         pairs: Tensor | None = None,
     ) -> None:
-        args = [*self.args, _address(y), _address(h), *gradients, _address(self.slots), _address(pairs)]
+        tables = [None] * 3 if self.slots is None else [self.slots] * 3
+        if self.slots is not None and self.slots.dim() == 2:
+            tables = [self.slots[0], self.slots[1], self.slots[-1]]
+        args = [*self.args, _address(y), _address(h), *gradients, *map(_address, tables), _address(pairs)]
         code = function((ctypes.c_int64 * len(args))(*args))
         if code == 1:
             ids = self.held[1]

@@ -30,7 +30,7 @@ def split(h: Tensor, act: Activation, interleaved: bool) -> tuple[Tensor, ...]:
     return (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
 
 
-def _join(parts: tuple[Tensor, ...], interleaved: bool) -> Tensor:
+def join(parts: tuple[Tensor, ...], interleaved: bool) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return torch.stack(parts, 2).flatten(1) if interleaved else torch.cat(parts, 1)
@@ -57,7 +57,7 @@ def hidden_gradients(g, s, h, down, act, interleaved) -> tuple[Tensor, Tensor, T
     the wide type, and `down` [F, D]."""
     parts = split(h, act, interleaved)
     a, da = act(*parts), (g @ down.T).to(h.dtype)
-    return _join(act.backward(da * s, *parts), interleaved), da, a
+    return join(act.backward(da * s, *parts), interleaved), da, a
 
 
 def one_expert(x, e, ups, down, b1, b2, act, interleaved) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,9 @@ struct Args {
   void *db1, *db2;
   // expert_outputs: weights and biases of expert e lie in slot slots[e] (-1: not here; null: in slot e), and the output
   // of each of its pairs, not weighted, goes to pairs [R*K, O] (null: weighted and summed to y). expert_gradients: the
-  // same slots, and a pair's dX goes to pairs [R*K, D] (null: summed to dx)
-  const int32_t* slots;
+  // same slots, and a pair's dX goes to pairs [R*K, D] (null: summed to dx). slots is w1's table; wu and w2 may have
+  // others, with the same experts here
+  const int32_t *slots, *slots_u, *slots_2;
   float* pairs;
 };
 
@@ -127,12 +128,12 @@ struct Problem {
   int up_row(int f) const { return a.interleaved ? 2 * f + 1 : F + f; }
 
   const T* w1_row(int e, int f2) const {
-    if (pair_of_tensors && f2 >= F) return (const T*)a.wu + slot(e) * a.wu_e + (f2 - F) * a.wu_r;
+    if (pair_of_tensors && f2 >= F) return (const T*)a.wu + (a.slots ? a.slots_u[e] : e) * a.wu_e + (f2 - F) * a.wu_r;
     return (const T*)a.w1 + slot(e) * a.w1_e + f2 * a.w1_r;
   }
   int64_t w1_r(int f2) const { return pair_of_tensors && f2 >= F ? a.wu_r : a.w1_r; }
   int64_t w1_c(int f2) const { return pair_of_tensors && f2 >= F ? a.wu_c : a.w1_c; }
-  const T* w2_row(int e, int o) const { return (const T*)a.w2 + slot(e) * a.w2_e + o * a.w2_r; }
+  const T* w2_row(int e, int o) const { return (const T*)a.w2 + (a.slots ? a.slots_2[e] : e) * a.w2_e + o * a.w2_r; }
   const T* b1(int e) const { return a.b1 ? (const T*)a.b1 + int64_t(slot(e)) * W : nullptr; }
   const T* b2(int e) const { return a.b2 ? (const T*)a.b2 + int64_t(slot(e)) * O : nullptr; }
 

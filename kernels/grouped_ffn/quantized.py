@@ -189,7 +189,7 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, grad_y, _grad_h):
     if grad_y is None:
-        return (None,) * 15
+        return None, None, None, [None] * 2, ctx.w_up, [None] * 2, *(None,) * 9
     rows, ids, weights, *packed, b1, b2, h = ctx.saved_tensors
     w1, w_up, w2 = packed[:2], packed[2:-2] or None, packed[-2:]
     g = ctx.needs_input_grad

@@ -7,6 +7,7 @@ time (a PEFT adapter makes them computed tensors, expert parallelism makes them 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from ...dispatch.local import Local
 from ...kernels.activation import Activation
 from ...kernels.autocast import under_autocast
-from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.plan import Plan, plan
 from ...kernels.routing import Routing
 from ..elsewhere import elsewhere_of
+from ..lora.attached import expert_ffn
+from ..lora.tuned import with_tuned
 from ..shards import Cut, shards_of, weight_of
 from .counting import mark
 from .gate import activation_of
@@ -48,31 +50,53 @@ def experts_forward(
         raise TypeError("experts: top_k_index and top_k_weights must both be given, got one or none of them")
     mark(module)
     m: Any = module
-    gated, biased, transposed, interleaved, normed = flags(module)
-    first = "gate_up_proj" if gated else "up_proj"
+    first = "gate_up_proj" if flags(module)[0] else "up_proj"
     shards = shards_of(module)
     dispatcher, num_experts = (shards, shards.num_experts) if shards else (Local(), m.down_proj.shape[0])
     rows = as_rows(hidden_states, getattr(m, first))
-    rows, routing, ticket = dispatcher.dispatch(rows, Routing.from_topk(ids, weights, num_experts))
+    routing = Routing.from_topk(ids, weights, num_experts)
+    if shards is not None and shards.overlap is not None:
+        gathered = None if elsewhere_of(module) else _weights(module)
+        compute = partial(_compute, module, gathered)
+        y = shards.overlap.run(shards, rows, routing, compute)
+    else:
+        rows, routing, ticket = dispatcher.dispatch(rows, routing)
+        y = dispatcher.combine(_compute(module, None, rows, routing), ticket)
+    return y.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+
+def _weights(module: nn.Module) -> list[Tensor | None]:
+    """First and second matrices, then their biases, as they are computed with."""
+    gated, biased, *_ = flags(module)
+    first = "gate_up_proj" if gated else "up_proj"
+    biases = [weight_of(module, f"{name}_bias") if biased else None for name in (first, "down_proj")]
+    return [weight_of(module, first), weight_of(module, "down_proj"), *biases]
+
+
+def _compute(module: nn.Module, weights: list[Tensor | None] | None, rows: Tensor, routing: Routing) -> Tensor:
+    """The weighted sums [R, D] of the experts that are here. `weights`: where they have been gathered before."""
+    return with_tuned(module, rows, routing, partial(_stacked, module, weights))
+
+
+def _stacked(module: nn.Module, weights: list[Tensor | None] | None, rows: Tensor, routing: Routing) -> Tensor:
+    """The same of the module's stacked weights, or of those that are elsewhere."""
     elsewhere = elsewhere_of(module)
     if elsewhere is not None:  # headgate.offload
-        y = dispatcher.combine(elsewhere(rows, routing), ticket)
-        return y.reshape(hidden_states.shape).to(hidden_states.dtype)
-    w1, w2 = weight_of(m, first), weight_of(m, "down_proj")  # after dispatch, which may choose another degree
-    b1, b2 = (weight_of(m, f"{first}_bias"), weight_of(m, "down_proj_bias")) if biased else (None, None)
+        return elsewhere(rows, routing)
+    gated, _biased, transposed, interleaved, normed = flags(module)
+    w1, w2, b1, b2 = weights or _weights(module)  # after dispatch, which may choose another degree
     assert w1 is not None
     assert w2 is not None
     activation = activation_of(module, gated, interleaved, normed)
     if activation is not None:
-        y = grouped_ffn(
-            rows, routing, w1, w2, b_gate_up=b1, b_down=b2, activation=activation,
+        return expert_ffn(
+            module, rows, routing, w1, w2, b_gate_up=b1, b_down=b2, activation=activation,
             gated=gated, transposed=transposed, interleaved=interleaved,
         )  # fmt: skip
-    else:
-        gate = m._apply_gate if gated else m.act_fn
-        norm = m.post_expert_norm if normed else None
-        y = own_gate_forward(rows, routing, (w1, b1), (w2, b2), gate, transposed, norm)
-    return dispatcher.combine(y, ticket).reshape(hidden_states.shape).to(hidden_states.dtype)
+    own: Any = module
+    gate = own._apply_gate if gated else own.act_fn
+    norm = own.post_expert_norm if normed else None
+    return own_gate_forward(rows, routing, (w1, b1), (w2, b2), gate, transposed, norm)
 
 
 def flags(module: nn.Module) -> tuple[bool, bool, bool, bool, bool]:

@@ -14,13 +14,15 @@ from typing import Any
 
 from torch import nn
 
+from ...kernels.chip import say_once
 from ..elsewhere import Absent, elsewhere_of
 from ..shards import shards_of
 from .counting import counter, forget
 from .gate import forget_gate
 from .interface import NAME, check_transformers
+from .padding import attach, detach, refusal, without_padding
 from .report import Report
-from .table import Adapter, adapter_of, by_interface, looks_like_experts
+from .table import Adapter, adapter_of, arguments_of, by_interface, looks_like_experts
 
 _SWAP = "_headgate_swap"
 _Found = tuple[str, nn.Module, Adapter]
@@ -36,18 +38,24 @@ class _Swap:
     helper: bool
 
 
-def replace(model: nn.Module) -> Report:
+def replace(model: nn.Module, *, skip_padding: bool = False) -> Report:
     """Lets every MoE experts block of a transformers model run through Headgate, in place, weights shared.
 
     The boundary is transformers' own, (hidden_states, top_k_index, top_k_weights) -> hidden_states: the model keeps its
     routers, its losses and its parameters under their names. The activation is found by evaluating each module's own
     gate; where no fused form equals it, the module's gate runs between two grouped matmuls, with a warning.
 
+    `skip_padding` takes the attention_mask [B, S] that the model is called with to its experts: a token where it is 0
+    costs no row of a product and no byte between ranks, and its experts answer 0, so that what the model says at
+    padding is another number, which nobody reads. Cached decoding takes the last S columns. A mask of another form, and
+    families whose experts are not told ids, compute padding as before, and say so once.
+
     Returns a Report: `replaced`, `skipped` (name -> reason), `calls`; warns where every block was skipped. Copies
     (deepcopy, torch.save) are swapped too; nn.DataParallel's replicas cannot be, DistributedDataParallel needs none.
 
     Raises ValueError for a model without MoE blocks or already swapped, TypeError for something that is no module,
-    ImportError where transformers is older than 5.18. If a block fails, all are restored first.
+    ImportError where transformers is older than 5.18; ValueError where `skip_padding` is asked of a model with an
+    encoder, or one that takes no attention_mask. If a block fails, all are restored first.
 
     >>> report = headgate.replace(model)
     >>> print(report)
@@ -68,18 +76,26 @@ def replace(model: nn.Module) -> Report:
         raise ValueError(
             f"replace: model must hold MoE experts, got a {type(model).__name__} without any of transformers'"
         )
+    told = [module for _, module, adapter in found if adapter.skips] if skip_padding else []
+    why = refusal(model, told) if skip_padding else None
+    if why is not None:
+        raise ValueError(f"replace: skip_padding must have {why}, got a {type(model).__name__}")
     report = Report(type(model).__name__, skipped=skipped)
     if not found:
         name, why = next(iter(skipped.items()))
         warnings.warn(
             f"headgate: replace took no MoE block of {report.model}; {name or 'the model'}: {why}", stacklevel=2
         )
+    if skip_padding and len(told) < sum(not adapter.helper for _, _, adapter in found):
+        say_once("skip_padding", f"experts of {report.model} are not told ids", "experts on padding too")
     try:
         for name, module, adapter in found:
             how = adapter.prepare(module)
-            _put(module, adapter)
+            _put(module, adapter, skip_padding and adapter.skips)
             if not adapter.helper:
                 report.add(name, f"{type(module).__name__}: {how}", counter(module))
+        if told:
+            attach(model, told)
     except BaseException:
         for _name, module, _adapter in found:
             _take_back(module)
@@ -117,6 +133,7 @@ def restore(model: nn.Module) -> list[str]:
     names = [name for name, module in swapped if not vars(module)[_SWAP].helper]
     for _name, module in swapped:
         _take_back(module)
+    detach(model)
     return names
 
 
@@ -189,9 +206,11 @@ def _foreign(module: nn.Module) -> str | None:
     return f"its forward is set by {name}; headgate.hf.register() and set_experts_implementation run inside it"
 
 
-def _put(module: nn.Module, adapter: Adapter) -> None:
+def _put(module: nn.Module, adapter: Adapter, skip_padding: bool) -> None:
     slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
     forward = partial(adapter.forward, module)
+    if skip_padding:
+        forward = partial(without_padding, module, adapter.forward, arguments_of(module)[:3])
     vars(module)[_SWAP] = _Swap(forward, slot, vars(module).get(slot), adapter.helper)
     vars(module)[slot] = forward
 

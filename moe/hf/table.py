@@ -27,31 +27,35 @@ def _modules(_module: nn.Module) -> str:
 class Adapter:
     """`forward(module, ...)` stands in for the module's own. `refusal` says why a module cannot be taken (or None),
     `prepare` what will run. `helper`: the forward of a block that only calls its experts another way, not counted.
-    `block`: the class of the helper without which these experts are not called at the boundary."""
+    `block`: the class of the helper without which these experts are not called at the boundary. `skips`: it is called
+    with the ids and weights of each token, and an id of -1 is no expert."""
 
     forward: Callable[..., Any]
     prepare: Callable[[nn.Module], str]
     refusal: Callable[[nn.Module], str | None] = _never
     helper: bool = False
     block: str | None = None
+    skips: bool = False
 
 
 # By class, for the families outside transformers' experts interface. A subclass (a parametrised class too) is taken
 # as its ancestor is.
 ADAPTERS = {
-    "DbrxExperts": Adapter(dbrx.dbrx_forward, dbrx.prepare),
+    "DbrxExperts": Adapter(dbrx.dbrx_forward, dbrx.prepare, skips=True),
     "DogeCDMoE": Adapter(doge.doge_forward, doge.prepare),
     "JetMoeParallelExperts": Adapter(jetmoe.parallel_experts_forward, jetmoe.prepare),
-    "Llama4TextExperts": Adapter(llama4.experts_forward, llama4.prepare, experts.refusal, block="Llama4TextMoe"),
+    "Llama4TextExperts": Adapter(
+        llama4.experts_forward, llama4.prepare, experts.refusal, block="Llama4TextMoe", skips=True
+    ),
     "Llama4TextMoe": Adapter(llama4.block_forward, lambda _m: "hands its experts the choice", helper=True),
-    "LongcatFlashExperts": Adapter(longcat.longcat_forward, longcat.prepare),
+    "LongcatFlashExperts": Adapter(longcat.longcat_forward, longcat.prepare, skips=True),
     "NllbMoeExperts": Adapter(dicts.nllb_forward, _modules),
-    "Step3p7Experts": Adapter(experts.experts_forward, experts.prepare, experts.refusal),
+    "Step3p7Experts": Adapter(experts.experts_forward, experts.prepare, experts.refusal, skips=True),
     "SwitchTransformersExperts": Adapter(dicts.switch_forward, _modules),
     "VitPoseNaiveMoe": Adapter(dicts.vitpose_forward, _modules),
 }
-DECORATED = Adapter(experts.experts_forward, experts.prepare, experts.refusal)
-FP8 = Adapter(fp8.fp8_experts_forward, fp8.prepare, fp8.refusal)
+DECORATED = Adapter(experts.experts_forward, experts.prepare, experts.refusal, skips=True)
+FP8 = Adapter(fp8.fp8_experts_forward, fp8.prepare, fp8.refusal, skips=True)
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
@@ -86,7 +90,7 @@ def _in_the_call(read: Callable[..., tuple[Tensor, Tensor]]) -> Choice:
     """The choice is handed over: the second and third argument, under whatever names the module's class gives them."""
 
     def choice(module, args, kwargs, _output):
-        names = _arguments(module)[:3]
+        names = arguments_of(module)[:3]
         given = dict(zip(names, args, strict=False)) | kwargs
         return read(module, given[names[1]], given[names[2]])
 
@@ -121,10 +125,10 @@ def choice_of(module: nn.Module) -> Choice | None:
     adapter = adapter_of(module)
     if adapter is not None:
         return None if adapter.helper else BOUNDARY
-    return BOUNDARY if _arguments(module)[1:3] in _NAMES else None
+    return BOUNDARY if arguments_of(module)[1:3] in _NAMES else None
 
 
-def _arguments(module: nn.Module) -> tuple[str, ...]:
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
     """What the class's forward calls its arguments (a swap sets the instance's); none where it does not say."""
     try:
         return tuple(inspect.signature(type(module).forward).parameters)[1:]

@@ -1,38 +1,38 @@
-"""Experts larger than the device: they stand in a lower tier, and those in use in a fixed number of slots."""
+"""Experts larger than the device: they stand in a lower tier, and those in use in a fixed number of slots.
+
+A name is imported when it is asked for: whoever reads a header needs no engine, and no numba.
+"""
 
 from ...placement.lookup import files_of
-from .arena import Arena, plan_slots
-from .batching import BatchSizes, batch_sizes, generate_offline
-from .costs import measure_costs
-from .engine import Engine
-from .file import FileStore
-from .groups import Group
-from .host import HostStore, Store
-from .host_cache import HostCache
-from .kinds import Kind, Layer
-from .sensitivity import Sensitivity, precisions, sensitivity
-from .stats import Access, Stats
 
-__all__ = [
-    "Access",
-    "Arena",
-    "BatchSizes",
-    "Engine",
-    "FileStore",
-    "Group",
-    "HostCache",
-    "HostStore",
-    "Kind",
-    "Layer",
-    "Sensitivity",
-    "Stats",
-    "Store",
-    "batch_sizes",
-    "generate_offline",
-    "measure_costs",
-    "plan_slots",
-    "precisions",
-    "sensitivity",
-]
+_WHERE = {
+    "Access": "stats",
+    "Arena": "arena",
+    "BatchSizes": "batching",
+    "Engine": "engine",
+    "FileStore": "file",
+    "Group": "groups",
+    "HostCache": "host_cache",
+    "HostStore": "host",
+    "Kind": "kinds",
+    "Layer": "kinds",
+    "Sensitivity": "calibration",
+    "Stats": "stats",
+    "Store": "host",
+    "batch_sizes": "batching",
+    "generate_offline": "batching",
+    "measure_costs": "costs",
+    "plan_slots": "arena",
+    "precisions": "calibration",
+    "sensitivity": "calibration",
+}
 
-__getattr__ = files_of(__name__)
+__all__ = list(_WHERE)
+
+_file = files_of(__name__)
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name) if name in _WHERE else _file(name)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ...kernels.quantized import Quantized
-from ...placement.caching.cache import SCOPES, Pools, pools
+from ...placement.caching.pools import SCOPES, Pools, pools
+from .host import Store
 from .kinds import Kind, Layer
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+LARGE = 3 << 19  # bytes of an expert from which on whole pages are hardly more
 _ALIGN = 64  # bytes: where the slots of a part begin, beside multiples of its own size
 
 
@@ -111,6 +113,14 @@ def plan_slots(
     return Layout(kinds, [n + spares for n in per_kind], pools(of, np.array(slots)), spares)
 
 
+def detoured(layers: Sequence[Layer], device: torch.device | str, readers: int) -> bool:
+    """Whether slots are to have spares: where a device copies by itself, and on a CPU where experts are so large that
+    they are computed in whole pages (see paged.py)."""
+    kinds = {kind for layer in layers for _, kind in layer.groups}
+    large = all(not kind.coded and kind.nbytes >= LARGE for kind in kinds)
+    return readers == 0 or (torch.device(device).type == "cpu" and large)
+
+
 def _share_out(
     kinds: list[Kind], kind_of: list[int], experts: list[int], size: int, top_k: int, scope: str, spares: int
 ) -> tuple[list[int], int]:
@@ -165,6 +175,8 @@ class Arena:
     room only as it is written.
     """
 
+    windows = True  # kernels are told of some slots only
+
     def __init__(
         self, kinds: Sequence[Kind], slots: Sequence[int], device: torch.device | str, pinned: bool = False
     ) -> None:
@@ -179,12 +191,29 @@ class Arena:
     def kind_of(self, slot: int) -> int:
         return bisect_right(self.first, slot) - 1
 
+    def nbytes_of(self, slot: int) -> int:
+        """Of the expert in a slot."""
+        return self.kinds[self.kind_of(slot)].nbytes
+
     def slot(self, slot: int) -> dict[str, Tensor]:
         """The parts of the expert in a slot, to be filled."""
         if slot not in self._views:
             kind = self.kind_of(slot)
             self._views[slot] = {name: t[slot - self.first[kind]] for name, t in self._parts[kind].items()}
         return self._views[slot]
+
+    def move(self, spare: int, slot: int) -> None:
+        """What is in a spare slot, to its own."""
+        for name, to in self.slot(slot).items():
+            to.copy_(self.slot(spare)[name])
+
+    def load(self, store: Store, layer: int, expert: int, slot: int) -> None:
+        """Brings an expert into a slot. Raises OSError where the store cannot give it."""
+        store.read(layer, expert, self.slot(slot))
+
+    def group(self, slots: Sequence[int], first: int, last: int) -> tuple[list[int], dict[str, Tensor | Quantized]]:
+        """(their numbers, weights) of the experts in `slots`, which are some of first .. last - 1."""
+        return [slot - first for slot in slots], self.weights(first, last)
 
     def weights(self, begin: int, end: int) -> dict[str, Tensor | Quantized]:
         """The weights [S, ...] of slots begin .. end - 1, which are of one kind."""

@@ -47,15 +47,17 @@ class Checkpoint:
     what it should be: cut short, of overlapping tensors, without a tensor that the index says it has.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], *, single: str = SINGLE, who: str = _WHO) -> None:
+        """`single`: the name of the file where there is no index, for a kind of its own; `who`: the first word of
+        errors."""
+        self.folder, self._who = Path(folder), who
         self.files: list[tuple[int, Path]] = []
         self.stamps: list[Stamp] = []
         self.tensors: dict[str, Stored] = {}
         self._digest = hashlib.sha256()
         try:
-            index = _index(self.folder)
-            for name in sorted(set(index.values())) if index is not None else [SINGLE]:
+            index = _index(self.folder) if single == SINGLE else None
+            for name in sorted(set(index.values())) if index is not None else [single]:
                 self._add(self.folder / name)
             for key, name in (index or {}).items():
                 stored = self.tensors.get(key)
@@ -94,11 +96,11 @@ class Checkpoint:
 
     def _add(self, path: Path) -> None:
         """One more file."""
-        handle = open_regular(path, _WHO)
+        handle = open_regular(path, self._who)
         self.files.append((handle, path))
         self.stamps.append(Stamp.of(handle))
         size = os.fstat(handle).st_size
-        guard = Guard(path, _WHO)
+        guard = Guard(path, self._who)
         length = int.from_bytes(pread_all(handle, 8, 0), "little")
         rule = f"of at most {min(most_header(size), max(0, size - 8)):,} bytes"
         guard.rule(2 <= length <= min(most_header(size), size - 8), "header", rule, f"{length:,}")

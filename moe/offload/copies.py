@@ -10,7 +10,7 @@ import torch
 
 from .arena import Arena
 from .host import HostStore, Store
-from .loads import CANCELLED, DONE, FAILED, HELD, LOOK_S, Load, Uses, copy_stream
+from .loads import CANCELLED, DONE, FAILED, HELD, LOOK_S, Load, Use, Uses, copy_stream
 from .stats import DeviceTiming, Timing
 
 
@@ -82,9 +82,15 @@ class Copies:
         self.loads += 1
         self.bytes += self._arena.kinds[self._arena.kind_of(slot)].nbytes
 
-    def move(self, spare: int, load: Load) -> None:
-        """Moves a load's expert from a spare slot to its own, on the current stream: kernels that read it there, or who
-        stood in its own before, are ahead on that."""
+    def there(self, use: Use) -> bool:
+        """Whether kernels can be put behind its copy."""
+        return use.detour or (use.load is not None and use.load.state == DONE)
+
+    def move(self, spare: int, load: Load, stays: bool) -> None:
+        """Moves a load's expert from a spare slot to its own if it `stays`, on the current stream: kernels that read it
+        there, or who stood in its own before, are ahead on that."""
+        if load.state != HELD or not stays or self.closed:  # not HELD: it has failed
+            return
         self.before([spare, load.slot])
         self._uses.wait(load.slot)
         with torch.no_grad():
@@ -136,6 +142,11 @@ class Copies:
         """Drops a load that has not been ordered yet."""
         if load.state == HELD:
             load.state = CANCELLED
+
+    at_hand = False
+
+    def help(self, loads: Sequence[Load | None]) -> None:
+        """Nothing to do: the device copies by itself."""
 
     def wait(self) -> None:
         """Waits a moment for another thread to be through with its slots."""

@@ -27,12 +27,14 @@ from ...placement.caching.policies import Setting, State
 from ...placement.caching.policies import policy as start_policy
 from ...placement.caching.prefetch import prefetch as prefetch_likely
 from ...placement.traces.trace import Trace
-from .arena import Arena, numbered, plan_slots
+from .adapted import Carried, compute_adapted
+from .arena import detoured, numbered, plan_slots
 from .copies import Copies, readers_of
 from .groups import Group, window
 from .host import Store
 from .hybrid import Host, Job, Pairs
 from .loads import DONE, FAILED, HELD, Load, Loader, Use, all_or_none, end, failure
+from .paged import arena_for
 from .passes import Call, Then, compute
 from .stats import Access, DeviceTiming, Stats, Timing
 
@@ -69,13 +71,13 @@ class Engine:
         costs: Costs | None = None,
     ) -> None:
         readers = readers_of(readers, store, device)
-        layout = plan_slots(store.layers, budget, top_k, scope, detours=readers == 0)
+        layout = plan_slots(store.layers, budget, top_k, scope, detoured(store.layers, device, readers))
         self.layers, self.store, self.places, self.patience_s = store.layers, store, layout.places, patience_s
         shape = self.places.of.shape
         if isinstance(policy, str):
             policy = start_policy(policy, Setting(shape[0], shape[1], self.places.slots, trace, options or {}))
         self.cache = Cache(self.places, policy)
-        self.arena = Arena(layout.kinds, layout.slots, numbered(device))
+        self.arena = arena_for(store, layout, numbered(device), readers)
         self.log: list[Access] | None = [] if log else None
         self._calls = self._accesses = self._hits = self._ahead = self._used = 0
         self._at_host, self._wait_s = 0, 0.0
@@ -109,14 +111,15 @@ class Engine:
         interleaved: bool = False,
         then: Then = None,
         back: Then = None,
+        carried: Carried | None = None,
     ) -> Tensor:
         """grouped_ffn(rows, routing, ...) [R, D] on the experts of `layer`, to the bit; to rounding where the host
         computes some for a GPU, or the experts of up to four rows on one come in parts: sums take another order.
         Gradients of rows and router weights, too, are grouped_ffn's; their pass is a step of its own.
 
         Weights are called as grouped_ffn's arguments are (or w_gate and w_up, for a pair). `then`: see `step`; `back`:
-        the same for the backward pass. Waits for the device once a pass, to know the experts. Raises OSError or
-        RuntimeError naming layer and expert where one cannot be had; the next call tries again.
+        the same for the backward pass. `carried`: LoRA of the experts. Waits for the device once a pass, to know them.
+        Raises OSError or RuntimeError naming layer and expert where one cannot be had; the next call tries again.
         """
         self._check(layer)
         instead = "call the model outside of it, or close the Offload first"
@@ -127,7 +130,8 @@ class Engine:
                 f"got {routing.num_experts}"
             )
         form = {"activation": activation, "gated": gated, "transposed": transposed, "interleaved": interleaved}
-        return compute(Call(self, layer, routing.num_experts, form, then, back), rows, routing)
+        call = Call(self, layer, routing.num_experts, form, then, back)
+        return compute(call, rows, routing) if carried is None else compute_adapted(call, rows, routing, carried)
 
     def step(
         self,
@@ -160,8 +164,7 @@ class Engine:
                     self._loader.before(slots)
                 begun = self._timing.begin_computing()
                 try:
-                    local = [slot - first for slot in slots]
-                    yield Group([use.expert for use in uses], local, self.arena.weights(first, last))
+                    yield Group([use.expert for use in uses], *self.arena.group(slots, first, last))
                 finally:
                     self._timing.end_computing(begun)  # type: ignore[arg-type]  # its own mark
                     with self._loader.lock:
@@ -229,8 +232,10 @@ class Engine:
         with self._loader.lock:
             self.cache.new_sequence()
 
-    def pace(self) -> tuple[int, float, float]:
-        """(loads that wait or run, seconds of copying for each load so far, and for all)."""
+    def pace(self) -> tuple[int, float, float] | None:
+        """(loads that wait or run, seconds of copying for each load so far, and for all); None: see Loader.at_hand."""
+        if self._loader.at_hand:
+            return None
         with self._loader.lock:
             copy_s = self._timing.seconds()[0]
             return self._loader.waiting, copy_s / max(1, self._loader.loads), copy_s
@@ -310,7 +315,7 @@ class Engine:
         else may see it."""
         load = self._order(layer, expert, slot, urgent=True, held=True)
         use = Use(expert, self._spares.pop(), load, detour=True)
-        self._loader.queue(load, urgent=True, slot=use.slot)  # type: ignore[call-arg]  # Copies: spares are theirs
+        self._loader.queue(load, urgent=True, slot=use.slot)
         chains[use.slot] = deque([use])
         self.cache.table.busy[slot] += 1
         return use
@@ -346,6 +351,7 @@ class Engine:
         """The uses, at the heads of their chains and of one kind, that can be computed; waits until there is one. Not
         `together`: those that the device has first, and none of pools and spare slots at once."""
         begun = time.perf_counter()
+        self._loader.help([chain[0].load for chain in chains.values()])
         with self._loader.lock:
             while True:
                 self._open()
@@ -353,13 +359,13 @@ class Engine:
                 for use in heads:
                     if use.load is not None and use.load.state == FAILED:
                         raise failure(use.load, self.layers[layer].name)
-                there = [use for use in heads if use.load is None or use.load.state == DONE or use.detour]
+                there = [use for use in heads if use.load is None or self._loader.there(use)]
                 if there:
                     self._wait_s += time.perf_counter() - begun
                     if not together or len(there) < sum(map(len, chains.values())):
                         soonest = set(self._loader.soonest([use.slot for use in there]))
                         there = [use for use in there if use.slot in soonest]
-                        there = [use for use in there if use.detour == there[0].detour]
+                        there = [u for u in there if not self.arena.windows or u.detour == there[0].detour]
                     kind = self.arena.kind_of(there[0].slot)
                     return [use for use in there if self.arena.kind_of(use.slot) == kind]
                 missing = ", ".join(str(use.expert) for use in heads)
@@ -407,8 +413,7 @@ class Engine:
         """The end of a detour: to its own slot goes who is to stay there."""
         load = use.load
         assert load is not None, "who makes a detour is a miss"
-        if load.state == HELD and self._newest.get(load.slot) is load and not self._loader.closed:
-            self._loader.move(use.slot, load)  # type: ignore[union-attr]  # Copies: see _detour
+        self._loader.move(use.slot, load, stays=self._newest.get(load.slot) is load)
         self._spares.append(use.slot)
         self.cache.table.busy[load.slot] -= 1
 

@@ -26,7 +26,7 @@ from ...placement.files import write_whole
 from .checksums import Checksums, Verify, check_verify
 from .host import parts_of, plain
 from .kinds import Kind, Layer, Part, Weights
-from .reads import DTYPES, NAME, Piece, Reads, bytes_of, most_header, pread_all
+from .reads import DTYPES, NAME, Piece, Reads, Run, bytes_of, most_header, pread_all
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = 4096
@@ -71,7 +71,7 @@ class FileStore:
         check_verify(verify, "FileStore")
         self.path = Path(path)
         file = open_regular(self.path, _WHO) if opened is None else opened
-        self._reads = Reads([(file, self.path)], page_cache=page_cache, ways=ways)
+        self.reads = Reads([(file, self.path)], page_cache=page_cache, ways=ways)
         try:
             self.layers, self._offsets, sums, wrote = _open(file, self.path)
             self._sums = Checksums(verify, self.layers, sums)
@@ -147,16 +147,28 @@ class FileStore:
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """See Store. What goes to a CUDA device passes through a page-locked buffer of this thread's own."""
-        self._reads.check_open()
+        self.reads.check_open()
         group, row = self.layers[layer].places[expert]
         kind = self.layers[layer].groups[group][1]
-        with self._reads.staged(kind, into) as parts:
+        with self.reads.staged(kind, into) as parts:
             wanted = [
                 Piece(memoryview(bytes_of(parts[part.name])), 0, begin + row * part.nbytes)
                 for part, begin in zip(kind.parts, self._offsets[layer][group], strict=True)
             ]
-            self._reads.fill(wanted)
-            self._sums.compare(layer, expert, wanted, self.path)
+            self.reads.fill(wanted)
+            self.check(layer, expert, wanted)
+
+    def runs(self, layer: int, expert: int) -> dict[str, tuple[Run, ...]] | None:
+        """See paged.Files."""
+        if self._sums.verify is True:
+            return None
+        group, row = self.layers[layer].places[expert]
+        parts = zip(self.layers[layer].groups[group][1].parts, self._offsets[layer][group], strict=True)
+        return {part.name: (Run(0, begin + row * part.nbytes, part.nbytes),) for part, begin in parts}
+
+    def check(self, layer: int, expert: int, read: Sequence[Piece]) -> None:
+        """See paged.Files."""
+        self._sums.compare(layer, expert, read, self.path)
 
     def whole(self, layer: int, *, writable: bool = False) -> dict[str, Tensor]:
         """Maps of the file, which take no memory until they are read. To write into one ends the process, unless it is
@@ -165,11 +177,11 @@ class FileStore:
         if not plain(self.layers[layer]):
             return {}
         ((experts, kind),) = self.layers[layer].groups
-        self._reads.check_open()
+        self.reads.check_open()
         found = {}
         try:
             for part, begin in zip(kind.parts, self._offsets[layer][0], strict=True):
-                with open(os.dup(self._reads.handles[0]), "rb") as file:  # its name may be another's by now
+                with open(os.dup(self.reads.handles[0]), "rb") as file:  # its name may be another's by now
                     data = np.memmap(file, np.uint8, "c" if writable else "r", begin, (len(experts) * part.nbytes,))
                 bytes_ = torch.from_numpy(data if writable else np.asarray(_Map(data)))
                 found[part.name] = bytes_.view(part.dtype).view(len(experts), *part.shape)
@@ -182,7 +194,7 @@ class FileStore:
         return found
 
     def close(self) -> None:
-        self._reads.close()
+        self.reads.close()
 
 
 def _tensors(layers: Sequence[Layer]) -> list[tuple[str, int, Part]]:

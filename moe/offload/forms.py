@@ -95,10 +95,11 @@ def runs_here(module: nn.Module) -> bool:
     return isinstance(module, Experts) or adapter_in(module) is not None
 
 
-def form_of(module: nn.Module) -> Form | str:
-    """The Form of an experts module; or, as a string, why its experts must stay where they are."""
+def form_of(module: nn.Module, *, sliced: bool = False) -> Form | str:
+    """The Form of an experts module; or, as a string, why its experts must stay where they are. `sliced`: they may be
+    cut over etp, placed, or travel."""
     shards = shards_of(module)
-    if shards is not None and (shards.etp > 1 or shards.placement is not None or not shards.degree):
+    if not sliced and shards is not None and (shards.etp > 1 or shards.placement is not None or not shards.degree):
         return "its experts are cut over etp, placed, or travel as weights"
     if isinstance(module, Experts):
         return Form({name: name for name in WEIGHTS if getattr(module, name) is not None}, module.activation)

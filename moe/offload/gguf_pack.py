@@ -29,8 +29,8 @@ from .kinds import widened
 from .reads import bytes_of
 
 if TYPE_CHECKING:
-    from .load import Seen
     from .lower import Groups
+    from .seen import Seen
 
 _ALIGNED = 32
 _CHUNK = 8 << 20  # bytes copied at a time

@@ -15,16 +15,16 @@ from ...kernels.expert_outputs import expert_outputs
 from ...kernels.grouped_ffn import grouped_ffn
 from ...kernels.grouped_ffn.thin_tiles import MAX_ROWS
 from ...kernels.routing import Routing
-from ...placement.caching.cache import Pools
+from ...placement.caching.pools import Pools
 from .loads import Use
 
 
 class Group(NamedTuple):
     """Experts of a step that are there, of one kind: weights [S, ...] (tensors or Quantized), and each expert's slot
-    among them. `host`: in host memory, for the host to compute."""
+    among them [n], or one for each weight [weights, n]. `host`: in host memory, for the host to compute."""
 
     experts: list[int]
-    slots: list[int]
+    slots: Sequence[int] | NDArray[np.int32]
     weights: Mapping[str, Any]
     host: bool = False
 
@@ -89,8 +89,8 @@ def write_gradients(
 
 def _slots(group: Group, routing: Routing, device: torch.device) -> Tensor:
     """Where each expert lies in the group's weights, -1: nowhere."""
-    slots = np.full(routing.num_experts, -1, np.int32)
-    slots[group.experts] = group.slots
+    slots = np.full((*np.shape(group.slots)[:-1], routing.num_experts), -1, np.int32)
+    slots[..., group.experts] = group.slots
     return _there(slots, device)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from resource import getrusage
 from typing import Any
 
 import torch
@@ -16,11 +18,16 @@ import torch
 from ...placement.caching.cache import Cache
 from .arena import Arena
 from .host import Store
+from .paged import Paged
 from .ready import Sleepers
 from .stats import Timing
 
 HELD, QUEUED, RUNNING, DONE, FAILED, CANCELLED = "held", "queued", "running", "done", "failed", "cancelled"
+AWAY = "away"  # there, but in a spare slot
 _TRIES = 2
+_RARELY, _FADE = 0.1, 0.1  # bytes of a load that come from the disk; weight of the last one
+_WHO = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)  # a thread, on Linux
+_BLOCK = 512  # bytes, of ru_inblock
 LOOK_S = 0.2  # how often one who waits looks whether the readers live
 _END_S = 60.0  # how long a closing loader waits for a read to end
 
@@ -36,10 +43,11 @@ class Load:
     before: Load | None = None  # into the same slot: this one follows it
     tries: int = 0
     error: BaseException | None = None
+    spare: int | None = None  # where it goes first
 
     @property
     def over(self) -> bool:
-        return self.state in (DONE, FAILED, CANCELLED)
+        return self.state in (DONE, AWAY, FAILED, CANCELLED)
 
     @property
     def may_begin(self) -> bool:
@@ -120,7 +128,7 @@ class Loader:
     that has died is replaced, and its load begun again, by whoever waits.
     """
 
-    def __init__(self, store: Store, arena: Arena, readers: int, timing: Timing) -> None:
+    def __init__(self, store: Store, arena: Arena | Paged, readers: int, timing: Timing) -> None:
         self._store, self._arena, self._timing = store, arena, timing
         self.lock = threading.RLock()  # a finalizer may run in a thread that holds it
         self.work, self.arrived = threading.Condition(self.lock), threading.Condition(self.lock)
@@ -131,6 +139,7 @@ class Loader:
         self._ahead: deque[Load] = deque()
         self._running: dict[threading.Thread, Load] = {}
         self._stream, self._uses = copy_stream(arena.device), Uses(arena.device)
+        self._from_disk = 1.0  # of the bytes of the last loads, as far as their own threads read them
         self._sleepers = Sleepers() if readers and arena.device.type == "cpu" else None
         self.threads = [self._start() for _ in range(readers)]
 
@@ -146,11 +155,13 @@ class Loader:
 
     # --- for the owner, who holds the lock ---------------------------------------------------------------------------
 
-    def queue(self, load: Load, urgent: bool) -> None:
-        """Orders a load."""
+    def queue(self, load: Load, urgent: bool, slot: int | None = None) -> None:
+        """Orders a load, into its own slot or first into a spare `slot`, where it is not to be seen yet."""
+        load.spare = slot
         (self._urgent if urgent else self._ahead).append(load)
         load.state = QUEUED
-        self.work.notify()
+        if not (urgent and self._helps):
+            self.work.notify()
 
     def flush(self) -> None:
         """Nothing to do: a load is with the readers as soon as it is ordered."""
@@ -158,17 +169,71 @@ class Loader:
     def hurry(self, load: Load) -> None:
         """Moves a load that waits to the urgent ones."""
         if load.state == QUEUED:
+            self.queue(load, urgent=True, slot=load.spare)
+
+    def there(self, use: Use) -> bool:
+        """Whether it can be computed."""
+        return use.load is not None and (use.load.state == DONE or (use.detour and use.load.state == AWAY))
+
+    def move(self, spare: int, load: Load, stays: bool) -> None:
+        """Moves a load's expert from a spare slot to its own if it is one that `stays`, or has it read there if it has
+        not come, where a step was left early. The spare slot is free then."""
+        while load.state == RUNNING:
+            self.wait()
+        if not stays or self.closed:
+            self.cancel(load)
+        elif load.state == AWAY:
+            self._arena.move(spare, load.slot)
+            load.state, load.spare = DONE, None
+            self.arrived.notify_all()
+        elif load.state == QUEUED:
+            self.cancel(load)  # where it was to go; a reader may be taking it from its queue
+            load.state = HELD
             self.queue(load, urgent=True)
 
     def cancel(self, load: Load) -> None:
         """Drops a load that has not begun; one that has is left to end."""
-        if load.state in (HELD, QUEUED):
+        if load.state in (HELD, QUEUED, AWAY):
             load.state = CANCELLED
 
     def wait(self) -> None:
         """Waits a moment for something to arrive, and sees to it that somebody is at work on it."""
         if not self.arrived.wait(LOOK_S):
             self.revive()
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether loads are maps of what is in memory already, which take microseconds: nothing is gained by ordering
+        them before it is known who is needed."""
+        return isinstance(self._arena, Paged) and self._arena.mapped and self._from_disk < _RARELY
+
+    def help(self, loads: Sequence[Load | None]) -> None:
+        """Does loads that are at hand in the thread that needs them, where this is the only one that computes: to wake
+        a reader takes as long. Not under the lock."""
+        me = threading.current_thread()
+        for load in loads:
+            if load is None or load.state != QUEUED:
+                continue
+            try:
+                with self.lock:
+                    if not self._helps:
+                        self.work.notify()  # they may not be at hand since they were ordered
+                        continue
+                    if load.state != QUEUED or not load.may_begin or self.closed:
+                        continue
+                    self._begin(load, me)
+                error = self._end(load, me)
+            except BaseException as e:  # such as Ctrl-C, on the way
+                with self.lock:
+                    if self._running.pop(me, None) is not None:
+                        self._retry(load, e)
+                raise
+            if error is not None and not isinstance(error, Exception):
+                raise error
+
+    @property
+    def _helps(self) -> bool:
+        return self.at_hand and torch.get_num_threads() == 1
 
     def revive(self) -> None:
         """Replaces readers that have died; what they were about is begun again, or failed if that was the last try."""
@@ -197,24 +262,35 @@ class Loader:
     def _run(self) -> None:
         me = threading.current_thread()
         while (load := self._take(me)) is not None:
-            error: BaseException | None = None
-            try:
-                self._read(load)
-            except BaseException as e:  # the thread goes on only if it was an Exception
-                error = e
+            error = self._end(load, me)
             with self.lock:
-                if error is None:
-                    load.state = DONE
-                    self.loads += 1
-                    self.bytes += self._arena.kinds[self._arena.kind_of(load.slot)].nbytes
-                else:
-                    self._retry(load, error)
-                del self._running[me]
-                self.arrived.notify_all()
                 self.work.notify()  # a load that followed this one may begin
             if error is not None and not isinstance(error, Exception):
                 return
             del load, error
+
+    def _begin(self, load: Load, me: threading.Thread) -> None:
+        self._running[me] = load
+        load.before = None
+        load.state, load.tries = RUNNING, load.tries + 1
+
+    def _end(self, load: Load, me: threading.Thread) -> BaseException | None:
+        """Reads what has begun; the error, where that failed. A reader goes on only if it was an Exception."""
+        error: BaseException | None = None
+        try:
+            self._read(load)
+        except BaseException as e:
+            error = e
+        with self.lock:
+            if error is None:
+                load.state = DONE if load.spare is None else AWAY
+                self.loads += 1
+                self.bytes += self._arena.nbytes_of(load.slot)
+            else:
+                self._retry(load, error)
+            del self._running[me]
+            self.arrived.notify_all()
+        return error
 
     def _take(self, me: threading.Thread) -> Load | None:
         """The next load to be read, waited for; None: the loader is closed."""
@@ -222,8 +298,7 @@ class Loader:
             while not self.closed:
                 load = self._next()
                 if load is not None:
-                    self._running[me] = load
-                    load.state, load.tries = RUNNING, load.tries + 1
+                    self._begin(load, me)
                     return load
                 self.work.wait(1.0)
         return None
@@ -236,14 +311,14 @@ class Loader:
                 if load.state != QUEUED:
                     continue
                 if load.may_begin:
-                    load.before = None
                     return load
                 queue.append(load)
         return None
 
     def _retry(self, load: Load, error: BaseException) -> None:
         if load.tries < _TRIES and not self.closed:
-            self.queue(load, urgent=True)
+            self.queue(load, urgent=True, slot=load.spare)
+            self.work.notify()
         else:
             load.state, load.error = FAILED, error
             self.failed.append(load)
@@ -251,8 +326,12 @@ class Loader:
 
     def _read(self, load: Load) -> None:
         with self._timing.copying(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            self._uses.wait(load.slot)
-            self._store.read(load.layer, load.expert, self._arena.slot(load.slot))
+            slot = load.slot if load.spare is None else load.spare
+            self._uses.wait(slot)
+            read = getrusage(_WHO).ru_inblock
+            self._arena.load(self._store, load.layer, load.expert, slot)
+            share = (getrusage(_WHO).ru_inblock - read) * _BLOCK / self._arena.nbytes_of(load.slot)
+            self._from_disk += _FADE * (min(1.0, share) - self._from_disk)
 
     def close(self) -> bool:
         """Ends the readers: each finishes the read it is at; the rest is dropped. Returns whether all have ended."""
@@ -273,7 +352,7 @@ class Loader:
         return ended
 
 
-def end(pid: int, loader: Any, host: Any, store: Store, arena: Arena) -> None:
+def end(pid: int, loader: Any, host: Any, store: Store, arena: Arena | Paged) -> None:
     """Of an engine that is closed or gone; a fork of its process has no threads to end, and a lock nobody opens."""
     if os.getpid() != pid:
         return

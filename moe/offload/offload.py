@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from ...kernels.autocast import under_autocast
 from ...kernels.routing import Routing
+from ...kernels.uncompiled import uncompiled
 from ...placement.caching.costs import Costs
 from ...placement.caching.policies import Setting
 from ...placement.caching.policies import policy as start_policy
 from ...placement.caching.predict import Predictor
 from ...placement.traces.trace import Trace
 from ..elsewhere import send_elsewhere
+from ..lora.attached import at_work
+from ..shards import shards_of
 from . import ahead
-from .arena import plan_slots
+from .adapted import Carried
+from .arena import detoured, plan_slots
 from .checksums import Verify, check_verify
 from .costs import costs_of
 from .engine import Engine
@@ -87,8 +91,9 @@ def offload(
               Costs are given. On a GPU outputs then stay the same to rounding: the host sums in another order
     readers   threads that fetch; from disk, each with four requests at a time. 0, without a disk: none, as a GPU copies
               out of page-locked memory by itself, in order. None: 0 there, else 2
-    page_cache, verify   with `disk`: whether the system may keep copies of what was read; whether an expert's checksum
-              is compared when it is read for the "first" time, at each read (True) or never (False)
+    page_cache, verify   with `disk`: whether the system may keep copies of what was read (on a CPU large experts are
+              then computed in maps of the file, see docs/fit.md); whether an expert's checksum is compared when it is
+              read for the "first" time, at each read (True: of a copy) or never (False)
     context   with budget="auto": tokens that the KV cache is to have room for, of all texts together; None: 4096
     log       keep every access, for `Offload.log`
 
@@ -170,7 +175,8 @@ class Plan:
         budget = budget if split is None else split.budget
         foresight = ahead.foresight_of(prefetch, model, found, trace)
         alone = device.type == "cuda" and not from_disk and not readers
-        places = plan_slots(layers, budget, 1, scope, detours=alone).places
+        detours = detoured(layers, device, 0 if alone else readers or 2)
+        places = plan_slots(layers, budget, 1, scope, detours).places
         shape = places.of.shape
         state = start_policy(policy, Setting(shape[0], shape[1], places.slots, trace))
         engine = {
@@ -314,7 +320,7 @@ class Offload:
 
     # --- inside a forward pass ---------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # decisions, reads and waiting are not for a graph; what is around it is compiled
+    @uncompiled  # decisions, reads and waiting are not for a graph; what is around it is compiled
     def compute(self, index: int, rows: Tensor, routing: Routing) -> Tensor:
         """What grouped_ffn would give for the experts of layer `index`."""
         one = self._moved[index] if index < len(self._moved) else None
@@ -327,8 +333,12 @@ class Offload:
             wanted = torch.get_autocast_dtype(rows.device.type)
             if wanted != dtype:
                 raise ValueError(f"offload: autocast must be off or to the experts' {dtype}, got autocast to {wanted}")
+        carried, lora = None, at_work(one.module)
+        if lora is not None:
+            apart = form.interleaved and not form.layout["interleaved"]
+            carried = Carried(*lora.deltas(shards_of(one.module), apart), lora.dropout if lora.training else 0.0)
         return self.engine.compute(
-            index, rows.to(dtype), routing,
+            index, rows.to(dtype), routing, carried=carried,
             activation=form.activation, gated=form.activation.gated, **form.layout,
             then=lambda ids: self._fetch_ahead(index, rows, routing, ids),
             back=partial(self._fetch_back, index, self._came.get((threading.get_ident(), index - 1))),
@@ -342,12 +352,16 @@ class Offload:
             self._fetch_back(index, self._came.get((threading.get_ident(), index - 1)), ids)
             return
         self._came[threading.get_ident(), index] = ids
+        pace = self.engine.pace()
+        if pace is None:
+            self._pace.new_sequence()  # what passes meanwhile is no idle time
+            return
         self._foresight.came(index, ids)
         self._pace.asked(index)
         guess = self._foresight.guess(index, rows, routing.expert_ids)
         if guess is not None:
             layer, chance = guess
-            price, room = self._pace.order(layer, *self.engine.pace())
+            price, room = self._pace.order(layer, *pace)
             self.engine.prefetch_likely(layer, chance, price, room)
 
     def _fetch_back(self, index: int, before: NDArray[np.int32] | None, _ids: NDArray[np.int32]) -> None:
@@ -356,7 +370,7 @@ class Offload:
         if before is not None:
             self.engine.prefetch(index - 1, before)
 
-    @torch.compiler.disable
+    @uncompiled
     def _before(self, _model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
         for one in self._moved:
             if not runs_here(one.module):
@@ -379,6 +393,13 @@ class _Elsewhere:
 
     def __call__(self, rows: Tensor, routing: Routing) -> Tensor:
         return self.offloaded.compute(self.index, rows, routing)
+
+    def freeze(self) -> dict[nn.Parameter, bool]:
+        """The experts stay frozen when they come back; returns which parameters would have learned."""
+        one = self.offloaded._moved[self.index]
+        learned = {seen.parameter: one.learning[ours] for ours, seen in one.now.items()}
+        one.learning = dict.fromkeys(one.learning, False)
+        return learned
 
     def __reduce__(self):
         raise TypeError("offload: an offloaded model cannot be copied or pickled; close its Offload first")

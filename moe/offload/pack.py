@@ -13,8 +13,8 @@ from .file import FileStore
 from .forms import Found
 from .gguf_file import Gguf
 from .gguf_pack import check_formats, is_gguf, write_gguf
-from .load import Seen, seen, written
 from .lower import Formats, Groups, groups_of, layers_of, room_for
+from .seen import Seen, seen, written
 
 _WIDENING = 24  # bytes for each weight that is widened, at most
 

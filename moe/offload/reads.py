@@ -33,6 +33,14 @@ _SMALL_HEADER = 4 << 20  # as large a header may be in any file; reading it take
 _SHARE = 8  # of a larger file, the header may be one part in so many
 
 
+class Run(NamedTuple):
+    """Bytes of a file, one after the other."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
 class Piece(NamedTuple):
     """Memory to fill, and from where: the number of a file, and an offset in it."""
 
@@ -99,6 +107,23 @@ class Reads:
             wait(others)  # nobody writes into the buffers when this has returned
         for other in others:
             other.result()
+
+    def fill_one(self, piece: Piece) -> None:
+        """The same in one request, which costs least, and is fast where it is large."""
+        self._fill(piece)
+
+    def size(self, file: int) -> int:
+        """Bytes of a file."""
+        return os.fstat(self.handles[file]).st_size
+
+    def want(self, file: int, offset: int, nbytes: int) -> None:
+        """Has the system begin to read into the page cache, where first, middle and last page are not there already: to
+        ask for all pages takes as long as to map them."""
+        try:
+            for at in (offset, offset + nbytes // 2, offset + nbytes - _PAGE):
+                os.preadv(self.handles[file], [bytearray(1)], at, os.RWF_NOWAIT)
+        except (OSError, AttributeError):  # not there, or a file system that does not say
+            os.posix_fadvise(self.handles[file], offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         if self._pool is not None:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ...kernels import native
-from ...placement.caching.cache import Cache, per_layer
+from ...placement.caching.cache import Cache
 from ...placement.caching.policies import Setting, policy
+from ...placement.caching.pools import per_layer
 from ...placement.caching.prefetch import prefetch
 
 _FEW_CPUS = 16

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,19 +14,11 @@ from ..hf.conversion import Source
 from .checkpoint import Checkpoint
 from .checksums import Checksums, Stamp, Verify, check_verify
 from .kinds import Layer
-from .reads import Piece, Reads, bytes_of
+from .reads import Piece, Reads, Run, bytes_of
 
 WHAT_TO_DO = (
     "load the model with from_pretrained and use headgate.offload, or save it once with save_pretrained and load that"
 )
-
-
-class Run(NamedTuple):
-    """Bytes of a file, one after the other."""
-
-    file: int
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -125,14 +116,14 @@ class ShardStore:
         self._runs = [
             {n: one.cut(layer.experts) for n, one in of.items()} for layer, of in zip(layers, laid, strict=True)
         ]
-        self._reads = Reads(files, page_cache=page_cache, ways=ways)
+        self.reads = Reads(files, page_cache=page_cache, ways=ways)
         self._stamps = list(stamps if verify else ())
 
     def read(self, layer: int, expert: int, into: Mapping[str, Tensor]) -> None:
         """See Store. What goes to a CUDA device passes through a page-locked buffer of this thread's own."""
-        self._reads.check_open()
+        self.reads.check_open()
         wanted: list[Piece] = []
-        with self._reads.staged(self.layers[layer].kind(expert), into) as parts:
+        with self.reads.staged(self.layers[layer].kind(expert), into) as parts:
             raw = {
                 name: torch.empty(sum(run.nbytes for run in self._runs[layer][name][expert]), dtype=torch.uint8)
                 for name in self._made[layer]
@@ -142,17 +133,27 @@ class ShardStore:
                 for file, offset, nbytes in runs[expert]:
                     wanted.append(Piece(data[at : at + nbytes], file, offset))
                     at += nbytes
-            self._reads.fill(wanted)
-            files = {piece.file for piece in wanted}
-            for file in files if self._stamps else ():
-                self._stamps[file].compare(self._reads.handles[file], self._reads.paths[file])
-            self._sums.compare(layer, expert, wanted, self._reads.paths[min(files)])
+            self.reads.fill(wanted)
+            self.check(layer, expert, wanted)
             for name, make in self._made[layer].items():
                 parts[name].copy_(make(raw[name]))
+
+    def runs(self, layer: int, expert: int) -> dict[str, tuple[Run, ...]] | None:
+        """See paged.Files."""
+        if self._made[layer] or self._sums.verify is True:
+            return None
+        return {name: runs[expert] for name, runs in self._runs[layer].items()}
+
+    def check(self, layer: int, expert: int, read: Sequence[Piece]) -> None:
+        """See paged.Files."""
+        files = {piece.file for piece in read}
+        for file in files if self._stamps else ():
+            self._stamps[file].compare(self.reads.handles[file], self.reads.paths[file])
+        self._sums.compare(layer, expert, read, self.reads.paths[min(files)])
 
     def whole(self, layer: int) -> dict[str, Tensor]:
         """Nothing: a layer's weights are in no one piece."""
         return {}
 
     def close(self) -> None:
-        self._reads.close()
+        self.reads.close()

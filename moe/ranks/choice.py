@@ -19,6 +19,7 @@ from ...dispatch import (
     Dispatcher,
     Fold,
     Hierarchical,
+    Overlap,
     SliceAllReduce,
     measure,
 )
@@ -42,12 +43,14 @@ class Choice:
     backward_wire: str | tuple[str, str]
     ranks_per_node: int | None
     max_tokens: int | None
+    overlap: Overlap | None = None
     buffers: dict[tuple[int, int], Any] = field(default_factory=dict)  # DeepEP's, by D and K
 
     def options(self) -> dict[str, object]:
         """What all ranks must have chosen alike."""
         named = "a function" if callable(self.dispatcher) else self.dispatcher
         said = {f: getattr(self, f) for f in ("activations", "wire", "backward_wire", "max_tokens")}
+        said["overlap"] = None if self.overlap is None else self.overlap.degree
         return {"dispatcher": named, **said, "ranks_per_node": self._ranks_per_node()}
 
     def check(self) -> None:
@@ -73,6 +76,10 @@ class Choice:
         if per_node is not None and (not isinstance(per_node, int) or per_node < 1):
             raise ValueError(f"parallelize: ranks_per_node must be a positive integer or None, got {per_node!r}")
         Wires.of("parallelize", self.wire, self.backward_wire)
+        if not isinstance(self.overlap, Overlap | None):
+            raise TypeError(f"parallelize: overlap must be an Overlap, its degree or None, got {self.overlap!r}")
+        if self.overlap is not None and named in ("auto", *ENGINES):
+            raise ValueError(f"parallelize: overlap must be None with dispatcher={named!r}, got {self.overlap}")
         self._check_engine()
 
     def _check_engine(self) -> None:

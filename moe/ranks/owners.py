@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ...dispatch import Fold, collectives
-from ..adapters import Factor, factors_of, wrappers_in
+from ..adapters import Factor, Own, factors_of, wrappers_in
+from ..lora.tuned import tuned_of
 from ..shards import shards_of
 from .sync import GradientSync, Share
 
@@ -162,12 +163,22 @@ def adopt(module: nn.Module, parallel: Parallel) -> None:
 def check_adapters(module: nn.Module, found: Mapping[str, nn.Module], sharded: bool) -> None:
     """Raises ValueError for LoRA on experts `found` that cannot be cut, or where FSDP2 has `sharded` the experts."""
     experts = {id(each): name for name, each in found.items()}
+    for name, each in found.items():
+        if tuned_of(each) is not None:
+            raise ValueError(
+                f"parallelize: experts must not learn apart (tune_only), got some of {name}: finish() first"
+            )
     for name, wrapper, inside in wrappers_in(module):
         if id(inside) not in experts:
             continue
         if sharded:
             raise ValueError(_sharded_experts(name))
         weight = getattr(inside, wrapper.parameter_name)
+        if isinstance(wrapper, Own) and wrapper.lora.chosen is not None:
+            raise ValueError(
+                f"parallelize: LoRA on experts must be on all of a layer, got {len(wrapper.lora.chosen)} of "
+                f"{experts[id(inside)]}"
+            )
         if weight.dim() != 3:
             raise ValueError(
                 "parallelize: LoRA on experts must be on weights [E, ., .], got it on "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ...dispatch import AllToAll, Fold, Local
+from ...dispatch import AllToAll, Fold, Local, Overlap
 from ...dispatch.agreement import together
 from ...dispatch.deep_ep import check_sizes
 from ..adapters import cut_adapters, unwrapped
@@ -22,6 +22,7 @@ from ..hf.swap import is_swapped, replace, restore, swapped_experts
 from ..layer import MoE
 from ..shards import Cut, Shards, cut_experts, shards_of
 from ..shared import SharedExpert
+from ..sized import SizedExperts
 from .agree import same_on_every_rank
 from .choice import ADAPT_EVERY, Choice, Make
 from .owners import Parallel, adopt, check_adapters, newcomers, owners, shard_fully, synchronise, watch
@@ -42,6 +43,7 @@ def parallelize(
     max_tokens: int | None = None,
     fsdp: bool = False,
     cut_shared: bool = False,
+    overlap: Overlap | int | None = None,
 ) -> nn.Module:
     """Spreads the experts of a layer or model over the ranks of `fold`, in place, and makes its gradients right.
 
@@ -62,6 +64,8 @@ def parallelize(
                  rest over the stage (FSDP2), instead of averaging their gradients; not beside attention cut over tp
     cut_shared   cuts the shared experts of MoE layers over tp, F / tp to a rank, where else every rank has them whole:
                  rows are gathered over tp and summed back, or with replicated activations only summed
+    overlap      an Overlap or its degree: experts compute while rows of other tokens travel, over groups of their own;
+                 None: they wait. Not with dispatcher="auto" or "deep_ep"
 
     After backward() gradients follow DDP's convention: the average over the dp * cp data-parallel ranks of the gradient
     of each rank's loss, where the tp ranks of one have one loss together. So expert gradients are summed over all ranks
@@ -79,7 +83,8 @@ def parallelize(
     """
     if not isinstance(fold, Fold):
         raise TypeError(f"parallelize: fold must be a headgate.Fold, got {type(fold).__name__}")
-    choose = Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node, max_tokens)
+    overlap = Overlap(overlap) if isinstance(overlap, int) else overlap
+    choose = Choice(fold, dispatcher, activations, wire, backward_wire, ranks_per_node, max_tokens, overlap)
     stage, foreign = fold.group("dp", "cp", "tp"), _is_foreign(module)
     try:
         found, plans = together(lambda: _survey(module, choose, fsdp), stage)
@@ -90,16 +95,16 @@ def parallelize(
         if foreign and is_swapped(module):
             restore(module)
         raise
-    layers = {id(unwrapped(m.experts)): m for m in module.modules() if isinstance(m, MoE)}
-    links = choose.links()
+    layers = _layers(module)
+    links, carries = choose.links(), fold if overlap is None else fold.apart()
     for name, experts in found.items():
-        layer = layers.get(id(experts))
+        around = layers.get(id(experts), [])
         num_experts, cuts = plans[name]
-        make = choose.of(name, _hidden_size(experts), _top_k(module, layer), links)
+        make = choose.of(name, _hidden_size(experts), _top_k(module, around), links)
         how: dict[str, Any] = {"replicated": choose.replicated, "every": ADAPT_EVERY if dispatcher == "auto" else 0}
-        shards = Shards(fold, num_experts, cuts, make, choose.inner(name), **how)
+        shards = Shards(carries, num_experts, cuts, make, choose.inner(name), overlap=overlap, **how)
         experts.spread(shards) if isinstance(experts, Experts) else cut_experts(experts, shards)
-        if layer is not None:
+        for layer in around:
             layer.token_ranks = choose.token_ranks()
     over_tp = fold.over_tp() if shared else fold
     for name, experts in shared.items():
@@ -150,9 +155,9 @@ def _survey(
             if owner.setdefault(parameter, name) != name:
                 raise ValueError(f"parallelize: experts must not share parameters, got {owner[parameter]} and {name}")
     if choose.engine is not None:
-        layers = {id(unwrapped(m.experts)): m for m in module.modules() if isinstance(m, MoE)}
+        layers = _layers(module)
         for experts in found.values():
-            top_k = _top_k(module, layers.get(id(experts)))
+            top_k = _top_k(module, layers.get(id(experts), []))
             check_sizes(choose.max_tokens or 0, _hidden_size(experts), top_k)
     return found, {name: _plan(name, experts, choose.fold) for name, experts in found.items()}
 
@@ -189,9 +194,23 @@ def _check(module: nn.Module, fold: Fold, fsdp: bool) -> None:
             )
 
 
-def _top_k(module: nn.Module, layer: MoE | None) -> int:
+def _layers(module: nn.Module) -> dict[int, list[MoE]]:
+    """The layers around each experts module, by its id: several share a pool, of which each size is a module."""
+    found: dict[int, list[MoE]] = {}
+    for layer in module.modules():
+        if isinstance(layer, MoE):
+            for experts in layer.experts.groups if isinstance(layer.experts, SizedExperts) else (layer.experts,):
+                found.setdefault(id(unwrapped(experts)), []).append(layer)
+    return found
+
+
+def _top_k(module: nn.Module, around: list[MoE]) -> int:
     """K of a layer, or as the config of a transformers model says; 1 where nothing does."""
-    said = layer.top_k if layer else getattr(getattr(module, "config", None), "num_experts_per_tok", 1)
+    said = (
+        max(layer.top_k for layer in around)
+        if around
+        else getattr(getattr(module, "config", None), "num_experts_per_tok", 1)
+    )
     return said if isinstance(said, int) else 1
 
 

@@ -8,6 +8,7 @@ from .hash import HashRouter, balanced_table
 from .locmoe import LocMoERouter, capacity_bound
 from .longcat import LongCatRouter
 from .moepp import MoEPPRouter
+from .parts import PartsRouter, parts_of
 from .pregate import PregateRouter, distillation_loss
 from .quantile import QuantileRouter
 from .recurrent import RecurrentRouter
@@ -16,8 +17,10 @@ from .relu import ReLURouter
 from .router import GatedRouter, Router
 from .sigmoid import SigmoidRouter
 from .sinkhorn import SinkhornRouter
+from .soft import SoftRouter
 from .softmax import SoftmaxRouter
 from .steered import SteeredRouter
+from .tile import TileRouter
 from .top_p import TopPRouter
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "LocMoERouter",
     "LongCatRouter",
     "MoEPPRouter",
+    "PartsRouter",
     "PregateRouter",
     "QuantileRouter",
     "ReLURouter",
@@ -39,12 +43,15 @@ __all__ = [
     "Router",
     "SigmoidRouter",
     "SinkhornRouter",
+    "SoftRouter",
     "SoftmaxRouter",
     "SteeredRouter",
+    "TileRouter",
     "TopPRouter",
     "balanced_table",
     "capacity_bound",
     "distillation_loss",
+    "parts_of",
     "reward",
 ]
 
@@ -65,4 +72,7 @@ ROUTERS: dict[str, type[Router]] = {
     "pregate": PregateRouter,
     "locmoe": LocMoERouter,
     "reinforce": ReinforceRouter,
+    "soft": SoftRouter,
+    "parts": PartsRouter,
+    "tile": TileRouter,
 }

@@ -36,6 +36,8 @@ class Router(nn.Module):
         carries_state  it takes `Given.state` from the layer before and says `Routing.state` for the next one
         trains_gate    a gradient of the output reaches the router
         balances       a balancing loss makes sense; else a coefficient for it is refused
+        slots          experts work on mixtures of tokens, and the Routing is one of those: see SoftRouter
+        straight_through  the gradient of its weights is not their own but that of its scores: see PartsRouter
     """
 
     causal: bool = True
@@ -47,6 +49,8 @@ class Router(nn.Module):
     carries_state: bool = False
     trains_gate: bool = True
     balances: bool = True
+    slots: bool = False
+    straight_through: bool = False
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -105,7 +109,7 @@ class Router(nn.Module):
             x, state = x.masked_fill(gone, 0), given.state
             given = replace(given, state=None if state is None else state.masked_fill(gone, 0))
         routing = self.choose(x, given)
-        if given.mask is not None:
+        if given.mask is not None and not self.slots:
             routing = routing.masked(given.mask)
         if self.training and not under_transform() and not _runs_again():
             self.saw(routing)

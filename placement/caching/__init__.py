@@ -2,10 +2,10 @@
 
 | file | holds |
 |---|---|
-| cache.py, steps.py | the cache that decides, step by step; a trace as such steps |
+| cache.py, pools.py, steps.py | the cache that decides, step by step; its slots in pools; a trace as such steps |
 | simulate.py | what a cache would do on a trace, and Belady's optimum |
 | tiers.py | caches below caches; the time waited, and its bound |
-| policies/ | what to keep: eviction policies by name |
+| policies/, names.py | what to keep: eviction policies by name; the names alone |
 | locality.py | how local a routing is: SRP and SCH |
 | predict.py, predictors/ | which experts come next, as calibrated chances: one interface for traces and live steps |
 | prefetch.py | what is fetched ahead: chance against bytes, and the link's room, under any eviction policy |

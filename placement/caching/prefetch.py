@@ -108,7 +108,8 @@ class Prefetcher:
     """A predictor that fetches ahead for a cache: `fetch(layer)` before the layer's step, `observe(layer, ids)` after
     its router. As the cache, not safe for threads.
 
-    >>> from .cache import Cache, per_layer
+    >>> from .cache import Cache
+    >>> from .pools import per_layer
     >>> from .policies import Setting, policy
     >>> from .predict import fit
     >>> ids = np.tile(np.array([[0], [1]], np.uint8), (2, 8, 1))               # two layers; experts 0, 1, 0, 1, ..

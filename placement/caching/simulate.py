@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from ..compiled import njit
 from ..traces.file import TraceFile
 from ..traces.trace import Trace
-from .cache import SCOPES, Pools, empty, fetch_ahead, per_layer, serve, shared
+from .cache import empty, fetch_ahead, serve
 from .policies import Setting, State, belady, policy
 from .policies.step import new_sequence
+from .pools import SCOPES, Pools, per_layer, shared
 from .steps import Steps, next_use, steps_of
 
 

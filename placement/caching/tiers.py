@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..compiled import njit
-from .cache import Pools, shared
+from .pools import Pools, shared
 from .simulate import Log, Simulation, least_loads
 from .steps import Steps
 

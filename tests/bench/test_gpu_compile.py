@@ -27,7 +27,7 @@ RUNS = {
     "widths": "--chips sm_90 --shapes gpt-oss-tp8 --tokens 4096 --passes forward backward",
     "blocks": "--chips sm_80 sm_90 --shapes qwen3 --tokens 1 64 1024 --passes quantized widened --formats Q6_K Q8_0 "
     "--limit 4",
-    "many": "--chips sm_80 sm_90 --shapes qwen3 gpt-oss --tokens 1 4096 --limit 2",
+    "many": "--chips sm_80 sm_90 --shapes qwen3 gpt-oss --tokens 1 4096 --limit 1",  # what is chosen, without a sweep
 }
 
 

@@ -11,10 +11,11 @@ from html_page import Page
 
 pytest.importorskip("transformers")
 
+from headgate.bench.corpus import baselines, read_corpus
 from headgate.bench.output import write_text
 from headgate.bench.screen import Screen
 from headgate.cli.demo import chapters as demo
-from headgate.cli.demo import files, speed, swap, text, train
+from headgate.cli.demo import files, speed, swap, train
 from headgate.placement.traces.trace import Trace
 
 TINY = demo.Shape(layers=2, hidden=16, ffn=8, experts=4, top_k=2, heads=2, length=32)
@@ -204,7 +205,7 @@ def test_training_fits_its_time_on_a_machine_that_slows_down(options, screen, mo
 
 
 def test_the_corpus_of_any_machine():
-    corpus = text.read_corpus(None, 256)
+    corpus = read_corpus(None, 256)
     assert len(corpus.train) > 10 * len(corpus.held_out) / 2
     assert len(corpus.held_out) > 50_000
     batch = next(corpus.batches(3, 64, seed=0))
@@ -212,7 +213,7 @@ def test_the_corpus_of_any_machine():
     assert 0 <= int(batch.min()) <= int(batch.max()) < 256
     held = corpus.held_out_batches(4, 64, 3)
     assert [tuple(b.shape) for b in held] == [(4, 64)] * 3
-    below = text.baselines(corpus)
+    below = baselines(corpus)
     assert 8 == below["uniform"] > below["unigram"] > below["bigram"] > 2
 
 

@@ -96,8 +96,8 @@ def test_a_signal_at_any_moment(tmp_path, trace):
 
 
 @pytest.mark.slow
-def test_two_hundred_signals(tmp_path, trace):
-    volley(tmp_path, trace, 200, seed=2)
+def test_a_hundred_signals(tmp_path, trace):
+    volley(tmp_path, trace, 100, seed=2)
 
 
 HANDLERS_FIRST = """

@@ -49,7 +49,7 @@ def test_outside_is_named(installed, said):
 def test_doctor_warns(as_json, monkeypatch, capsys):
     real = doctor.machine.version
     monkeypatch.setattr(doctor.machine, "version", lambda name: "9.9.9" if name == "torch" else real(name))
-    assert doctor.run(argparse.Namespace(model=None, config=None, json=as_json)) == 0
+    assert doctor.run(argparse.Namespace(model=None, config=None, json=as_json, alone=False)) == 0
     said = capsys.readouterr().out
     sentence = "torch 9.9.9 was not tested; versions known to work: 2.11 to 2.14"
     if as_json:

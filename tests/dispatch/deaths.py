@@ -20,12 +20,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from headgate.dispatch import AllToAll, DeadRanks, Hierarchical, collectives
 from headgate.kernels import topk
 from headgate.kernels.routing import Routing
 from headgate.moe import MoE
 from headgate.moe.losses import TokenRanks, load_balancing_loss
+from headgate.moe.paths import OuterSync, Paths
 
 SIZE, D, F, E, K = 4, 5, 6, 12, 2
 
@@ -157,6 +159,35 @@ def a_stopped_host_of_the_store():
     dispatch(dispatcher)
     end(0, by=signal.SIGSTOP)
     dispatch(dispatcher)
+
+
+@scenario(2)
+def between_meetings_of_paths():
+    """The others repeat the meeting without it, deal its path anew and go on together."""
+    torch.manual_seed(dist.get_rank())
+    paths = Paths([[nn.Linear(D, D)], [nn.Linear(D, D) for _ in range(SIZE)]])
+    outer = OuterSync(paths, every=1, timeout_s=8.0)
+
+    def step():
+        (path, *_) = outer.mine
+        paths(torch.ones(3, D), path).square().sum().backward()
+        for p in paths.parameters():
+            if p.grad is not None:
+                p.data -= 0.01 * p.grad
+                p.grad = None
+        outer.step(path)
+        return path
+
+    assert step() == (0, dist.get_rank())
+    end(2)
+    step()
+    assert outer.round == 2
+    assert outer.members == (0, 1, 3)
+    assert step() == (0, outer.members.index(dist.get_rank()))
+    left = dist.new_group([0, 1, 3], use_local_synchronization=True)
+    for p in paths.parameters():
+        assert len({tuple(t.flatten().tolist()) for t in collectives.all_gather(p.detach()[None], left)}) == 1
+    raise outer.lost[0]
 
 
 @scenario()

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from few_bits_experts import FewBits
 
-from headgate.kernels import GPT_OSS, Routing, combine_gradients, expert_gradients, grouped_ffn, quantize
+from headgate.kernels import GPT_OSS, Routing, combine_gradients, expert_gradients, grouped_ffn
 from headgate.kernels.activation import as_activation
 from headgate.kernels.expert_gradients import combine_gradients_reference, expert_gradients_reference
 from headgate.kernels.quantized import FORMATS
@@ -211,29 +212,23 @@ def test_against_the_reference(problem, form, assert_close):
 def test_few_bits(format, pair, cpu_form, assert_close):
     """Any partition has the same bits; grouped_ffn's backward pass on the same weights the same numbers."""
     experts, (d, f) = 5, (256, 256) if format.endswith("_K") else (96, 64)
-    dense = [torch.randn(experts, o, i) / i**0.5 for o, i in ((f, d), (f, d), (d, f))]
-    dense = dense if pair else [torch.cat(dense[:2], 1), dense[2]]
-    kind = {"block": (1, 32)} if format in ("int8", "int4") else {}
+    few = FewBits(experts, d, f, pair, format, (1, 32) if format in ("int8", "int4") else None)
     x, ids = torch.randn(70, d, requires_grad=True), torch.rand(70, experts).argsort(1)[:, :3]
     weights, grad = torch.rand(70, 3, requires_grad=True), torch.randn(70, d)
     routing = Routing.from_topk(ids, weights, experts)
-
-    def given(part):
-        w = [quantize(w[part], format, **kind) for w in dense]
-        return (tuple(w[:2]) if pair else w[0]), w[-1]
 
     def run(parts):
         d_rows, d_weights = torch.full((210, d), math.nan), torch.full((210,), math.nan)
         for part in parts:
             slots = torch.full((experts,), -1, dtype=torch.int32)
             slots[part] = torch.arange(len(part)).int()
-            expert_gradients(grad, x, routing, *given(part), slots, d_rows=d_rows, d_weights=d_weights)
+            expert_gradients(grad, x, routing, *few.of(part), slots, d_rows=d_rows, d_weights=d_weights)
         return combine_gradients(d_rows, routing, x.dtype), d_weights.view(70, 3)
 
     whole = run([torch.arange(experts)])
     for one, other in zip(run([torch.tensor([4, 1]), torch.tensor([0]), torch.tensor([3, 2])]), whole, strict=True):
         assert torch.equal(one, other)
-    y = grouped_ffn(x, routing, *given(torch.arange(experts)))
+    y = grouped_ffn(x, routing, *few.of(torch.arange(experts)))
     for got, want in zip(whole, torch.autograd.grad(y, (x, weights), grad), strict=True):
         assert_close(got, want.double())
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from few_bits_experts import FewBits
 
 from headgate.kernels import GPT_OSS, Routing, combine_outputs, expert_outputs, grouped_ffn, native, quantize
 from headgate.kernels.activation import as_activation
@@ -189,6 +190,40 @@ def test_rows_ids_weights_and_arenas_of_any_strides(problem, dtype):
     assert torch.equal(combine_outputs(out, routing_of(p), dtype), want)
 
 
+def strewn(p, experts):
+    """As in_slots, but in one piece of memory, each matrix somewhere: slots are places in it, a few elements apart."""
+    names = [n for n in ("w_gate_up", "w_up", "w_down") if n in p.tensors]
+    matrices = [(n, e) for n in names for e in experts.tolist()]
+    random.shuffle(matrices)
+    sizes = {n: p.tensors[n][0].numel() for n in names}
+    places, at, step = {}, 0, 4
+    for n, e in matrices:
+        at += step * random.randint(0, 5)
+        places[n, e], at = at, at + -(-sizes[n] // step) * step
+    memory = torch.full((at + max(sizes.values()),), math.nan, dtype=p.tensors["rows"].dtype)
+    slots = torch.full((len(names), p.experts), -1, dtype=torch.int32)
+    for (n, e), place in places.items():
+        memory[place : place + sizes[n]] = p.tensors[n][e].reshape(-1)
+        slots[names.index(n), e] = place // step
+    shapes = {n: p.tensors[n].shape[1:] for n in names}
+    return {n: memory.as_strided((at // step, *s), (step, s[1], 1)) for n, s in shapes.items()}, slots
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=name)
+@pytest.mark.parametrize("rows", [1, 40, 400])
+@pytest.mark.parametrize("form", [n for n in FORMS if not FORMS[n].get("bias")])
+def test_matrices_strewn_over_memory(problem, assert_close, cpu_form, form, rows, dtype):
+    p = problem(R=rows, D=64, F=32, E=5, dtype=dtype, **FORMS[form])
+    out, want = empty(p), p.call(p.tensors)
+    for experts in cut(p, 2):
+        arena, slots = strewn(p, experts)
+        write(p, arena, slots, out)
+    got = combine_outputs(out, routing_of(p), dtype)
+    if cpu_form == "native":
+        assert torch.equal(got, want)
+    assert_close(got, want.double(), dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_pairs_without_an_expert_may_hold_anything(problem, dtype):
     p = problem(R=40, D=64, F=32, dtype=dtype, dead=0.4)
@@ -220,22 +255,17 @@ def test_quantized_arenas(assert_close, cpu_form, format, pair, dtype, rows):
     d, f, experts = (256, 256, 3) if format in BLOCKS else (64, 96, 5)
     ids, x = torch.randint(-1, experts + 1, (rows, 3)), torch.randn(rows, d).to(dtype)
     routing = Routing.from_topk(ids, torch.rand(rows, 3), experts)
-    sizes = [(f, d), (f, d), (d, f)] if pair else [(2 * f, d), (d, f)]
-    dense = [torch.randn(experts, *s) / s[1] ** 0.5 for s in sizes]
-    kind = {"block": (1, 32)} if format == "int4" else {}
-
-    def given(weights):
-        return (tuple(weights[:2]) if pair else weights[0]), weights[-1]
+    weights = FewBits(experts, d, f, pair, format, (1, 32) if format == "int4" else None)
 
     def run(parts):
         out = torch.full((rows * 3, d), math.nan)
         for part in parts:
             slots = torch.full((experts,), -1, dtype=torch.int32)
             slots[part] = torch.arange(len(part)).int()
-            expert_outputs(x, routing, *given([quantize(w[part], format, **kind) for w in dense]), slots, out)
+            expert_outputs(x, routing, *weights.of(part), slots, out)
         return combine_outputs(out, routing, x.dtype)
 
-    want = grouped_ffn(x, routing, *given([quantize(w, format, **kind) for w in dense]))
+    want = grouped_ffn(x, routing, *weights.of(torch.arange(experts)))
     whole = run([torch.arange(experts)])
     apart = [torch.tensor([2, 1]), torch.tensor([0])] + ([torch.tensor([4, 3])] if experts == 5 else [])
     assert torch.equal(run(apart), whole)
@@ -337,7 +367,16 @@ BAD = {
     "a bias of experts": (dict(b_down=torch.randn(4, 8)), r"b_down must be \(3, 8\), got \(4, 8\)"),
     "a weight of another type": (dict(w_down=torch.randn(3, 8, 16).half()), r"w_down must have the dtype of rows"),
     "half of it quantized": (dict(w_down=quantize(torch.randn(3, 8, 16), "fp8")), r"weights must be all Quantized"),
-    "a table of too few": (dict(slots=table(0, 1, 2)), r"slot_of_expert must be \[E\] with E=4, got \(3,\)"),
+    "a table of too few": (
+        dict(slots=table(0, 1, 2)),
+        r"slot_of_expert must be \[E\] with E=4, or \[2, E\].*got \(3,\)",
+    ),
+    "a table for another pair": (dict(slots=table(0, 1, 2, -1).expand(3, 4)), r"or \[2, E\].* got \(3, 4\)"),
+    "half of an expert": (dict(slots=torch.stack([table(0, 1, 2, -1), table(0, -1, 2, -1)])), r"all weights of an"),
+    "tables with biases": (
+        dict(slots=table(0, 1, 2, -1).expand(2, 4), b_down=torch.randn(3, 8)),
+        r"must be \[E\] on a GPU, with biases",
+    ),
     "a table of another type": (dict(slots=table(0, 1, 2, -1, dtype=torch.int64)), r"must be int32, got torch.int64"),
     "a slot too far": (dict(slots=table(0, 3, 2, -1)), r"must be -1 \(not here\) to S - 1 = 2, got 3"),
     "a slot below -1": (dict(slots=table(0, 1, -2, -1)), r"must be -1 \(not here\) to S - 1 = 2, got -2"),

@@ -21,6 +21,7 @@ from headgate.kernels.expert_gradients import combine_gradients_reference
 from headgate.kernels.expert_outputs import combine_outputs_reference
 from headgate.kernels.grouped_ffn import grouped_ffn_reference
 from headgate.kernels.grouped_linear import grouped_linear_reference
+from headgate.kernels.lora_ffn import Delta, lora_ffn, lora_ffn_reference
 from headgate.kernels.plan import plan_reference
 from headgate.kernels.router_logits import router_logits_reference
 from headgate.kernels.topk import topk_reference
@@ -113,6 +114,38 @@ def quantized_backward():
     return pulled(operator), pulled(reference), (new(R, 32), scores, rows, b2)
 
 
+def lora(**form):
+    """lora_ffn on frozen weights, one adapter or two with gates."""
+    skills = form.pop("skills", 1)
+    w1, w2 = new(E, 2 * F, D), new(E, D, F)
+    which = torch.randint(skills, (R,)) if skills > 1 else None
+
+    def parts(scores, rows, a1, b1, a2, b2, *gates):
+        several = {"skill_of_row": which, "gates": gates[0]} if gates else {}
+        return (*chosen(scores), rows, Delta(a1, b1, 0.7), Delta(a2, b2, 1.5), several)
+
+    def operator(*args):
+        ids, weights, rows, up, down, several = parts(*args)
+        return lora_ffn(rows, Routing(ids.int(), weights, E), w1, w2, up, down, **several)
+
+    def reference(*args):
+        ids, weights, rows, up, down, several = parts(*args)
+        return lora_ffn_reference(rows, ids, weights, w1, w2, up, down, activation=Activation(), **several)
+
+    n = E * skills
+    factors = new(n, 2, D), new(n, 2 * F, 2), new(n, 2, F), new(n, D, 2)
+    return operator, reference, (new(R, E), new(R, D), *factors, *([new(R)] if skills > 1 else []))
+
+
+def lora_backward():
+    operator, reference, args = lora()
+
+    def pulled(f):
+        return lambda grad, *args: torch.cat([t.flatten() for t in torch.func.vjp(f, *args)[1](grad)])
+
+    return pulled(operator), pulled(reference), (new(R, D), *args)
+
+
 def linear():
     offsets = torch.tensor([0, 1, 1, 3, 4], dtype=torch.int32)
     return (
@@ -186,6 +219,8 @@ OPERATORS = {
     "grouped_ffn_quantized_backward": {"int8": quantized_backward},
     "grouped_linear": {"bias": linear},
     "grouped_linear_backward": {"planned": planned},
+    "lora_ffn": {"one": lora, "two with gates": lambda: lora(skills=2)},
+    "lora_ffn_backward": {"one": lora_backward},
     "plan": {"planned": planned},
     "topk": {
         "softmax": lambda: choice(renormalize=True),
@@ -204,7 +239,10 @@ EXCEPT = {
     **{(op, each): _GRADIENT for op in _SUMS for each in EACH if each not in ("value", "jvp")},
     ("grouped_ffn_backward", "forward_ad"): (NotImplementedError, "headgate::grouped_ffn.*: tensors must carry no tan"),
     # torch's vmap of before torch.func knows no operator with lists of tensors
-    ("grouped_ffn_quantized", "backward of a batch of gradients"): (RuntimeError, "Batching rule not implemented"),
+    **{
+        (op, "backward of a batch of gradients"): (RuntimeError, "Batching rule not implemented")
+        for op in ("grouped_ffn_quantized", "lora_ffn")
+    },
 }
 
 

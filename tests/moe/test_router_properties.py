@@ -1,38 +1,33 @@
 """What each router of the literature promises by itself, as its paper or its users state it."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from router_cases import fitting
 
-from headgate.kernels.plan import plan
 from headgate.kernels.routing import Routing
-from headgate.kernels.topk import topk
 from headgate.moe import (
     CosineRouter,
     ExpertChoiceRouter,
     Given,
     HashRouter,
     LocMoERouter,
-    LongCatRouter,
     MoE,
-    MoEPPRouter,
-    PregateRouter,
     QuantileRouter,
-    RecurrentRouter,
     ReinforceRouter,
     SinkhornRouter,
     SoftmaxRouter,
+    SoftRouter,
+    TileRouter,
     TopPRouter,
     balanced_table,
     bias,
     capacity_bound,
-    distillation_loss,
+    parts_of,
     reward,
 )
-from headgate.moe.losses import load_balancing_loss
+from headgate.moe.shared import SharedExpert
 
 D, E, K = 16, 8, 2
 
@@ -234,160 +229,6 @@ def test_coefficients_for_routers_that_need_none_are_refused():
             MoE(D, 8, E, K, router=router, load_balancing_coef=0.1)
 
 
-class TestMoEPP:
-    def test_without_memory_and_free_experts_it_is_plain(self, assert_close):
-        plain, router = SoftmaxRouter(D, E, K, renormalize=True), MoEPPRouter(D, E, K, zero=0, copy=0, constant=0)
-        x, state = skewed(), torch.randn(256, E)
-        with torch.no_grad():
-            router.weight.copy_(plain.weight)
-            router.memory.zero_()
-        want, got = plain(x), router(x, Given(state=state))
-        assert torch.equal(got.expert_ids, want.expert_ids)
-        assert_close(got.weights, want.weights)
-
-    def test_tau_one_is_the_loss_of_switch(self, assert_close):
-        for tau, same in ((1.0, True), (0.75, False)):
-            router = MoEPPRouter(D, E, K, tau=tau)
-            routing = router(skewed())
-            every = Routing.from_topk(routing.expert_ids, routing.weights, E + 4)
-            switch = load_balancing_loss(replace(every, scores=routing.scores))
-            if same:
-                assert_close(router.balancing_loss(routing), switch)
-            else:
-                assert router.balancing_loss(routing) < switch
-
-    def test_free_experts_answer_as_the_paper_says_and_cost_no_row(self, assert_close):
-        layer = MoE(D, 8, E, K, router="moepp", dtype=torch.float64)
-        x = skewed(64).double()
-        y, _ = layer(x)
-        routing, free = layer.last_routing, layer.router.free
-        want = layer.experts(x, routing)
-        for t in range(64):
-            for e, w in zip(routing.expert_ids[t].tolist(), routing.weights[t], strict=True):
-                if e == E + 1:
-                    want[t] = want[t] + w * x[t]
-                elif e > E + 1:
-                    a = (free.mixes[e - E - 2] @ x[t]).softmax(0)
-                    want[t] = want[t] + w * (a[0] * x[t] + a[1] * free.vectors[e - E - 2])
-        assert_close(y, want)
-        ffn = (routing.expert_ids < E).sum()
-        assert routing.counts.sum() == ffn
-        assert ffn < 64 * K
-        assert plan(routing.expert_ids, E).offsets[-1] == ffn  # the rows of the grouped product
-
-    def test_both_choices_zero_is_nothing(self):
-        router = MoEPPRouter(D, 1, 1, zero=4, copy=0, constant=0)
-        with torch.no_grad():
-            router.weight[0] = -9
-        layer = MoE(D, 8, 1, 1, router=router)
-        x = torch.ones(5, D, requires_grad=True)
-        y, _ = layer(x)
-        y.sum().backward()
-        assert y.eq(0).all()
-        assert x.grad.isfinite().all()
-
-    def test_capacity_is_the_papers(self):
-        bound = MoEPPRouter(D, E, K, tau=0.5).capacity(1.1)
-        assert bound.of(tokens=1000, top_k=K, num_experts=E) == round(1.1 * 0.5 * 1000 * K / (0.5 * E + 4))
-
-    def test_a_state_of_other_sizes_is_refused(self):
-        with pytest.raises(
-            ValueError, match=r"MoEPPRouter: state must be \[\.\.\., 12\], as a layer of the same sizes"
-        ):
-            MoE(D, 8, E, K, router="moepp")(skewed(4), state=torch.zeros(4, 9))
-
-
-class TestLongCat:
-    def test_equals_transformers(self, assert_close):
-        modeling = pytest.importorskip("transformers.models.longcat_flash.modeling_longcat_flash")
-        config = modeling.LongcatFlashConfig(
-            hidden_size=D, n_routed_experts=E, zero_expert_num=4, moe_topk=K, routed_scaling_factor=2.5,
-            num_layers=1, num_attention_heads=2,
-        )  # fmt: skip
-        theirs = modeling.LongcatFlashTopkRouter(config)
-        router = LongCatRouter(D, E, K, identity=4, scale=2.5)
-        with torch.no_grad():
-            theirs.classifier.weight.copy_(router.weight)
-            theirs.e_score_correction_bias.zero_()
-            theirs.e_score_correction_bias[:E] = router.expert_bias.uniform_(-0.1, 0.1)
-        x = torch.randn(33, D)
-        got, (weights, ids) = router(x), theirs(x)[-2:]
-        if ids.dtype.is_floating_point:
-            weights, ids = ids, weights
-        order, order2 = ids.sort(1)[1], got.expert_ids.long().sort(1)[1]
-        assert torch.equal(ids.gather(1, order), got.expert_ids.long().gather(1, order2))
-        assert_close(got.weights.gather(1, order2), weights.gather(1, order))
-
-    @pytest.mark.parametrize("aim", [1.0, 2.5])
-    def test_a_token_has_so_many_ffn_experts_on_average(self, aim):
-        router = LongCatRouter(D, E, 4, identity=4, ffn_k=aim, bias_rate=0.05)
-        x = skewed(512)
-        for _ in range(400):
-            router(x)
-            router.update_bias()
-        counts = router(x).counts
-        assert abs(counts.sum() / 512 - aim) < 0.1
-        assert counts.max() < 1.5 * counts.float().mean()
-
-
-class TestRecurrent:
-    def _layers(self):
-        cell = torch.nn.GRUCell(8, 8)
-        return [MoE(D, 8, E, K, router="recurrent", router_options={"cell": cell}) for _ in range(3)]
-
-    def test_its_cell_is_torchs(self, assert_close):
-        layer = self._layers()[0]
-        x, before = torch.randn(5, D), torch.randn(5, 8)
-        _, state = layer(x, state=before)
-        assert_close(state, layer.router.cell(x @ layer.router.projection.T, before))
-
-    def test_the_last_layers_loss_reaches_the_first_ones_projection(self):
-        layers, x = self._layers(), torch.randn(5, D)
-        state = None
-        for layer in layers:
-            y, state = layer(x, state=state)  # all see x: nothing else joins them
-        y.sum().backward()
-        assert all(layer.router.projection.grad.abs().sum() > 0 for layer in layers)
-
-    def test_tokens_are_apart_and_a_stage_takes_over(self):
-        layers, x = self._layers(), torch.randn(6, D)
-        y, state = x, None
-        for layer in layers:
-            y, state = layer(y, state=state)
-        for part in (slice(0, 2), slice(2, 6)):
-            z, held = x[part], None
-            for layer in layers:
-                z, held = layer(z, state=None if held is None else held.detach().clone())
-            torch.testing.assert_close(z, y[part])
-
-    def test_bad_cells_are_named(self):
-        with pytest.raises(ValueError, match=r"cell must be an nn.GRUCell\(H, H\) with biases, got GRUCell\(8, 4\)"):
-            RecurrentRouter(D, E, K, cell=torch.nn.GRUCell(8, 4))
-
-
-class TestPregate:
-    def test_every_layer_follows_the_first(self):
-        layers = [MoE(D, 8, E, K, router="pregate") for _ in range(3)]
-        x, state = layers[0](skewed(9))
-        schedule = topk(state, K).expert_ids  # known before the second layer runs
-        for layer in layers[1:]:
-            x, state = layer(x, state=state)
-            assert torch.equal(layer.last_routing.expert_ids, schedule)
-
-    def test_distillation_teaches_it(self):
-        router, x, target = PregateRouter(D, E, K), skewed(128), 3 * torch.randn(128, E)
-        optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
-        losses = []
-        for _ in range(60):
-            optimizer.zero_grad()
-            losses.append(distillation_loss(router(x).logits, target, temperature=2.0))
-            losses[-1].backward()
-            optimizer.step()
-        assert losses[-1] < 0.9 * losses[0]
-        with pytest.raises(ValueError, match="hard must be between 0 and 1, got 2"):
-            distillation_loss(target, target, hard=2)
-
-
 class TestLocMoE:
     def test_its_gate_is_orthogonal(self):
         gate = LocMoERouter(D, E, 1).logits(torch.eye(D, dtype=torch.float64)).T  # [E, D]
@@ -482,3 +323,113 @@ class TestReinforce:
         reward(router, torch.zeros(3))
         with pytest.raises(ValueError, match="reward must be of 4 tokens, got 3"):
             routing.weights.sum().backward()
+
+
+class TestSoft:
+    def test_slots_and_tokens_are_means(self):
+        """Rows are convex sums of tokens, y of outputs: the same number everywhere stays it."""
+        router = SoftRouter(D, E, K, slots_per_expert=3)
+        x = torch.randn(40, D)
+        rows, routing, back = router.mix(x, Given(sequences=4))
+        logits = router.logits(x).unflatten(0, (4, 10))
+        want = torch.einsum("bsr,bsd->brd", logits.softmax(1), x.view(4, 10, D)).flatten(0, 1)
+        torch.testing.assert_close(rows, want)
+        assert routing.expert_ids.view(4, -1)[0].tolist() == [e for e in range(E) for _ in range(3)]
+        y = torch.randn(len(rows), D)
+        want = torch.einsum("bsr,brd->bsd", logits.softmax(2), y.view(4, -1, D)).flatten(0, 1)
+        torch.testing.assert_close(back(y), want)
+        torch.testing.assert_close(back(torch.ones(len(rows), 1)), torch.ones(40, 1))
+
+    def test_sequences_do_not_mix_and_every_expert_learns(self):
+        layer, x = MoE(D, 8, E, K, router="soft"), torch.randn(3, 7, D)
+        alone, y = layer(x[1:2]), layer(x)
+        torch.testing.assert_close(alone, y[1:2])
+        y.square().sum().backward()
+        assert (layer.experts.w_down.grad.flatten(1).abs().sum(1) > 0).all()
+        assert layer.last_routing.counts.tolist() == [3] * E
+
+    def test_a_sequence_of_padding_takes_no_slot(self):
+        layer, x = MoE(D, 8, E, K, router="soft"), torch.randn(2, 5, D)
+        mask = torch.tensor([[True] * 5, [False] * 5])
+        y = layer(x, mask)
+        assert layer.last_routing.counts.tolist() == [1] * E
+        torch.testing.assert_close(y[:1], layer(x[:1]))
+
+    def test_what_it_cannot_do_is_named(self):
+        layer = MoE(D, 8, E, K, router="soft").eval()
+        with pytest.raises(ValueError, match='inference must be "whole" outside training, because a slot holds'):
+            layer(skewed(4))
+        with pytest.raises(ValueError, match="capacity must be None for a SoftRouter, whose experts all have as many"):
+            MoE(D, 8, E, K, router="soft", capacity=1.0)
+        with pytest.raises(ValueError, match="SoftRouter: slots_per_expert must be a positive integer, got 0"):
+            SoftRouter(D, E, K, slots_per_expert=0)
+
+
+class TestParts:
+    def test_all_of_them_are_the_dense_network(self, assert_close):
+        dense = SharedExpert(D, 24, dtype=torch.float64)
+        layer, x = MoE(D, 3, E, E, router="parts", dtype=torch.float64), torch.randn(9, D, dtype=torch.float64)
+        up, down = parts_of(dense.ffn.w_gate_up.data[0], dense.ffn.w_down.data[0], E)
+        layer.experts.w_gate_up.data, layer.experts.w_down.data = up, down
+        assert_close(layer(x), dense(x))
+
+    def test_its_gradient_is_that_of_the_scores(self, assert_close):
+        layer, x = MoE(D, 3, E, K, router="parts", dtype=torch.float64), skewed(9).double()
+        aim = torch.randn(9, D, dtype=torch.float64)
+        (layer(x) * aim).sum().backward()
+        got = layer.router.weight.grad.clone()
+        assert layer.last_routing.weights.eq(1).all()
+        scores = (x @ layer.router.weight.T).softmax(1)
+        ids = layer.last_routing.expert_ids
+        gain = torch.zeros(9, E, dtype=torch.float64)  # what a larger weight of each chosen part would give
+        for e in range(E):
+            only = Routing.from_topk(torch.full((9, 1), e), torch.ones(9, 1, dtype=torch.float64), E)
+            gain[:, e] = (layer.experts(x, only) * aim).sum(1).detach() * (ids == e).any(1)
+        (want,) = torch.autograd.grad((scores * gain).sum(), layer.router.weight)
+        assert_close(got, want)
+
+    def test_shapes_that_do_not_fit_are_named(self):
+        with pytest.raises(ValueError, match=r"must be \[2F, D\] and \[D, F\], got \[24, 16\] and \[16, 11\]"):
+            parts_of(torch.ones(24, 16), torch.ones(16, 11), 4)
+        with pytest.raises(ValueError, match=r"num_experts must divide F \(12\), got 5"):
+            parts_of(torch.ones(24, 16), torch.ones(16, 12), 5)
+
+
+class TestTile:
+    @pytest.mark.parametrize("rounding", ["nearest", "up", "down", "stochastic"])
+    def test_counts_are_whole_tiles(self, rounding):
+        router, x = TileRouter(D, E, K, tile=16, rounding=rounding), skewed(512)
+        own = router.eval()(x)
+        rounded = router.train()(x)
+        assert (rounded.counts % 16).eq(0).all()
+        apart = rounded.counts - own.counts
+        low, high = {"nearest": (-8, 8), "up": (0, 15), "down": (-15, 0), "stochastic": (-15, 15)}[rounding]
+        assert low <= apart.min() <= apart.max() <= high
+        for e in range(E):  # who goes has the lowest scores of those who chose it, who comes the best of the others
+            score, chose, took = own.scores[:, e], (own.expert_ids == e).any(1), (rounded.expert_ids == e).any(1)
+            went, came, stayed = score[chose & ~took], score[took & ~chose], score[chose & took]
+            assert not (len(went) and len(came))
+            assert not len(went) or went.max() <= min(stayed.tolist(), default=1)
+            assert not len(came) or came.min() >= max(score[~chose & ~took].tolist(), default=0)
+
+    def test_a_chance_keeps_the_expected_count(self):
+        router, x = TileRouter(D, E, K, tile=16, rounding="stochastic"), skewed(512)
+        own = router.eval()(x).counts
+        router.train()
+        mean = torch.stack([router(x).counts for _ in range(200)]).double().mean(0)
+        assert (mean - own).abs().max() < 16 / 2 / 200**0.5 * 4.5
+
+    def test_no_expert_takes_more_than_there_are(self):
+        router = TileRouter(D, E, K, tile=128, rounding="up")
+        mask = torch.arange(40) < 30
+        counts = router(skewed(40), Given(mask=mask)).counts
+        assert set(counts.tolist()) <= {0, 30}
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [({"tile": 0}, "tile must be a positive"), ({"rounding": "x"}, "rounding must be one of nearest, stochastic"),
+         ({"most": 1}, "most must be an integer from 2 to 8")],
+    )  # fmt: skip
+    def test_options_out_of_range_are_named(self, option, message):
+        with pytest.raises(ValueError, match=f"TileRouter: {message}"):
+            TileRouter(D, E, K, **option)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from ranks_compare import TOLERANCE, close
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import headgate
@@ -66,48 +67,84 @@ def compare(whole: nn.Module, mine: nn.Module, of, what: str, tolerance=TOLERANC
         close(found, part, f"{what}: {name}", tolerance)
 
 
+@dataclass
+class Reference:
+    """What one process has: outputs, gradients, losses, and the layer with its gradients and after a step."""
+
+    y: Tensor
+    dx: Tensor
+    losses: dict[str, Tensor]
+    dropped: int | None
+    norm: Tensor
+    graded: MoE
+    stepped: MoE
+
+
+def batch() -> tuple[list[int], Tensor, Tensor]:
+    """Tokens of each rank, all rows, and what the outputs are multiplied by."""
+    tokens = [5, 0, 9, 1, 4, 3, 6, 2][: dist.get_world_size()]
+    torch.manual_seed(11)
+    return tokens, torch.randn(sum(tokens), D), torch.randn(sum(tokens), D)
+
+
+def step_of(module: nn.Module) -> None:
+    torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1).step()
+
+
+REFERENCES: dict[tuple[str, int], Reference] = {}  # many folds are compared with the same
+
+
+def reference(options: dict, average: int) -> Reference:
+    key = repr(sorted(options.items(), key=str)), average
+    if key in REFERENCES:
+        return REFERENCES[key]
+    _, x, g = batch()
+    graded, stepped = layer(**options), layer(**options)
+    x.requires_grad_()
+    y = graded(x)
+    ((y * g).sum() / average).backward()
+    for p, q in zip(graded.parameters(), stepped.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(stepped.parameters(), 0.5)
+    step_of(stepped)
+    losses = {name: loss.detach() for name, loss in graded.aux_losses.items()}
+    dropped = graded.last_overflow.dropped if graded.capacity is not None else None
+    REFERENCES[key] = Reference(y.detach(), x.grad, losses, dropped, norm, graded, stepped)
+    return REFERENCES[key]
+
+
 def once(fold: Fold, options=None, *, prepare=None, also=None, **how) -> None:
     """Layer, its gradients, their norm and one optimizer step under `fold`, against one process.
 
     `prepare(mine)`: what is done to the parallelized layer first; `also(whole, mine, part, what, of)`: what else holds
-    of gradients and weights, `of(parameter)`, where this rank has the rows `part`.
+    of gradients and weights, `of(parameter)`, where this rank has the rows `part`; `whole` has made no step.
     """
-    size, rank = dist.get_world_size(), dist.get_rank()
-    tokens = [5, 0, 9, 1, 4, 3, 6, 2][:size]
-    torch.manual_seed(11)
-    x, g = torch.randn(sum(tokens), D), torch.randn(sum(tokens), D)
-    whole, mine = layer(**(options or {})), layer(**(options or {}))
-    headgate.parallelize(mine, fold, **how)
+    options, average = options or {}, fold.size("dp", "cp")
+    one, (tokens, x, g) = reference(options, average), batch()
+    mine = headgate.parallelize(layer(**options), fold, **how)
     if prepare is not None:
         prepare(mine)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for m in (whole, mine)]
-    average = fold.size("dp", "cp")
-    x1 = x.clone().requires_grad_()
-    y1 = whole(x1)
-    ((y1 * g).sum() / average).backward()
-    part = parts(tokens)[rank]
+    part = parts(tokens)[dist.get_rank()]
     x2 = x[part].clone().requires_grad_()
     y2 = mine(x2)
     (y2 * g[part]).sum().backward()
     what = f"{fold} {how}"
-    close(y2, y1[part], f"{what}: y")
-    close(x2.grad / average, x1.grad[part], f"{what}: dx")
-    for name, loss in whole.aux_losses.items():
+    close(y2, one.y[part], f"{what}: y")
+    close(x2.grad / average, one.dx[part], f"{what}: dx")
+    for name, loss in one.losses.items():
         close(mine.aux_losses[name], loss, f"{what}: {name}")
-    if whole.capacity is not None:
-        assert mine.last_overflow.dropped_total == whole.last_overflow.dropped > 0, what
+    if one.dropped is not None:
+        assert mine.last_overflow.dropped_total == one.dropped > 0, what
 
-    def same(of, when: str) -> None:
+    def same(whole: MoE, of, when: str) -> None:
         compare(whole, mine, of, f"{what}: {when}")
         if also is not None:
-            also(whole, mine, part, f"{what}: {when}", of)
+            also(one.graded, mine, part, f"{what}: {when}", of)
 
-    same(lambda p: p.grad, "gradient")
-    norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5)
-    close(headgate.clip_grad_norm_(mine, 0.5).float(), norm, f"{what}: norm")
-    for optimizer in optimizers:
-        optimizer.step()
-    same(lambda p: p.detach(), "after a step")
+    same(one.graded, lambda p: p.grad, "gradient")
+    close(headgate.clip_grad_norm_(mine, 0.5).float(), one.norm, f"{what}: norm")
+    step_of(mine)
+    same(one.stepped, lambda p: p.detach(), "after a step")
 
 
 def some_folds() -> list[Fold]:

@@ -27,7 +27,7 @@ from headgate.moe.offload import FileStore, Layer
 from headgate.moe.offload.checkpoint import INDEX, Checkpoint
 from headgate.moe.offload.few_bits import Translated
 from headgate.moe.offload.gguf_file import Gguf
-from headgate.moe.offload.load import seen
+from headgate.moe.offload.seen import seen
 from headgate.placement.caching import predict
 from headgate.placement.caching.policies.learned import Learned
 from headgate.placement.caching.policies.state import Setting
@@ -362,6 +362,41 @@ def recording(path: Path) -> Any:
     return content(read(path, top_k=K))
 
 
+def _layer() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.ModuleDict({"moe": headgate.MoE(8, 4, E, 2)})
+
+
+def adapter(folder: Path) -> list[Path]:
+    lora = headgate.lora(_layer(), 2)
+    with torch.no_grad():
+        for p in lora.parameters():
+            p.normal_()
+    lora.save(folder)
+    said = folder / "adapter_config.json"
+    said.write_text(json.dumps(json.loads(said.read_text())))  # in one line, as values are exchanged
+    return [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+
+
+def used_adapter(path: Path) -> Any:
+    model = _layer()
+    lora = headgate.load_lora(model, path.parent)
+    with torch.no_grad():
+        y = model["moe"](torch.ones(3, 8))
+    return y.shape, [p.numpy(force=True).tobytes() for p in lora.parameters()]
+
+
+def tuned_file(folder: Path) -> list[Path]:
+    tuned = headgate.tune_only(_layer(), Trace(ids(1).astype(np.uint8), E), 0.5)
+    tuned.save(folder / "tuned.safetensors")
+    return [folder / "tuned.safetensors"]
+
+
+def used_tuned(path: Path) -> Any:
+    model = headgate.load_tuned(_layer(), path)
+    return [p.numpy(force=True).tobytes() for p in model.parameters()]
+
+
 LOADERS = {
     "Trace.load": Loader(trace_files, lambda path: content(Trace.load(path))),
     "TraceFile": Loader(trace_files, streamed),
@@ -373,6 +408,8 @@ LOADERS = {
     "load": Loader(shards, used_shards),
     "load gguf": Loader(ggufs, used_gguf),
     "load gguf's model": Loader(ggufs, used_gguf_model, share=0.2),
+    "load_lora": Loader(adapter, used_adapter),
+    "load_tuned": Loader(tuned_file, used_tuned),
     "load few bits": Loader(few_bits, used_few_bits),
     "load_checkpoint": Loader(checkpoint, used_checkpoint, share=0.1),
     "read sglang": Loader(sglang, recording),

@@ -22,6 +22,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from headgate import cli
 from headgate.placement.traces.generate import like_deepseek_v2_lite
 from headgate.placement.traces.trace import Trace
@@ -66,6 +69,7 @@ LINES = {
     "generate": "config --prompt why --max-new-tokens 1",
     "serve": "config --port 0",
     "pack": "config out.experts",
+    "convert": "dense made --experts 2",
     "doctor": "config",
     "bench": "--gpu-report --only sonic",
     "bench moe": "--shapes qwen3 --rivals --no-peak --memory-limit 0.3 --tokens 1 --dtypes fp32 --passes forward"
@@ -92,6 +96,12 @@ CONFIG = {
 }  # fmt: skip
 
 
+DENSE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 40, "hidden_size": 16,
+    "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
 def prepare(folder: Path) -> None:
     """What the lines name."""
     os.chdir(folder)
@@ -101,6 +111,15 @@ def prepare(folder: Path) -> None:
     Path("FOLDER").mkdir()
     Path("config").mkdir()
     Path("config/config.json").write_text(json.dumps(CONFIG))
+    Path("dense").mkdir()
+    Path("dense/config.json").write_text(json.dumps(DENSE))
+    layer = {"self_attn.q_proj": (16, 16), "self_attn.k_proj": (16, 16), "self_attn.v_proj": (16, 16)}
+    layer |= {"self_attn.o_proj": (16, 16), "mlp.gate_proj": (8, 16), "mlp.up_proj": (8, 16), "mlp.down_proj": (16, 8)}
+    layer |= {"input_layernorm": (16,), "post_attention_layernorm": (16,)}
+    shapes = {"model.embed_tokens": (40, 16), "model.norm": (16,), "lm_head": (40, 16)}
+    shapes |= {f"model.layers.0.{name}": shape for name, shape in layer.items()}
+    weights = {f"{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    save_file(weights, "dense/model.safetensors", {"format": "pt"})
     for name in ("FIFO", "FIFO.npz"):
         os.mkfifo(name)
     Path("CLOSED").write_text("x")

@@ -1,8 +1,11 @@
 """The processes of ranks_runner.py: a nursery that has imported torch, and what it forks.
 
     the nursery      reads runs, a JSON object a line, from standard input; answers each with a line
-      a keeper       one for each run: imports the script, forks its ranks, ends those that hang
+      a keeper       one for each run: imports the script, prepares, forks its ranks, ends those that hang
         rank 0 ...   calls the CHECKS, in order
+
+PREPARE, if a script has it, names checks and functions without arguments: what would otherwise be done by every rank at
+once, such as to compile the same loops with numba. It must leave no thread behind.
 
 Rank R prints to FOLDER/R.log and writes to FOLDER/R.json two lines for each check: its name and null when it begins,
 its name and "" or what went wrong when it ends. After a failure the ranks are out of step: it stops there.
@@ -11,6 +14,7 @@ its name and "" or what went wrong when it ends. After a failure the ranks are o
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import json
@@ -36,8 +40,12 @@ COMMON = (
 )
 
 
+def module_of(script: Path) -> str:
+    return "headgate_test_" + "_".join(script.with_suffix("").parts[-2:])
+
+
 def load_checks(script: Path) -> dict[str, Callable[[], None]]:
-    name = "headgate_test_" + "_".join(script.with_suffix("").parts[-2:])
+    name = module_of(script)
     spec = importlib.util.spec_from_file_location(name, script)
     assert spec is not None
     assert spec.loader is not None
@@ -50,6 +58,7 @@ def nursery(runs, answers) -> None:
     for module in COMMON:
         with suppress(ImportError):  # the script that wants it will say so
             importlib.import_module(module)
+    gc.freeze()  # for all ranks: the collector looks at nothing that was there before them
     for line in runs:
         run, before = json.loads(line), sum(os.times()[2:4])
         os.waitpid(fork(lambda: keep(run), Path(run["folder"]) / "keeper.log"), 0)  # noqa: B023  # called at once
@@ -87,6 +96,9 @@ def keep(run: dict) -> None:
     checks: dict = {}
     if run["backend"] == "gloo":  # otherwise each rank loads the script: a device does not survive a fork
         checks = load_checks(Path(run["script"]))
+        for name, prepare in getattr(sys.modules[module_of(Path(run["script"]))], "PREPARE", {}).items():
+            if name in run["checks"]:
+                prepare()
     left = {fork(lambda r=rank: be(r, run, checks), folder / f"{rank}.log") for rank in range(run["size"])}
     for ending in (None, signal.SIGABRT, signal.SIGKILL):
         for pid in left if ending else ():

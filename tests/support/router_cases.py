@@ -18,6 +18,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "top_p": {"p": 0.2},
     "relu": {"strength": 0.1},
     "longcat": {"identity": 4},
+    "soft": {"inference": "whole"},
+    "tile": {"tile": 4},
 }
 
 

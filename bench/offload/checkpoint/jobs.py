@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...light import import_engine, import_models
 from .processes import memory_of, traffic
 
 PROMPT, WARM, TOKENS = 68, 16, 48
@@ -26,7 +27,10 @@ def tokens_of(vocab: int, count: int, seed: int = 0) -> list[int]:
 
 
 def first(folder: str, budget: str, begun: float, vocab: int, prompt: int = PROMPT) -> dict[str, Any]:
-    """headgate.load and the first token of an answer. Seconds since the process was started, `begun`."""
+    """headgate.load and the first token of an answer, in a process that imports as `headgate generate` does. Seconds
+    since it was started, `begun`."""
+    import_models()
+    import_engine()
     from transformers import Qwen3MoeForCausalLM  # noqa: F401  # what it imports counts as imports
 
     from ....moe.offload.load import load

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..names import NEED_TRACE
 from .layers import layer, ring
 from .learned import Learned, adaptive, learned
 from .recency import lfru, lfu, lfu_cached, lru, random
@@ -39,7 +40,6 @@ POLICIES: dict[str, Callable[[Setting], State]] = {
     "adaptive": adaptive,
     "learned": learned,
 }
-NEED_TRACE = ("static", "statistics", "sequence", "affinity", "learned")  # to learn from; the others start from nothing
 
 
 def policy(name: str, setting: Setting) -> State:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 from ...compiled import njit
 
@@ -43,6 +42,8 @@ def fit_curve(scores: NDArray[np.float32], used: NDArray[np.bool_]) -> tuple[NDA
 
     Half of the bins hold equally many scores, half equally many of those used: these are few, and matter most.
     """
+    from scipy.optimize import isotonic_regression  # 21 MB, which only those pay who fit
+
     cuts = [np.quantile(part, np.linspace(0, 1, KNOTS // 2 + 1)) for part in (scores, scores[used]) if len(part)]
     edges = np.unique(np.concatenate(cuts).astype(np.float32))
     bins = np.searchsorted(edges[1:-1], scores, side="right")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
 
 from ...compiled import njit
 from ...traces.trace import Trace
@@ -199,6 +198,8 @@ class Sums:
 
     def solve(self, penalty: float) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """(weights [D, E], constant [E]) of least squares + penalty * squared weights."""
+        from scipy.linalg import cho_factor, cho_solve  # 20 MB, which only those pay who fit
+
         left = self.ff - np.outer(self.f, self.mean)
         left[np.diag_indices(len(left))] += penalty
         right = self.fy - np.outer(self.mean, self.y)

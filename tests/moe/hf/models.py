@@ -8,6 +8,7 @@ import torch.distributed as dist
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import headgate
+from headgate.bench.dispatch.traffic import Traffic
 from headgate.dispatch import Fold
 from headgate.moe.shards import shards_of
 
@@ -88,6 +89,25 @@ def a_model_of_one_process_moves_to_many_and_back():
         headgate.load_checkpoint("many", again)
         for a, b in zip(whole.parameters(), again.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+@check
+def padding_costs_no_byte():
+    size, rank = dist.get_world_size(), dist.get_rank()
+    whole, mine = qwen(), qwen()
+    headgate.replace(mine, skip_padding=True)
+    headgate.parallelize(mine, Fold({"dp": size}, {"ep": size}))
+    torch.manual_seed(1)
+    ids, mask = torch.randint(32, (size, 7)), torch.arange(7) < torch.arange(1, size + 1)[:, None]
+    here, sent = slice(rank, rank + 1), []
+    with torch.no_grad():
+        for live in (torch.ones_like(mask), mask, torch.zeros_like(mask)):
+            with Traffic() as traffic:
+                y = mine(ids[here], attention_mask=live[here]).logits
+            there = live[here]
+            torch.testing.assert_close(y[there], whole(ids[here], attention_mask=there).logits[there])
+            sent.append(traffic.sent.sum())
+    assert sent[0] > sent[1] >= sent[2] == 0
 
 
 @check

@@ -153,7 +153,7 @@ def test_a_trace_that_does_not_fit_is_named(olmoe):
 
 
 class TestOwnLayers:
-    @pytest.mark.parametrize("name", [n for n in ROUTERS if n not in ("moepp", "longcat")])
+    @pytest.mark.parametrize("name", [n for n in ROUTERS if n not in ("moepp", "longcat", "soft")])
     def test_each_router_repeats_itself_to_the_bit(self, name):
         layer = layer_of(name, hidden=120, dtype=torch.float32)
         x = torch.randn(2, 9, 120)
@@ -194,6 +194,13 @@ class TestOwnLayers:
             call(layer, x)
         assert layer.last_routing.expert_ids[3, 1] == -1
         assert layer.last_routing.weights[3, 1] == 0
+
+    def test_slots_are_not_tokens(self):
+        layer, told = layer_of("soft", dtype=torch.float32), layer_of("softmax", dtype=torch.float32)
+        call(told, torch.randn(9, 120))
+        refused = pytest.raises(TypeError, match="got a SoftRouter, whose experts have slots")
+        with refused, headgate.replay(layer, _traced(told)):
+            call(layer, torch.randn(9, 120))
 
     def test_what_a_trace_cannot_say_is_refused(self):
         layer = layer_of("longcat", dtype=torch.float32)

@@ -13,7 +13,7 @@ from few_bits_files import SCHEMES, dense_in, mxfp4, rewritten, written  # noqa:
 
 import headgate  # noqa: E402
 from headgate.cli import doctor  # noqa: E402
-from headgate.moe.offload.load import seen  # noqa: E402
+from headgate.moe.offload.seen import seen  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 SIZES = {

@@ -352,7 +352,7 @@ def test_experts_go_from_the_files_to_a_gpu(saved, tmp_path, disk, page_cache):
             torch.testing.assert_close(got.cpu(), want, rtol=5e-2, atol=5e-2)
         model.generate(IDS.cuda(), max_new_tokens=6, do_sample=False)
         assert offloaded.stats().loads > 0
-        assert offloaded._store._reads._pool is not None
+        assert offloaded._store.reads._pool is not None
 
 
 @pytest.mark.gpu

@@ -148,3 +148,16 @@ def a_ranks_experts_can_be_on_disk():
             assert torch.equal(mine(x), want)
             assert offloaded.stats().loads
         assert torch.equal(mine(x), want)
+
+
+def compile_the_cache():
+    from headgate.placement.caching.cache import Cache, per_layer
+    from headgate.placement.caching.policies import Setting, policy
+
+    cache = Cache(per_layer(1, 4, 2), policy("lru", Setting(1, 4, 2)))
+    cache.step(0, [0, 1])
+    cache.prefetch(0, [2])
+    cache.new_sequence()
+
+
+PREPARE = {"a_ranks_experts_can_be_on_disk": compile_the_cache}

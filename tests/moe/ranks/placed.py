@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import folds_cases
+import numpy as np
 import torch
 import torch.distributed as dist
 from folds_cases import D, E, compare, layer, make_fold, optimizer_of, train
@@ -17,6 +18,7 @@ from headgate.dispatch import Fold
 from headgate.dispatch.balanced import Balanced
 from headgate.dispatch.fold import Sizes
 from headgate.moe.capacity import Capacity
+from headgate.placement.live.allot import allot
 from headgate.placement.live.choice import Choice
 
 sys.path.append(str(Path(__file__).parent))
@@ -208,3 +210,12 @@ def train_once(mine, optimizer) -> None:
     mine(torch.randn(8, D)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def compile_the_choice():
+    goal, counts = placement(8, 2, E, 3), np.ones((2, E), np.int64)
+    rows = Choice(goal.expert_of_slot[0], goal.gpu_of_slot).rows(counts.sum(0))
+    allot(counts, rows, goal.expert_of_slot[0], goal.gpu_of_slot, goal.topology.node_of_gpu)
+
+
+PREPARE = {"replicas_chosen_for_the_whole_batch": compile_the_choice}

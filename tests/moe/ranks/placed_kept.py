@@ -237,3 +237,10 @@ def a_backward_pass_to_come_is_noticed():
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
         dist.barrier()
+
+
+def compile_the_walk():
+    walk(Trace(np.zeros((3, 4, 2), np.uint8), 12), placement(7, 2, 12, 2, layers=3), homes=np.array([0, 0, 1, 1]))
+
+
+PREPARE = {"rows_on_the_wire_are_those_of_the_walk": compile_the_walk}

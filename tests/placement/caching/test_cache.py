@@ -11,8 +11,9 @@ from cache_model import Model, rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headgate.placement.caching.cache import Cache, per_layer, pools, shared
+from headgate.placement.caching.cache import Cache
 from headgate.placement.caching.policies import NEED_TRACE, POLICIES, Setting, policy
+from headgate.placement.caching.pools import per_layer, pools, shared
 from headgate.placement.traces.trace import Trace
 
 OPTIONS = {"lfu decayed": {"decay": 0.5}}

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headgate.placement.caching.cache import Cache, per_layer
+from headgate.placement.caching.cache import Cache
 from headgate.placement.caching.policies import Learned, Setting, policy
 from headgate.placement.caching.policies import foresight as f
+from headgate.placement.caching.pools import per_layer
 from headgate.placement.caching.simulate import least_loads, simulate
 from headgate.placement.caching.steps import steps_of
 from headgate.placement.traces.generate import generate

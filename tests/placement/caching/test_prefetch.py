@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headgate.placement.caching.cache import Cache, per_layer, shared
+from headgate.placement.caching.cache import Cache
 from headgate.placement.caching.policies import Setting, policy
+from headgate.placement.caching.pools import per_layer, shared
 from headgate.placement.caching.predict import fit, foretell
 from headgate.placement.caching.prefetch import Prefetcher, needed, prefetch, serve_trace
 from headgate.placement.traces.generate import generate

@@ -15,9 +15,10 @@ from cache_model import Model, rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headgate.placement.caching.cache import Cache, per_layer, pools, shared
+from headgate.placement.caching.cache import Cache
 from headgate.placement.caching.cache import __file__ as cache_file
 from headgate.placement.caching.policies import POLICIES, Setting, policy
+from headgate.placement.caching.pools import per_layer, pools, shared
 from headgate.placement.caching.simulate import Prefetch, foreseen, least_loads, perfect, simulate, slots_of
 from headgate.placement.caching.steps import steps_of
 from headgate.placement.traces.file import TraceFile

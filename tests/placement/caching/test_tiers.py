@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headgate.placement.caching.cache import shared
+from headgate.placement.caching.pools import shared
 from headgate.placement.caching.simulate import Prefetch, simulate
 from headgate.placement.caching.steps import steps_of
 from headgate.placement.caching.tiers import Times, loads_of, stall

@@ -10,7 +10,7 @@ from torch import nn
 import headgate
 from headgate.kernels import quantize
 from headgate.kernels.quantized import PER_BYTE
-from headgate.moe.offload.sensitivity import Sensitivity, chosen, precisions, sensitivity
+from headgate.moe.offload.calibration import Sensitivity, chosen, precisions, sensitivity
 
 E, D, F = 4, 32, 64
 

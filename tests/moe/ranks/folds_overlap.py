@@ -1,0 +1,137 @@
+"""Rows that travel while experts compute: the numbers of one process, whatever is late; errors reach every rank."""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from folds_cases import D, E, F, K, check, layer, once, some_folds
+from ranks_compare import close
+from torch.utils.checkpoint import checkpoint
+
+import headgate
+from headgate.dispatch import AllToAll, Fold, Overlap, collectives
+from headgate.dispatch.rollcall import DeadRanks
+from headgate.moe import Capacity, MoE, ShortcutBlock
+
+
+@contextmanager
+def late(seconds: float):
+    """Each all-to-all waits for a random time first, another on each rank."""
+    original, drawn = collectives.all_to_all, random.Random(dist.get_rank())
+
+    def all_to_all(*args):
+        time.sleep(drawn.random() * seconds)
+        return original(*args)
+
+    collectives.all_to_all = all_to_all
+    try:
+        yield
+    finally:
+        collectives.all_to_all = original
+
+
+@check
+def experts_compute_while_rows_travel():
+    """Under folds of all kinds; more chunks than some ranks have tokens."""
+    for fold, degree in zip(some_folds(), (4, 2, 1, 3, 6) * 5, strict=False):
+        once(fold, overlap=degree)
+    size, capacity = dist.get_world_size(), Capacity(0.7, scope="batch")
+    options = {"weights_on_input": True, "latent_size": 4, "bias": False, "capacity": capacity}
+    once(Fold({"dp": size}, {"ep": size}), options, overlap=Overlap(2))
+
+
+@check
+def messages_that_are_late_change_nothing():
+    fold = Fold({"dp": dist.get_world_size()}, {"ep": dist.get_world_size()})
+    with late(0.02):
+        once(fold, overlap=4)
+
+
+@check
+def a_schedule_under_checkpointing_and_without_gradients():
+    size = dist.get_world_size()
+    plain, mine = (
+        MoE(D, F, E, K, dispatcher=AllToAll(), overlap=overlap, shared_intermediate_size=8, dtype=torch.float64)
+        for overlap in (None, Overlap(3))
+    )
+    mine.load_state_dict(plain.state_dict())
+    x = torch.randn(5 * dist.get_rank(), D, dtype=torch.float64)
+    found = []
+    for of, again in ((plain, False), (mine, False), (mine, True)):
+        here = x.clone().requires_grad_()
+        y = checkpoint(of, here, use_reentrant=False) if again else of(here)
+        y.square().sum().backward(retain_graph=True)
+        once_more = torch.autograd.grad(y.square().sum(), here)[0]
+        close(once_more, here.grad, "a second backward pass", 1e-12)
+        found.append([y.detach(), here.grad, *(p.grad.clone() for p in of.parameters())])
+        of.zero_grad()
+    with torch.no_grad():
+        found.append([mine(x), *found[0][1:]])
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            close(a, b, f"{size} ranks", 1e-12)
+
+
+@check
+def an_error_in_one_ranks_experts_is_one_on_every_rank():
+    torch.manual_seed(3)
+    mine = MoE(D, F, E, K, dispatcher=AllToAll(), overlap=Overlap(3))
+    x, compute, calls = torch.randn(7, D), mine.experts._compute, []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise ArithmeticError("not today")
+        return compute(*args)
+
+    y = mine(x)
+    odd = dist.get_world_size() - 1
+    if dist.get_rank() == odd:
+        mine.experts._compute = fails
+    expected = (
+        (ArithmeticError, "not today") if dist.get_rank() == odd else (RuntimeError, f"experts of rank {odd} failed")
+    )
+    with pytest.raises(expected[0], match=expected[1]) as caught:
+        mine(x)
+    assert not isinstance(caught.value, DeadRanks)
+    mine.experts._compute = compute
+    assert torch.equal(mine(x), y), "no rank has a transfer too many or too few"
+
+
+@check
+def a_block_whose_attention_hides_the_transfers():
+    torch.manual_seed(3)
+    parts = {"attention": torch.nn.MultiheadAttention(D, 2, batch_first=True), "shared": torch.nn.Linear(D, D)}
+    moe, norm = layer(shared_intermediate_size=0), torch.nn.LayerNorm(D)
+    block = ShortcutBlock(moe=moe, norm=norm, **parts)
+    x = torch.randn(2, 3, D, requires_grad=True)
+    h = x + parts["attention"](x, x, x)[0]
+    expected = h + parts["shared"](h) + moe(norm(x))
+    wanted = torch.autograd.grad(expected.square().sum(), [x, *block.parameters()])
+    close(block(x, x, x), expected, "one process")
+    size = dist.get_world_size()
+    headgate.parallelize(block, Fold({"dp": size}, {"ep": size}), overlap=2)
+    y = block(x, x, x)
+    close(y, expected, "with a schedule")
+    y.square().sum().backward()  # every rank has the same tokens, so the average over ranks is one rank's
+    for (name, p), g in zip(block.named_parameters(), wanted[1:], strict=True):
+        if "experts" not in name:
+            close(p.grad, g, name, 1e-4)
+    close(x.grad, wanted[0], "x", 1e-4)
+
+
+@check
+def what_a_schedule_cannot_do_is_refused():
+    fold = some_folds()[0]
+    for how, error, words in (
+        ({"overlap": 0}, ValueError, "Overlap: degree must be at least 1, got 0"),
+        ({"overlap": "4"}, TypeError, "parallelize: overlap must be an Overlap, its degree or None, got '4'"),
+        ({"overlap": 2, "dispatcher": "auto"}, ValueError, "parallelize: overlap must be None with dispatcher='auto'"),
+    ):
+        with pytest.raises(error, match=words):
+            headgate.parallelize(layer(), fold, **how)
