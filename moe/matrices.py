@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -114,4 +115,4 @@ def _hidden(module: nn.Module) -> Iterator[nn.Parameter]:
         if not isinstance(part, nn.Linear) or part is head or name.rpartition(".")[2] in ROUTERS | HEADS:
             continue
         if id(part.weight) not in others and min(part.weight.shape) > 1:
-            yield part.weight  # type: ignore[misc]
+            yield cast(nn.Parameter, part.weight)

@@ -18,6 +18,7 @@ from .matrices import Stack, chosen, stack_of, stacks_in
 from .ranks.whole import Slices, on_whole_units
 
 TOGETHER = 1 << 26  # elements of matrices that are updated in one go
+IN_CACHE = 1 << 18  # the same of experts on a CPU
 
 Group = dict[str, Any]
 _OWN = ("_muon", "_other", "_adamw", "_model", "_ns_dtype")  # of an optimizer that is copied or pickled
@@ -170,13 +171,17 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, group: Group, stacks: dict[nn.Parameter, Stack]) -> None:
         alone, company = list[_Update](), dict[tuple[dist.ProcessGroup, torch.dtype], list[_Update]]()
+        orthogonal = _Orthogonal(group, self._ns_dtype)
         for p in group["params"]:
             if p.grad is None:
                 continue
-            update = self._look_ahead(p, group, stacks.get(p, Stack()))
+            cut = stack_of(p, stacks.get(p, Stack()))
+            if p.dim() == 3 and cut is not None and cut.group is None:
+                self._in_turn(p, group, cut, orthogonal)
+                continue
+            update = self._look_ahead(p, group, stacks.get(p, Stack()), cut)
             among = update.stack.group
             (alone if among is None else company.setdefault((among, update.matrices.dtype), [])).append(update)
-        orthogonal = _Orthogonal(group, self._ns_dtype)
         for some in _alike(alone):
             stack = some[0].stack
             units = stack.units(some[0].matrices if len(some) == 1 else torch.cat([u.matrices for u in some]))
@@ -190,18 +195,28 @@ class Muon(torch.optim.Optimizer):
                 for update, result in zip(some, done, strict=True):
                     update.apply(update.stack.joined(result), group)
 
-    def _look_ahead(self, p: nn.Parameter, group: Group, stack: Stack) -> _Update:
-        """Moves the momentum; the matrices that are to be made orthogonal."""
-        state, momentum = self.state[p], group["momentum"]
-        grad: Any = p.grad
+    def _in_turn(self, p: nn.Parameter, group: Group, stack: Stack, orthogonal: _Orthogonal) -> None:
+        """Whole experts, a few after the other: what is made on the way stays small, and its memory is used again."""
+        w, (buffer, grad) = _local(p), self._moments(p)
+        each = max(1, (TOGETHER if w.is_cuda else IN_CACHE) // max(1, w.shape[1] * w.shape[2]))
+        for some, b, g in zip(w.split(each), buffer.split(each), grad.split(each), strict=True):
+            result = stack.joined(orthogonal(stack.units(_ahead(b, g, group)), stack))
+            _move(some, result, group, _scale(list(w.shape[1:]), stack, group))
+        torch.autograd.graph.increment_version(p)
+
+    def _moments(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """(momentum, gradient) as this rank has them."""
+        state, grad = self.state[p], p.grad
+        assert grad is not None
         if isinstance(grad, DTensor) and isinstance(p, DTensor) and grad.placements != p.placements:
             grad = grad.redistribute(placements=p.placements)
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(grad)
-        buffer, grad = _local(state["momentum_buffer"]), _local(grad)
-        buffer.lerp_(grad, 1 - momentum)
-        ahead = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
-        cut = stack_of(p, stack)
+        return _local(state["momentum_buffer"]), _local(grad)
+
+    def _look_ahead(self, p: nn.Parameter, group: Group, stack: Stack, cut: Stack | None) -> _Update:
+        """Moves the momentum; the matrices that are to be made orthogonal."""
+        ahead = _ahead(*self._moments(p), group)
         if cut is None:  # by several dimensions of the mesh: every rank gathers it
             assert isinstance(p, DTensor)
             ahead = DTensor.from_local(ahead, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
@@ -223,27 +238,38 @@ class _Update:
 
     def apply(self, update: Tensor, group: Group) -> None:
         """`update`: [e, m, n] as `matrices`."""
-        p, lr = self.parameter, float(group["lr"])
+        p = self.parameter
         update = update if p.dim() == 3 else update[0]
         if self.gathered:
             assert isinstance(p, DTensor)
             whole = DTensor.from_local(update, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
             update = whole.redistribute(placements=p.placements).to_local()
-        w = _local(p)
-        w.mul_(1 - lr * group["weight_decay"])
-        w.add_(update, alpha=-lr * self._scale(group))
+        _move(_local(p), update, group, _scale(list(self.matrices.shape[1:]), self.stack, group))
         torch.autograd.graph.increment_version(p)
 
-    def _scale(self, group: Group) -> float:
-        shape = list(self.matrices.shape[1:])
-        if self.stack.group is not None:
-            shape[self.stack.ffn - 1] = sum(self.stack.sizes) * self.stack.blocks
-        if group["split_gate_up"]:
-            shape[self.stack.ffn - 1] //= self.stack.blocks
-        rows, columns = shape if self.stack.rows == 1 else shape[::-1]
-        if group["adjust_lr_fn"] == "original":
-            return math.sqrt(max(1.0, rows / columns))
-        return 0.2 * math.sqrt(max(rows, columns))
+
+def _ahead(buffer: Tensor, grad: Tensor, group: Group) -> Tensor:
+    """Moves the momentum, in place; what is to be made orthogonal."""
+    buffer.lerp_(grad, 1 - group["momentum"])
+    return grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+
+
+def _move(w: Tensor, update: Tensor, group: Group, scale: float) -> None:
+    lr = float(group["lr"])
+    w.mul_(1 - lr * group["weight_decay"])
+    w.add_(update, alpha=-lr * scale)
+
+
+def _scale(shape: list[int], stack: Stack, group: Group) -> float:
+    """By the whole matrix of which this rank has a part of `shape`."""
+    if stack.group is not None:
+        shape[stack.ffn - 1] = sum(stack.sizes) * stack.blocks
+    if group["split_gate_up"]:
+        shape[stack.ffn - 1] //= stack.blocks
+    rows, columns = shape if stack.rows == 1 else shape[::-1]
+    if group["adjust_lr_fn"] == "original":
+        return math.sqrt(max(1.0, rows / columns))
+    return 0.2 * math.sqrt(max(rows, columns))
 
 
 @dataclass(frozen=True)

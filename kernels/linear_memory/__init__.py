@@ -67,8 +67,8 @@ def linear_memory(
 
         every = len(groups) == len(lengths)
         before = now if every else now.index_select(0, groups)
-        gate = None if beta is None else taken(beta)
-        o, after = _chunk(taken(q), taken(k), taken(v), taken(log_decay), gate, before)
+        strength = None if beta is None else taken(beta)
+        o, after = _chunk(taken(q), taken(k), taken(v), taken(log_decay), strength, before)
         now = after if every else now.index_copy(0, groups, after)
         outs.append(o.movedim(1, 2)[there])
         places.append(place[there])
