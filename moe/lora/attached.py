@@ -22,13 +22,14 @@ CHILD = "lora"  # its name in an experts module
 
 @dataclass(frozen=True)
 class Target:
-    """One weight [E, ., .] that is changed: the module's `parameter`, its sizes, and along which of its own dimensions
-    the outputs lie."""
+    """One weight [E, out, in] that is changed: the module's `parameter`, its sizes, and whether the module has it as
+    [E, in, out]."""
 
     parameter: str
     experts: int
     fan_in: int
     fan_out: int
+    transposed: bool = False
 
 
 class ExpertLora(nn.Module):
