@@ -56,9 +56,8 @@ class _As:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one expert: `e` its number, `slots` its places in the first (and second) weights and the last, `pairs`
-    [n] in the plan's order, `blocks` which adapter's each are (see blocks_of), `x` [n, D] for products, `gate` [n, 1]
-    or None."""
+    """The rows of one expert: `e` its number, `slots` its place in all weights or in each, `pairs` [n] in the plan's
+    order, `blocks` which adapter's each are (see blocks_of), `x` [n, D] for products, `gate` [n, 1] or None."""
 
     e: int
     slots: tuple[int, ...]
@@ -71,9 +70,9 @@ class Rows:
 
 
 class Loop:
-    """A task with all that its experts share, and one expert's step forward and back. `slots` int32 [E], or [weights, E]
-    with a table for each weight: where each expert lies there, -1: nowhere; None: all are there, each in its place. E
-    is the routing's number."""
+    """A task with all that its experts share, and one expert's step forward and back. `slots` [E], or [weights, E] with
+    a table for each: where each expert lies in the weights, -1: nowhere; None: all are there, each in its place. E is
+    the routing's number."""
 
     def __init__(self, task: Task, slots: Tensor | None = None, experts: int | None = None) -> None:
         self.task, self.dtype = task, product_type(task.rows)

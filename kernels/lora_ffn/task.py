@@ -84,8 +84,8 @@ class Task:
         return sum(w.shape[2 if self.transposed else 1] for w in (self.first, self.second) if w is not None)
 
     def ids(self, experts: int, skills: int) -> Tensor:
-        """int32 [R, K]: which adapter of which expert a pair meets, e * S + skill, -1: none. A row whose skill is none of
-        0 .. S-1 meets no expert."""
+        """int32 [R, K]: which adapter of which expert a pair meets, e * S + skill, -1: none. A row of a skill that is
+        not there meets no expert."""
         ids = narrow_ids(self.expert_ids, experts)
         if self.skill_of_row is None or not (self.up or self.down):
             return ids

@@ -56,7 +56,8 @@ def lora(
     >>> optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-4)
     """
     _check_numbers("lora", rank, alpha, dropout)
-    if not isinstance(targets, Sequence) or isinstance(targets, str) or not targets or {*map(str, targets)} - {*TARGETS}:
+    listed = isinstance(targets, Sequence) and not isinstance(targets, str) and len(targets) > 0
+    if not listed or any(t not in TARGETS for t in targets):
         raise ValueError(f"lora: targets must be of {', '.join(TARGETS)}, got {targets!r}")
     found = _survey("lora", model)
     chosen = {name: _chosen(name, module, form, experts) for name, module, form in found}
