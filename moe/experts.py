@@ -14,7 +14,7 @@ from ..dispatch.schedule import Beside, Overlap
 from ..kernels.activation import Activation, as_activation
 from ..kernels.routing import Routing
 from .elsewhere import elsewhere_of
-from .lora.attached import expert_ffn
+from .lora.attached import Gathered, changes_of, expert_ffn
 from .lora.tuned import with_tuned
 from .shards import Cut, Shards, cut_experts, shards_of, weight_of
 
@@ -116,10 +116,12 @@ class Experts(nn.Module):
         return self.dispatcher.combine(y, ticket)
 
     def _overlapped(self, overlap: Overlap, x: Tensor, routing: Routing, beside: Beside) -> Tensor:
-        weights = [weight_of(self, name) for name in WEIGHTS] if elsewhere_of(self) is None else None
+        gathered = None  # once for all chunks: a rank whose experts fail in one of them calls no others any more
+        if elsewhere_of(self) is None:
+            gathered = [weight_of(self, name) for name in WEIGHTS], changes_of(self)
 
         def compute(rows: Tensor, local: Routing) -> Tensor:
-            return self._compute(rows, local, weights)
+            return self._compute(rows, local, gathered)
 
         def by_weighted_pairs(rows: Tensor, local: Routing) -> Tensor:
             return by_pairs(rows, local, compute)
@@ -127,21 +129,21 @@ class Experts(nn.Module):
         experts = by_weighted_pairs if self.weights_on_input else compute
         return overlap.run(self.dispatcher, x, routing, experts, beside)
 
-    def _compute(self, rows: Tensor, routing: Routing, weights: Sequence[Tensor | None] | None = None) -> Tensor:
-        """The weighted sums [R, D] of the experts that are here. `weights`: where they have been gathered before."""
-        return with_tuned(self, rows, routing, partial(self._stacked, weights=weights))
+    def _compute(self, rows: Tensor, routing: Routing, gathered: Gathered | None = None) -> Tensor:
+        """The weighted sums [R, D] of the experts that are here. `gathered`: weights, and what changes them."""
+        return with_tuned(self, rows, routing, partial(self._stacked, gathered=gathered))
 
-    def _stacked(self, rows: Tensor, routing: Routing, weights: Sequence[Tensor | None] | None = None) -> Tensor:
+    def _stacked(self, rows: Tensor, routing: Routing, gathered: Gathered | None = None) -> Tensor:
         elsewhere = elsewhere_of(self)
         if elsewhere is not None:  # headgate.offload
             return elsewhere(rows, routing)
-        weights = weights or [weight_of(self, name) for name in WEIGHTS]
+        weights, changes = gathered or ([weight_of(self, name) for name in WEIGHTS], None)
         w_gate_up, w_down, b_gate_up, b_down = weights
         assert w_gate_up is not None
         assert w_down is not None
         act = self.activation
         biases = {"b_gate_up": b_gate_up, "b_down": b_down}
-        return expert_ffn(self, rows, routing, w_gate_up, w_down, **biases, activation=act)
+        return expert_ffn(self, rows, routing, w_gate_up, w_down, changes, **biases, activation=act)
 
     def cuts(self) -> dict[str, Cut]:
         """How each parameter is cut where the experts are spread over ranks: E over ep, F over etp."""

@@ -47,7 +47,8 @@ def _on_cuda(name: str, at: int) -> Any:
 
     def chosen(*args: Any) -> Any:
         rows, down, formats = args[at], args[at + 5], args[-9 + 1 if name == "backward" else -8]
-        why = why_no_grouped_gemm(rows, args[at + 8].shape[0] if args[at + 8] is not None else down[0].shape[0])
+        a = next(t for t in (args[at + 8], args[at + 10], down[0]) if t is not None)  # [E*S, ., .], or [E, ., .]
+        why = why_no_grouped_gemm(rows, a.shape[0])
         if why is None and formats and not quantized.triton_serves(rows, _packed(args, at), "lora_ffn"):
             return getattr(plain, name)(*args)
         if why is not None:
@@ -152,7 +153,8 @@ def lora_ffn(
     router weights, A, B and gates; those of the weights are never computed.
 
     Cost: 6*N*D*F + 2*N*r*(2D + 3F) FLOPs forward, twice that backward (a third less than grouped_ffn's), N live pairs.
-    Raises ValueError / TypeError naming argument, rule and value; IndexError for an expert id below -1 (CPU).
+    Raises ValueError / TypeError naming argument, rule and value; IndexError for an expert id below -1 or a skill that
+    is not there (CPU; elsewhere its row meets no expert).
     Source: Hu et al., LoRA (2021), eq. 3; several adapters behind a router: Kang et al., Self-MoE (2024).
     """
     act = as_activation(activation, gated)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import no_autocast
 from ..grouped_ffn.plain import join as joined
 from ..grouped_ffn.plain import live_pairs, split, views
 from ..grouped_ffn.quantized import widened
@@ -55,11 +56,11 @@ class _As:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one expert: `e` its number, `slot` its place in the weights, `pairs` [n] in the plan's order,
-    `blocks` which adapter's each are (see blocks_of), `x` [n, D] for products, `gate` [n, 1] or None."""
+    """The rows of one expert: `e` its number, `slots` its place in all weights or in each, `pairs` [n] in the plan's
+    order, `blocks` which adapter's each are (see blocks_of), `x` [n, D] for products, `gate` [n, 1] or None."""
 
     e: int
-    slot: int
+    slots: tuple[int, ...]
     first: int
     pairs: Tensor
     tokens: Tensor
@@ -69,8 +70,9 @@ class Rows:
 
 
 class Loop:
-    """A task with all that its experts share, and one expert's step forward and back. `slots` int32 [E]: where each
-    expert lies in the weights, -1: nowhere; None: all are there, each in its place. E is the routing's number."""
+    """A task with all that its experts share, and one expert's step forward and back. `slots` [E], or [weights, E] with
+    a table for each: where each expert lies in the weights, -1: nowhere; None: all are there, each in its place. E is
+    the routing's number."""
 
     def __init__(self, task: Task, slots: Tensor | None = None, experts: int | None = None) -> None:
         self.task, self.dtype = task, product_type(task.rows)
@@ -85,31 +87,33 @@ class Loop:
         self.experts = task.last.shape[0] if experts is None else experts
         some = task.up or task.down
         self.skills = 1 if some is None or task.skill_of_row is None else some.a.shape[0] // self.experts
+        _check_skills(task, self.skills)
         ids = task.ids(self.experts, self.skills)
         self.pair, self.offsets = live_pairs(ids, self.experts * self.skills, "lora_ffn")
         self.seed = None if task.seed is None or not task.dropout else int(task.seed)
 
     def __iter__(self) -> Iterator[Rows]:
         task, k = self.task, self.task.expert_ids.shape[1]
-        slots = range(self.experts) if self.slots is None else self.slots.tolist()
-        for e, slot in enumerate(slots):
+        tables = [[*range(self.experts)]] if self.slots is None else self.slots.view(-1, self.experts).tolist()
+        for e in range(self.experts):
+            slots = tuple(table[e] for table in tables)
             lo, hi = self.offsets[e * self.skills], self.offsets[(e + 1) * self.skills]
-            if slot < 0 or lo == hi:
+            if slots[0] < 0 or lo == hi:
                 continue
             pairs = self.pair[lo:hi]
             tokens = pairs // k
             gate = None if task.gates is None else task.gates[tokens, None].to(self.dtype)
             blocks = blocks_of(self.offsets, e, self.skills)
-            yield Rows(e, slot, lo, pairs, tokens, blocks, self.scratch.of("x", task.rows[tokens]), gate)
+            yield Rows(e, slots, lo, pairs, tokens, blocks, self.scratch.of("x", task.rows[tokens]), gate)
 
     def hidden(self, own: Rows) -> Tensor:
         """The pre-activation [n, W], rounded to the rows' dtype as it is kept."""
         widths = [u.shape[2] for u in self.ups]
         h = self.scratch.room("h", len(own.x), sum(widths))
-        for part, u in zip(h.split(widths, 1), self.ups, strict=True):
-            torch.mm(own.x, u[own.slot], out=part)
+        for i, (part, u) in enumerate(zip(h.split(widths, 1), self.ups, strict=True)):
+            torch.mm(own.x, u[own.slots[min(i, len(own.slots) - 1)]], out=part)
         if self.b1 is not None:
-            h += self.b1[own.slot]
+            h += self.b1[own.slots[0]]
         if self.task.up is not None:
             self._add(h, own.x, own, self.task.up, 0)
         return h.to(self.task.rows.dtype)
@@ -118,9 +122,9 @@ class Loop:
         """The un-weighted outputs [n, D] in the wide type."""
         task = self.task
         a = task.act(*split(h.to(task.wide), task.act, task.interleaved)).to(self.dtype)
-        out = torch.mm(a, self.down[own.slot], out=self.scratch.room("out", len(a), self.down.shape[2]))
+        out = torch.mm(a, self.down[own.slots[-1]], out=self.scratch.room("out", len(a), self.down.shape[2]))
         if self.b2 is not None:
-            out += self.b2[own.slot]
+            out += self.b2[own.slots[-1]]
         if task.down is not None:
             self._add(out, a, own, task.down, 1)
         return out.to(task.wide)
@@ -144,7 +148,7 @@ class Loop:
         s = task.weights.reshape(-1)[own.pairs, None].to(wide)
         g, parts = self.scratch.of("g", grad), split(h.to(wide), task.act, task.interleaved)
         a = task.act(*parts)
-        da = torch.mm(g, self.down[own.slot].T, out=self.scratch.room("a", len(g), self.down.shape[1]))
+        da = torch.mm(g, self.down[own.slots[-1]].T, out=self.scratch.room("a", len(g), self.down.shape[1]))
         if task.down is not None:
             self._back(da, (a * s).to(self.dtype), g, own, task.down, 1, out)
         da = da.to(wide)
@@ -152,7 +156,7 @@ class Loop:
         if out.want_weights:
             ds = (da * a).sum(1)
             if self.b2 is not None:
-                ds += (g * self.b2[own.slot]).sum(1, dtype=wide)
+                ds += (g * self.b2[own.slots[-1]]).sum(1, dtype=wide)
         if not out.want_hidden:
             return None, ds
         dh = self._slopes(da.mul_(s), parts)
@@ -161,7 +165,7 @@ class Loop:
         if out.want_rows:
             dx = self.scratch.room("out", *own.x.shape)
             for i, (d, u) in enumerate(zip(dh.split(widths, 1), self.ups, strict=True)):
-                torch.addmm(dx, d, u[own.slot].T, beta=int(i > 0), out=dx)
+                torch.addmm(dx, d, u[own.slots[min(i, len(own.slots) - 1)]].T, beta=int(i > 0), out=dx)
         if task.up is not None:
             self._back(dx, own.x, dh, own, task.up, 0, out)
         return None if dx is None else dx.to(wide), ds
@@ -206,6 +210,16 @@ class Loop:
                     dx[lo:hi].addcmul_(dz @ a, mask[lo:hi])
 
 
+def _check_skills(task: Task, skills: int) -> None:
+    """As expert ids: where they can be read without waiting for a device."""
+    skill = task.skill_of_row
+    if skill is None or skill.device.type != "cpu" or not skill.numel() or not (task.up or task.down):
+        return
+    low, high = (int(s) for s in skill.aminmax())
+    if low < 0 or high >= skills:
+        raise IndexError(f"lora_ffn: skill_of_row must be in 0 .. {skills - 1}, got {low if low < 0 else high}")
+
+
 @dataclass
 class Gradients:
     """Where gradients go: `of` (dA, dB) of the up and of the down projection, each None where it is not wanted or not
@@ -230,11 +244,12 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     h_all[loop.offsets[-1] :] = 0  # places of nobody
     y = torch.zeros(rows.shape[0], loop.down.shape[2], dtype=task.wide, device=rows.device)
     scale = task.weights.reshape(-1).to(task.wide)
-    for own in loop:
-        h = loop.hidden(own)
-        if keep:
-            h_all[own.first : own.first + len(h)] = h
-        y.index_add_(0, own.tokens, loop.output(own, h).mul_(scale[own.pairs, None]))
+    with no_autocast(rows.device):  # which would have products of other types than their sums
+        for own in loop:
+            h = loop.hidden(own)
+            if keep:
+                h_all[own.first : own.first + len(h)] = h
+            y.index_add_(0, own.tokens, loop.output(own, h).mul_(scale[own.pairs, None]))
     return y.to(rows.dtype), h_all
 
 
@@ -253,13 +268,14 @@ def backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dx = torch.zeros(rows.shape, dtype=task.wide, device=rows.device) if want_x else empty
     ds = torch.zeros(task.weights.numel(), dtype=task.wide, device=rows.device) if want_s else empty
     out = Gradients(((found[0], found[1]), (found[2], found[3])), dgates, want_x, want_s)
-    for own in loop:
-        n = len(own.pairs)
-        d_rows, d_weights = loop.back(own, h_all[own.first : own.first + n], grad[own.tokens], out)
-        if d_rows is not None:
-            dx.index_add_(0, own.tokens, d_rows)
-        if d_weights is not None:
-            ds[own.pairs] = d_weights
+    with no_autocast(rows.device):
+        for own in loop:
+            n = len(own.pairs)
+            d_rows, d_weights = loop.back(own, h_all[own.first : own.first + n], grad[own.tokens], out)
+            if d_rows is not None:
+                dx.index_add_(0, own.tokens, d_rows)
+            if d_weights is not None:
+                ds[own.pairs] = d_weights
     return (
         dx.to(rows.dtype),
         ds.view(task.weights.shape).to(task.weights.dtype) if want_s else ds,

@@ -84,12 +84,14 @@ class Task:
         return sum(w.shape[2 if self.transposed else 1] for w in (self.first, self.second) if w is not None)
 
     def ids(self, experts: int, skills: int) -> Tensor:
-        """int32 [R, K]: which adapter of which expert a pair meets, e * S + skill, -1: none."""
+        """int32 [R, K]: which adapter of which expert a pair meets, e * S + skill, -1: none. A row of a skill that is
+        not there meets no expert."""
         ids = narrow_ids(self.expert_ids, experts)
-        if self.skill_of_row is None:
+        if self.skill_of_row is None or not (self.up or self.down):
             return ids
-        found = ids * skills + self.skill_of_row.to(torch.int32)[:, None]
-        return torch.where((ids >= 0) & (ids < experts), found, torch.where(ids < -1, -2, -1)).to(torch.int32)
+        skill = self.skill_of_row.clamp(-1, skills).to(torch.int32)[:, None]
+        there = (ids >= 0) & (ids < experts) & (skill >= 0) & (skill < skills)
+        return torch.where(there, ids * skills + skill, torch.where(ids < -1, -2, -1)).to(torch.int32)
 
     @property
     def wide(self) -> torch.dtype:

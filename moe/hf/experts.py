@@ -20,7 +20,7 @@ from ...kernels.grouped_linear import grouped_linear
 from ...kernels.plan import Plan, plan
 from ...kernels.routing import Routing
 from ..elsewhere import elsewhere_of
-from ..lora.attached import expert_ffn
+from ..lora.attached import Gathered, changes_of, expert_ffn
 from ..lora.tuned import with_tuned
 from ..shards import Cut, shards_of, weight_of
 from .counting import mark
@@ -56,7 +56,7 @@ def experts_forward(
     rows = as_rows(hidden_states, getattr(m, first))
     routing = Routing.from_topk(ids, weights, num_experts)
     if shards is not None and shards.overlap is not None:
-        gathered = None if elsewhere_of(module) else _weights(module)
+        gathered = None if elsewhere_of(module) else (_weights(module), changes_of(module))
         compute = partial(_compute, module, gathered)
         y = shards.overlap.run(shards, rows, routing, compute)
     else:
@@ -73,24 +73,25 @@ def _weights(module: nn.Module) -> list[Tensor | None]:
     return [weight_of(module, first), weight_of(module, "down_proj"), *biases]
 
 
-def _compute(module: nn.Module, weights: list[Tensor | None] | None, rows: Tensor, routing: Routing) -> Tensor:
-    """The weighted sums [R, D] of the experts that are here. `weights`: where they have been gathered before."""
-    return with_tuned(module, rows, routing, partial(_stacked, module, weights))
+def _compute(module: nn.Module, gathered: Gathered | None, rows: Tensor, routing: Routing) -> Tensor:
+    """The weighted sums [R, D] of the experts that are here. `gathered`: weights, and what changes them."""
+    return with_tuned(module, rows, routing, partial(_stacked, module, gathered))
 
 
-def _stacked(module: nn.Module, weights: list[Tensor | None] | None, rows: Tensor, routing: Routing) -> Tensor:
+def _stacked(module: nn.Module, gathered: Gathered | None, rows: Tensor, routing: Routing) -> Tensor:
     """The same of the module's stacked weights, or of those that are elsewhere."""
     elsewhere = elsewhere_of(module)
     if elsewhere is not None:  # headgate.offload
         return elsewhere(rows, routing)
     gated, _biased, transposed, interleaved, normed = flags(module)
-    w1, w2, b1, b2 = weights or _weights(module)  # after dispatch, which may choose another degree
+    weights, changes = gathered or (_weights(module), None)  # after dispatch, which may choose another degree
+    w1, w2, b1, b2 = weights
     assert w1 is not None
     assert w2 is not None
     activation = activation_of(module, gated, interleaved, normed)
     if activation is not None:
         return expert_ffn(
-            module, rows, routing, w1, w2, b_gate_up=b1, b_down=b2, activation=activation,
+            module, rows, routing, w1, w2, changes, b_gate_up=b1, b_down=b2, activation=activation,
             gated=gated, transposed=transposed, interleaved=interleaved,
         )  # fmt: skip
     own: Any = module

@@ -17,18 +17,21 @@ from ...kernels.routing import Routing
 from ..shards import Cut, Shards, shards_of
 
 TARGETS = ("gate_up", "down")
+Changes = tuple[Delta | None, Delta | None]  # of the two projections
+Gathered = tuple[Sequence[Tensor | None], Changes | None]  # weights and biases, as a call computes with them
 CHILD = "lora"  # its name in an experts module
 
 
 @dataclass(frozen=True)
 class Target:
-    """One weight [E, ., .] that is changed: the module's `parameter`, its sizes, and along which of its own dimensions
-    the outputs lie."""
+    """One weight [E, out, in] that is changed: the module's `parameter`, its sizes, and whether the module has it as
+    [E, in, out]."""
 
     parameter: str
     experts: int
     fan_in: int
     fan_out: int
+    transposed: bool = False
 
 
 class ExpertLora(nn.Module):
@@ -76,7 +79,7 @@ class ExpertLora(nn.Module):
         experts = self.targets[name].experts
         return tuple(t.new_zeros(experts, *t.shape[1:]).index_copy(0, where, t) for t in (a, b))  # type: ignore[return-value]
 
-    def deltas(self, shards: Shards | None = None, apart: bool = False) -> tuple[Delta | None, Delta | None]:
+    def deltas(self, shards: Shards | None = None, apart: bool = False) -> Changes:
         """The changes of the two projections, as a call computes with them. `apart`: gate rows above up rows, where the
         module's own weights have them in turn."""
         found: list[Delta | None] = []
@@ -125,12 +128,26 @@ def loras_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertLora]]:
             yield name, module, found
 
 
-def expert_ffn(module: nn.Module, rows: Tensor, routing: Routing, w_gate_up: Any, w_down: Any, **form: Any) -> Tensor:
-    """grouped_ffn on an experts module's weights, with what the module carries."""
+def changes_of(module: nn.Module) -> Changes | None:
+    """What a call of an experts module computes with, gathered as its weights are; None where nothing is changed."""
+    lora = at_work(module)
+    return None if lora is None else lora.deltas(shards_of(module))
+
+
+def expert_ffn(
+    module: nn.Module,
+    rows: Tensor,
+    routing: Routing,
+    w_gate_up: Any,
+    w_down: Any,
+    changes: Changes | None = None,
+    **form: Any,
+) -> Tensor:
+    """grouped_ffn on an experts module's weights, with what the module carries. `changes`: gathered before."""
     lora = at_work(module)
     if lora is None:
         return grouped_ffn(rows, routing, w_gate_up, w_down, **form)
-    up, down = lora.deltas(shards_of(module))
+    up, down = lora.deltas(shards_of(module)) if changes is None else changes
     return lora_ffn(rows, routing, w_gate_up, w_down, up, down, dropout=lora.dropout if lora.training else 0.0, **form)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters import computing
 from ..elsewhere import elsewhere_of
+from ..hf.experts import FLOATS
 from ..offload.forms import Form, experts_in, form_of, runs_here
 from ..shards import shards_of
 from .attached import CHILD, TARGETS, ExpertLora, Target, lora_of, loras_in, switched_off
@@ -55,12 +56,15 @@ def lora(
     >>> optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-4)
     """
     _check_numbers("lora", rank, alpha, dropout)
-    if isinstance(targets, str) or not targets or any(t not in TARGETS for t in targets):
+    listed = isinstance(targets, Sequence) and not isinstance(targets, str) and len(targets) > 0
+    if not listed or any(t not in TARGETS for t in targets):
         raise ValueError(f"lora: targets must be of {', '.join(TARGETS)}, got {targets!r}")
     found = _survey("lora", model)
     chosen = {name: _chosen(name, module, form, experts) for name, module, form in found}
     if isinstance(experts, Mapping) and (strange := [n for n in experts if n not in chosen]):
         raise ValueError(f"lora: experts must name layers of the model, such as {found[0][0]}, got {strange[0]!r}")
+    if not any(one is None or one for one in chosen.values()):
+        raise ValueError(f"lora: experts must be some of one layer at least, got {experts!r}")
     size = rank if alpha is None else alpha
     made = {}
     for name, module, form in found:
@@ -163,23 +167,25 @@ class Lora:
             if (shards := shards_of(module)) is not None and shards.etp > 1:
                 raise ValueError(f"Lora.merge: experts must be whole, got {name} cut over etp")
         for _, module, one in loras_in(self.model):
-            form = form_of(module)
-            turned = isinstance(form, Form) and form.transposed
             for target, about in one.targets.items():
                 weight, (a, b) = getattr(module, about.parameter), one.factors(target)
                 for e in range(len(a)) if one.chosen is None else one.chosen:
                     w = weight.data[e]
                     wide = torch.promote_types(w.dtype, torch.float32)
                     change = one.scale * (b[e].to(wide) @ a[e].to(wide))
-                    w.copy_(w.to(wide) + (change.T if turned else change))
+                    w.copy_(w.to(wide) + (change.T if about.transposed else change))
         return self.remove()
 
     def remove(self) -> nn.Module:
         """Takes the changes off and lets learn what learned before; returns the model."""
         self._layers("remove")
+        learned_before = {p for p, learned in self.before.items() if learned}
         for _, module, one in list(loras_in(self.model)):
             one.hook.remove()
             delattr(module, CHILD)
+            elsewhere: Any = elsewhere_of(module)
+            if hasattr(elsewhere, "thaw"):  # those learn when headgate.offload brings them back
+                elsewhere.thaw(learned_before)
         for p, learned in self.before.items():
             if learned and not isinstance(p, _frozen_kinds()):
                 p.requires_grad_(True)
@@ -204,7 +210,7 @@ def targets_of(module: nn.Module, form: Form, targets: Sequence[str]) -> dict[st
             parameter = form.names[f"w_{target}"]
             experts, *shape = getattr(module, parameter).shape
             fan_out, fan_in = shape[::-1] if form.transposed else shape
-            found[target] = Target(parameter, experts, fan_in, fan_out)
+            found[target] = Target(parameter, experts, fan_in, fan_out, form.transposed)
     return found
 
 
@@ -263,7 +269,9 @@ def _chosen(name: str, module: nn.Module, form: Form, experts: Chosen) -> list[i
         if experts != "all":
             raise ValueError(f'lora: experts must be "all", numbers or layer -> numbers, got {experts!r}')
         return None
-    numbers = experts.get(name, ()) if isinstance(experts, Mapping) else experts
+    numbers: Any = experts.get(name, ()) if isinstance(experts, Mapping) else experts
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str):
+        raise TypeError(f'lora: experts must be "all", numbers or layer -> numbers, got {experts!r}')
     there = getattr(module, form.names["w_down"]).shape[0]
     if shards_of(module) is not None:
         raise ValueError(f'lora: experts must be "all" where {name} is cut over ranks, got a choice of them')
@@ -278,8 +286,8 @@ def _chosen(name: str, module: nn.Module, form: Form, experts: Chosen) -> list[i
 def _where(who: str, model: nn.Module, module: nn.Module, form: Form, dtype: torch.dtype | None) -> dict[str, Any]:
     """Device and dtype of what is new."""
     weight: Tensor = getattr(module, form.names["w_down"])
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"{who}: dtype must be floating point, got {dtype}")
+    if dtype not in (None, *FLOATS):
+        raise TypeError(f"{who}: dtype must be None or of {', '.join(map(str, FLOATS))}, got {dtype!r}")
     elsewhere = elsewhere_of(module)
     device = weight.device
     if elsewhere is not None and hasattr(elsewhere, "offloaded"):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FLOATING = ("F32", "F16", "BF16", "F64")  # safetensors' names
 _WHO = "load_lora"
 # what changes a LoRA's meaning, and what it must be for ours
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -97,32 +98,46 @@ def read_adapter(
         left = set(file.tensors)
         values: Values = {}
         for name, targets in wanted.items():
+            _check_rank(guard, file, name, [sizes[name][t] for t in targets], adapter.rank)
             outer = targets[::-1]
-            inside = file.tensors.get(f"{PREFIX}{name}.lora_A.weight")
-            first, last = (_shapes(sizes[name][t], adapter.rank)[0] for t in (outer[0], outer[-1]))
-            if inside is not None and inside.shape != first and inside.shape == last:
+            outermost = tuple(file.tensors.get(f"{PREFIX}{name}.lora_{x}.weight") for x in "AB")
+            stored = tuple(t and tuple(t.shape) for t in outermost)
+            first, last = (_shapes(sizes[name][t], adapter.rank) for t in (outer[0], outer[-1]))
+            if stored != first and stored == last:
                 outer = targets
             for depth, target in enumerate(outer):
                 about, key = sizes[name][target], f"{PREFIX}{name}{'.base_layer' * depth}"
                 keys = f"{key}.lora_A.weight", f"{key}.lora_B.weight"
                 for k, shape in zip(keys, _shapes(about, adapter.rank), strict=True):
-                    guard.rule(k in left, k, "there, as target_parameters says", "none")
-                    stored = file.tensors[k]
-                    turned = tuple(stored.shape) in _shapes_turned(about, adapter.rank)
-                    rule = f"{list(shape)}, [E*r, in] or [out, r*E] of {about.parameter}"
-                    got = f"{list(stored.shape)}" + (" (in and out have changed places)" if turned else "")
-                    guard.rule(tuple(stored.shape) == shape, k, rule, got)
-                    guard.rule(stored.dtype in ("F32", "F16", "BF16", "F64"), k, "floating point", stored.dtype)
+                    guard.rule(k in left, k, f"there, as target_parameters says in {CONFIG}", "none")
+                    there = file.tensors[k]
+                    turned = tuple(there.shape) in _shapes_turned(about, adapter.rank)
+                    rule = f"{list(shape)}, by {CONFIG} [E*r, in] or [out, r*E] of {about.parameter}"
+                    got = f"{list(there.shape)}" + (" (in and out have changed places)" if turned else "")
+                    guard.rule(tuple(there.shape) == shape, k, rule, got)
+                    guard.rule(there.dtype in FLOATING, k, "floating point", there.dtype)
                     left.discard(k)
                 a, b = (file.read(k) for k in keys)
                 values.setdefault(name, {})[target] = (
                     a.unflatten(0, (about.experts, -1)),
                     b.unflatten(1, (-1, about.experts)).permute(2, 0, 1),
                 )
-        guard.rule(not left, "tensors", "those of the experts in target_parameters", sorted(left)[:1])
+        guard.rule(not left, "tensors", f"those of the experts in target_parameters of {CONFIG}", sorted(left)[:1])
     finally:
         file.close()
     return adapter, values
+
+
+def _check_rank(guard: Guard, file: Checkpoint, name: str, targets: Sequence[Target], rank: int) -> None:
+    """The configuration's r is the matrices' own. What else is wrong with them is told with their shapes."""
+    pair = tuple(file.tensors.get(f"{PREFIX}{name}.lora_{x}.weight") for x in "AB")
+    if pair[0] is None or pair[1] is None or not pair[0].shape:
+        return
+    stored, experts = tuple(tuple(t.shape) for t in pair if t), targets[0].experts
+    own = pair[0].shape[0] // experts
+    if own != rank and any(stored == _shapes(about, own) for about in targets):
+        rule = f"{own}, as of the {experts} experts in {WEIGHTS}"
+        raise Guard(guard.path.with_name(CONFIG), _WHO).refusal("r", rule, rank)
 
 
 def _shapes(about: Target, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -22,6 +22,7 @@ from ..offload.checkpoint import Checkpoint
 from ..offload.forms import Form, experts_in, form_of
 from ..shards import shards_of
 from .attached import lora_of
+from .peft_files import FLOATING
 from .tuned import CHILD, TunedExperts, tuned_in, tuned_of
 
 BY = ("tokens", "gates")
@@ -123,6 +124,7 @@ def load_tuned(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 guard.rule(key in left, key, "there", "none")
                 want = (len(numbers), *weight.shape[1:])
                 guard.rule(file.tensors[key].shape == want, key, f"of shape {list(want)}", file.tensors[key].shape)
+                guard.rule(file.tensors[key].dtype in FLOATING, key, "floating point", file.tensors[key].dtype)
                 left.discard(key)
                 new.append((weight, numbers, file.read(key)))
         guard.rule(not left, "tensors", "those of the model's experts", sorted(left)[:1])

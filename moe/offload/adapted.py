@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.activation import as_activation
+from ...kernels.autocast import no_autocast
 from ...kernels.chip import say_once
 from ...kernels.expert_gradients import combine_gradients
 from ...kernels.expert_outputs import combine_outputs
@@ -116,7 +117,8 @@ class _Maker:
     def each(self, then: Any, work: Callable[[Loop], None]) -> None:
         call = self.call
         _, ids, counts = distinct(self.expert_ids, call.experts)
-        with closing(call.engine.step(call.layer, ids, then, counts)) as groups:
+        step = call.engine.step(call.layer, ids, then, counts)
+        with closing(step) as groups, no_autocast(self.rows.device):
             for group in groups:
                 if group.host:
                     name = call.engine.layers[call.layer].name
@@ -124,8 +126,10 @@ class _Maker:
                 work(Loop(self._task(group), self._slots(group), call.experts))
 
     def _slots(self, group: Group) -> Tensor:
-        slots = torch.full((self.call.experts,), -1)
-        slots[group.experts] = torch.tensor(group.slots)
+        """[E], or [weights, E] where each weight has places of its own."""
+        there = torch.as_tensor(group.slots)
+        slots = torch.full((*there.shape[:-1], self.call.experts), -1)
+        slots[..., group.experts] = there.to(slots.dtype)
         return slots
 
     def _task(self, group: Group) -> Task:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -397,9 +397,15 @@ class _Elsewhere:
     def freeze(self) -> dict[nn.Parameter, bool]:
         """The experts stay frozen when they come back; returns which parameters would have learned."""
         one = self.offloaded._moved[self.index]
-        learned = {seen.parameter: one.learning[ours] for ours, seen in one.now.items()}
+        learned = {p: one.learning[ours] for ours, seen in one.now.items() for p in (seen.parameter, one.before[ours])}
         one.learning = dict.fromkeys(one.learning, False)
         return learned
+
+    def thaw(self, parameters: Container[nn.Parameter]) -> None:
+        """Those of the experts' `parameters` that are among these learn when they come back."""
+        one = self.offloaded._moved[self.index]
+        for ours, seen in one.now.items():
+            one.learning[ours] |= seen.parameter in parameters or one.before[ours] in parameters
 
     def __reduce__(self):
         raise TypeError("offload: an offloaded model cannot be copied or pickled; close its Offload first")

@@ -125,6 +125,32 @@ def test_compiled_whole():
     assert torch.equal(run(), call(case))
 
 
+def test_under_autocast_as_without_it_in_its_type(assert_close):
+    case = Case(bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(case)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    half = Case(bias=True)
+    for name in ("x", "w1", "w2", "b1", "b2"):
+        setattr(half, name, getattr(case, name).detach().bfloat16())
+    half.ids, half.weights, half.deltas = case.ids, case.weights.detach(), case.deltas
+    assert torch.equal(y, call(half))
+    assert case.deltas["up"].a.grad.isfinite().all()
+
+
+def test_skills_without_a_change_and_skills_that_are_not_there(assert_close):
+    case = Case(skills=2, targets=())
+    form = {**case.form, "b_gate_up": case.b1, "b_down": case.b2}
+    want = grouped_ffn(case.x, case.routing(), case.w1, case.w2, **form)
+    assert_close(call(case), want)
+    case = Case(skills=2)
+    for bad in (-1, 2):
+        case.skills[3] = bad
+        with pytest.raises(IndexError, match=rf"lora_ffn: skill_of_row must be in 0 \.\. 1, got {bad}"):
+            call(case)
+
+
 def test_bad_input_is_named():
     case = Case(skills=2)
     up, down = case.deltas.values()

@@ -12,6 +12,7 @@ from torch import nn
 
 import headgate
 from headgate.moe.lora.attached import ExpertLora
+from headgate.moe.offload.paged import Paged
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -147,6 +148,48 @@ def test_around_offloaded_experts_to_the_bit(original, when, tmp_path):
     assert torch.equal(again[0], want[0]), "and when they are back"
 
 
+@pytest.mark.parametrize("page_cache", [True, False])
+def test_around_experts_computed_where_they_lie_in_files(page_cache, tmp_path):
+    torch.manual_seed(2)
+    mine, x = headgate.MoE(256, 512, 4, 2), torch.randn(9, 256)
+    lora = filled(headgate.lora(mine, 3))
+
+    def step():
+        mine.zero_grad()
+        y = mine(x)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in lora.parameters())]
+
+    want = step()
+    with headgate.offload(mine, budget="75%", disk=tmp_path, page_cache=page_cache) as offloaded:
+        assert isinstance(offloaded.engine.arena, Paged), "nothing of it is tested"
+        assert all(torch.equal(a, b) for a, b in zip(step(), want, strict=True))
+
+
+def test_around_offloaded_experts_under_autocast(tmp_path, assert_close):
+    mine, x = headgate.MoE(16, 8, 4, 2).bfloat16(), torch.randn(9, 16).bfloat16()
+    filled(headgate.lora(mine, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        want = mine(x).detach()
+        with headgate.offload(mine, budget=1.0, disk=tmp_path):
+            y = mine(x)
+            y.float().sum().backward()
+    assert_close(y, want)
+
+
+@pytest.mark.parametrize("formats", [None, "int8"])
+@pytest.mark.parametrize("first", ["lora", "offload"])
+def test_taken_off_offloaded_experts_which_learn_again_when_they_are_back(first, formats, tmp_path):
+    mine = headgate.MoE(32, 64, 4, 2)
+    lora = headgate.lora(mine, 2) if first == "lora" else None
+    with headgate.offload(mine, budget=1.0, disk=tmp_path, formats=formats):
+        lora = headgate.lora(mine, 2) if lora is None else lora
+        lora.remove()
+        assert not any(p.requires_grad for n, p in mine.named_parameters() if n.startswith("experts"))
+        mine(torch.randn(3, 32))
+    assert all(p.requires_grad for p in mine.parameters())
+
+
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_qlora_of_experts(format, tmp_path, assert_close):
     """Gradients through experts in few bits are those through the same experts widened."""
@@ -223,13 +266,20 @@ def test_a_step_changes_nothing_but_a_and_b():
         ({"targets": "down"}, "lora: targets must be of gate_up, down, got 'down'"),
         ({"experts": [7]}, r"lora: experts of experts must be distinct numbers in 0 .. 3, got \[7\]"),
         ({"experts": "some"}, "lora: experts must be \"all\", numbers or layer -> numbers, got 'some'"),
+        ({"experts": {}}, "lora: experts must be some of one layer at least, got {}"),
+        ({"experts": {"experts": []}}, "lora: experts must be some of one layer at least"),
+        ({"experts": {"experts": 3}}, 'lora: experts must be "all", numbers or layer -> numbers, got .*3'),
+        ({"experts": 5}, 'lora: experts must be "all", numbers or layer -> numbers, got 5'),
+        ({"targets": 5}, "lora: targets must be of gate_up, down, got 5"),
+        ({"dtype": "bf16"}, "lora: dtype must be None or of .*, got 'bf16'"),
+        ({"dtype": torch.float8_e4m3fn}, "lora: dtype must be None or of .*, got torch.float8_e4m3fn"),
         ({"experts": {"no": [1]}}, "lora: experts must name layers of the model, such as experts, got 'no'"),
     ],
 )
 def test_options_out_of_range_are_named_before_anything_changes(options, said):
     mine = headgate.MoE(8, 4, 4, 2)
     names = [*mine.state_dict()]
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         headgate.lora(mine, **options)
     assert [*mine.state_dict()] == names
     assert all(p.requires_grad for p in mine.parameters())
@@ -254,6 +304,34 @@ def test_models_that_cannot_are_named(originals):
     headgate.restore(other)
     with pytest.raises(RuntimeError, match="experts must run through Headgate while they carry LoRA"):
         other(IDS)
+
+
+def test_merged_where_headgate_computes_no_more(originals, assert_close):
+    """Weights [E, in, out] among them: what turns them is known from the start."""
+    mine = swapped(originals["gpt-oss"])
+    lora = filled(headgate.lora(mine, 2))
+    y = logits(mine)
+    headgate.restore(mine)
+    assert_close(logits(lora.merge()), y)
+
+
+def test_pefts_order_is_told_by_both_matrices(tmp_path):
+    """D = F, as gpt-oss-20b has it: A of both projections are of one shape."""
+    from safetensors.torch import load_file, save_file
+
+    mine = nn.ModuleDict({"moe": headgate.MoE(8, 8, 4, 2)})
+    want = filled(headgate.lora(mine, 2))
+    want.save(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    turned = {}
+    for key, t in tensors.items():
+        deep = ".base_layer" in key
+        turned[key.replace(".base_layer", "") if deep else key.replace(".experts", ".experts.base_layer")] = t
+    save_file(turned, tmp_path / "adapter_model.safetensors")
+    values = [p.detach().clone() for p in want.parameters()]
+    want.remove()
+    got = headgate.load_lora(mine, tmp_path)
+    assert all(torch.equal(p, v) for p, v in zip(got.parameters(), values, strict=True))
 
 
 def test_peft_beside_ours_is_refused(originals):
@@ -290,6 +368,7 @@ def test_files_that_do_not_fit_are_named(tmp_path):
     fails("use_dora of .* must be False, or absent, got True", use_dora=True)
     fails("rank_pattern of .* must be", rank_pattern={"down_proj": 4})
     fails("r of .* must be a whole number of at least 1, got 0", r=0)
+    fails(r"load_lora: r of .*adapter_config\.json must be 2, as .* in adapter_model\.safetensors, got 3", r=3)
     fails(
         "target_parameters of .* must be of the model's experts, as moe.experts.w_gate_up, got", target_parameters=["x"]
     )

@@ -117,6 +117,27 @@ def at_every_degree():
 
 
 @check
+def rows_that_travel_while_experts_compute():
+    """A and B are gathered once a call, as weights are, not once a chunk."""
+    n = dist.get_world_size()
+    fold = make_fold(Sizes.of({"dp": n}, {"ep": n // 2, "etp": 2}, 1, n))
+    for degree in (1, 2):
+        whole, mine = built(), built()
+        adapted(whole), adapted(mine)
+        headgate.parallelize(mine, fold, overlap=3)
+        headgate.set_degree(mine, degree)
+        calls = []
+        for layer in mine.layers:
+            one = layer.experts.lora
+            one.deltas = lambda *args, of=one.deltas, degree=degree, calls=calls: calls.append(degree) or of(*args)
+        ids, g, part = batch(fold)
+        want = step(whole, ids, g / n)
+        close(step(mine, ids[part], g[part]), want[part], f"r = {degree}: y")
+        parts(whole, mine, lambda p: p.grad)
+        assert calls == [degree] * 2, "once for each layer"
+
+
+@check
 def put_on_after():
     """Every rank starts with its own values; those that hold the same of a matrix end with the same."""
     for fold, how in folds():
