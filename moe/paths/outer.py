@@ -40,7 +40,7 @@ class OuterSync:
     A rank that dies, or is stopped, is left out with a warning: the others repeat the meeting without it, and `mine` is
     dealt anew. When it goes on it asks to be let in again, and what it did since the last meeting is lost. All ranks
     hold all modules on the host, twice in fp32 (weights of the last meeting, momentum): no module dies with a rank.
-    What travels is the modules that were trained, in fp32, over gloo.
+    What travels is the modules that were trained, in fp32, over gloo: their parameters. Buffers stay each rank's own.
 
     `round`: meetings so far. `lost`: what was said of ranks that were left out. Raises ValueError naming argument, rule
     and value; TimeoutError where nobody lets this rank in.
@@ -151,11 +151,14 @@ class OuterSync:
                     return
                 self._let_in(newcomers)
             except RuntimeError as error:
-                self._leave_out(error)
+                if self._leave_out(error):
+                    return
                 continue
             work = self._together
 
-    def _leave_out(self, error: RuntimeError) -> None:
+    def _leave_out(self, error: RuntimeError) -> bool:
+        """Goes on without those who are missing. True: this rank was, and has come in again, with the others' state: it
+        owes them no meeting, and they are in none."""
         found = self._circle.lost(error)
         self.lost.append(found)
         left = [rank for rank in self.members if rank not in found.ranks]
@@ -163,15 +166,15 @@ class OuterSync:
             warnings.warn(f"{_WHO}: the others went on without rank {self.rank}; it asks to be let in", stacklevel=4)
             self._forget()
             self._enter()
-            return
+            return True
         warnings.warn(f"{found}; {len(left)} ranks go on", stacklevel=4)
         self._circle = Circle(self._store, self.rank, left, self._circle.generation + 1, self.timeout_s)
+        return False
 
     def _let_in(self, newcomers: Sequence[int]) -> None:
         members = sorted({*self.members, *newcomers})
         generation, begin, self._answered = self._circle.generation + 1, self._answered, self._seen
-        if self.rank == self.members[0]:
-            answer(self._store, begin, self._seen, members, generation)
+        answer(self._store, begin, self._seen, members, generation)  # by each, the same: one may die before it has
         self._circle.close()
         self._circle = Circle(self._store, self.rank, members, generation, self.timeout_s)
 
