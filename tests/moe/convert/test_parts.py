@@ -223,6 +223,7 @@ def test_a_learned_router_mixes_language_models_too():
     weights = router(features).softmax(1)[:, :, None, None]
     mixed = sum(weights[:, m] * model(ids).logits.softmax(-1) for m, model in enumerate(models))
     torch.testing.assert_close(found.logits, mixed.log(), rtol=1e-4, atol=1e-4)
+    found.loss.backward()
     assert router.net[0].weight.grad.any()
 
 
