@@ -64,7 +64,9 @@ def _block(dense: Dense, kitchen: _Kitchen, target: Target, layer: int, experts:
     """Router and experts of a layer."""
     block, hidden, width = f"model.layers.{layer}.{target.block}", dense.config.hidden_size, kitchen.recipe.width
     dtype = dense.dtypes[f"{mlp(layer)}.{FFN[0]}.weight"]
-    yield Made(f"{block}.gate.weight", (experts, hidden), dtype, lambda: kitchen.recipe.gate(layer).to(dense.device, dtype))
+    yield Made(
+        f"{block}.gate.weight", (experts, hidden), dtype, lambda: kitchen.recipe.gate(layer).to(dense.device, dtype)
+    )
     for e in range(experts):
         for part, name in enumerate(target.parts):
             shape = (hidden, width) if part == 2 else (width, hidden)

@@ -42,6 +42,8 @@ class OuterSync:
     hold all modules on the host, twice in fp32 (weights of the last meeting, momentum): no module dies with a rank.
     What travels is the modules that were trained, in fp32, over gloo: their parameters. Buffers stay each rank's own.
 
+    A module that has become NaN or Inf on a rank is left out of the mean there, with a warning.
+
     `round`: meetings so far. `lost`: what was said of ranks that were left out. Raises ValueError naming argument, rule
     and value; TimeoutError where nobody lets this rank in.
 
@@ -118,6 +120,7 @@ class OuterSync:
 
     def meet(self) -> None:
         """Meets now; the others come when they have done their steps, or after `patience_s`."""
+        self._check_finite()
         self._store.add(self._key(), 1)
         self._meet(self._exchange)
         self._steps, self._waiting_since = 0, None
@@ -247,6 +250,14 @@ class OuterSync:
 
     def _forget(self) -> None:
         self._weight = dict.fromkeys(self._modules, 0.0)
+
+    def _check_finite(self) -> None:
+        """A module that is NaN or Inf here is not in the mean: it would be so on all ranks, for ever."""
+        for at in self._modules:
+            if self._weight[at] and not all(p.isfinite().all() for p in self._of(at)):
+                self._weight[at] = 0.0
+                what = f"module {at[1]} of level {at[0]} is not finite on rank {self.rank}"
+                warnings.warn(f"{_WHO}: {what}, and what it trained there since the last meeting is lost", stacklevel=4)
 
     # --- who is waited for ---
 

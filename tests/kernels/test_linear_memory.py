@@ -68,7 +68,12 @@ def test_a_state_that_is_forgotten_whole(assert_close):
         (ValueError, r"beta must be \[7, 2\], got \(7,\)", 4, torch.zeros(7, dtype=torch.float64)),
         (ValueError, r"state must be \[2, 2, 3, 5\], got", 6, torch.zeros(1, 2, 3, 5, dtype=torch.float64)),
         (ValueError, r"offsets must be integers \[G\+1\]", 5, torch.zeros(3)),
-        (ValueError, r"offsets must rise from 0 or more to at most N \(7\), got \[0, 3, 8\]", 5, torch.tensor([0, 3, 8])),
+        (
+            ValueError,
+            r"offsets must rise from 0 or more to at most N \(7\), got \[0, 3, 8\]",
+            5,
+            torch.tensor([0, 3, 8]),
+        ),
         (ValueError, r"offsets must rise .*, got \[0, 3, 2\]", 5, torch.tensor([0, 3, 2])),
     ],
 )

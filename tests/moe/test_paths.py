@@ -118,6 +118,19 @@ def test_alone_a_meeting_is_nesterov_and_its_state_goes_on_elsewhere():
         odd.load_state_dict(outer.state_dict())
 
 
+def test_a_module_that_is_not_finite_spoils_no_meeting():
+    paths = Paths(levels())
+    outer = OuterSync(paths, every=1, lr=1.0, momentum=0.0)
+    begin = [p.detach().clone() for p in paths.parameters()]
+    paths.levels[1][0].weight.data[1, 2] = torch.nan
+    paths.levels[0][0].bias.data += 1
+    with pytest.warns(UserWarning, match="module 0 of level 1 is not finite on rank 0"):
+        outer.step((0, 0, 0))
+    begin[1] += 1  # the bias of the first module
+    for p, expected in zip(paths.parameters(), begin, strict=True):
+        torch.testing.assert_close(p.data, expected)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

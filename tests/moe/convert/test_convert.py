@@ -364,7 +364,7 @@ def test_a_folder_that_is_taken_for_stale_at_once_is_made_again_and_a_full_disk_
     with files.whole_folder(tmp_path / "moe") as folder:
         (folder / "x").touch()
     assert [path.name for path in (tmp_path / "moe").iterdir()] == ["x"]
-    with pytest.raises(OSError, match="No space left on device: '.*/full'"), files.whole_folder(tmp_path / "full"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/full'"), files.whole_folder(tmp_path / "full"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
