@@ -27,8 +27,8 @@ class Walk:
     @torch.no_grad()
     def layers(self, note: Note = lambda _, mass: mass.flatten(0, 1)) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(layer, what its FFN takes [T, D], what is noted of what each neuron contributes): `note(layer, mass)`,
-        called with some sequences at a time and joined, mass [B, S, F] fp32: |h| times the norm of its column of the down
-        projection, in shares of their sum. In memory beside it: hidden states, and `mass` of _TOKENS tokens."""
+        called with some sequences at a time and joined, mass [B, S, F] fp32: |h| times the norm of its column of the
+        down projection, in shares of their sum. In memory beside it: hidden states, and `mass` of _TOKENS tokens."""
         dense, model = self.dense, self.dense.model
         m: Any = model
         whole = m.model
