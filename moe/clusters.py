@@ -44,7 +44,9 @@ def _start(x: Tensor, clusters: int, draw: torch.Generator) -> Tensor:
         far[taken] = 0
         weights = far.cpu().double() if far.sum() > 0 else torch.ones(len(x), dtype=torch.float64)
         weights[taken] = 0
-        taken.append(int(torch.multinomial(weights, 1, generator=draw)))
+        upto = weights.cumsum(0)  # torch.multinomial ends at 2**24 points
+        at = torch.rand(1, dtype=torch.float64, generator=draw) * upto[-1]
+        taken.append(int(torch.searchsorted(upto, at, right=True)))
         far = torch.minimum(far, (x - x[taken[-1]]).square().sum(1))
     return x[taken]
 

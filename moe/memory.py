@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..kernels.autocast import no_autocast
 from ..kernels.routing import Routing
 from ..kernels.topk import topk
+from ..placement.files import write_whole
 from .columns import by_columns
 
 
@@ -57,7 +59,8 @@ class Memory(nn.Module):
     gated            y = W_o (sum * silu(W_g x)), "Memory+"
     sparse_grad      the gradient of `values` is a sparse tensor [E, Dv] of the rows chosen, for torch.optim.SparseAdam;
                      without it a dense one
-    values_of        another Memory whose values this one shares, with keys of its own
+    values_of        another Memory whose values this one shares, with keys of its own. `to_host` and `to_disk` move
+                     those of one Memory: each of several has its own copy afterwards
     group            a process group: rank g holds columns [g Dv / G, (g + 1) Dv / G) of all values. Tokens differ from
                      rank to rank; choices travel to all, each rank looks up its columns for all tokens, and columns
                      travel home. All ranks draw the same values from the same seed. The gradient of `values` is that of
@@ -238,14 +241,12 @@ class Memory(nn.Module):
         values, file = self._out_of_the_module("to_disk"), Path(path)
         if file.exists():
             raise FileExistsError(f"Memory: path must be a new file, got {file}, which exists")
-        partial = file.with_name(f"{file.name}.partial")
-        try:
-            with partial.open("wb") as out:
-                for rows in values.split(1 << 12):
-                    out.write(rows.cpu().contiguous().view(torch.uint8).numpy().data)
-            partial.rename(file)
-        finally:
-            partial.unlink(missing_ok=True)
+
+        def write(out: BinaryIO) -> None:
+            for rows in values.split(1 << 12):
+                out.write(rows.cpu().contiguous().view(torch.uint8).numpy().data)
+
+        write_whole(file, write)
         mapped = torch.from_file(str(file), shared=False, size=values.numel(), dtype=values.dtype)
         self._stored, self.values = mapped.view(values.shape), None
         return self

@@ -236,6 +236,13 @@ class _Update:
     def slices(self) -> Slices:
         return self.stack.slices(self.matrices)
 
+    def elements(self) -> int:
+        """Of its matrices here; where ranks cut them, of the largest part, so that all ranks of the group agree."""
+        e, m, n = self.matrices.shape
+        if self.stack.group is None:
+            return e * m * n
+        return e * (n if self.stack.ffn == 1 else m) * self.stack.blocks * max(self.stack.sizes)
+
     def apply(self, update: Tensor, group: Group) -> None:
         """`update`: [e, m, n] as `matrices`."""
         p = self.parameter
@@ -304,7 +311,7 @@ def _alike(updates: list[_Update]) -> Iterator[list[_Update]]:
 def _in_pieces(updates: list[_Update]) -> Iterator[list[_Update]]:
     some, elements = list[_Update](), 0
     for u in updates:
-        size = u.matrices.numel()
+        size = u.elements()
         if some and elements + size > TOGETHER:
             yield some
             some, elements = [], 0

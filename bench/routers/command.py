@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,7 @@ def _runs(args: argparse.Namespace, names: Sequence[str], screen: Screen) -> dic
 
     shape = SHAPES[args.size]
     corpus = read_corpus(args.text, shape.length, "bench routers")
+    text = {"text": hashlib.sha256(corpus.train.tobytes() + corpus.held_out.tobytes()).hexdigest()[:16]}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with screen.bar(len(names) * len(args.seeds)) as bar:
         for i, (chosen, name) in enumerate((s, n) for s in args.seeds for n in names):
@@ -81,8 +83,10 @@ def _runs(args: argparse.Namespace, names: Sequence[str], screen: Screen) -> dic
             kept = None if args.folder is None else args.folder / f"{args.size}-{args.steps}-{name}-{chosen}.json"
             if kept is not None and kept.exists():
                 found[name].append(json.loads(kept.read_text()))
+                if found[name][-1].get("text") != text["text"]:
+                    raise ValueError(f"bench routers: --folder must hold runs on this text, got {kept} on another")
                 continue
-            found[name].append(train(name, shape, chosen, args.steps, corpus))
+            found[name].append(train(name, shape, chosen, args.steps, corpus) | text)
             if kept is not None:
                 write_json(str(kept), found[name][-1])
     return found

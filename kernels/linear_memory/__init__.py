@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from .reference import linear_memory_reference
 
 __all__ = ["linear_memory", "linear_memory_reference"]
+
+
+_LEAST = {torch.float32: -110.0, torch.float64: -750.0}  # of log a: exp of it is 0, and differences of sums stay finite
 
 
 def linear_memory(
@@ -28,7 +33,7 @@ def linear_memory(
     Shapes:
         q, k       [N, H, dk]  rows of a group one after the other, in their order (see `Plan`)
         v          [N, H, dv]
-        log_decay  [N, H]      log a, at most 0
+        log_decay  [N, H]      log a, at most 0; -inf forgets everything
         beta       [N, H]      or None
         offsets    [G+1] int   rows offsets[g] <= i < offsets[g+1] are group g's; o of rows past offsets[G] is zero
         state      [G, H, dk, dv]
@@ -47,7 +52,11 @@ def linear_memory(
     ([1.0, 1.0, 2.0], [1.0, 2.0])
     """
     _check(q, k, v, log_decay, beta, offsets, state, chunk)
-    lengths = offsets.diff().tolist()
+    ends = offsets.tolist()
+    lengths = [end - begin for begin, end in pairwise(ends)]
+    if ends[0] < 0 or ends[-1] > len(q) or min(lengths, default=0) < 0:
+        raise ValueError(f"linear_memory: offsets must rise from 0 or more to at most N ({len(q)}), got {ends}")
+    log_decay = log_decay.clamp_min(_LEAST[q.dtype])
     longest = max(lengths, default=0)
     chunk = min(chunk, longest)
     if not longest:

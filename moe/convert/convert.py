@@ -90,6 +90,8 @@ def convert(
         kind = target_of(first.config, to, None if len(sparse) == first.layers else sparse)
         recipe = how.recipe(models, Order(experts, top_k, sparse, seed, router_std))
         config = config_for(first.config, kind, experts, top_k, recipe.width, sparse)
+        if first.folder is None:
+            config.dtype = first.model.dtype  # its own config says what it was before a cast
         made = tensors(models, recipe, TARGETS[kind], sparse, experts)
         if to_folder is None:
             return _built(first, config, made, tell)

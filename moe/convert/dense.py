@@ -23,7 +23,10 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 
 class Dense:
     """`config`; `shapes`: of each parameter by the name it has in the model, in the model's order; `dtypes` of them;
-    `folder`: where it lies, None for one in memory; `model`: on the meta device where it lies in files."""
+    `folder`: where it lies, None for one in memory; `model`: on the meta device where it lies in files; `device`: of
+    what `read` gives."""
+
+    device = torch.device("cpu")
 
     def __init__(self, model: nn.Module, dtypes: Mapping[str, torch.dtype], folder: Path | None) -> None:
         m: Any = model
@@ -64,7 +67,10 @@ class InMemory(Dense):
             raise TypeError(f"{_WHO}: dense must be a folder or a transformers model, got a {type(model).__name__}")
         check_dense(config)
         self.state = model.state_dict()
+        self.device = next(iter(self.state.values())).device
         if not any(name.startswith("model.layers.") for name in self.state):
+            raise ValueError(f"{_WHO}: dense must be a model for causal language, got a {type(model).__name__}")
+        if model.get_output_embeddings() is None:  # type: ignore[operator]
             raise ValueError(f"{_WHO}: dense must be a model for causal language, got a {type(model).__name__}")
         absent = next((name for name, t in self.state.items() if t.is_meta), None)
         if absent is not None:

@@ -151,8 +151,7 @@ class Ensemble(nn.Module):
         weights = self._kept(logits.float().log_softmax(-1))
         if self.mix == "outputs":
             return self._sum(weights.exp(), lambda model, *rows: model(*rows), x, *args)
-        mixture = self._sum(weights.exp(), lambda model, x, *rest: self._logp(model, x, rest).exp(), x, *args)
-        return self._mixed(mixture.log(), weights.exp(), labels)
+        return self._mixed(self._log_mixture(weights, x, *args), weights.exp(), labels)
 
     def _kept(self, log_weights: Tensor) -> Tensor:
         if self.top_k == len(self.models):
@@ -174,6 +173,22 @@ class Ensemble(nn.Module):
             if total is None:
                 total = answer.new_zeros(len(weights), *answer.shape[1:])
             total = total.index_add(0, rows, answer)
+        assert total is not None
+        return total
+
+    def _log_mixture(self, log_weights: Tensor, x: Tensor, *args: Any) -> Tensor:
+        """log of sum over models of weight * p [B, S, V], each model on the rows that chose it. As logarithms: p of
+        what a model thinks impossible is 0 in fp32, whose logarithm has no gradient."""
+        total: Tensor | None = None
+        for m, model in enumerate(self.models):
+            rows = (log_weights[:, m] > -torch.inf).nonzero().flatten()
+            if not len(rows) and not (total is None and m == len(self.models) - 1):
+                continue
+            x_m, *rest = (t[rows] if isinstance(t, Tensor) and t.dim() else t for t in (x, *args))
+            logp = self._logp(model, x_m, rest) + log_weights[rows, m].view(-1, 1, 1)
+            if total is None:
+                total = logp.new_full((len(log_weights), *logp.shape[1:]), torch.finfo(logp.dtype).min)
+            total = total.index_copy(0, rows, torch.logaddexp(total[rows], logp))
         assert total is not None
         return total
 

@@ -110,6 +110,8 @@ def config_for(config: Any, to: str, experts: int, top_k: int, width: int, spars
         given |= {"decoder_sparse_step": 1}
     if target.shared:
         given |= {"shared_expert_intermediate_size": 0, "qkv_bias": config.model_type == "qwen2"}
+    if to == "qwen3_moe" and "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        given["use_sliding_window"] = False  # it would have one in all layers
     made = cls(**given)
     model: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[cls]
     made.architectures = [model.__name__]

@@ -126,11 +126,14 @@ def _check_alike(models: Sequence[Dense]) -> None:
             a, b = (getattr(model.config, name, None) for model in (first, other))
             if a != b:
                 raise ValueError(f"{_WHO}: dense must agree in {name}, got {a!r} and {b!r} in model {number}")
-        for name in first.shapes.keys() | other.shapes.keys():
+        for name in sorted(first.shapes.keys() | other.shapes.keys()):
             a, b = (model.shapes.get(name) for model in (first, other))
             if a != b:
                 said = " and ".join("none" if shape is None else str(list(shape)) for shape in (a, b))
                 raise ValueError(f"{_WHO}: dense must have the same shapes, got {said} of {name} in model {number}")
+            if first.dtypes[name] != other.dtypes[name]:
+                said = f"{first.dtypes[name]} and {other.dtypes[name]} of {name} in model {number}"
+                raise ValueError(f"{_WHO}: dense must have the same dtypes, got {said}")
 
 
 def only_one(models: Sequence[Dense], method: str) -> None:

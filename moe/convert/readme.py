@@ -97,16 +97,21 @@ class Activations:
         parts = []
         for mass in seen.values():  # distances stay, up to a few percent, in fewer numbers
             turn = torch.randn(mass.shape[1], min(_PROJECTED, mass.shape[1]), generator=draw) / _PROJECTED**0.5
-            parts.append(mass.sqrt() @ turn)
+            parts.append(mass.sqrt() @ turn.to(mass.device))
         return kmeans(torch.cat(parts, 1), order.experts, seed=order.seed)[1]
 
     def _routers(self, walk: Walk, neurons: dict[int, list[Tensor]], order: Order) -> dict[int, Tensor]:
         """Layer -> router weight [E, D]."""
         found, total, first = {}, None, None
-        for layer, x, mass in walk.layers():
+
+        def held(layer: int, mass: Tensor) -> Tensor:
+            """What each expert holds of each token [B * S, E]."""
+            some = [mass[..., those].sum(2) for those in neurons.get(layer, [])]
+            return torch.stack(some, 2).flatten(0, 1) if some else mass.new_empty(0)
+
+        for layer, x, target in walk.layers(held):
             if layer not in neurons:
                 continue
-            target = torch.stack([mass[:, some].sum(1) for some in neurons[layer]], 1)
             found[layer] = fit_router(x, target, self.steps, order.seed + layer)
             if self.pregate:
                 total = target if total is None else total + target
@@ -118,11 +123,8 @@ class Activations:
 
 def _seen(walk: Walk, order: Order) -> dict[int, Tensor]:
     """Layer -> mean contributions of each neuron in each sequence [N, F], which sum to 1."""
-    found = {}
-    for layer, _, mass in walk.layers():
-        if layer in order.sparse:
-            found[layer] = torch.stack([part.mean(0) for part in mass.split(walk.lengths)])
-    return found
+    layers = walk.layers(lambda _, mass: mass.mean(1))
+    return {layer: mean for layer, _, mean in layers if layer in order.sparse}
 
 
 def _best(mass: Tensor, of: Tensor, experts: int, keep: int) -> list[Tensor]:

@@ -64,24 +64,26 @@ def _block(dense: Dense, kitchen: _Kitchen, target: Target, layer: int, experts:
     """Router and experts of a layer."""
     block, hidden, width = f"model.layers.{layer}.{target.block}", dense.config.hidden_size, kitchen.recipe.width
     dtype = dense.dtypes[f"{mlp(layer)}.{FFN[0]}.weight"]
-    yield Made(f"{block}.gate.weight", (experts, hidden), dtype, lambda: kitchen.recipe.gate(layer).to(dtype))
+    yield Made(
+        f"{block}.gate.weight", (experts, hidden), dtype, lambda: kitchen.recipe.gate(layer).to(dense.device, dtype)
+    )
     for e in range(experts):
         for part, name in enumerate(target.parts):
             shape = (hidden, width) if part == 2 else (width, hidden)
 
             def make(e: int = e, part: int = part) -> Tensor:
-                return kitchen.weight(layer, e, part)
+                return kitchen.weight(layer, e, part).to(dense.device, dtype)
 
             yield Made(f"{block}.experts.{e}.{name}.weight", shape, dtype, make)
     if target.shared:  # without a neuron: its output is 0
         for part, name in enumerate(target.parts):
             shape = (hidden, 0) if part == 2 else (0, hidden)
-            yield _zeros(f"{block}.shared_expert.{name}.weight", shape, dtype)
-        yield _zeros(f"{block}.shared_expert_gate.weight", (1, hidden), dtype)
+            yield _zeros(f"{block}.shared_expert.{name}.weight", shape, dtype, dense.device)
+        yield _zeros(f"{block}.shared_expert_gate.weight", (1, hidden), dtype, dense.device)
 
 
-def _zeros(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Made:
-    return Made(key, shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+def _zeros(key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Made:
+    return Made(key, shape, dtype, lambda: torch.zeros(shape, dtype=dtype, device=device))
 
 
 def mean_of(models: Sequence[Dense], name: str) -> Tensor:
@@ -91,7 +93,7 @@ def mean_of(models: Sequence[Dense], name: str) -> Tensor:
         return first
     total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
     for model in models[1:]:
-        total += model.read(name)
+        total += model.read(name).to(total.device)
     return (total / len(models)).to(first.dtype)
 
 
@@ -107,14 +109,14 @@ class _Kitchen:
         how = self.recipe.experts(layer)[expert]
         w = self._ffn(how.model, layer)[part]
         if how.neurons is not None:
-            w = w.index_select(1 if part == 2 else 0, how.neurons)
+            w = w.index_select(1 if part == 2 else 0, how.neurons.to(w.device))
         scale = how.down if part == 2 else how.up
         if scale != 1.0:
             w = (w * scale).to(w.dtype)
         if self.recipe.noise:
             draw = torch.Generator().manual_seed(hash((self.recipe.seed, layer, expert, part)) % 2**63)
             std = w.float().std().item() * self.recipe.noise
-            w = (w + torch.randn(w.shape, generator=draw) * std).to(w.dtype)
+            w = (w + torch.randn(w.shape, generator=draw).to(w.device) * std).to(w.dtype)
         return w
 
     def _ffn(self, model: int, layer: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,8 +30,8 @@ def train_routers(
     everything  train all weights, not only the routers
 
     For models of `convert(method="merge")` (Branch-Train-MiX trains everything; routers alone need little memory).
-    Which parameters ask for a gradient, and the training mode, are as before afterwards. Raises ValueError / TypeError
-    where the model has no routers or a batch is no tensor of ids.
+    Which parameters ask for a gradient, and the training mode, are as before afterwards; gradients are
+    gone. Raises ValueError / TypeError where the model has no routers or a batch is no tensor of ids.
     """
     found = gates(model)
     m: Any = model
@@ -43,12 +43,12 @@ def train_routers(
     before = [(p, p.requires_grad) for p in model.parameters()]
     mode, coef = model.training, m.router_aux_loss_coef
     routers = {p for gate in found for p in gate.parameters()}
-    for p, _ in before:
-        p.requires_grad_(everything or p in routers)
-    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     losses = []
-    m.router_aux_loss_coef = balance
     try:
+        m.router_aux_loss_coef = balance
+        for p, _ in before:
+            p.requires_grad_(everything or p in routers)
+        adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
         model.train()
         for batch in batches:
             inputs = inputs_of(batch, next(model.parameters()).device)

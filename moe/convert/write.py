@@ -29,6 +29,8 @@ def check_output(output: Path, made: Sequence[Made]) -> None:
     """Raises ValueError where `output` is no place for a new folder, OSError where the disk has no room."""
     if not output.parent.is_dir():
         raise ValueError(f"{_WHO}: output must be in a folder that is there, got {output}")
+    if output.name in ("", ".."):
+        raise ValueError(f"{_WHO}: output must be a folder's name, got {str(output)!r}")
     if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
         raise ValueError(f"{_WHO}: output must be a new or empty folder, got {output}")
     need, free = sum(map(_nbytes, made)) + _BESIDE, shutil.disk_usage(output.parent).free

@@ -40,7 +40,9 @@ class OuterSync:
     A rank that dies, or is stopped, is left out with a warning: the others repeat the meeting without it, and `mine` is
     dealt anew. When it goes on it asks to be let in again, and what it did since the last meeting is lost. All ranks
     hold all modules on the host, twice in fp32 (weights of the last meeting, momentum): no module dies with a rank.
-    What travels is the modules that were trained, in fp32, over gloo.
+    What travels is the modules that were trained, in fp32, over gloo: their parameters. Buffers stay each rank's own.
+
+    A module that has become NaN or Inf on a rank is left out of the mean there, with a warning.
 
     `round`: meetings so far. `lost`: what was said of ranks that were left out. Raises ValueError naming argument, rule
     and value; TimeoutError where nobody lets this rank in.
@@ -118,6 +120,7 @@ class OuterSync:
 
     def meet(self) -> None:
         """Meets now; the others come when they have done their steps, or after `patience_s`."""
+        self._check_finite()
         self._store.add(self._key(), 1)
         self._meet(self._exchange)
         self._steps, self._waiting_since = 0, None
@@ -151,11 +154,14 @@ class OuterSync:
                     return
                 self._let_in(newcomers)
             except RuntimeError as error:
-                self._leave_out(error)
+                if self._leave_out(error):
+                    return
                 continue
             work = self._together
 
-    def _leave_out(self, error: RuntimeError) -> None:
+    def _leave_out(self, error: RuntimeError) -> bool:
+        """Goes on without those who are missing. True: this rank was, and has come in again, with the others' state: it
+        owes them no meeting, and they are in none."""
         found = self._circle.lost(error)
         self.lost.append(found)
         left = [rank for rank in self.members if rank not in found.ranks]
@@ -163,15 +169,15 @@ class OuterSync:
             warnings.warn(f"{_WHO}: the others went on without rank {self.rank}; it asks to be let in", stacklevel=4)
             self._forget()
             self._enter()
-            return
+            return True
         warnings.warn(f"{found}; {len(left)} ranks go on", stacklevel=4)
         self._circle = Circle(self._store, self.rank, left, self._circle.generation + 1, self.timeout_s)
+        return False
 
     def _let_in(self, newcomers: Sequence[int]) -> None:
         members = sorted({*self.members, *newcomers})
         generation, begin, self._answered = self._circle.generation + 1, self._answered, self._seen
-        if self.rank == self.members[0]:
-            answer(self._store, begin, self._seen, members, generation)
+        answer(self._store, begin, self._seen, members, generation)  # by each, the same: one may die before it has
         self._circle.close()
         self._circle = Circle(self._store, self.rank, members, generation, self.timeout_s)
 
@@ -244,6 +250,14 @@ class OuterSync:
 
     def _forget(self) -> None:
         self._weight = dict.fromkeys(self._modules, 0.0)
+
+    def _check_finite(self) -> None:
+        """A module that is NaN or Inf here is not in the mean: it would be so on all ranks, for ever."""
+        for at in self._modules:
+            if self._weight[at] and not all(p.isfinite().all() for p in self._of(at)):
+                self._weight[at] = 0.0
+                what = f"module {at[1]} of level {at[0]} is not finite on rank {self.rank}"
+                warnings.warn(f"{_WHO}: {what}, and what it trained there since the last meeting is lost", stacklevel=4)
 
     # --- who is waited for ---
 

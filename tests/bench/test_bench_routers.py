@@ -45,6 +45,13 @@ def test_a_run_that_is_there_is_not_run_again(found, capsys):
     assert "softmax" in (folder / "p.svg").read_text()
 
 
+def test_runs_on_another_text_are_not_taken_for_these(found, capsys):
+    line, folder, _ = found
+    (folder / "other").write_bytes(bytes(range(255)) * 40)
+    assert cli.main(line.replace(f"--text {folder}/text", f"--text {folder}/other").split()) == 2
+    assert "--folder must hold runs on this text, got" in capsys.readouterr().err
+
+
 def test_an_unknown_router_is_named(capsys):
     assert cli.main(["bench", "routers", "--only", "soft", "hard"]) == 2
     assert "--only must be some of softmax, " in capsys.readouterr().err

@@ -52,6 +52,14 @@ def test_strong_decay_is_finite():
     assert given[3].grad.isfinite().all()
 
 
+def test_a_state_that_is_forgotten_whole(assert_close):
+    for dtype in (torch.float64, torch.float32):
+        given = problem((11, 6), dtype=dtype)
+        given[3][[2, 7, 11]] = -torch.inf
+        for found, expected in zip(linear_memory(*given, chunk=4), linear_memory_reference(*given), strict=True):
+            assert_close(found, expected, dtype, scale=5)
+
+
 @pytest.mark.parametrize(
     ("error", "words", "place", "wrong"),
     [
@@ -60,6 +68,13 @@ def test_strong_decay_is_finite():
         (ValueError, r"beta must be \[7, 2\], got \(7,\)", 4, torch.zeros(7, dtype=torch.float64)),
         (ValueError, r"state must be \[2, 2, 3, 5\], got", 6, torch.zeros(1, 2, 3, 5, dtype=torch.float64)),
         (ValueError, r"offsets must be integers \[G\+1\]", 5, torch.zeros(3)),
+        (
+            ValueError,
+            r"offsets must rise from 0 or more to at most N \(7\), got \[0, 3, 8\]",
+            5,
+            torch.tensor([0, 3, 8]),
+        ),
+        (ValueError, r"offsets must rise .*, got \[0, 3, 2\]", 5, torch.tensor([0, 3, 2])),
     ],
 )
 def test_what_is_refused(error, words, place, wrong):

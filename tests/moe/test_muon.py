@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import headgate
+from headgate.moe import muon
+from headgate.moe.matrices import Stack
 
 LAYER = dict(hidden_size=12, intermediate_size=10, num_experts=5, top_k=2)
 
@@ -17,6 +19,19 @@ def stepped(layer, optimizer, seed, tokens=64):
     optimizer.zero_grad()
     layer(torch.randn(tokens, 12)).square().sum().backward()
     optimizer.step()
+
+
+def test_ranks_with_uneven_slices_exchange_the_same_pieces(monkeypatch):
+    """Each piece is two all-to-alls: ranks that cut the list elsewhere would hang, or mix matrices up."""
+    monkeypatch.setattr(muon, "TOGETHER", 40)
+    pieces = []
+    for mine in (4, 4, 1, 0):  # of 9 rows, as FSDP2 cuts them
+        stack = Stack(ffn=1, group=object(), sizes=(4, 4, 1, 0))
+        updates = [
+            muon._Update(nn.Parameter(torch.empty(mine, n)), torch.empty(1, mine, n), stack) for n in (3, 6, 5, 2)
+        ]
+        pieces.append([[u.matrices.shape[2] for u in some] for some in muon._in_pieces(updates)])
+    assert pieces == [[[3, 6], [5, 2]]] * 4
 
 
 @pytest.mark.parametrize("split", [False, True])

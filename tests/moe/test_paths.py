@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks_runner import cases_of, passed_on_every_rank, ranks_fixture
 from torch import nn
 
@@ -115,6 +118,19 @@ def test_alone_a_meeting_is_nesterov_and_its_state_goes_on_elsewhere():
         odd.load_state_dict(outer.state_dict())
 
 
+def test_a_module_that_is_not_finite_spoils_no_meeting():
+    paths = Paths(levels())
+    outer = OuterSync(paths, every=1, lr=1.0, momentum=0.0)
+    begin = [p.detach().clone() for p in paths.parameters()]
+    paths.levels[1][0].weight.data[1, 2] = torch.nan
+    paths.levels[0][0].bias.data += 1
+    with pytest.warns(UserWarning, match="module 0 of level 1 is not finite on rank 0"):
+        outer.step((0, 0, 0))
+    begin[1] += 1  # the bias of the first module
+    for p, expected in zip(paths.parameters(), begin, strict=True):
+        torch.testing.assert_close(p.data, expected)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -135,3 +151,40 @@ def test_an_odd_step():
         outer.step((0, 0, 0), 0)
     with pytest.raises(ValueError, match="path must be a number below"):
         outer.step((0, 0), 1)
+
+
+def test_a_rank_that_was_left_out_comes_back_and_owes_no_meeting():
+    """Two ranks as threads: one is late by more than the time-out, is left out, asks, and goes on training with the
+    state of the other, who meets no more until it has begun."""
+    store, late, back = dist.HashStore(), threading.Event(), threading.Event()
+    found: dict[int, tuple] = {}
+
+    def live(rank: int) -> None:
+        torch.manual_seed(rank)
+        paths = Paths([[nn.Linear(2, 2)]])
+        outer = OuterSync(paths, every=1, store=store, rank=rank, members=[0, 1], timeout_s=2.5)
+        outer.step((0,))
+        if rank == 1:
+            assert late.wait(30)
+            outer.step((0,))
+            back.set()
+        else:
+            outer.step((0,))
+            late.set()
+            while outer.members != (0, 1):
+                outer.step((0,))
+            assert back.wait(30)
+        outer.step((0,))
+        found[rank] = outer.members, outer.round, paths.levels[0][0].weight.detach().clone()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        threads = [threading.Thread(target=live, args=(rank,), daemon=True) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    (members, rounds, weight), other = found[0], found[1]
+    assert members == other[0] == (0, 1)
+    assert rounds == other[1]
+    assert torch.equal(weight, other[2])

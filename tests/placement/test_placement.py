@@ -80,7 +80,8 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 
 def test_temporaries_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
-    for name in (".p.json-0123abcd", ".p.json-00000000", ".p.json-mine", ".other.json-0123abcd", ".p.json-0123abcde"):
+    stale, held_by_another = ".p.json-0123abcd.headgate", ".p.json-00000000.headgate"
+    for name in (stale, held_by_another, ".p.json-mine", ".other.json-0123abcd.headgate", ".p.json-20261201"):
         (tmp_path / name).touch()
     before = {p.name for p in tmp_path.iterdir()}
 
@@ -91,10 +92,10 @@ def test_temporaries_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path
         assert writing < {p.name for p in tmp_path.iterdir()}
         file.write(b"one")
 
-    with open(tmp_path / ".p.json-00000000", "rb") as held:
+    with open(tmp_path / held_by_another, "rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         write_whole(tmp_path / "p.json", twice)
-    assert {p.name for p in tmp_path.iterdir()} == {*before, "p.json"} - {".p.json-0123abcd"}
+    assert {p.name for p in tmp_path.iterdir()} == {*before, "p.json"} - {stale}
     assert (tmp_path / "p.json").read_bytes() == b"one"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -20,6 +21,7 @@ transformers.logging.disable_progress_bar()
 import headgate  # noqa: E402
 from headgate import cli  # noqa: E402
 from headgate.moe.convert import Granular, convert, dense, train_routers, write  # noqa: E402
+from headgate.placement import files  # noqa: E402
 
 SHAPE = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -116,6 +118,14 @@ def test_single_layers_stay_dense(folders, tmp_path, family, to):
     found = loaded(tmp_path / "moe")
     assert [hasattr(layer.mlp, "experts") for layer in found.model.layers] == [False, True]
     close(logits(found), logits(a_model(family)))
+
+
+def test_windows_that_no_layer_has_are_in_none_afterwards_and_a_cast_is_in_the_config(tmp_path):
+    model = a_model("Qwen3", use_sliding_window=True, sliding_window=3, max_window_layers=2)
+    close(logits(convert(model, experts=2)), logits(model))
+    model.config.dtype = torch.float32
+    convert(model.bfloat16(), tmp_path / "moe", experts=2)
+    assert loaded(tmp_path / "moe").dtype == torch.bfloat16
 
 
 def test_granular_scaling_as_published_is_off_where_the_down_projection_alone_is_not():
@@ -225,6 +235,8 @@ ODD = {
         "must be of a type in llama, mistral, qwen2, qwen3, olmo2, got 'bert'"),
     "biases": (lambda: a_model("Llama", mlp_bias=True), {}, "got mlp_bias=True"),
     "no head": (lambda: a_model("Llama").model, {}, "must be a model for causal language, got a LlamaModel"),
+    "another head": (lambda: transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SHAPE)), {},
+                     "must be a model for causal language, got a LlamaForSequenceClassification"),
     "no weights": (lambda: a_model("Llama").to("meta"), {}, "must have its weights"),
     "a class with norms": (None, {"to": "olmoe"}, "it normalises queries and keys over all heads at once"),
     "another class": (None, {"to": "gpt"}, "to must be one of mixtral, qwen2_moe for a llama model, got 'gpt'"),
@@ -240,9 +252,11 @@ ODD = {
     "two for copy": (lambda: [a_model("Llama")] * 2, {}, "dense must be one model for method 'copy', got 2"),
     "one for merge": (None, {"method": "merge", "experts": 1, "top_k": 1}, "must be at least two models for method"),
     "two shapes": (lambda: [a_model("Llama"), a_model("Llama", intermediate_size=8)], {"method": "merge"},
-                   r"the same shapes, got \[32, 16\] and \[8, 16\] of .* in model 1"),
+                   r"the same shapes, got \[16, 32\] and \[16, 8\] of .* in model 1"),
     "two eps": (lambda: [a_model("Llama"), a_model("Llama", rms_norm_eps=0.1)], {"method": "merge"},
                 "dense must agree in rms_norm_eps, got 1e-06 and 0.1 in model 1"),
+    "two dtypes": (lambda: [a_model("Llama"), a_model("Llama").bfloat16()], {"method": "merge"},
+                   "the same dtypes, got torch.float32 and torch.bfloat16 of .* in model 1"),
     "E and models": (lambda: [a_model("Llama")] * 2, {"method": "merge", "experts": 3}, "the number of models"),
     "no calibration": (None, {"method": "activations"}, "calibration must be at least 8 sequences of tokens, got 0"),
     "foreign ids": (None, {"method": "activations", "experts": 2, "calibration": IDS + 20}, "token ids below 48"),
@@ -329,10 +343,29 @@ def test_what_fails_on_the_way_leaves_nothing(folders, tmp_path):
     with pytest.raises(RuntimeError, match="enough"):
         convert(folders["Llama"], tmp_path / "moe", tell=tell)
     assert not list(tmp_path.iterdir())
-    (tmp_path / ".moe-0123abcd").mkdir()  # of a killed process
-    (tmp_path / ".moe-0123abcd" / "config.json").touch()
+    for name in (".moe-0123abcd.headgate", ".moe-20261201"):  # of a killed process; somebody's own
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
     convert(folders["Llama"], tmp_path / "moe")
-    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+    assert {path.name for path in tmp_path.iterdir()} == {"moe", ".moe-20261201"}
+    assert (tmp_path / ".moe-20261201" / "config.json").exists()
+
+
+def test_a_folder_that_is_taken_for_stale_at_once_is_made_again_and_a_full_disk_says_which(tmp_path, monkeypatch):
+    lock, calls = files.fcntl.flock, []
+
+    def late(handle, how):
+        calls.append(how)
+        if len(calls) == 1:  # another process comes in between
+            shutil.rmtree(next(tmp_path.iterdir()))
+        lock(handle, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with files.whole_folder(tmp_path / "moe") as folder:
+        (folder / "x").touch()
+    assert [path.name for path in (tmp_path / "moe").iterdir()] == ["x"]
+    with pytest.raises(OSError, match=r"No space left on device: '.*/full'"), files.whole_folder(tmp_path / "full"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_never_more_than_a_layers_ffn_and_a_matrix_is_in_memory(folders, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
 from headgate.moe.clusters import kmeans  # noqa: E402
-from headgate.moe.convert import Ensemble, LearnedRouter, Posterior, convert, pregated  # noqa: E402
+from headgate.moe.convert import Ensemble, LearnedRouter, Posterior, convert, pregated, walk  # noqa: E402
 from headgate.moe.convert.dense import InMemory  # noqa: E402
 from headgate.moe.convert.families import gates  # noqa: E402
 from headgate.moe.convert.readme import fit_router  # noqa: E402
@@ -44,8 +44,15 @@ def two_domains() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, torch.randint(1, 20, (12, 10)) + 20 * kinds[:, None], kinds
 
 
-def test_a_walk_is_the_models_own_forward_layer_by_layer():
-    model, ids = a_model(), torch.randint(1, 40, (2, 7))
+def in_windows():
+    config = transformers.MistralConfig(**SHAPE, intermediate_size=32, num_hidden_layers=2, sliding_window=3)
+    return transformers.MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [a_model, in_windows])
+def test_a_walk_is_the_models_own_forward_layer_by_layer(make, monkeypatch):
+    monkeypatch.setattr(walk, "_TOKENS", 14)
+    model, ids = make(), torch.randint(1, 40, (4, 7))
     seen: dict[str, list] = {"x": [], "h": []}
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda m, a: seen["x"].append(a[0].flatten(0, 1)))
@@ -218,6 +225,17 @@ def test_a_learned_router_mixes_language_models_too():
     torch.testing.assert_close(found.logits, mixed.log(), rtol=1e-4, atol=1e-4)
     found.loss.backward()
     assert router.net[0].weight.grad.any()
+
+
+def test_a_token_that_no_model_thinks_possible_has_a_finite_loss_and_gradient():
+    models = [nn.Embedding.from_pretrained(torch.tensor([[0.0, last]] * 2), freeze=False) for last in (-150.0, -160.0)]
+    router = nn.Linear(1, 2)
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    for top_k in (1, 2):
+        found = Ensemble(models, router, top_k=top_k)(ids, features=torch.ones(2, 1), labels=ids)
+        found.loss.backward()
+        assert 149 < found.loss < 162
+        assert all(p.grad is None or p.grad.isfinite().all() for p in [router.weight, *models[0].parameters()])
 
 
 @pytest.mark.parametrize(

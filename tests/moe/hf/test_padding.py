@@ -36,12 +36,12 @@ def rows(monkeypatch):
     """Rows of each grouped product that ran."""
     found = []
 
-    def counted(x, routing, *args, **kwargs):
+    def counted(module, x, routing, *args, **kwargs):
         found.append(int(plan(routing.expert_ids, routing.num_experts).offsets[-1]))
-        return ffn(x, routing, *args, **kwargs)
+        return ffn(module, x, routing, *args, **kwargs)
 
-    ffn = boundary.grouped_ffn
-    monkeypatch.setattr(boundary, "grouped_ffn", counted)
+    ffn = boundary.expert_ffn
+    monkeypatch.setattr(boundary, "expert_ffn", counted)
     return found
 
 
