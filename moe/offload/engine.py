@@ -395,7 +395,7 @@ class Engine:
         with self._loader.lock:
             for use in detours:
                 chains.pop(use.slot, None)
-                self._come_home(use)
+                self._come_home(use, chains)
             for slot, chain in chains.items():
                 *between, last = chain
                 for use in between:  # nobody else can have seen these
@@ -409,11 +409,13 @@ class Engine:
             chains.clear()
             self._loader.arrived.notify_all()
 
-    def _come_home(self, use: Use) -> None:
-        """The end of a detour: to its own slot goes who is to stay there."""
+    def _come_home(self, use: Use, chains: dict[int, deque[Use]]) -> None:
+        """The end of a detour: to its own slot goes who is to stay there. `chains`: what a step left early did not
+        compute; who is still on the way to that slot is not to come behind."""
         load = use.load
         assert load is not None, "who makes a detour is a miss"
-        self._loader.move(use.slot, load, stays=self._newest.get(load.slot) is load)
+        late = [other.load for other in chains.get(load.slot, ()) if other.load is not None]
+        self._loader.move(use.slot, load, self._newest.get(load.slot) is load, late)
         self._spares.append(use.slot)
         self.cache.table.busy[load.slot] -= 1
 

@@ -175,11 +175,15 @@ class Loader:
         """Whether it can be computed."""
         return use.load is not None and (use.load.state == DONE or (use.detour and use.load.state == AWAY))
 
-    def move(self, spare: int, load: Load, stays: bool) -> None:
+    def move(self, spare: int, load: Load, stays: bool, late: Sequence[Load]) -> None:
         """Moves a load's expert from a spare slot to its own if it is one that `stays`, or has it read there if it has
-        not come, where a step was left early. The spare slot is free then."""
-        while load.state == RUNNING:
-            self.wait()
+        not come, where a step was left early: `late` are loads into its own slot that are not to come any more. The
+        spare slot is free then."""
+        for one in (load, *(late if stays else ())):
+            while one.state == RUNNING and not self.closed:
+                self.wait()
+            if one is not load:
+                self.cancel(one)
         if not stays or self.closed:
             self.cancel(load)
         elif load.state == AWAY:

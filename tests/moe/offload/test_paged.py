@@ -13,7 +13,8 @@ import pytest
 import torch
 from offload_cases import batch, file_store, layers_of, resident, weights
 
-from headgate.moe.offload import Engine
+from headgate.kernels.routing import Routing
+from headgate.moe.offload import Engine, paged
 from headgate.moe.offload.arena import Arena
 from headgate.moe.offload.checksums import Stamp
 from headgate.moe.offload.kinds import Kind
@@ -160,6 +161,64 @@ def test_steps_that_are_left_early_and_threads_at_once(page_cache, made, tmp_pat
             list(pool.map(work, range(3)))
         assert sorted(engine._spares) == list(range(engine.places.slots, engine.arena.first[-1]))
         assert not engine.cache.table.busy.any()
+
+
+@pytest.fixture(scope="module")
+def many():
+    torch.manual_seed(6)
+    return weights(torch.bfloat16, layers=1, experts=20, d=D, f=F)
+
+
+@pytest.mark.parametrize("form", ["mapped", "direct", "copied"])
+def test_a_step_left_early_while_an_expert_is_under_way(form, many, tmp_path, threads, monkeypatch):
+    """Who came by a spare slot stays what it is, though who was to be in its own slot before it comes late."""
+    threads(1)
+    if form == "copied":
+        monkeypatch.setattr(paged, "_laid_out", lambda *_: None)
+    with Engine(file_store(many, tmp_path / "x", page_cache=form == "mapped"), "85%") as engine:
+        assert isinstance(engine.arena, Arena if form == "copied" else Paged)
+        assert len(engine._spares) == 1
+        load, detour, go, came, late = engine.arena.load, engine._detour, threading.Event(), threading.Event(), []
+
+        def ordered(layer, expert, slot, chains):
+            late[:] = [chains[slot][0].expert, expert]
+            return detour(layer, expert, slot, chains)
+
+        def slow(store, layer, expert, slot):
+            if late and expert == late[0]:
+                go.wait(30)
+            load(store, layer, expert, slot)
+            if expert == late[-1]:
+                came.set()
+
+        monkeypatch.setattr(engine, "_detour", ordered)
+        monkeypatch.setattr(engine.arena, "load", slow)
+        with closing(engine.step(0, range(20))) as groups:
+            next(groups)
+            assert came.wait(30)
+            threading.Timer(0.1, go.set).start()
+        assert len(late) == 2
+        for e in late[::-1]:
+            x, ids = torch.randn(2, D).bfloat16(), torch.full((2, 1), e, dtype=torch.int32)
+            routing = Routing(ids, torch.ones(2, 1), 20)
+            assert torch.equal(engine.compute(0, x, routing), resident(x, routing, many[0])), e
+        assert not engine.cache.table.busy.any()
+
+
+@pytest.mark.parametrize("page_cache", [True, False], ids=["mapped", "direct"])
+def test_a_file_without_a_time_that_was_cut_gives_no_rest_of_another_expert(page_cache, made, tmp_path):
+    """In the middle of a page too, and where nothing is compared."""
+    store = file_store(made, tmp_path / "x", page_cache=page_cache, verify=False)
+    with Engine(store, "60%") as engine:
+        assert isinstance(engine.arena, Paged)
+        x, routing = batch(1, experts=E, k=2, d=D)
+        engine.compute(0, x, routing)
+        begin, *_, last = (run.offset for (run,) in store.runs(1, 5).values())
+        for size in (last + 2 * D * F + 100, begin + 1000, 10_000):
+            os.truncate(tmp_path / "x", size)
+            only = Routing(torch.tensor([[5]], dtype=torch.int32), torch.ones(1, 1), E)
+            with pytest.raises(OSError, match=r"expert 5 of model\.1\.experts .* the file ends"):
+                engine.compute(1, x, only)
 
 
 @pytest.mark.parametrize("page_cache", [True, False], ids=["mapped", "direct"])
