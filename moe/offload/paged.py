@@ -242,8 +242,15 @@ def _laid_out(store: Any, layout: Layout) -> Paged | None:
     if reads.page_cache and (why := _why_no_maps(reads, slots * len(of[0][0]))) is not None:
         say_once("offload", why, "copies of what the page cache holds")
         return None
-    paged = Paged(kind, slots, store, of, pages)
-    return paged if paged.step % kind.parts[0].dtype.itemsize == 0 and paged.nbytes // paged.step < 2**31 else None
+    paged, itemsize = Paged(kind, slots, store, of, pages), kind.parts[0].dtype.itemsize
+    if paged.step % itemsize:
+        why = f"weights of {itemsize} bytes begin in their files at multiples of {paged.step} bytes"
+    elif paged.nbytes // paged.step >= 2**31:
+        why = f"weights may begin at {paged.nbytes // paged.step} places, which is more than kernels can count"
+    else:
+        return paged
+    say_once("offload", why, "copies of what the files hold")
+    return None
 
 
 def _why_no_maps(reads: Reads, maps: int) -> str | None:
