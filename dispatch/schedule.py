@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -178,20 +178,20 @@ class Flight:
     def start(self, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
         self._future: Any = self._wire.submit(self._go, tensors, wanted)
 
-    def _go(self, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[tuple[Tensor, ...], list[bool]]:
+    def _go(self, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[tuple[Tensor, ...], list[bool], Any]:
         move, self._move = self._move, None
         with torch.set_grad_enabled(self._grad):
             root = torch.empty(0, requires_grad=True)
             leaves = [_Root.apply(root, t) if w else t.detach() for t, w in zip(tensors, wanted, strict=True)]
             outs, beside = move(*leaves)
-        self.beside: Any = beside
         self._from, self._to = ([_edge(t) for t in of] for of in (leaves, outs))
-        return tuple(t.detach() for t in outs), [t.requires_grad for t in outs]
+        return tuple(t.detach() for t in outs), [t.requires_grad for t in outs], beside
 
     def arrived(self) -> tuple[tuple[Tensor, ...], list[bool]]:
         """What came, and which of it has a gradient."""
         future, self._future = self._future, None
-        return future.result()
+        outs, differ, self.beside = future.result()
+        return outs, differ
 
     def start_back(self, grads: tuple[Tensor, ...]) -> None:
         self._back: Any = self._wire.submit(self._go_back, grads)
@@ -291,6 +291,8 @@ def _tensors(things: Any) -> Iterator[Tensor]:
     elif isinstance(things, tuple | list):
         for thing in things:
             yield from _tensors(thing)
+    elif isinstance(things, Routing):
+        yield from _tensors([getattr(things, field.name) for field in fields(things)])
 
 
 def _chunks(x: Tensor, routing: Routing, degree: int) -> Iterator[tuple[Tensor, Routing]]:
