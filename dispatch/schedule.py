@@ -11,8 +11,8 @@ same on every rank, however long each takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -64,14 +64,14 @@ class Overlap:
         """y [T, D] of x [T, D]: combine(compute(dispatch(x))).
 
         `compute`: local rows [R, D] and their routing -> [R, D]. `beside`: up to two functions. The first is called
-        while rows go to their experts, the second while the last come home. Raises what `compute` raised, on the rank
-        where it did, and RuntimeError naming that rank on the others.
+        while rows go to their experts, the second while the last come home. Raises what `compute` or they raised, on
+        the rank where they did, and RuntimeError naming that rank on the others.
         """
         there, home = (*beside, _nothing, _nothing)[:2]
         run = _Run(self, dispatcher, x, routing, compute)
-        there()
+        run.do(there)
         run.compute()
-        home()
+        run.do(home)
         return run.finish()
 
     def wire(self, device: torch.device) -> Any:
@@ -104,11 +104,19 @@ class _Run:
         for _ in range(2):  # the second goes before the first comes home
             self._send()
 
+    def do(self, work: Callable[[], None]) -> None:
+        """What is beside; after an error nothing."""
+        if self._wrong is None:
+            try:
+                work()
+            except Exception as error:
+                self._wrong = error
+
     def compute(self) -> None:
         """The experts, chunk by chunk, as rows arrive; the results go home behind them."""
         for there in self._there:  # which grows
             rows, weights = there.wait()
-            local, ticket = there.beside
+            (local, ticket), there.beside = there.beside, None
             y = self._experts(rows, replace(local, weights=weights))
             combine = partial(self._dispatcher.combine, ticket=ticket)
             self._home.append(Flight(self._wire, lambda y, combine=combine: ((combine(y),), None), y))
@@ -119,10 +127,15 @@ class _Run:
         failed = self._wire.submit(_failed, self._dispatcher, self._wrong, self._home[0].device)
         y = [home.wait()[0] for home in self._home]
         rank = failed.result()
-        if self._wrong is not None:
-            raise self._wrong
+        wrong, self._wrong = self._wrong, None
+        try:
+            if wrong is not None:
+                raise wrong
+        finally:
+            del wrong  # its traceback has this frame
         if rank is not None:
-            raise RuntimeError(f"Overlap: the experts of rank {rank} failed in this call; its own error says why")
+            said = f"the experts of rank {rank} failed, or what is computed beside them"
+            raise RuntimeError(f"Overlap: {said}; its own error says why")
         return torch.cat(y)
 
     def _send(self) -> None:
@@ -146,43 +159,71 @@ class _Run:
 
 
 class Flight:
-    """One transfer: `move` of differentiable tensors -> (differentiable tensors, anything else), run on the wire."""
+    """One transfer: `move` of differentiable tensors -> (differentiable tensors, anything else), run on the wire.
+
+    The graph holds it for the backward pass. So it holds no rows once it has been waited for, and nothing of the
+    graph that it is in, which Python could not see through to let both go.
+    """
 
     def __init__(self, wire: Any, move: Callable[..., tuple[tuple[Tensor, ...], Any]], *tensors: Tensor) -> None:
-        self.device, self._wire, self._move = tensors[0].device, wire, move
+        self.device, self._wire = tensors[0].device, wire
+        self._move: Any = move
         self._grad = torch.is_grad_enabled()
-        self._token = _Start.apply(self, *tensors)
+        self._token: Any = _Start.apply(self, *tensors)
 
     def wait(self) -> tuple[Tensor, ...]:
-        return _Wait.apply(self, self._token)
+        token, self._token = self._token, None
+        return _Wait.apply(self, token)
 
     def start(self, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> None:
-        self._future: Future = self._wire.submit(self._go, tensors, wanted)
+        self._future: Any = self._wire.submit(self._go, tensors, wanted)
 
-    def _go(self, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
-        self._leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+    def _go(self, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[tuple[Tensor, ...], list[bool], Any]:
+        move, self._move = self._move, None
         with torch.set_grad_enabled(self._grad):
-            self._outs, self.beside = self._move(*self._leaves)
-        return tuple(t.detach() for t in self._outs)
+            root = torch.empty(0, requires_grad=True)
+            leaves = [_Root.apply(root, t) if w else t.detach() for t, w in zip(tensors, wanted, strict=True)]
+            outs, beside = move(*leaves)
+        self._from, self._to = ([_edge(t) for t in of] for of in (leaves, outs))
+        return tuple(t.detach() for t in outs), [t.requires_grad for t in outs], beside
 
     def arrived(self) -> tuple[tuple[Tensor, ...], list[bool]]:
         """What came, and which of it has a gradient."""
-        outs = self._future.result()
-        return outs, [t.requires_grad for t in self._outs]
+        future, self._future = self._future, None
+        outs, differ, self.beside = future.result()
+        return outs, differ
 
     def start_back(self, grads: tuple[Tensor, ...]) -> None:
-        self._back: Future = self._wire.submit(self._go_back, grads)
+        self._back: Any = self._wire.submit(self._go_back, grads)
 
     def _go_back(self, grads: tuple[Tensor, ...]) -> list[Tensor | None]:
-        pairs = [(out, g) for out, g in zip(self._outs, grads, strict=True) if out.requires_grad]
-        wanted = [leaf for leaf in self._leaves if leaf.requires_grad]
+        pairs = [(edge, g) for edge, g in zip(self._to, grads, strict=True) if edge is not None]
+        wanted = [edge for edge in self._from if edge is not None]
         outs, given = zip(*pairs, strict=True)
         # The graph is kept: it holds the ways of rows and no row, and there may be a second pass.
         found = iter(torch.autograd.grad(outs, wanted, given, retain_graph=True, allow_unused=True))
-        return [next(found) if leaf.requires_grad else None for leaf in self._leaves]
+        return [None if edge is None else next(found) for edge in self._from]
 
     def came_back(self) -> list[Tensor | None]:
-        return self._back.result()
+        future, self._back = self._back, None
+        return future.result()
+
+
+def _edge(t: Tensor) -> Any:
+    """Where a tensor's gradient is in the graph; None where it has none."""
+    return torch.autograd.graph.get_gradient_edge(t) if t.requires_grad else None
+
+
+class _Root(torch.autograd.Function):
+    """A tensor at the beginning of a graph. Unlike a leaf's, its edge does not hold it."""
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, t: Tensor) -> Tensor:
+        return t.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 class _Start(torch.autograd.Function):
@@ -250,6 +291,8 @@ def _tensors(things: Any) -> Iterator[Tensor]:
     elif isinstance(things, tuple | list):
         for thing in things:
             yield from _tensors(thing)
+    elif isinstance(things, Routing):
+        yield from _tensors([getattr(things, field.name) for field in fields(things)])
 
 
 def _chunks(x: Tensor, routing: Routing, degree: int) -> Iterator[tuple[Tensor, Routing]]:

@@ -86,7 +86,7 @@ class Copies:
         """Whether kernels can be put behind its copy."""
         return use.detour or (use.load is not None and use.load.state == DONE)
 
-    def move(self, spare: int, load: Load, stays: bool) -> None:
+    def move(self, spare: int, load: Load, stays: bool, _late: Sequence[Load | None]) -> None:
         """Moves a load's expert from a spare slot to its own if it `stays`, on the current stream: kernels that read it
         there, or who stood in its own before, are ahead on that."""
         if load.state != HELD or not stays or self.closed:  # not HELD: it has failed

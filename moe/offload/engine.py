@@ -368,8 +368,7 @@ class Engine:
                         there = [u for u in there if not self.arena.windows or u.detour == there[0].detour]
                     kind = self.arena.kind_of(there[0].slot)
                     return [use for use in there if self.arena.kind_of(use.slot) == kind]
-                missing = ", ".join(str(use.expert) for use in heads)
-                self._wait(begun, f"experts {missing} of {self.layers[layer].name}")
+                self._wait(begun, f"experts {', '.join(str(u.expert) for u in heads)} of {self.layers[layer].name}")
 
     def _computed(self, chains: dict[int, deque[Use]], uses: list[Use]) -> None:
         """Lets the loads begin that waited for these uses, and slots go that the step is through with."""
@@ -395,7 +394,7 @@ class Engine:
         with self._loader.lock:
             for use in detours:
                 chains.pop(use.slot, None)
-                self._come_home(use)
+                self._come_home(use, chains)
             for slot, chain in chains.items():
                 *between, last = chain
                 for use in between:  # nobody else can have seen these
@@ -409,11 +408,12 @@ class Engine:
             chains.clear()
             self._loader.arrived.notify_all()
 
-    def _come_home(self, use: Use) -> None:
-        """The end of a detour: to its own slot goes who is to stay there."""
+    def _come_home(self, use: Use, chains: dict[int, deque[Use]]) -> None:
+        """The end of a detour: to its own slot goes who is to stay, and nobody of `chains`, not computed, behind it."""
         load = use.load
         assert load is not None, "who makes a detour is a miss"
-        self._loader.move(use.slot, load, stays=self._newest.get(load.slot) is load)
+        stays = self._newest.get(load.slot) is load
+        self._loader.move(use.slot, load, stays, [other.load for other in chains.get(load.slot, ())])
         self._spares.append(use.slot)
         self.cache.table.busy[load.slot] -= 1
 

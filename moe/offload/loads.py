@@ -175,11 +175,17 @@ class Loader:
         """Whether it can be computed."""
         return use.load is not None and (use.load.state == DONE or (use.detour and use.load.state == AWAY))
 
-    def move(self, spare: int, load: Load, stays: bool) -> None:
+    def move(self, spare: int, load: Load, stays: bool, late: Sequence[Load | None]) -> None:
         """Moves a load's expert from a spare slot to its own if it is one that `stays`, or has it read there if it has
-        not come, where a step was left early. The spare slot is free then."""
-        while load.state == RUNNING:
-            self.wait()
+        not come, where a step was left early: `late` are loads into its own slot that are not to come any more. The
+        spare slot is free then."""
+        for one in (load, *(late if stays else ())):
+            if one is None:
+                continue
+            while one.state == RUNNING and not self.closed:
+                self.wait()
+            if one is not load:
+                self.cancel(one)
         if not stays or self.closed:
             self.cancel(load)
         elif load.state == AWAY:
@@ -344,7 +350,10 @@ class Loader:
         others = [thread for thread in self.threads if thread is not threading.current_thread()]
         for thread in others:
             thread.join(_END_S)
-        ended = not any(thread.is_alive() for thread in others)
+        me = threading.current_thread()
+        with self.lock:  # a thread that computes may be reading, too: see help
+            helped = self.arrived.wait_for(lambda: not (self._running.keys() - {me, *self.threads}), _END_S)
+        ended = helped and not any(thread.is_alive() for thread in others)
         if not ended:  # they keep the slots' memory until they end
             warnings.warn(f"offload: a read has not ended within {_END_S:.0f} s of close()", stacklevel=2)
         if self._sleepers is not None:

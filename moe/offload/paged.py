@@ -137,12 +137,18 @@ class Paged:
         memory = self._memory  # stays until this is over
         reads, of, at = self._store.reads, self._of[layer][expert], self._begins[slot]
         reads.check_open()
+        if memory is None:
+            raise OSError(errno.EBADF, "the slots of offloaded experts are closed", str(reads.paths[0]))
         places = self._places[slot]
         for extent in self._extents[layer][expert]:
+            end, there = max(of[m].offset + of[m].nbytes for m in extent.inside), reads.size(extent.file)
+            if there < end:  # else what was in the slot, or zeros, would pass for the rest
+                said = f"the file ends: {end} bytes wanted, got {there}"
+                raise OSError(errno.EIO, said, str(reads.paths[extent.file]))
             if self.mapped:
                 self._map(at, extent)
             else:
-                size = min(extent.pages * _PAGE, reads.size(extent.file) - extent.begin)
+                size = min(extent.pages * _PAGE, there - extent.begin)
                 reads.fill_one(Piece(self._buffer[at : at + size], extent.file, extent.begin))
             for m in extent.inside:
                 places[m] = at + of[m].offset - extent.begin
@@ -236,8 +242,15 @@ def _laid_out(store: Any, layout: Layout) -> Paged | None:
     if reads.page_cache and (why := _why_no_maps(reads, slots * len(of[0][0]))) is not None:
         say_once("offload", why, "copies of what the page cache holds")
         return None
-    paged = Paged(kind, slots, store, of, pages)
-    return paged if paged.step % kind.parts[0].dtype.itemsize == 0 and paged.nbytes // paged.step < 2**31 else None
+    paged, itemsize = Paged(kind, slots, store, of, pages), kind.parts[0].dtype.itemsize
+    if paged.step % itemsize:
+        why = f"weights of {itemsize} bytes begin in their files at multiples of {paged.step} bytes"
+    elif paged.nbytes // paged.step >= 2**31:
+        why = f"weights may begin at {paged.nbytes // paged.step} places, which is more than kernels can count"
+    else:
+        return paged
+    say_once("offload", why, "copies of what the files hold")
+    return None
 
 
 def _why_no_maps(reads: Reads, maps: int) -> str | None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from offload_cases import batch, file_store, layers_of, resident, weights
 
-from headgate.moe.offload import Engine
+from headgate.kernels.routing import Routing
+from headgate.moe.offload import Engine, paged
 from headgate.moe.offload.arena import Arena
 from headgate.moe.offload.checksums import Stamp
 from headgate.moe.offload.kinds import Kind
@@ -160,6 +161,100 @@ def test_steps_that_are_left_early_and_threads_at_once(page_cache, made, tmp_pat
             list(pool.map(work, range(3)))
         assert sorted(engine._spares) == list(range(engine.places.slots, engine.arena.first[-1]))
         assert not engine.cache.table.busy.any()
+
+
+@pytest.fixture(scope="module")
+def many():
+    torch.manual_seed(6)
+    return weights(torch.bfloat16, layers=1, experts=20, d=D, f=F)
+
+
+@pytest.mark.parametrize("form", ["mapped", "direct", "copied"])
+def test_a_step_left_early_while_an_expert_is_under_way(form, many, tmp_path, threads, monkeypatch):
+    """Who came by a spare slot stays what it is, though who was to be in its own slot before it comes late."""
+    threads(1)
+    if form == "copied":
+        monkeypatch.setattr(paged, "_laid_out", lambda *_: None)
+    with Engine(file_store(many, tmp_path / "x", page_cache=form == "mapped"), "85%") as engine:
+        assert isinstance(engine.arena, Arena if form == "copied" else Paged)
+        assert len(engine._spares) == 1
+        load, detour, late = engine.arena.load, engine._detour, []
+        go, came, over = (threading.Event() for _ in range(3))
+
+        def ordered(layer, expert, slot, chains):
+            late[:] = [chains[slot][0].expert, expert]
+            return detour(layer, expert, slot, chains)
+
+        def slow(store, layer, expert, slot):
+            if late and expert == late[0]:
+                go.wait(30)
+            load(store, layer, expert, slot)
+            if late and expert in late:
+                (over if expert == late[0] else came).set()
+
+        monkeypatch.setattr(engine, "_detour", ordered)
+        monkeypatch.setattr(engine.arena, "load", slow)
+        with closing(engine.step(0, range(20))) as groups:
+            next(groups)
+            assert came.wait(30)
+            threading.Timer(0.1, go.set).start()
+        assert over.wait(30)
+        for e in late[::-1]:
+            x, ids = torch.randn(2, D).bfloat16(), torch.full((2, 1), e, dtype=torch.int32)
+            routing = Routing(ids, torch.ones(2, 1), 20)
+            assert torch.equal(engine.compute(0, x, routing), resident(x, routing, many[0])), e
+        assert not engine.cache.table.busy.any()
+
+
+def test_closing_waits_for_a_thread_that_maps_for_itself(made, tmp_path, threads, monkeypatch):
+    """Else it would map into memory, and from a file number, that are somebody else's by then."""
+    threads(1)
+    engine = Engine(file_store(made, tmp_path / "x"), "60%")
+    engine._loader._from_disk = 0.0
+    reads, load, began, go = engine.store.reads, engine.arena.load, threading.Event(), threading.Event()
+    handles: list[int] = []
+
+    def slow(*args):
+        began.set()
+        go.wait(30)
+        handles.append(reads.handles[0])
+        load(*args)
+
+    monkeypatch.setattr(engine.arena, "load", slow)
+    with ThreadPoolExecutor(2) as pool:
+        step = pool.submit(lambda: (torch.set_num_threads(1), engine.compute(0, *batch(1, experts=E, k=1, d=D))))
+        assert began.wait(30)
+        closed = pool.submit(engine.close)
+        threading.Timer(0.1, go.set).start()
+        with pytest.raises(RuntimeError, match="got one that is closed"):
+            step.result(30)
+        closed.result(30)
+    assert handles[0] >= 0 > reads.handles[0]
+
+
+def test_places_that_kernels_cannot_count_are_said(made, tmp_path, monkeypatch):
+    store = file_store(made, tmp_path / "x")
+    monkeypatch.setattr(store, "_offsets", [[[n + 2 for n in group] for group in layer] for layer in store._offsets])
+    with pytest.warns(UserWarning, match="weights of 4 bytes begin in their files at multiples of 2 bytes"):
+        engine = Engine(store, "60%")
+    with engine:
+        assert isinstance(engine.arena, Arena)
+
+
+@pytest.mark.parametrize("page_cache", [True, False], ids=["mapped", "direct"])
+def test_a_file_without_a_time_that_was_cut_gives_no_rest_of_another_expert(page_cache, made, tmp_path):
+    """In the middle of a page too, and where nothing is compared."""
+    store = file_store(made, tmp_path / "x", page_cache=page_cache, verify=False)
+    with Engine(store, "60%") as engine:
+        assert isinstance(engine.arena, Paged)
+        x, routing = batch(1, experts=E, k=2, d=D)
+        engine.compute(0, x, routing)
+        begin, *_, last = (run.offset for (run,) in store.runs(1, 5).values())
+        for size in (last + 2 * D * F + 100, begin + 1000, 10_000):
+            os.truncate(tmp_path / "x", size)
+            only = Routing(torch.tensor([[5]], dtype=torch.int32), torch.ones(1, 1), E)
+            with pytest.raises(OSError, match=r"expert 5 of model\.1\.experts .* the file ends"):
+                engine.compute(1, x, only)
 
 
 @pytest.mark.parametrize("page_cache", [True, False], ids=["mapped", "direct"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
+import weakref
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
@@ -16,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import headgate
 from headgate.dispatch import AllToAll, Fold, Overlap, collectives
 from headgate.dispatch.rollcall import DeadRanks
+from headgate.dispatch.schedule import Flight
 from headgate.moe import Capacity, MoE, ShortcutBlock
 
 
@@ -101,6 +105,66 @@ def an_error_in_one_ranks_experts_is_one_on_every_rank():
     assert not isinstance(caught.value, DeadRanks)
     mine.experts._compute = compute
     assert torch.equal(mine(x), y), "no rank has a transfer too many or too few"
+
+
+@check
+def an_error_beside_transfers_is_one_on_every_rank():
+    torch.manual_seed(3)
+    moe = MoE(D, F, E, K, dispatcher=AllToAll(), overlap=Overlap(2))
+    odd, fails, parts = dist.get_world_size() - 1, [], {}
+
+    class Part(torch.nn.Linear):
+        def forward(self, x):
+            if self in fails:
+                raise ArithmeticError("not beside")
+            return super().forward(x)
+
+    parts = {"attention": Part(D, D), "shared": Part(D, D)}
+    block, x = ShortcutBlock(moe=moe, **parts), torch.randn(7, D)
+    y = block(x)
+    for part in parts.values():
+        fails[:] = [part] * (dist.get_rank() == odd)
+        with pytest.raises(ArithmeticError if fails else RuntimeError, match=f"not beside|of rank {odd} failed"):
+            block(x)
+    fails.clear()
+    assert torch.equal(block(x), y), "no rank has a transfer too many or too few"
+
+
+@check
+def a_schedule_leaves_nothing_behind():
+    """Nor does the graph hold the rows that came home, nor anything a cycle that Python has to find, or cannot."""
+    mine = MoE(D, F, E, K, dispatcher=AllToAll(), overlap=Overlap(3))
+    flights, arrived, alive = weakref.WeakSet(), Flight.arrived, []
+
+    def seen(flight):
+        outs, differ = arrived(flight)
+        flights.add(flight)
+        alive.extend(map(weakref.ref, outs))
+        return outs, differ
+
+    def over():
+        mine.overlap.wire(torch.device("cpu")).submit(int).result()  # the thread has let go of its last job
+
+    Flight.arrived = seen
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            mine(torch.randn(5, D))
+        over()
+        assert not flights
+        for through in (mine, lambda x: checkpoint(mine, x, use_reentrant=False)):
+            y = through(torch.randn(5, D, requires_grad=True))
+            assert len(flights) == 6
+            assert not [v for f in flights for v in vars(f).values() if isinstance(v, Future | torch.Tensor)]
+            y.sum().backward()
+            del y
+            over()
+            assert not flights
+        assert not [ref for ref in alive if ref() is not None]
+    finally:
+        Flight.arrived = arrived
+        gc.enable()
 
 
 @check
