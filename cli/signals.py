@@ -9,8 +9,6 @@ import atexit
 import os
 import signal
 import sys
-from contextlib import suppress
-from typing import NoReturn
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -49,10 +47,12 @@ def install() -> Handler:
     return handler
 
 
-def leave(status: int) -> NoReturn:
+def leave(status: int) -> None:
     """Ends the process with `status`, without taking the interpreter apart. A thread that computes while that is done
     aborts the process, and what was interrupted may have left one: it was just being started, say."""
     atexit._run_exitfuncs()
+    from contextlib import suppress
+
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # nobody reads, it is closed, there is none
             stream.flush()

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.routing import Routing
+from ..kernels.uncompiled import uncompiled
 from . import collectives
 from .agreement import Agreement
 from .protocol import Dispatcher
@@ -59,7 +60,7 @@ class Overlap:
             raise ValueError(f"Overlap: degree must be at least 1, got {degree}")
         self.degree, self._wires = degree, dict[torch.device, Any]()
 
-    @torch.compiler.disable
+    @uncompiled
     def run(self, dispatcher: Dispatcher, x: Tensor, routing: Routing, compute: Compute, beside: Beside = ()) -> Tensor:
         """y [T, D] of x [T, D]: combine(compute(dispatch(x))).
 

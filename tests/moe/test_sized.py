@@ -8,7 +8,7 @@ from torch import nn
 import headgate
 from headgate.kernels.routing import Routing
 from headgate.moe import MoE, SizedExperts, budget_loss
-from headgate.moe import experts as ours
+from headgate.moe.lora import attached
 
 D, F64 = 16, torch.float64
 
@@ -72,8 +72,10 @@ def test_a_loop_over_experts_agrees(case, assert_close):
 
 def test_each_size_is_one_grouped_call_and_a_skip_none(monkeypatch):
     calls = []
-    ffn = ours.grouped_ffn
-    monkeypatch.setattr(ours, "grouped_ffn", lambda x, r, *w, **k: calls.append(r.num_experts) or ffn(x, r, *w, **k))
+    ffn = attached.grouped_ffn
+    monkeypatch.setattr(
+        attached, "grouped_ffn", lambda x, r, *w, **k: calls.append(r.num_experts) or ffn(x, r, *w, **k)
+    )
     layer = MoE(D, sizes(), 6, 2, dtype=F64)
     layer(torch.randn(4, 5, D, dtype=F64))
     assert calls == [1, 2, 1]  # F = 3, 8, 24

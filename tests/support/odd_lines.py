@@ -77,6 +77,10 @@ LINES = {
     "bench optimizer": "--experts 3 --hidden 16 --intermediate 8 --threads 1 --budget 0.01",
     "bench quantized": "--rows 1 --experts 4 --top-k 2 --hidden 16 --intermediate 16 --threads 1 --budget 0.01",
     "bench dispatch": "--ranks 3 --ranks-per-node 1",
+    "bench lora": "--forms headgate --tokens 1 --experts 3 --hidden 16 --intermediate 8 --top-k 1 --threads 1"
+    " --budget 0.01 --no-peak",
+    "bench overlap": "--tokens 1 --budget 0",
+    "bench routers": "--text SHORT --only softmax --size small --steps 1 --seeds 0",
     "bench placement": "MISSING --rows crossings",
     "bench offload": "MISSING --rows recall",
     "bench links": "--ranks 8 --tokens 16",
@@ -87,6 +91,7 @@ LINES = {
 LONG = {
     "bench dispatch": ("--overhead",),
     "bench moe": ("--unscaled", "--figures", "--budget", "--shapes"),
+    "bench overlap": ("--budget",),
     "bench sweep": ("--device",),
 }  # options that make them work for long
 CONFIG = {

@@ -151,8 +151,9 @@ def a_ranks_experts_can_be_on_disk():
 
 
 def compile_the_cache():
-    from headgate.placement.caching.cache import Cache, per_layer
+    from headgate.placement.caching.cache import Cache
     from headgate.placement.caching.policies import Setting, policy
+    from headgate.placement.caching.pools import per_layer
 
     cache = Cache(per_layer(1, 4, 2), policy("lru", Setting(1, 4, 2)))
     cache.step(0, [0, 1])
