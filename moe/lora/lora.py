@@ -292,4 +292,6 @@ def _where(who: str, model: nn.Module, module: nn.Module, form: Form, dtype: tor
     device = weight.device
     if elsewhere is not None and hasattr(elsewhere, "offloaded"):
         device = elsewhere.offloaded.engine.arena.device
+        if elsewhere.offloaded.engine.hybrid:
+            raise ValueError(f"{who}: experts must be offloaded without hybrid, got it: close the Offload first")
     return {"device": device, "dtype": dtype or (weight.dtype if weight.dtype.itemsize > 2 else torch.float32)}

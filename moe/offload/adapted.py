@@ -44,6 +44,9 @@ class Carried:
 
 def compute_adapted(call: Call, rows: Tensor, routing: Routing, carried: Carried) -> Tensor:
     """y [R, D], with a way back to rows, router weights, A and B."""
+    if call.engine.hybrid:
+        name = call.engine.layers[call.layer].name
+        raise ValueError(f"offload: hybrid must be False where experts carry LoRA, got it with {name}")
     if rows.is_cuda:
         say_once("offload", "experts carry LoRA", "a loop of matmuls over experts, which waits for the device")
     seed = torch.randint(2**40, (1,)) if carried.dropout else None
@@ -120,9 +123,6 @@ class _Maker:
         step = call.engine.step(call.layer, ids, then, counts)
         with closing(step) as groups, no_autocast(self.rows.device):
             for group in groups:
-                if group.host:
-                    name = call.engine.layers[call.layer].name
-                    raise ValueError(f"offload: hybrid must be False where experts carry LoRA, got it with {name}")
                 work(Loop(self._task(group), self._slots(group), call.experts))
 
     def _slots(self, group: Group) -> Tensor:

@@ -80,7 +80,7 @@ class Engine:
         self.arena = arena_for(store, layout, numbered(device), readers)
         self.log: list[Access] | None = [] if log else None
         self._calls = self._accesses = self._hits = self._ahead = self._used = 0
-        self._at_host, self._wait_s = 0, 0.0
+        self.hybrid, self._at_host, self._wait_s = costs is not None, 0, 0.0
         timing = Timing()
         by_events = readers == 0 and self.arena.device.type == "cuda"
         self._timing: Timing | DeviceTiming = DeviceTiming(self.arena.device) if by_events else timing

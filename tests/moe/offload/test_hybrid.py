@@ -12,6 +12,7 @@ from hybrid_cases import ALL, MIXED, NBYTES, NONE, Slow, costs, host_threads
 from offload_cases import (
     D,
     E,
+    F,
     K,
     L,
     batch,
@@ -29,8 +30,10 @@ from torch import nn
 import headgate
 from headgate.kernels import quantize
 from headgate.kernels.grouped_ffn import grouped_ffn
+from headgate.kernels.lora_ffn import Delta
 from headgate.kernels.routing import Routing
 from headgate.moe.offload import Engine, HostCache, HostStore, Layer, hybrid
+from headgate.moe.offload.adapted import Carried
 from headgate.moe.offload.costs import costs_of
 from headgate.moe.offload.forms import survey
 from headgate.moe.offload.offload import Offload
@@ -291,3 +294,13 @@ def test_on_a_gpu(assert_close):
             with headgate.offload(model, "40%", hybrid=said) as offloaded:
                 assert_close(model(x), want)
                 assert said is True or offloaded.stats().host > 0
+
+
+def test_experts_that_carry_lora_are_refused_whoever_would_compute_them():
+    made = weights()
+    a, b = torch.randn(E, 2, D), torch.randn(E, 2 * F, 2)
+    with Engine(Slow(made), "40%", top_k=K, costs=MIXED) as engine:
+        x, routing = batch(5)
+        with pytest.raises(ValueError, match=r"hybrid must be False where experts carry LoRA, got it with model\.1"):
+            engine.compute(1, x, routing, carried=Carried(Delta(a, b, 1.0), None))
+        assert engine.stats().loads == 0, "it is refused before anything is fetched"
