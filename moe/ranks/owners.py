@@ -33,8 +33,9 @@ class Parallel:
     seen: set[nn.Parameter] = field(default_factory=set, repr=False)  # those whose gradients are made right
 
     def cut(self) -> Iterator[tuple[nn.Module, Fold]]:
-        """The modules that are cut, and over which fold each."""
-        for module in (*self.experts.values(), *self.shared.values()):
+        """The modules that are cut, and over which fold each: not that of rows, whose groups may be a schedule's."""
+        yield from ((module, self.fold) for module in self.experts.values())
+        for module in self.shared.values():
             shards = shards_of(module)
             assert shards is not None
             yield module, shards.fold

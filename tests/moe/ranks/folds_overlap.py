@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 import headgate
 from headgate.dispatch import AllToAll, Fold, Overlap, collectives
 from headgate.dispatch.rollcall import DeadRanks
-from headgate.dispatch.schedule import Flight
+from headgate.dispatch.schedule import Flight, _groups
 from headgate.moe import Capacity, MoE, ShortcutBlock
+from headgate.moe.ranks.parallel import parallel_of
 
 
 @contextmanager
@@ -47,6 +48,17 @@ def experts_compute_while_rows_travel():
     size, capacity = dist.get_world_size(), Capacity(0.7, scope="batch")
     options = {"weights_on_input": True, "latent_size": 4, "bias": False, "capacity": capacity}
     once(Fold({"dp": size}, {"ep": size}), options, overlap=Overlap(2))
+
+
+@check
+def gradients_are_averaged_over_other_groups_than_rows_travel():
+    """Both at once, from two threads: in one group they would meet each other."""
+    for fold in some_folds():
+        spread = headgate.parallelize(layer(), fold, overlap=2)
+        rows = set(_groups(spread.experts.dispatcher))
+        for _, over in parallel_of(spread).cut():
+            for names in (("edp",), ("edp", "etp")):
+                assert over.group(*names) not in rows, (fold, names)
 
 
 @check
