@@ -307,9 +307,10 @@ def _chunks(x: Tensor, routing: Routing, degree: int) -> Iterator[tuple[Tensor, 
 
 def _failed(dispatcher: Dispatcher, wrong: Exception | None, device: torch.device) -> int | None:
     """A rank whose experts failed in this call, or None: of all ranks that share the dispatcher's groups."""
+    groups = list(_groups(dispatcher))  # none of a dispatcher of one process, which need not have joined any
     failed = wrong is not None and type(wrong).__name__ != _STOP
-    here = dist.get_rank() + 1 if failed else 0
-    for group in _groups(dispatcher):
+    here = dist.get_rank() + 1 if failed and groups else 0
+    for group in groups:
         found = collectives.all_gather(torch.tensor([here], device=device), group)
         here = int(found.max())
     return here - 1 if here else None

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from headgate.dispatch import DISPATCHERS
+from headgate.dispatch import DISPATCHERS, Overlap
 from headgate.dispatch.agreement import FIELDS, disagreement, held_experts, localised
 from headgate.dispatch.all_to_all import destinations, tokens_of_places
 from headgate.dispatch.symmetric import fetches
 from headgate.dispatch.wire import decode, encode, message
+from headgate.moe import MoE
 from headgate.placement.cluster.volume import distinct_parts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,3 +181,17 @@ def test_the_readmes_rows_per_token(nodes):
     printed = [float(cell) for cell in row[1].split("|")]
     assert printed[:3] == [round(f, 2) for f in formula]
     assert printed[3] == pytest.approx(limited, abs=0.03)
+
+
+def test_a_schedule_in_one_process_is_the_layer_and_an_error_is_its_own():
+    mine, plain = (MoE(8, 8, 4, 2, overlap=overlap) for overlap in (Overlap(2), None))
+    plain.load_state_dict(mine.state_dict())
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(mine(x), plain(x))
+
+    def fails(*_):
+        raise ArithmeticError("not today")
+
+    mine.experts._compute = fails
+    with pytest.raises(ArithmeticError, match="not today"):
+        mine(x)
