@@ -18,7 +18,7 @@ from ..shapes import PASSES
 RANK = (sys.executable, "-P", "-m", "headgate.bench.overlap.rank")
 LAYERS = ("layer", "block")
 EXAMPLE = """examples:
-  headgate bench overlap                            a layer and a shortcut block on 2 ranks, about two minutes
+  headgate bench overlap                            a layer and a shortcut block on 2 ranks, some minutes
   headgate bench overlap --ranks 4 --degrees 4 --layers layer --passes forward
 """
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
     add = parser.add_argument
     add("--ranks", type=positive, default=2, metavar="G", help="processes, one thread each (default: 2)")
-    add("--tokens", type=positive, default=512, metavar="T", help="of each rank (default: 512)")
+    add("--tokens", type=positive, default=4096, metavar="T", help="of each rank (default: 4096)")
     add("--degrees", nargs="+", type=positive, default=[1, 2, 4, 8], metavar="N", help="(default: 1 2 4 8)")
     add("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), help="layer, block (default: both)")
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="forward, train (default: both)")
