@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .arguments import number, output, positive, workers
 from .hardware import headgate_form
 from .machine import must_fit, need, processor
-from .measure import CLOCKS, Contestant, interleave
+from .measure import CLOCKS, Contestant, interleave, threads
 from .memory import _mark, _resident, measurable
 from .output import write_json
 from .screen import Screen
@@ -73,14 +73,8 @@ def run(args: argparse.Namespace) -> int:
     pairs = max(args.tokens) * args.top_k
     each = 3.0 * args.experts * args.hidden * args.intermediate
     must_fit("bench lora: sizes and --tokens", 4 * 4 * each + 16 * pairs * (args.hidden + args.intermediate))
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads or before)
-    if args.clock == "cpu" and torch.get_num_threads() > 1:
-        raise ValueError("bench lora: --clock cpu must go with --threads 1")
-    try:
+    with threads("bench lora", args.threads, args.clock):
         found = measure(args, Screen(out=sys.stderr if args.json == "-" else sys.stdout))
-    finally:
-        torch.set_num_threads(before)
     write_json(args.json, found)
     return int(any("differs" in f for row in found["tokens"].values() for f in row.values()))
 

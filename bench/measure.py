@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@contextmanager
+def threads(who: str, count: int | None, clock: str) -> Iterator[None]:
+    """torch with `count` threads, inside; None: as it is. Raises ValueError, naming `who`, where the process's own time
+    would be that of several."""
+    before = torch.get_num_threads()
+    if clock == "cpu" and (count or before) > 1:
+        raise ValueError(f"{who}: --clock cpu must go with --threads 1")
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass

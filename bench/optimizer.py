@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..moe.muon import Muon
 from .arguments import number, output, whole, workers
 from .machine import must_fit, processor
-from .measure import CLOCKS, Contestant, interleave
+from .measure import CLOCKS, Contestant, interleave, threads
 from .output import write_json
 from .screen import Screen
 
@@ -44,16 +44,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("bench optimizer: --experts, --hidden and --intermediate must be at least 1")
     most = max(3 * args.experts * d * f for d, f in zip(args.hidden, args.intermediate, strict=True))
     must_fit("bench optimizer: --experts, --hidden and --intermediate", 4.0 * 10 * most)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads or before)
-    if args.clock == "cpu" and torch.get_num_threads() > 1:
-        raise ValueError("bench optimizer: --clock cpu must go with --threads 1")
-    try:
+    with threads("bench optimizer", args.threads, args.clock):
         screen = Screen(out=sys.stderr if args.json == "-" else sys.stdout)
         screen.say(f"{processor()}; {torch.get_num_threads()} threads; torch {torch.__version__}; {args.clock} time")
         found = measure(args, screen)
-    finally:
-        torch.set_num_threads(before)
     write_json(args.json, found)
     return 0 if all(row["error"] <= WITHIN for row in found["rows"]) else 1
 

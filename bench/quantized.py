@@ -13,7 +13,7 @@ from ..kernels.quantized import BLOCKS
 from .arguments import number, output, whole, workers
 from .hardware import headgate_form
 from .machine import must_fit, processor
-from .measure import CLOCKS, Contestant, interleave
+from .measure import CLOCKS, Contestant, interleave, threads
 from .output import write_json
 from .screen import Screen
 
@@ -64,14 +64,8 @@ def run(args: argparse.Namespace) -> int:
     weights = 3.0 * args.experts * args.hidden * args.intermediate
     need = (6 + len(args.formats)) * weights + 4 * max(args.rows) * (args.hidden + 80 * args.experts)
     must_fit("bench quantized: --experts, --hidden, --intermediate and --rows", need)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads or before)
-    if args.clock == "cpu" and torch.get_num_threads() > 1:
-        raise ValueError("bench quantized: --clock cpu must go with --threads 1")
-    try:
+    with threads("bench quantized", args.threads, args.clock):
         found = measure(args, Screen(out=sys.stderr if args.json == "-" else sys.stdout))
-    finally:
-        torch.set_num_threads(before)
     write_json(args.json, found)
     return 0
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from router_cases import D, E, K, skewed
 
 from headgate.kernels.plan import plan
 from headgate.kernels.routing import Routing
@@ -19,13 +20,6 @@ from headgate.moe import (
     distillation_loss,
 )
 from headgate.moe.losses import load_balancing_loss
-
-D, E, K = 16, 8, 2
-
-
-def skewed(tokens=256, seed=0):
-    """Rows that most routers would send to the same few experts."""
-    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed)) + 1
 
 
 class TestMoEPP:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from router_cases import fitting
+from router_cases import D, E, K, fitting, skewed
 
 from headgate.kernels.routing import Routing
 from headgate.moe import (
@@ -28,13 +28,6 @@ from headgate.moe import (
     reward,
 )
 from headgate.moe.shared import SharedExpert
-
-D, E, K = 16, 8, 2
-
-
-def skewed(tokens=256, seed=0):
-    """Rows that most routers would send to the same few experts."""
-    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed)) + 1
 
 
 class TestExpertChoice:

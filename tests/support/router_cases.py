@@ -23,6 +23,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+D, E, K = 16, 8, 2
+
+
+def skewed(tokens: int = 256, seed: int = 0) -> Tensor:
+    """Rows [tokens, D] that most routers would send to the same few experts."""
+    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed)) + 1
+
+
 def fitting(name: str) -> Callable[..., Any]:
     """The class of a router; where it must have more options than sizes, some that fit them."""
     router = ROUTERS[name]
